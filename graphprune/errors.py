@@ -1,0 +1,45 @@
+"""Every error that graphprune raises on purpose.
+
+GraphPruneError
+├── CaptureError        the model could not be captured as a graph
+├── RecipeError         a pass, an option or a recipe is not valid
+├── PassError           a pass crashed; the cause is kept, the passes already run are named
+├── VerificationError   a rewrite did not do what it claims; an error of ours, never of the user
+├── UnsupportedError    an operator, pattern or axis that we decline to touch, with the reason
+├── ExportError         ONNX export or its parity check failed, or the folder cannot be written
+└── ArtifactError       an artifact is missing, corrupt, tampered with, or not ours
+
+A message states the fact, the place and the way out, in that order.
+"""
+
+
+class GraphPruneError(Exception):
+    """Base class: catch it to catch everything that graphprune raises on purpose."""
+
+
+class CaptureError(GraphPruneError):
+    """The model could not be captured as a graph."""
+
+
+class RecipeError(GraphPruneError):
+    """A pass name, an option or a recipe is not valid."""
+
+
+class PassError(GraphPruneError):
+    """A pass crashed; `__cause__` holds the original exception."""
+
+
+class VerificationError(GraphPruneError):
+    """A rewrite did not compute what it claims to compute."""
+
+
+class UnsupportedError(GraphPruneError):
+    """An operator, a pattern or an axis that graphprune declines to touch."""
+
+
+class ExportError(GraphPruneError):
+    """Export failed, or the exported model does not agree with the program."""
+
+
+class ArtifactError(GraphPruneError):
+    """An artifact is missing, corrupt, tampered with, or not ours."""

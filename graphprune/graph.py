@@ -1,0 +1,179 @@
+"""Typed helpers over torch.fx graphs: the one place that knows fx's loose ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+from graphprune.errors import VerificationError
+
+
+def op_name(node: fx.Node) -> str:
+    """The base name of what a node calls: "linear" for aten.linear.default."""
+    if node.op != "call_function":
+        return node.op
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.name.split("::")[1]
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def is_op(node: fx.Node, *names: str) -> bool:
+    """Whether the node calls one of these operators, whatever the overload."""
+    return node.op == "call_function" and op_name(node) in names
+
+
+def value_of(node: fx.Node) -> Any:
+    """The fake tensor, symbolic integer, or tuple of them that the node computes."""
+    return node.meta["val"]
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """Copy a graph, keeping node names: fx renames a placeholder called `input` when it copies."""
+    copied = fx.Graph()
+    memo: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        new = copied.node_copy(node, lambda n: memo[n])
+        if new.name != node.name:
+            new.name = node.name
+        new.meta = dict(node.meta)
+        memo[node] = new
+    return copied
+
+
+def tensor_nodes(graph: fx.Graph) -> Iterator[fx.Node]:
+    """The get_attr nodes: reads of the program's tensors."""
+    return (n for n in graph.nodes if n.op == "get_attr")
+
+
+def output_node(graph: fx.Graph) -> fx.Node:
+    """The single output node, always the last."""
+    return next(iter(reversed(graph.nodes)))
+
+
+def integers(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument by position or by name, as fx stores it either way."""
+    if len(node.args) > position:
+        return node.args[position]
+    return node.kwargs.get(name, default)
+
+
+def set_argument(node: fx.Node, position: int, name: str, value: Any) -> None:
+    """Replace an argument where fx stores it: by position when it was given so, else by name."""
+    if len(node.args) > position:
+        node.args = (*node.args[:position], value, *node.args[position + 1 :])
+    else:
+        node.kwargs = {**node.kwargs, name: value}
+
+
+def bound_arguments(node: fx.Node) -> dict[str, Any]:
+    """All arguments of an ATen call by their schema names, defaults filled in."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return dict(node.kwargs)
+    bound: dict[str, Any] = {}
+    for i, argument in enumerate(target._schema.arguments):
+        if not argument.kwarg_only and i < len(node.args):
+            bound[argument.name] = node.args[i]
+        elif argument.name in node.kwargs:
+            bound[argument.name] = node.kwargs[argument.name]
+        elif argument.has_default_value():
+            bound[argument.name] = argument.default_value
+    return bound
+
+
+def set_bound(node: fx.Node, changed: Mapping[str, Any]) -> None:
+    """Replace arguments of an ATen call by their schema names."""
+    target = node.target
+    assert isinstance(target, torch._ops.OpOverload)
+    bound = bound_arguments(node) | dict(changed)
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    for argument in target._schema.arguments:
+        if argument.name not in bound:
+            continue
+        if argument.kwarg_only:
+            if argument.name in node.kwargs or argument.name in changed:
+                kwargs[argument.name] = bound[argument.name]
+        else:
+            args.append(bound[argument.name])
+    node.args, node.kwargs = tuple(args), kwargs
+
+
+def symbol_inputs(
+    example: Sequence[Tensor], names: Sequence[str], dynamic: Mapping[str, Mapping[int, str]]
+) -> tuple[FakeTensorMode, list[Tensor]]:
+    """Fake inputs whose dynamic dimensions are symbols; equal symbol names are one symbol."""
+    env = ShapeEnv(duck_shape=False)
+    mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
+    symbols: dict[str, Any] = {}
+    fakes: list[Tensor] = []
+    for name, tensor in zip(names, example, strict=True):
+        sizes: list[Any] = list(tensor.shape)
+        for dim, symbol in dynamic.get(name, {}).items():
+            if symbol not in symbols:
+                source = ConstantSource(symbol)
+                expression = env.create_symbol(
+                    sizes[dim], source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None
+                )
+                symbols[symbol] = env.create_symintnode(expression, hint=sizes[dim], source=source)
+            sizes[dim] = symbols[symbol]
+        with mode:
+            fakes.append(torch.empty(sizes, dtype=tensor.dtype, device=tensor.device))
+    return mode, fakes
+
+
+class _Propagator(fx.Interpreter):
+    """Runs a graph on fake tensors and writes what each node computes to its metadata."""
+
+    def __init__(
+        self, graph: fx.Graph, tensors: Mapping[str, Tensor], mode: FakeTensorMode
+    ) -> None:
+        super().__init__(torch.nn.Module(), garbage_collect_values=False, graph=graph)
+        self.tensors, self.mode = tensors, mode
+        self.fakes: dict[str, Tensor] = {}
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target not in self.fakes:
+            self.fakes[target] = self.mode.from_tensor(self.tensors[target], static_shapes=True)
+        return self.fakes[target]
+
+    def run_node(self, n: fx.Node) -> Any:
+        try:
+            value = super().run_node(n)
+        except Exception as e:
+            raise VerificationError(
+                f"node {n.name!r} ({n.target}) does not fit its inputs "
+                f"{[_shape(a) for a in n.all_input_nodes]}: {e}"
+            ) from e
+        n.meta["val"] = value
+        return value
+
+
+def _shape(node: fx.Node) -> str:
+    value = node.meta.get("val")
+    return f"{node.name}{list(value.shape)}" if isinstance(value, Tensor) else node.name
+
+
+def propagate(
+    graph: fx.Graph,
+    tensors: Mapping[str, Tensor],
+    example: Sequence[Tensor],
+    dynamic: Mapping[str, Mapping[int, str]],
+) -> None:
+    """Recompute `meta["val"]` of every node from the tensors, under symbolic input dimensions.
+
+    Raises:
+        VerificationError: the graph and the tensors do not fit; the first such node is named.
+    """
+    names = [n.name for n in graph.nodes if n.op == "placeholder"]
+    mode, fakes = symbol_inputs(example, names, dynamic)
+    # The Python dispatcher gives symbolic sizes to operators whose C++ form takes integers only.
+    with mode, enable_python_dispatcher(), torch.no_grad():
+        _Propagator(graph, tensors, mode).run(*fakes)

@@ -1,0 +1,310 @@
+"""Program: one set of named tensors, and one or more entry graphs over them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+
+from graphprune.errors import GraphPruneError
+from graphprune.graph import copy_graph, is_op, propagate
+
+JSON = Any  # what json.dumps takes
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """A non-tensor argument (a flag, a number, None) that capture baked into the graph."""
+
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Argument:
+    """One argument of the model's forward: its name, its nesting, and one leaf a tensor.
+
+    A leaf is the name of a placeholder, or a `Constant`.
+    """
+
+    name: str
+    spec: pytree.TreeSpec
+    leaves: tuple[str | Constant, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One graph over the program's tensors, with how to call it.
+
+    Attributes:
+        graph: ATen calls; flat placeholders, one flat output tuple; `get_attr` targets are tensor
+            names of the program. `node.meta["val"]` holds symbolic fake values, always fresh.
+        arguments: the arguments of the original forward, in order.
+        out_spec: the nesting of the outputs.
+        example: one tensor a placeholder, in order.
+        dynamic: placeholder name -> {dimension: symbol name}, for instance {0: "batch"}.
+    """
+
+    graph: fx.Graph
+    arguments: tuple[Argument, ...]
+    out_spec: pytree.TreeSpec
+    example: tuple[Tensor, ...]
+    dynamic: Mapping[str, Mapping[int, str]]
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Names of the placeholders: the inputs of the ONNX file, in order."""
+        return tuple(n.name for n in self.graph.nodes if n.op == "placeholder")
+
+    def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        """Turn a call of the model into the flat list of tensors that the graph takes.
+
+        Raises:
+            GraphPruneError: an argument is missing, unknown, or not what capture saw.
+        """
+        names = [a.name for a in self.arguments]
+        if len(args) > len(names):
+            raise GraphPruneError(
+                f"the captured model takes {len(names)} inputs {names}, got {len(args)}"
+            )
+        given = dict(zip(names, args, strict=False)) | dict(kwargs)
+        values: dict[str, Tensor] = {}
+        for argument in self.arguments:
+            constant = all(isinstance(leaf, Constant) for leaf in argument.leaves)
+            if argument.name not in given:
+                if constant:
+                    continue
+                raise GraphPruneError(
+                    f"input {argument.name!r} is missing; the model was captured with {names}"
+                )
+            leaves, spec = pytree.tree_flatten(given.pop(argument.name))
+            if len(leaves) != len(argument.leaves):
+                raise GraphPruneError(
+                    f"input {argument.name!r} has another structure ({spec}) than at capture "
+                    f"({argument.spec})"
+                )
+            for leaf, value in zip(argument.leaves, leaves, strict=True):
+                if isinstance(leaf, Constant):
+                    if value != leaf.value:
+                        raise GraphPruneError(
+                            f"input {argument.name!r} was captured as {leaf.value!r} and cannot "
+                            f"be {value!r} now; compile again with that value"
+                        )
+                elif not isinstance(value, Tensor):
+                    raise GraphPruneError(
+                        f"input {argument.name!r} must be a tensor, got {type(value).__name__}"
+                    )
+                else:
+                    values[leaf] = value
+        unknown = sorted(k for k, v in given.items() if v is not None)
+        if unknown:
+            raise GraphPruneError(f"unknown inputs {unknown}; the model was captured with {names}")
+        return [values[name] for name in self.input_names]
+
+    def unflatten(self, flat: Iterable[Any]) -> Any:
+        """Give flat outputs the structure that the original model returns."""
+        return pytree.tree_unflatten(list(flat), self.out_spec)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A model as a value: tensors by name, entry graphs over them, and what was done so far.
+
+    Nothing in a Program is ever written to; a change is a new Program that shares what it kept.
+
+    Attributes:
+        tensors: every parameter, buffer and constant, once, under its dotted name.
+        parameters: the names in `tensors` that are trainable parameters.
+        aliases: tied names -> the name in `tensors` that holds their storage.
+        entries: "forward" and, for decoders captured with a cache, "decode".
+        history: one JSON record for everything that was done, in order.
+    """
+
+    tensors: Mapping[str, Tensor]
+    parameters: frozenset[str]
+    aliases: Mapping[str, str]
+    entries: Mapping[str, Entry]
+    history: tuple[JSON, ...] = ()
+    metadata: Mapping[str, JSON] = field(default_factory=dict)
+
+    @property
+    def forward(self) -> Entry:
+        return self.entries["forward"]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward entry as the model would run, without gradients."""
+        with torch.no_grad():
+            return ProgramModule(self)(*args, **kwargs)
+
+    def run(self, flat: Iterable[Tensor], entry: str = "forward") -> list[Any]:
+        """Run an entry on flat inputs, without gradients, to flat outputs."""
+        with torch.no_grad():
+            return list(graph_module(self, entry)(*flat))
+
+    def num_parameters(self) -> int:
+        """Number of trainable parameters, tied ones counted once."""
+        return sum(self.tensors[name].numel() for name in self.parameters)
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors, tied ones counted once."""
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    def with_tensors(self, changed: Mapping[str, Tensor]) -> Program:
+        """The same graphs over some other tensors; shapes may change only with a rewrite."""
+        return replace(self, tensors={**self.tensors, **changed})
+
+    def with_graphs(
+        self, graphs: Mapping[str, fx.Graph], tensors: Mapping[str, Tensor] | None = None
+    ) -> Program:
+        """A Program with these graphs (and tensors), metadata refreshed.
+
+        Raises:
+            VerificationError: graphs and tensors do not fit each other; the node is named.
+        """
+        entries = {
+            name: replace(entry, graph=graphs.get(name, entry.graph))
+            for name, entry in self.entries.items()
+        }
+        program = replace(
+            self, entries=entries, tensors=self.tensors if tensors is None else tensors
+        )
+        for entry in program.entries.values():
+            propagate(entry.graph, program.tensors, entry.example, entry.dynamic)
+        return program
+
+    def fork_graphs(self) -> dict[str, fx.Graph]:
+        """Copies of all entry graphs, node names and metadata kept, free to edit."""
+        return {name: copy_graph(entry.graph) for name, entry in self.entries.items()}
+
+    def fork(self) -> Program:
+        """The same program over copies of its graphs, free to edit; tensors are shared."""
+        graphs = self.fork_graphs()
+        entries = {n: replace(entry, graph=graphs[n]) for n, entry in self.entries.items()}
+        return replace(self, entries=entries)
+
+    def record(self, event: JSON) -> Program:
+        """The same program with one more line of history."""
+        return replace(self, history=(*self.history, event))
+
+    def cast(self, source: torch.dtype, target: torch.dtype) -> Program:
+        """The same program with `source` floats, and casts to them, turned into `target`."""
+        graphs = self.fork_graphs()
+
+        def swap(value: Any) -> Any:
+            return target if value is source else value
+
+        for graph in graphs.values():
+            for node in graph.nodes:
+                if node.op == "call_function":
+                    node.args = pytree.tree_map(swap, node.args)
+                    node.kwargs = pytree.tree_map(swap, node.kwargs)
+        tensors = {k: t.to(target) if t.dtype is source else t for k, t in self.tensors.items()}
+        entries = {
+            name: replace(
+                entry,
+                example=tuple(t.to(target) if t.dtype is source else t for t in entry.example),
+            )
+            for name, entry in self.entries.items()
+        }
+        return replace(self, entries=entries).with_graphs(graphs, tensors)
+
+    def in_float32(self) -> Program:
+        """The program with every bfloat16 and float16 value widened to float32."""
+        program = self
+        for dtype in (torch.bfloat16, torch.float16):
+            if any(t.dtype is dtype for t in self.tensors.values()):
+                program = program.cast(dtype, torch.float32)
+        return program
+
+
+def _root(program: Program) -> nn.Module:
+    """A bare module tree that holds the program's tensors, not copied, under their dotted names."""
+    root = nn.Module()
+    held: dict[str, Tensor] = {}
+    for name, tensor in program.tensors.items():
+        if name in program.parameters:
+            held[name] = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+        else:
+            held[name] = tensor
+    for alias, name in program.aliases.items():
+        held[alias] = held[name]
+    for name, tensor in held.items():
+        *path, leaf = name.split(".")
+        module = root
+        for part in path:
+            if part not in module._modules:
+                module.add_module(part, nn.Module())
+            child = module._modules[part]
+            assert child is not None
+            module = child
+        if isinstance(tensor, nn.Parameter):
+            module.register_parameter(leaf, tensor)
+        else:
+            module.register_buffer(leaf, tensor)
+    return root
+
+
+def graph_module(program: Program, entry: str = "forward") -> fx.GraphModule:
+    """One entry as a flat torch.fx GraphModule: tensors in, tuple of tensors out."""
+    return fx.GraphModule(_root(program), copy_graph(program.entries[entry].graph))
+
+
+class ProgramModule(nn.Module):
+    """A Program's entry as a module with the inputs and outputs of the original model.
+
+    Parameters share memory with the program that it was made from, tied ones are one Parameter.
+    `train()` and `eval()` switch dropout and batch norm inside the graph.
+    """
+
+    def __init__(self, program: Program, entry: str = "forward") -> None:
+        super().__init__()
+        root = _root(program)
+        for name, child in root._modules.items():
+            self.add_module(name, child)
+        for name, parameter in root._parameters.items():
+            self.register_parameter(name, parameter)
+        for name, buffer in root._buffers.items():
+            self.register_buffer(name, buffer)
+        self._source = program
+        self._entry = program.entries[entry]
+        self._graph = copy_graph(self._entry.graph)
+        self._compiled = False
+        self.training = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        flat = self._entry.flatten(args, kwargs)
+        return self._entry.unflatten(self._run(*flat))
+
+    def _run(self, *flat: Tensor) -> Any:
+        if not self._compiled:
+            # fx writes the graph as Python over `self`, so the parameters stay on this module.
+            namespace: dict[str, Any] = {}
+            code = self._graph.python_code("self")
+            namespace.update(code.globals)
+            exec(compile(code.src, "<graphprune program>", "exec"), namespace)
+            self.__dict__["_function"] = namespace["forward"]
+            self._compiled = True
+        return self.__dict__["_function"](self, *flat)
+
+    def train(self, mode: bool = True) -> ProgramModule:
+        # A captured graph has the mode as an argument; nn.Module's flag alone would do nothing.
+        super().train(mode)
+        for node in self._graph.nodes:
+            if is_op(node, "dropout", "feature_dropout"):
+                node.args = (node.args[0], node.args[1], mode)
+            elif is_op(node, "batch_norm", "instance_norm"):
+                node.args = (*node.args[:5], mode, *node.args[6:])
+        self._compiled = False
+        return self
+
+    def program(self) -> Program:
+        """The Program over this module's current parameters and buffers."""
+        state = dict(self.named_parameters(remove_duplicate=False)) | dict(
+            self.named_buffers(remove_duplicate=False)
+        )
+        return self._source.with_tensors(
+            {name: state[name].detach() for name in self._source.tensors}
+        )

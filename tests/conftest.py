@@ -1,0 +1,46 @@
+"""What every test can use: seeded randomness, captured tiny models, the folder of real data."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from graphprune.capture import capture
+from graphprune.models.tiny import tiny
+from graphprune.program import Program
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+@functools.cache
+def _captured(name: str) -> Program:
+    model, inputs = tiny(name)
+    return capture(model, inputs)
+
+
+@pytest.fixture(scope="session")
+def captured() -> Callable[[str], Program]:
+    """The captured program of a tiny model, by name; programs are values, so tests may share it."""
+    return _captured
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """The folder of real data sets, from GRAPHPRUNE_DATA; tests that need it skip without."""
+    root = Path(__file__).parent.parent
+    folder = Path(os.environ.get("GRAPHPRUNE_DATA", root.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no data at {folder}: set GRAPHPRUNE_DATA to run this test")
+    return folder

@@ -1,0 +1,225 @@
+"""Capture: names, dynamic sizes, ties, half precision, in-place operators, and clear refusals."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from graphprune.capture import capture, second_inputs
+from graphprune.errors import CaptureError, GraphPruneError
+from graphprune.models.tiny import tiny
+from graphprune.program import Program, ProgramModule
+from graphprune.verify import batches, relative_error
+
+
+def agrees(model: nn.Module, program: Program, inputs: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        expected = torch.utils._pytree.tree_leaves(model.eval()(**inputs))
+    actual = torch.utils._pytree.tree_leaves(program(**inputs))
+    for a, b in zip(expected, actual, strict=True):
+        assert relative_error(a, b) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["tiny-bert", "tiny-gpt2", "tiny-t5", "tiny-mixtral", "tiny-cnn"])
+def test_a_program_runs_like_its_model_on_every_size(name: str) -> None:
+    model, inputs = tiny(name)
+    program = capture(model, inputs)
+    agrees(model, program, inputs)
+    flat = second_inputs(program.forward)
+    agrees(model, program, dict(zip(program.forward.input_names, flat, strict=True)))
+    assert program.num_parameters() == sum(p.numel() for p in model.parameters())
+
+
+def test_the_second_batch_has_another_size_length_and_padding(captured: Any) -> None:
+    program = captured("tiny-bert")
+    first, second = batches(program.forward)
+    mask = program.forward.input_names.index("attention_mask")
+    assert second[mask].shape[0] != first[mask].shape[0]
+    assert second[mask].shape[1] != first[mask].shape[1]
+    assert 0 < int(second[mask].sum()) < second[mask].numel()
+    assert program.forward.dynamic["input_ids"] == {0: "batch", 1: "sequence"}
+
+
+def test_a_batch_of_one_stays_dynamic() -> None:
+    model, inputs = tiny("tiny-bert")
+    program = capture(model, {k: v[:1] for k, v in inputs.items()})
+    assert program.forward.dynamic["input_ids"][0] == "batch"
+    agrees(model, program, inputs)
+
+
+def test_fixed_shapes_when_asked() -> None:
+    model, inputs = tiny("tiny-mlp")
+    program = capture(model, inputs, dynamic_shapes=None)
+    assert not program.forward.dynamic
+
+
+def test_tied_weights_are_one_tensor() -> None:
+    model, inputs = tiny("tiny-gpt2")
+    program = capture(model, inputs)
+    assert program.aliases == {"lm_head.weight": "transformer.wte.weight"}
+    assert "lm_head.weight" not in program.tensors
+    module = ProgramModule(program)
+    state = dict(module.named_parameters(remove_duplicate=False))
+    assert state["lm_head.weight"] is state["transformer.wte.weight"]
+
+
+def test_overlapping_tensors_are_frozen() -> None:
+    from graphprune.axes import axis_groups
+
+    class Sliced(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            whole = torch.randn(12, 4)
+            self.first, self.second = nn.Parameter(whole[:8]), nn.Parameter(whole[4:])
+            self.out = nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = x @ self.first.T + (x @ self.second.T)
+            result: Tensor = self.out(h.relu())
+            return result
+
+    program = capture(Sliced(), (torch.randn(2, 4),))
+    assert program.metadata["overlapping"] == ["first", "second"]
+    groups = axis_groups(program)
+    assert any("shares a part of its memory" in r for r in groups["first[0]"].frozen)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model, inputs = tiny("tiny-llama")
+    model.config.use_cache = True  # type: ignore[union-attr]
+    model.train()
+    before = {k: (v.clone(), v.data_ptr()) for k, v in model.state_dict().items()}
+    program = capture(model, inputs)
+    assert model.training
+    assert all(m.training for m in model.modules())
+    assert model.config.use_cache is True  # type: ignore[union-attr]
+    for k, v in model.state_dict().items():
+        assert torch.equal(v, before[k][0])
+        assert v.data_ptr() == before[k][1]
+    held = {t.data_ptr() for t in program.tensors.values()}
+    assert not held & {v.data_ptr() for v in model.state_dict().values()}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    model, inputs = tiny("tiny-llama")
+    program = capture(model.to(dtype), inputs)
+    assert program.tensors["lm_head.weight"].dtype is dtype
+    wide = program.in_float32()
+    assert all(t.dtype is not dtype for t in wide.tensors.values())
+    # The same graph in another precision: close, and finer than half precision itself.
+    expected = program.run(program.forward.example)[0]
+    actual = wide.run(wide.forward.example)[0]
+    assert actual.dtype is torch.float32
+    assert relative_error(actual, expected) < 0.1
+
+
+def test_training_mode_reaches_dropout_and_batch_norm() -> None:
+    model = nn.Sequential(nn.Linear(8, 64), nn.BatchNorm1d(64), nn.Dropout(0.5), nn.Linear(64, 3))
+    x = torch.randn(16, 8)
+    module = ProgramModule(capture(model, (x,)))
+    assert torch.equal(module(x), module(x))
+    module.train()
+    assert not torch.equal(module(x), module(x))
+    module(x).sum().backward()
+    assert all(p.grad is not None for p in module.parameters())
+    module.eval()
+    assert torch.equal(module(x), module(x))
+
+
+class InPlace(nn.Module):
+    """Writes through views, as sequence-to-sequence models do when they shift their labels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(20, 8)
+        self.out = nn.Linear(8, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        shifted = ids.new_zeros(ids.shape)
+        shifted[:, 1:] = ids[:, :-1].clone()
+        shifted[:, 0] = 3
+        x = self.table(shifted)
+        x += 1
+        y = x * 2
+        x.mul_(y)
+        result: Tensor = self.out(x + y)
+        return result
+
+
+def test_in_place_operators_become_functional() -> None:
+    model, ids = InPlace(), torch.randint(4, 20, (2, 7))
+    program = capture(model, (ids,))
+    for node in program.forward.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        assert schema is None or not schema.is_mutable
+    agrees(model, program, {"ids": ids})
+    kept = ids.clone()
+    program(ids)
+    assert torch.equal(ids, kept)
+
+
+def test_a_write_to_memory_seen_through_another_view_is_refused() -> None:
+    class Seen(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x * 1
+            view = x.view(-1)
+            x.add_(1)
+            return view * 2
+
+    with pytest.raises(CaptureError, match="view"):
+        capture(Seen(), (torch.randn(2, 3),))
+
+
+def test_no_inputs() -> None:
+    with pytest.raises(CaptureError, match=r"no example inputs for Linear.*pass example_inputs"):
+        capture(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ("text", "must be a dict or a tuple, got str"),
+        ({"x": 3}, "holds no tensor"),
+        ({"y": torch.zeros(2, 2)}, "do not fit Linear.forward"),
+    ],
+)
+def test_inputs_that_do_not_fit(inputs: Any, message: str) -> None:
+    with pytest.raises(CaptureError, match=message):
+        capture(nn.Linear(2, 2), inputs)
+
+
+def test_control_flow_on_values_names_the_line_and_the_way_out() -> None:
+    class Branch(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + 1 if x.sum() > 0 else x - 1
+
+    with pytest.raises(CaptureError, match=r"Branch at .*x.sum\(\) > 0.*torch\.where"):
+        capture(Branch(), (torch.ones(2, 2),))
+
+
+def test_a_size_fixed_by_capture_is_noticed() -> None:
+    class Fixed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * float(x.detach().shape[0] > 2)
+
+    try:
+        program = capture(Fixed(), (torch.ones(3, 4),))
+    except CaptureError:
+        return
+    # torch.export may instead keep the batch static: then the program says so.
+    assert 0 not in program.forward.dynamic.get("x", {}) or torch.equal(
+        program(torch.ones(2, 4)), torch.zeros(2, 4)
+    )
+
+
+def test_calls_are_checked_against_the_capture(captured: Any) -> None:
+    program = captured("tiny-bert")
+    ids = torch.randint(3, 99, (2, 6))
+    with pytest.raises(GraphPruneError, match="'attention_mask' is missing"):
+        program(input_ids=ids)
+    with pytest.raises(GraphPruneError, match=r"unknown inputs \['labels'\]"):
+        program(input_ids=ids, attention_mask=ids, labels=ids)
+    with pytest.raises(GraphPruneError, match="must be a tensor"):
+        program(input_ids=ids, attention_mask="x")
