@@ -1,0 +1,333 @@
+"""The algebra of axes: leaves, products and concatenations, unified by union-find.
+
+Every dimension of every tensor is an axis:
+
+    leaf(size)            an unstructured dimension
+    product(a, b, …)      row-major: 384 = heads(12) × head_dim(32)
+    concat(a, b, …)       segments: a fused 96 = q(32) | k(32) | v(32)
+
+Unifying two axes says that they are the same one from now on. A leaf takes the structure of the
+other side; two structures are split to their common refinement, and a split leaf is split wherever
+it occurs. Where there is no common refinement, every leaf of both sides is frozen, with the reason.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+import sympy
+import torch
+from torch import Tensor
+
+Size = Any  # an int, or a sympy expression of the symbolic input sizes
+_serial = itertools.count()
+
+
+class Axis:
+    """A node of the algebra. Compare with `is` after `find`; sizes never change."""
+
+    __slots__ = ("_forward", "children", "frozen", "kind", "normalised", "serial", "size")
+
+    def __init__(self, size: Size, kind: str = "leaf", children: tuple[Axis, ...] = ()) -> None:
+        self.size: Final = size
+        self.kind = kind
+        self.children = children
+        self.frozen: dict[str, None] = {}  # reasons, in order
+        self.normalised = False
+        self.serial = next(_serial)
+        self._forward: Axis | None = None
+
+    def __repr__(self) -> str:
+        axis = find(self)
+        if axis.kind == "leaf":
+            return f"{axis.size}"
+        return f"({(' × ' if axis.kind == 'product' else ' | ').join(map(repr, axis.children))})"
+
+
+def leaf(size: Size) -> Axis:
+    """A new unstructured axis."""
+    return Axis(size)
+
+
+def find(axis: Axis) -> Axis:
+    """The representative of an axis."""
+    while axis._forward is not None:
+        axis = axis._forward
+    return axis
+
+
+def product(axes: Sequence[Axis]) -> Axis:
+    """The row-major product; factors of size one vanish."""
+    children = [f for axis in axes for f in factors(axis)]
+    if len(children) <= 1:
+        return children[0] if children else leaf(1)
+    return Axis(sympy_product([c.size for c in children]), "product", tuple(children))
+
+
+def concat(axes: Sequence[Axis]) -> Axis:
+    """The concatenation; empty segments vanish."""
+    children = [s for axis in axes for s in segments(axis) if s.size != 0]
+    if len(children) <= 1:
+        return children[0] if children else leaf(0)
+    return Axis(sum(c.size for c in children), "concat", tuple(children))
+
+
+def sympy_product(sizes: Sequence[Size]) -> Size:
+    """The product of sizes, an int when all are."""
+    result: Size = 1
+    for size in sizes:
+        result = result * size
+    return result if isinstance(result, int) else sympy.expand(result)
+
+
+def factors(axis: Axis) -> list[Axis]:
+    """The factors of an axis, products flattened, concatenations whole, ones dropped."""
+    axis = find(axis)
+    if axis.kind == "product":
+        return [f for child in axis.children for f in factors(child)]
+    return [] if axis.size == 1 else [axis]
+
+
+def segments(axis: Axis) -> list[Axis]:
+    """The segments of an axis; (a | b) × c counts as a × c | b × c."""
+    axis = find(axis)
+    if axis.kind == "concat":
+        return [s for child in axis.children for s in segments(child)]
+    if axis.kind == "product":
+        first, *rest = factors(axis)
+        if first.kind == "concat":
+            return [product([s, *rest]) for s in segments(first)]
+    return [axis]
+
+
+def leaves(axis: Axis) -> Iterator[Axis]:
+    """The leaves of an axis, in order; one that occurs twice comes twice."""
+    axis = find(axis)
+    if axis.kind == "leaf":
+        yield axis
+    else:
+        for child in axis.children:
+            yield from leaves(child)
+
+
+def freeze(axis: Axis, reason: str) -> None:
+    """Mark every leaf of the axis untouchable."""
+    for node in leaves(axis):
+        node.frozen.setdefault(reason)
+
+
+def normalise(axis: Axis) -> None:
+    """Mark every leaf as one whose removal changes a statistic."""
+    for node in leaves(axis):
+        node.normalised = True
+
+
+def divide(a: Size, b: Size) -> Size | None:
+    """a / b when that is exact, else None; symbols count as positive integers."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a // b if b and a % b == 0 else None
+    quotient = sympy.cancel(sympy.sympify(a) / b)
+    numerator, denominator = sympy.fraction(quotient)
+    if denominator != 1:
+        return None
+    return int(numerator) if numerator.is_Integer else numerator
+
+
+def equal(a: Size, b: Size) -> bool:
+    """Whether two sizes are the same number for every value of the symbols."""
+    if a is b or a == b:
+        return True
+    return not (isinstance(a, int) and isinstance(b, int)) and bool(sympy.expand(a - b) == 0)
+
+
+def _become(axis: Axis, structure: Axis) -> None:
+    """Turn a leaf into a structure of fresh leaves; its marks go to all of them."""
+    for part in leaves(structure):
+        part.frozen.update(axis.frozen)
+        part.normalised |= axis.normalised
+    axis._forward = structure
+
+
+def split_product(axis: Axis, outer: Size, inner: Size) -> tuple[Axis, Axis]:
+    """Split a leaf into outer × inner, everywhere it occurs."""
+    parts = leaf(outer), leaf(inner)
+    _become(axis, product(parts))
+    return parts
+
+
+def split_concat(axis: Axis, first: Size) -> list[Axis] | None:
+    """Split an axis in two segments, the first of this size; None when it has no such boundary."""
+    axis = find(axis)
+    if axis.kind == "leaf":
+        parts = leaf(first), leaf(axis.size - first)
+        _become(axis, concat(parts))
+        return list(parts)
+    if axis.kind == "product":
+        outer, *rest = factors(axis)
+        rows = divide(first, sympy_product([r.size for r in rest]))
+        if rows is not None and split_concat(outer, rows) is not None:
+            return segments(axis)
+    return None
+
+
+def unify(a: Axis, b: Axis, where: str) -> None:
+    """Say that two axes are one. Where they cannot be, freeze both with `where` as the place."""
+    a, b = find(a), find(b)
+    if a is b:
+        return
+    if not equal(a.size, b.size):
+        _give_up(a, b, f"sizes {a.size} and {b.size} meet at {where}")
+    elif a.kind == "leaf" or b.kind == "leaf":
+        one, other = (a, b) if a.kind == "leaf" else (b, a)
+        if any(x is one for x in leaves(other)):
+            _give_up(a, b, f"an axis meets a part of itself at {where}")
+            return
+        for part in leaves(other):
+            part.frozen.update(one.frozen)
+            part.normalised |= one.normalised
+        one._forward = other
+    elif a.kind == b.kind == "product":
+        if not _refine_products(factors(a), factors(b), where):
+            _give_up(a, b, f"{a!r} and {b!r} have no common refinement at {where}")
+    elif not _refine_segments(segments(a), segments(b), where) and not _refine_products(
+        factors(a), factors(b), where
+    ):
+        _give_up(a, b, f"{a!r} and {b!r} have no common refinement at {where}")
+
+
+def _give_up(a: Axis, b: Axis, reason: str) -> None:
+    freeze(a, reason)
+    freeze(b, reason)
+
+
+def _refine_products(left: list[Axis], right: list[Axis], where: str) -> bool:
+    left, right = list(left), list(right)
+    while left and right:
+        x, y = left.pop(0), right.pop(0)
+        x, y = find(x), find(y)
+        if x.kind == "product" or y.kind == "product":  # split by an earlier step of this loop
+            left[:0], right[:0] = factors(x), factors(y)
+            continue
+        if equal(x.size, y.size):
+            unify(x, y, where)
+            continue
+        small, large, rest = (x, y, right) if divide(y.size, x.size) is not None else (y, x, left)
+        parts = take_outer(large, small.size, where)
+        if parts is None:
+            return False
+        unify(small, parts[0], where)
+        rest.insert(0, parts[1])
+    return not left and not right
+
+
+def take_outer(axis: Axis, outer: Size, where: str) -> tuple[Axis, Axis] | None:
+    """An axis that is no product as outer × inner: a leaf splits, k equal segments are stacked."""
+    inner = divide(axis.size, outer)
+    if inner is None:
+        return None
+    if axis.kind == "leaf":
+        return split_product(axis, outer, inner)
+    parts = segments(axis)
+    if len(parts) == outer and all(equal(p.size, inner) for p in parts):
+        for part in parts[1:]:
+            unify(parts[0], part, where)
+        stack = leaf(outer)
+        freeze(stack, f"segments are stacked at {where}")
+        return stack, parts[0]
+    return None
+
+
+def _refine_segments(left: list[Axis], right: list[Axis], where: str) -> bool:
+    left, right = list(left), list(right)
+    while left and right:
+        x, y = find(left.pop(0)), find(right.pop(0))
+        if equal(x.size, y.size):
+            unify(x, y, where)
+            continue
+        difference = x.size - y.size
+        if not isinstance(difference, int):
+            return False
+        small, large, rest = (x, y, right) if difference < 0 else (y, x, left)
+        parts = segments(large)
+        if len(parts) == 1:
+            split = split_concat(large, small.size)
+            if split is None:
+                return False
+            parts = split
+        rest[:0] = parts
+        (left if rest is right else right).insert(0, small)
+    return not left and not right
+
+
+def recut(axes: Sequence[Axis], sizes: Sequence[Size], where: str) -> list[Axis] | None:
+    """Cut the row-major list of factors of `axes` into dimensions of other sizes (view, reshape).
+
+    None when a boundary falls inside an axis that cannot be split.
+    """
+    rest = [f for axis in axes for f in factors(axis)]
+    result: list[Axis] = []
+    for size in sizes:
+        taken: list[Axis] = []
+        needed = size
+        while not equal(needed, 1):
+            if not rest:
+                return None
+            first = find(rest.pop(0))
+            if first.kind == "product":
+                rest[:0] = factors(first)
+                continue
+            remaining = divide(needed, first.size)
+            if remaining is None:
+                parts = take_outer(first, needed, where)
+                if parts is None:
+                    return None
+                rest[:0] = [parts[1]]
+                first, remaining = parts[0], 1
+            taken.append(first)
+            needed = remaining
+        result.append(product(taken) if taken else leaf(1))
+    return result if not rest else None
+
+
+def new_size(axis: Axis, keep: Mapping[Axis, Tensor]) -> Size:
+    """The size of an axis once its leaves keep only these indices."""
+    axis = find(axis)
+    if axis.kind == "leaf":
+        return len(keep[axis]) if axis in keep else axis.size
+    sizes = [new_size(child, keep) for child in axis.children]
+    return sympy_product(sizes) if axis.kind == "product" else sum(sizes)
+
+
+def kept_indices(axis: Axis, keep: Mapping[Axis, Tensor]) -> Tensor:
+    """Positions along an axis of static size that stay, as int64 [new size], ascending per leaf."""
+    axis = find(axis)
+    if axis.kind == "leaf":
+        return keep[axis] if axis in keep else torch.arange(int(axis.size))
+    result = torch.zeros(1 if axis.kind == "product" else 0, dtype=torch.int64)
+    offset = 0
+    for child in axis.children:
+        indices = kept_indices(child, keep)
+        if axis.kind == "product":
+            result = (result[:, None] * int(child.size) + indices[None, :]).reshape(-1)
+        else:
+            result = torch.cat([result, indices + offset])
+            offset += int(child.size)
+    return result
+
+
+def unit_labels(axis: Axis, wanted: Axis) -> Tensor:
+    """For each position along an axis, the index of leaf `wanted` there, or -1; int64 [size]."""
+    axis, wanted = find(axis), find(wanted)
+    if axis.kind == "leaf":
+        size = int(axis.size)
+        return torch.arange(size) if axis is wanted else torch.full((size,), -1)
+    labels = [unit_labels(child, wanted) for child in axis.children]
+    if axis.kind == "concat":
+        return torch.cat(labels)
+    result = torch.full((1,), -1)
+    for label in labels:
+        inner = label[None, :].expand(len(result), -1)
+        result = torch.where(inner >= 0, inner, result[:, None]).reshape(-1)
+    return result

@@ -1,0 +1,119 @@
+"""The walk: every entry graph once, unifying axes by the rules, then freezing what must stay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from graphprune.axes import algebra
+from graphprune.axes.algebra import Axis
+from graphprune.axes.rules import RULES
+from graphprune.axes.rules._base import Dims, Facts, RuleContext, frozen_like, place, size_of
+from graphprune.graph import op_name, output_node
+from graphprune.program import Program
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The axes of a program: one tuple a tensor, and the facts of each entry graph."""
+
+    program: Program
+    tensors: Mapping[str, Dims]
+    facts: Mapping[str, Facts]
+
+
+def infer_axes(program: Program) -> Axes:
+    """Find out which dimensions of which tensors are the same axis.
+
+    All entries are read together: a tensor has the same axes in each of them.
+    """
+    tensors = {
+        name: tuple(algebra.leaf(int(s)) for s in tensor.shape)
+        for name, tensor in program.tensors.items()
+    }
+    facts = {}
+    for name, entry in program.entries.items():
+        facts[name] = _walk(entry.graph, tensors)
+    for name in program.metadata.get("overlapping", ()):
+        for axis in tensors.get(name, ()):
+            algebra.freeze(axis, f"{name} shares a part of its memory with another tensor")
+    for found in facts.values():
+        _freeze_mixed(found)
+    return Axes(program, tensors, facts)
+
+
+def _walk(graph: fx.Graph, tensors: Mapping[str, Dims]) -> Facts:
+    facts = Facts(weights=_weights(graph))
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "get_attr":
+            facts.dims[node] = tensors[str(node.target)]
+        elif node.op == "placeholder":
+            facts.dims[node] = frozen_like(value, f"input {node.name!r} of the model")
+        elif node.op == "call_function" and isinstance(value, (torch.Tensor, tuple, list)):
+            facts.dims[node] = _apply(node, facts)
+    for result in output_node(graph).all_input_nodes:
+        for axis in facts.dims.get(result, ()):
+            algebra.freeze(axis, "output of the model")
+    return facts
+
+
+def _apply(node: fx.Node, facts: Facts) -> object:
+    context = RuleContext(node, facts)
+    function = RULES.get(op_name(node))
+    if function is None:
+        return context.unknown()
+    dims = function(context)
+    if isinstance(dims, tuple):
+        _check_sizes(node, dims)
+    return dims
+
+
+def _check_sizes(node: fx.Node, dims: Dims) -> None:
+    """A rule whose output has other sizes than the operator's is wrong: say so at once."""
+    wanted = [size_of(s) for s in node.meta["val"].shape]
+    if len(dims) != len(wanted) or not all(
+        algebra.equal(a.size, s) for a, s in zip(dims, wanted, strict=True)
+    ):
+        raise AssertionError(
+            f"the axis rule of {place(node)} gives {[a.size for a in dims]} for {wanted}"
+        )
+
+
+def _weights(graph: fx.Graph) -> set[fx.Node]:
+    """Values that are made of tensors of the program and of sizes alone, not of the inputs."""
+    inputs: set[fx.Node] = set()
+    weights: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder" or (
+            op_name(node) != "sym_size" and any(n in inputs for n in node.all_input_nodes)
+        ):
+            inputs.add(node)
+        elif node.op == "get_attr" or any(n in weights for n in node.all_input_nodes):
+            weights.add(node)
+    return weights
+
+
+def _freeze_mixed(facts: Facts) -> None:
+    """A sum over a product with an input size cannot be masked by a constant: freeze it."""
+    for contraction in facts.contractions:
+        parts = list(algebra.leaves(contraction.axis))
+        if any(not isinstance(p.size, int) for p in parts):
+            for part in parts:
+                algebra.freeze(
+                    part, f"summed together with an input size by {place(contraction.node)}"
+                )
+
+
+def dims_of(axes: Axes, entry: str, node: fx.Node) -> Dims:
+    """The axes of a node's value; empty for values that are no tensors."""
+    found = axes.facts[entry].dims.get(node, ())
+    return found if isinstance(found, tuple) else ()
+
+
+def axis_leaves(dims: Dims) -> set[Axis]:
+    """All leaves of some axes."""
+    return {part for axis in dims for part in algebra.leaves(axis)}

@@ -1,0 +1,199 @@
+"""Axis groups: the leaves of the analysis as users and passes see them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from graphprune.axes import algebra
+from graphprune.axes.algebra import Axis
+from graphprune.axes.analysis import Axes, infer_axes
+from graphprune.axes.roles import roles
+from graphprune.errors import UnsupportedError
+from graphprune.program import Program
+
+
+@dataclass(frozen=True, slots=True)
+class Occurrence:
+    """A place where an axis occurs: dimension `dim` of tensor `tensor`, or a part of it."""
+
+    tensor: str
+    dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class AxisGroup:
+    """One axis with everything that has it: removing a unit removes a slice of each.
+
+    Attributes:
+        id: its first occurrence, "tensor[dim]" or "tensor[dim].k" for the k-th part of a dimension.
+        size: number of units.
+        role: what it is for, one of `graphprune.axes.ROLES`.
+        occurrences: every tensor dimension that it is, or is a part of.
+        frozen: why no unit can go; empty when they can.
+        normalised: removing a unit changes a mean or variance, so it is not exact.
+        cost: parameters that go with one unit.
+    """
+
+    id: str
+    size: int
+    role: str
+    occurrences: tuple[Occurrence, ...]
+    frozen: tuple[str, ...]
+    normalised: bool
+    cost: int
+    axis: Axis = field(repr=False, compare=False)
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Names of the tensors that have this axis, each once."""
+        return tuple(dict.fromkeys(o.tensor for o in self.occurrences))
+
+    def to_json(self) -> dict[str, Any]:
+        """The group as JSON."""
+        return {
+            "id": self.id,
+            "role": self.role,
+            "size": self.size,
+            "cost": self.cost,
+            "normalised": self.normalised,
+            "frozen": list(self.frozen),
+            "occurrences": [[o.tensor, o.dim] for o in self.occurrences],
+        }
+
+
+class AxisGroups(Sequence[AxisGroup]):
+    """All axis groups of a program, in the order of its tensors."""
+
+    def __init__(self, axes: Axes) -> None:
+        self.axes = axes
+        self.program = axes.program
+        self._groups = _groups(axes)
+        self._by_id = {g.id: g for g in self._groups}
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    @overload
+    def __getitem__(self, key: int | str) -> AxisGroup: ...
+    @overload
+    def __getitem__(self, key: slice) -> list[AxisGroup]: ...
+    def __getitem__(self, key: int | str | slice) -> AxisGroup | list[AxisGroup]:
+        if isinstance(key, str):
+            if key not in self._by_id:
+                raise UnsupportedError(f"no axis group {key!r}; `graphprune inspect` lists them")
+            return self._by_id[key]
+        return self._groups[key]
+
+    def __iter__(self) -> Iterator[AxisGroup]:
+        return iter(self._groups)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._by_id if isinstance(key, str) else key in self._groups
+
+    def with_role(self, *wanted: str) -> list[AxisGroup]:
+        """The groups of these roles, frozen ones included."""
+        return [g for g in self._groups if g.role in wanted]
+
+    def of(self, tensor: str, dim: int) -> list[AxisGroup]:
+        """The groups that make up a tensor's dimension."""
+        parts = set(algebra.leaves(self.axes.tensors[tensor][dim]))
+        return [g for g in self._groups if algebra.find(g.axis) in parts]
+
+    def keep(self, kept: Mapping[str, Any]) -> dict[Axis, Tensor]:
+        """Group ids with indices, checked, as leaves with sorted int64 indices.
+
+        Raises:
+            UnsupportedError: a group is unknown, frozen, or the indices are not units of it.
+        """
+        result = {}
+        for name, indices in kept.items():
+            group = self[name]
+            index = torch.unique(torch.as_tensor(indices, dtype=torch.int64))
+            if len(index) == group.size:
+                continue
+            if group.frozen:
+                raise UnsupportedError(
+                    f"cannot prune {group.role} axis {name!r}: {'; '.join(group.frozen)}"
+                )
+            if not len(index) or int(index[0]) < 0 or int(index[-1]) >= group.size:
+                raise UnsupportedError(
+                    f"axis {name!r} has units 0 to {group.size - 1} and keeps at least one, "
+                    f"got {index.tolist()}"
+                )
+            result[algebra.find(group.axis)] = index
+        return result
+
+    def indices(self, tensor: str, dim: int, kept: Mapping[str, Any]) -> Tensor:
+        """Positions along a tensor's dimension that stay when groups keep these units."""
+        return algebra.kept_indices(self.axes.tensors[tensor][dim], self.keep(kept))
+
+    def units(self, group: AxisGroup, tensor: str, dim: int) -> Tensor:
+        """For each position along a tensor's dimension, its unit of the group, or -1."""
+        # By name: a group of another analysis of the same program has other axis objects.
+        return algebra.unit_labels(self.axes.tensors[tensor][dim], self[group.id].axis)
+
+    def num_parameters(self, kept: Mapping[str, Any]) -> int:
+        """Parameters of the program once groups keep these units."""
+        return _num_parameters(self.axes, self.keep(kept))
+
+    def __str__(self) -> str:
+        lines = [f"{'role':18}{'size':>7}{'params/unit':>13}  axis"]
+        for g in self._groups:
+            note = f"  frozen: {g.frozen[0]}" if g.frozen else ""
+            note += "  normalised" if g.normalised and not g.frozen else ""
+            lines.append(f"{g.role:18}{g.size:>7}{g.cost:>13,}  {g.id}{note}")
+        return "\n".join(lines)
+
+
+def axis_groups(program: Program) -> AxisGroups:
+    """The axis groups of a program: what can be removed from it, and what cannot, and why."""
+    return AxisGroups(infer_axes(program))
+
+
+def _groups(axes: Axes) -> list[AxisGroup]:
+    occurrences: dict[Axis, list[Occurrence]] = {}
+    names: dict[Axis, str] = {}
+    for tensor, dims in axes.tensors.items():
+        for dim, axis in enumerate(dims):
+            parts = list(algebra.leaves(axis))
+            for k, leaf in enumerate(parts):
+                found = occurrences.setdefault(leaf, [])
+                if Occurrence(tensor, dim) not in found:
+                    found.append(Occurrence(tensor, dim))
+                names.setdefault(leaf, f"{tensor}[{dim}]" + (f".{k}" if len(parts) > 1 else ""))
+    known = roles(axes)
+    return [
+        AxisGroup(
+            id=names[leaf],
+            size=int(leaf.size),
+            role=known.get(leaf, "other"),
+            occurrences=tuple(places),
+            frozen=tuple(leaf.frozen),
+            normalised=leaf.normalised,
+            cost=_unit_cost(axes, leaf, places),
+            axis=leaf,
+        )
+        for leaf, places in occurrences.items()
+        if leaf.size > 1
+    ]
+
+
+def _unit_cost(axes: Axes, leaf: Axis, places: Sequence[Occurrence]) -> int:
+    keep = {leaf: torch.arange(int(leaf.size) - 1)}
+    names = {o.tensor for o in places if o.tensor in axes.program.parameters}
+    return sum(
+        axes.program.tensors[name].numel() - _numel(axes.tensors[name], keep) for name in names
+    )
+
+
+def _numel(dims: Sequence[Axis], keep: Mapping[Axis, Tensor]) -> int:
+    return int(algebra.sympy_product([algebra.new_size(a, keep) for a in dims]))
+
+
+def _num_parameters(axes: Axes, keep: Mapping[Axis, Tensor]) -> int:
+    return sum(_numel(axes.tensors[name], keep) for name in axes.program.parameters)

@@ -1,0 +1,183 @@
+"""What an axis is for, read off its consumers, never off names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import fx
+
+from graphprune.axes import algebra
+from graphprune.axes.algebra import Axis
+from graphprune.axes.analysis import Axes, axis_leaves, dims_of
+from graphprune.axes.rules._base import Contraction, Facts
+from graphprune.graph import op_name
+
+ROLES = (
+    "head",
+    "kv_group",
+    "queries_per_group",
+    "qk_dim",
+    "v_dim",
+    "neuron",
+    "pooled",
+    "residual",
+    "vocab",
+    "expert",
+    "other",
+)
+_POOLING = {
+    "select", "index", "gather", "mean", "sum", "amax", "max", "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d", "adaptive_avg_pool3d", "flatten", "slice",
+}  # fmt: skip
+
+
+def roles(axes: Axes) -> dict[Axis, str]:
+    """The role of every leaf that has one; all others are "other"."""
+    found: dict[Axis, str] = {}
+    for name, facts in axes.facts.items():
+        graph = axes.program.entries[name].graph
+        walk = _Walk(axes, name, facts, graph)
+        for axis, role in walk.roles():
+            found.setdefault(axis, role)
+    return found
+
+
+class _Walk:
+    """One entry graph, with who descends from whom."""
+
+    def __init__(self, axes: Axes, name: str, facts: Facts, graph: fx.Graph) -> None:
+        self.axes, self.name, self.facts = axes, name, facts
+        self.nodes = list(graph.nodes)
+        self.number = {node: i for i, node in enumerate(self.nodes)}
+        self.ancestors: dict[fx.Node, int] = {}
+        for node in self.nodes:
+            bits = 0
+            for source in node.all_input_nodes:
+                bits |= self.ancestors[source] | (1 << self.number[source])
+            self.ancestors[node] = bits
+        self.weighted = [c for c in facts.contractions if c.kind == "weights"]
+        self.consumed: dict[Axis, list[Contraction]] = {}
+        for contraction in self.weighted:
+            for leaf in algebra.leaves(contraction.axis):
+                self.consumed.setdefault(leaf, []).append(contraction)
+        self.produced = self._produced()
+
+    def roles(self) -> Iterable[tuple[Axis, str]]:
+        """(leaf, role), the strongest claim first."""
+        for axis in self.facts.experts:
+            yield from ((leaf, "expert") for leaf in algebra.leaves(axis))
+        for node, axis in self.facts.gathered:
+            role = "vocab" if self._from_input(node) else "other"
+            yield from ((leaf, role) for leaf in algebra.leaves(axis))
+        yield from self._attention()
+        residual = self._residual()
+        for leaf in residual:
+            yield leaf, "residual"
+        for leaf in self.consumed:
+            if leaf in self.produced:
+                yield leaf, "pooled" if self._pooled(leaf) else "neuron"
+
+    def _after(self, node: fx.Node, ancestor: fx.Node) -> bool:
+        return node is ancestor or bool(self.ancestors[node] >> self.number[ancestor] & 1)
+
+    def _from_input(self, node: fx.Node) -> bool:
+        return any(n.op == "placeholder" and self._reads(node, n) for n in self.nodes)
+
+    def _reads(self, node: fx.Node, source: fx.Node) -> bool:
+        """Whether the values of `source`, not only its sizes, reach `node`."""
+        seen, stack = set(), [node]
+        while stack:
+            current = stack.pop()
+            if current is source:
+                return True
+            if current in seen or op_name(current) == "sym_size":
+                continue
+            seen.add(current)
+            stack.extend(current.all_input_nodes)
+        return False
+
+    def _produced(self) -> dict[Axis, list[fx.Node]]:
+        """Leaves that come out of a product with a weight, and where."""
+        produced: dict[Axis, list[fx.Node]] = {}
+        for contraction in self.weighted:
+            inputs = axis_leaves(dims_of(self.axes, self.name, contraction.operand))
+            for other in contraction.node.all_input_nodes:
+                if other is contraction.operand:
+                    continue
+                fresh = axis_leaves(dims_of(self.axes, self.name, other)) - inputs
+                output = axis_leaves(dims_of(self.axes, self.name, contraction.node))
+                for leaf in fresh & output:
+                    produced.setdefault(leaf, []).append(contraction.node)
+        # A square weight has one axis on both sides: it is produced all the same.
+        for contraction in self.weighted:
+            output = axis_leaves(dims_of(self.axes, self.name, contraction.node))
+            for leaf in axis_leaves((contraction.axis,)) & output:
+                produced.setdefault(leaf, []).append(contraction.node)
+        return produced
+
+    def _attention(self) -> Iterable[tuple[Axis, str]]:
+        for _, role, axis in self.facts.attention:
+            if role != "head":
+                continue
+            # Other factors are the batch, or windows that were folded into it.
+            static = [
+                f for f in algebra.factors(axis) if set(algebra.leaves(f)) & set(self.produced)
+            ]
+            for i, factor in enumerate(static):
+                name = "head" if len(static) == 1 else "kv_group" if i == 0 else "queries_per_group"
+                yield from ((leaf, name) for leaf in algebra.leaves(factor))
+        for _, role, axis in self.facts.attention:
+            if role != "head":
+                for leaf in algebra.leaves(axis):
+                    if leaf in self.produced:
+                        yield leaf, role
+
+    def _residual(self) -> set[Axis]:
+        """Leaves of sums x + f(x) where f contracts the very axis that it is added to."""
+        found: set[Axis] = set()
+        for node in self.nodes:
+            if op_name(node) not in {"add", "add_"} or len(node.all_input_nodes) != 2:
+                continue
+            a, b = node.all_input_nodes
+            shared = axis_leaves(dims_of(self.axes, self.name, a)) & axis_leaves(
+                dims_of(self.axes, self.name, b)
+            )
+            for leaf in shared - found:
+                for x, fx_ in ((a, b), (b, a)):
+                    if any(
+                        self._after(fx_, c.node) and self._after(c.node, x)
+                        for c in self.consumed.get(leaf, ())
+                    ):
+                        found.add(leaf)
+        return found
+
+    def _pooled(self, leaf: Axis) -> bool:
+        """Whether the leaf lives where the positions are gone, behind what took them away."""
+        for contraction in self.consumed[leaf]:
+            if self._positions(contraction.operand):
+                return False
+        return any(
+            op_name(node) in _POOLING
+            and any(self._after(source, node) for source in self.produced[leaf])
+            and self._positions(node.all_input_nodes[0])
+            and not self._positions(node)
+            for node in self.nodes
+            if node.op == "call_function" and node.all_input_nodes
+        )
+
+    def _positions(self, node: fx.Node) -> set[Axis]:
+        """Leaves of a value that are neither the batch nor features."""
+        entry = self.axes.program.entries[self.name]
+        batch = {
+            n.meta["val"].shape[0].node.expr
+            for n in self.nodes
+            if n.op == "placeholder" and 0 in entry.dynamic.get(n.name, {})
+        }
+        return {
+            leaf
+            for leaf in axis_leaves(dims_of(self.axes, self.name, node))
+            if leaf.size != 1
+            and leaf.size not in batch
+            and leaf not in self.consumed
+            and leaf not in self.produced
+        }

@@ -1,0 +1,9 @@
+"""One rule an operator. Importing this package registers them all."""
+
+from graphprune.axes.rules import contraction as contraction
+from graphprune.axes.rules import elementwise as elementwise
+from graphprune.axes.rules import indexing as indexing
+from graphprune.axes.rules import reduction as reduction
+from graphprune.axes.rules import shape as shape
+from graphprune.axes.rules._base import REWRITERS as REWRITERS
+from graphprune.axes.rules._base import RULES as RULES

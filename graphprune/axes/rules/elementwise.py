@@ -1,0 +1,67 @@
+"""Operators that work element by element: equal dimensions are one axis, size-1 ones stay free."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from graphprune.axes.rules._base import Dims, RuleContext, rule
+
+_UNARY = (
+    "abs", "acos", "acosh", "alias", "alpha_dropout", "asin", "asinh", "atan", "atanh",
+    "bernoulli", "bitwise_not", "bool", "ceil", "celu", "clone", "contiguous", "cos",
+    "cosh", "deg2rad", "detach", "digamma", "dropout", "elu", "erf", "erfc", "erfinv",
+    "exp", "exp2", "expm1", "feature_dropout", "fill", "floor", "frac", "full_like",
+    "gelu", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "isfinite", "isinf",
+    "isnan", "leaky_relu", "lgamma", "lift", "lift_fresh", "lift_fresh_copy", "log",
+    "log10", "log1p", "log2", "log_sigmoid", "logical_not", "logit", "mish", "nan_to_num",
+    "neg", "ones_like", "positive", "rad2deg", "rand_like", "randn_like", "reciprocal",
+    "relu", "relu6", "round", "rrelu", "rsqrt", "selu", "sgn", "sigmoid", "sign",
+    "signbit", "silu", "sin", "sinc", "sinh", "softplus", "softshrink", "softsign", "sqrt",
+    "square", "tan", "tanh", "tanhshrink", "threshold", "to", "_to_copy", "trunc",
+    "type_as", "zeros_like", "empty_like", "float", "double", "half", "int", "long",
+)  # fmt: skip
+_BROADCAST = (
+    "add", "sub", "rsub", "mul", "div", "true_divide", "floor_divide", "remainder", "fmod",
+    "pow", "atan2", "hypot", "copysign", "maximum", "minimum", "fmax", "fmin", "clamp",
+    "clamp_min", "clamp_max", "clip", "where", "masked_fill", "addcmul", "addcdiv", "lerp",
+    "eq", "ne", "lt", "le", "gt", "ge", "greater", "greater_equal", "less", "less_equal",
+    "not_equal", "logical_and", "logical_or", "logical_xor", "bitwise_and", "bitwise_or",
+    "bitwise_xor", "__and__", "__or__", "__xor__", "__lshift__", "__rshift__",
+    "bitwise_left_shift", "bitwise_right_shift", "expand_as", "copy", "xlogy",
+    "float_power", "logaddexp", "polar", "complex",
+)  # fmt: skip
+
+
+@rule(*_UNARY)
+def unary(c: RuleContext) -> Dims:
+    """The output has the axes of the first tensor argument."""
+    operand = c.node.args[0] if c.node.args else c.get("self", c.get("input"))
+    return c.dims(operand)
+
+
+@rule(*_BROADCAST)
+def broadcast(c: RuleContext) -> Dims:
+    """Equal dimensions unify, aligned from the right; size-1 dimensions stay free."""
+    operands = [c.dims(a) for a in c.arguments.values() if isinstance(a, fx.Node)]
+    return c.broadcast(*operands)
+
+
+@rule("prelu", "_prelu_kernel")
+def prelu(c: RuleContext) -> Dims:
+    """One slope a channel, or one for all."""
+    dims, weight = c.dims(c.get("self")), c.dims(c.get("weight"))
+    if weight and weight[-1].size != 1 and len(weight) == 1 and len(dims) > 1:
+        c.unify(dims[1], weight[0])
+        return dims
+    return c.broadcast(dims, weight)
+
+
+@rule("glu")
+def glu(c: RuleContext) -> Dims:
+    """Two halves of one axis, multiplied: they are one axis twice."""
+    dims = c.dims(c.get("self"))
+    d = c.dim(len(dims))
+    half = c.sizes()[d]
+    first, second = c.cut(dims[d], [half, half])
+    c.unify(first, second)
+    return (*dims[:d], first, *dims[d + 1 :])

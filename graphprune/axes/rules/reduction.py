@@ -1,0 +1,247 @@
+"""Reductions and normalisations: exact sums, pinned means, statistics, and frozen choices."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from graphprune.axes import algebra
+from graphprune.axes.rules._base import Dims, RewriteContext, RuleContext, rewriter, rule
+from graphprune.graph import op_name
+
+
+def _reduced(c: RuleContext, dims: Dims, over: list[int]) -> Dims:
+    keep = bool(c.get("keepdim", False))
+    return tuple(
+        algebra.leaf(1) if i in over else axis
+        for i, axis in enumerate(dims)
+        if keep or i not in over
+    )
+
+
+@rule("sum", "mean", "linalg_vector_norm", "norm", "count_nonzero")
+def summed(c: RuleContext) -> Dims:
+    """A sum over an axis: what is removed adds nothing."""
+    dims = c.dims(c.get("self"))
+    over = c.dim_list(len(dims))
+    if c.get("ord", c.get("p", 2)) in (0, math.inf, -math.inf):
+        c.freeze([dims[i] for i in over])
+    for i in over:
+        c.contract("self", i)
+    return _reduced(c, dims, over)
+
+
+@rewriter("mean")
+def pin_mean(r: RewriteContext) -> None:
+    """A mean divides by the size: multiply by new/old, so that it divides by the old one."""
+    dims = r.dims(r.get("self"))
+    given = r.get("dim")
+    over = [int(d) % len(dims) for d in given] if given else range(len(dims))
+    ratio = 1.0
+    for i in over:
+        if r.changed(dims[i]):
+            ratio *= r.static_size(dims[i]) / int(dims[i].size)
+    if ratio != 1.0:
+        r.scale_after(ratio)
+
+
+@rule("softmax", "log_softmax", "_softmax", "_log_softmax", "_safe_softmax", "softmin", "cumsum",
+      "cumprod", "logcumsumexp", "flip", "roll", "tril", "triu")  # fmt: skip
+def ordered(c: RuleContext) -> Dims:
+    """Every unit depends on the others along the axis, or on its place."""
+    dims = c.dims(c.node.args[0])
+    if op_name(c.node) in {"tril", "triu"}:
+        c.freeze(dims[-2:])
+        return dims
+    over = c.dim_list(len(dims), "dims" if "dims" in c.arguments else "dim")
+    c.freeze([dims[i] for i in over])
+    return dims
+
+
+@rule("amax", "amin", "any", "all", "prod", "logsumexp", "argmax", "argmin")
+def chosen(c: RuleContext) -> Dims:
+    """A reduction that a removed unit may win."""
+    dims = c.dims(c.node.args[0])
+    over = c.dim_list(len(dims))
+    c.freeze([dims[i] for i in over])
+    return _reduced(c, dims, over)
+
+
+@rule("max", "min")
+def extreme(c: RuleContext) -> Dims | list[Dims]:
+    """Elementwise against another tensor, or a choice along an axis."""
+    dims = c.dims(c.get("self"))
+    if c.get("other") is not None:
+        return c.broadcast(dims, c.dims(c.get("other")))
+    over = c.dim_list(len(dims))
+    c.freeze([dims[i] for i in over])
+    reduced = _reduced(c, dims, over)
+    return [reduced, reduced] if isinstance(c.value, (tuple, list)) else reduced
+
+
+@rule("topk", "sort", "kthvalue", "mode", "median")
+def sorted_(c: RuleContext) -> list[Dims] | Dims:
+    """A choice along an axis, with new places along it."""
+    dims = c.dims(c.get("self"))
+    if not isinstance(c.value, (tuple, list)):
+        c.freeze(dims)
+        return c.fresh()
+    d = c.dim(len(dims), default=-1)
+    c.freeze(dims[d])
+    outputs = []
+    for i in range(len(c.value)):
+        fresh = c.fresh(i)
+        if len(fresh) != len(dims):  # kthvalue and friends drop the axis
+            outputs.append((*dims[:d], *dims[d + 1 :]))
+            continue
+        c.freeze(fresh[d])
+        outputs.append((*dims[:d], fresh[d], *dims[d + 1 :]))
+    return outputs
+
+
+@rule("argsort")
+def argsort(c: RuleContext) -> Dims:
+    """Places along an axis."""
+    dims = c.dims(c.get("self"))
+    c.freeze(dims[c.dim(len(dims), default=-1)])
+    return dims
+
+
+@rule("var", "std")
+def statistic(c: RuleContext) -> Dims:
+    """Statistics over an axis change when units go."""
+    dims = c.dims(c.get("self"))
+    over = c.dim_list(len(dims))
+    for i in over:
+        algebra.normalise(dims[i])
+    return _reduced(c, dims, over)
+
+
+@rule("var_mean", "std_mean")
+def statistics(c: RuleContext) -> list[Dims]:
+    """Two statistics over an axis."""
+    dims = statistic(c)
+    return [dims, dims]
+
+
+@rule("layer_norm")
+def layer_norm(c: RuleContext) -> Dims:
+    """The last dimensions are normalised: removing from them changes mean and variance."""
+    dims = c.dims(c.get("input"))
+    last = dims[len(dims) - len(c.get("normalized_shape")) :]
+    for name in ("weight", "bias"):
+        for a, b in zip(last, c.dims(c.get(name)), strict=False):
+            c.unify(a, b)
+    for axis in last:
+        algebra.normalise(axis)
+    return dims
+
+
+@rule("_weight_norm")
+def weight_norm(c: RuleContext) -> Dims:
+    """v · g / |v|, the norm taken over all dimensions but one: those are normalised."""
+    dims = c.dims(c.get("v"))
+    d = c.dim(len(dims), default=0)
+    for i, axis in enumerate(dims):
+        if i != d:
+            algebra.normalise(axis)
+    return c.broadcast(dims, c.dims(c.get("g")))
+
+
+@rule("rms_norm")
+def rms_norm(c: RuleContext) -> Dims:
+    """A mean of squares over the last dimensions: exact once it is rescaled."""
+    dims = c.dims(c.get("input"))
+    n = len(c.get("normalized_shape"))
+    for a, b in zip(dims[len(dims) - n :], c.dims(c.get("weight")), strict=False):
+        c.unify(a, b)
+    for i in range(len(dims) - n, len(dims)):
+        c.contract("input", i)
+    return dims
+
+
+@rewriter("layer_norm")
+def resize_layer_norm(r: RewriteContext) -> None:
+    shape = r.get("normalized_shape")
+    r.set(normalized_shape=r.resize(shape, r.output[len(r.output) - len(shape) :]))
+
+
+@rewriter("rms_norm")
+def rescale_rms_norm(r: RewriteContext) -> None:
+    """x / √(Σx²/old + eps) = x / √(Σx²/new + eps·old/new) · √(old/new)."""
+    shape = r.get("normalized_shape")
+    dims = r.output[len(r.output) - len(shape) :]
+    if not any(r.changed(a) for a in dims):
+        return
+    ratio = math.prod(int(a.size) for a in dims) / math.prod(r.static_size(a) for a in dims)
+    eps = r.get("eps")
+    if eps is None:
+        eps = torch.finfo(r.node.meta["val"].dtype).eps
+    r.set(normalized_shape=r.resize(shape, dims), eps=eps * ratio)
+    r.scale_after(math.sqrt(ratio))
+
+
+@rule("group_norm")
+def group_norm(c: RuleContext) -> Dims:
+    """Groups are exact; inside a group the channels are normalised."""
+    dims = c.dims(c.get("input"))
+    group = algebra.leaf(int(c.get("num_groups")))
+    inner = algebra.leaf(dims[1].size // int(c.get("num_groups")))
+    c.remember(groups=group)
+    c.unify(dims[1], algebra.product([group, inner]))
+    algebra.normalise(inner)
+    for name in ("weight", "bias"):
+        if c.dims(c.get(name)):
+            c.unify(dims[1], c.dims(c.get(name))[0])
+    return dims
+
+
+@rewriter("group_norm")
+def resize_group_norm(r: RewriteContext) -> None:
+    groups = r.extra("groups")
+    if groups is not None and r.changed(groups):
+        r.set(num_groups=r.static_size(groups))
+
+
+@rule("batch_norm", "instance_norm", "_native_batch_norm_legit_no_training", "native_batch_norm")
+def batch_norm(c: RuleContext) -> Dims | list[Dims]:
+    """Per channel, so exact."""
+    dims = c.dims(c.get("input"))
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        if c.dims(c.get(name)):
+            c.unify(dims[1], c.dims(c.get(name))[0])
+    if isinstance(c.value, (tuple, list)):
+        return [dims, *(c.fresh(i) for i in range(1, len(c.value)))]
+    return dims
+
+
+_POOLS = (
+    "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
+    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
+    "upsample_nearest2d", "upsample_bilinear2d", "upsample_nearest1d", "upsample_linear1d",
+    "upsample_bicubic2d",
+)  # fmt: skip
+
+
+@rule(*_POOLS)
+def pool(c: RuleContext) -> Dims:
+    """Channels pass; positions are mixed."""
+    dims = c.dims(c.node.args[0])
+    sides = int("".join(ch for ch in op_name(c.node) if ch.isdigit())[-1])
+    kept = len(dims) - sides
+    c.freeze(dims[kept:], "a position at")
+    fresh = c.fresh()[kept:]
+    c.freeze(fresh, "a position at")
+    return (*dims[:kept], *fresh)
+
+
+@rule("pad", "constant_pad_nd", "reflection_pad2d", "replication_pad2d", "reflection_pad1d")
+def pad(c: RuleContext) -> Dims:
+    """A padded axis keeps its numbering; others pass."""
+    dims, fresh = list(c.dims(c.get("self"))), c.fresh()
+    for i, axis in enumerate(dims):
+        if not algebra.equal(axis.size, fresh[i].size):
+            c.freeze([axis, fresh[i]], "padded by")
+            dims[i] = fresh[i]
+    return tuple(dims)

@@ -1,0 +1,171 @@
+"""Rewriting: remove units of axes from tensors and graphs, or mask them at the old shapes."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from graphprune.axes import algebra
+from graphprune.axes.algebra import Axis, Size
+from graphprune.axes.groups import AxisGroups, axis_groups
+from graphprune.axes.rules import REWRITERS
+from graphprune.axes.rules._base import Contraction, RewriteContext, size_of
+from graphprune.errors import VerificationError
+from graphprune.graph import bound_arguments, op_name, set_bound
+from graphprune.program import Program
+
+MASK = "graphprune_mask_"  # name prefix of the tensors that `mask` adds
+
+
+def shrink(program: Program, kept: Mapping[str, Any]) -> Program:
+    """Remove from each axis group all units but the kept ones: new tensors, new sizes.
+
+    1. Tensors are indexed along every occurrence of the axes.
+    2. Size arguments are rebuilt from the axes of the operator's output.
+    3. What an operator derived from an old size is pinned (attention scale, a mean's denominator).
+    4. All shapes are propagated again, and must be what the axes say.
+
+    Args:
+        program: left as it is.
+        kept: group id -> indices of the units that stay (a list or int64 tensor, any order).
+
+    Raises:
+        UnsupportedError: a group is unknown or frozen, or the indices are not units of it.
+        VerificationError: the rewritten graph does not fit its tensors; an error of ours.
+    """
+    fork = program.fork()
+    groups = axis_groups(fork)
+    keep = groups.keep(kept)
+    tensors = {name: _indexed(groups, name, t, keep) for name, t in fork.tensors.items()}
+    for name, facts in groups.axes.facts.items():
+        graph = fork.entries[name].graph
+        symbols = _Symbols(graph)
+        for node in list(graph.nodes):
+            rewrite = REWRITERS.get(op_name(node)) if node.op == "call_function" else None
+            if rewrite is not None:
+                with graph.inserting_before(node):
+                    rewrite(RewriteContext(node, facts, keep, symbols))
+    result = fork.with_graphs({n: e.graph for n, e in fork.entries.items()}, tensors)
+    _check_shapes(groups, result, keep)
+    return result.record(
+        {
+            "removed": {
+                name: {"of": groups[name].size, "kept": sorted(int(i) for i in indices)}
+                for name, indices in kept.items()
+            }
+        }
+    )
+
+
+def mask(program: Program, kept: Mapping[str, Any]) -> Program:
+    """The reference of `shrink`: old shapes, removed units times zero where they are summed.
+
+    Zeroing parameters would not do: a unit may have a constant of its own (elu(x) + 1 has one).
+    """
+    fork = program.fork()
+    groups = axis_groups(fork)
+    keep = groups.keep(kept)
+    tensors = dict(fork.tensors)
+    for name, facts in groups.axes.facts.items():
+        graph = fork.entries[name].graph
+        for contraction in facts.contractions:
+            if any(leaf in keep for leaf in algebra.leaves(contraction.axis)):
+                _mask_operand(graph, contraction, keep, tensors)
+    return replace(fork, tensors=tensors)
+
+
+def _indexed(groups: AxisGroups, name: str, tensor: Tensor, keep: Mapping[Axis, Tensor]) -> Tensor:
+    for dim, axis in enumerate(groups.axes.tensors[name]):
+        if any(leaf in keep for leaf in algebra.leaves(axis)):
+            indices = algebra.kept_indices(axis, keep)
+            tensor = tensor.index_select(dim, indices.to(tensor.device))
+    return tensor
+
+
+def _mask_operand(
+    graph: fx.Graph,
+    contraction: Contraction,
+    keep: Mapping[Axis, Tensor],
+    tensors: dict[str, Tensor],
+) -> None:
+    value = contraction.operand.meta["val"]
+    vector = torch.zeros(int(contraction.axis.size), dtype=value.dtype, device=value.device)
+    vector[algebra.kept_indices(contraction.axis, keep)] = 1
+    name = f"{MASK}{len(tensors)}"
+    tensors[name] = vector.reshape([-1] + [1] * (value.dim() - contraction.dim - 1))
+    argument, _, index = contraction.slot.partition(":")
+    with graph.inserting_before(contraction.node):
+        read = graph.create_node("get_attr", name)
+        current = bound_arguments(contraction.node)[argument]
+        operand = current[int(index)] if index else current
+        masked = graph.call_function(torch.ops.aten.mul.Tensor, (operand, read))
+    # Shapes stay, so metadata is known without propagating the whole graph again.
+    read.meta["val"] = value.fake_mode.from_tensor(tensors[name], static_shapes=True)
+    masked.meta["val"] = value
+    if index:
+        set_bound(
+            contraction.node,
+            {argument: [*current[: int(index)], masked, *current[int(index) + 1 :]]},
+        )
+    else:
+        set_bound(contraction.node, {argument: masked})
+
+
+class _Symbols:
+    """Turns a size into an int, or into graph nodes that compute it from the inputs' sizes."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.sources: dict[Any, tuple[fx.Node, int]] = {}
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                for dim, size in enumerate(node.meta["val"].shape):
+                    if isinstance(size, torch.SymInt):
+                        self.sources.setdefault(size_of(size), (node, dim))
+
+    def __call__(self, size: Size) -> Any:
+        if isinstance(size, int):
+            return size
+        expression = sympy.sympify(size)
+        if expression.is_Integer:
+            return int(expression)
+        if expression in self.sources:
+            return self.graph.call_function(torch.ops.aten.sym_size.int, self.sources[expression])
+        combine: Callable[[Any, Any], Any]
+        if expression.is_Mul or expression.is_Add:
+            combine = operator.mul if expression.is_Mul else operator.add
+            first, *rest = (self(part) for part in expression.args)
+            for part in rest:
+                first = self.graph.call_function(combine, (first, part))
+            return first
+        if expression.is_Pow and expression.exp.is_Integer and expression.exp > 0:
+            base = self(expression.base)
+            result = base
+            for _ in range(int(expression.exp) - 1):
+                result = self.graph.call_function(operator.mul, (result, base))
+            return result
+        raise VerificationError(f"cannot compute the size {expression} from the inputs' sizes")
+
+
+def _check_shapes(groups: AxisGroups, result: Program, keep: Mapping[Axis, Tensor]) -> None:
+    """After propagation every value has the sizes that its axes say."""
+    for name, facts in groups.axes.facts.items():
+        for node in result.entries[name].graph.nodes:
+            dims = facts.dims.get(node)
+            if not isinstance(dims, tuple) or not isinstance(node.meta.get("val"), Tensor):
+                continue
+            actual = [size_of(s) for s in node.meta["val"].shape]
+            expected = [algebra.new_size(a, keep) for a in dims]
+            if len(actual) != len(expected) or not all(
+                algebra.equal(a, e) for a, e in zip(actual, expected, strict=True)
+            ):
+                raise VerificationError(
+                    f"node {node.name!r} ({node.target}) has shape {actual} after the rewrite, "
+                    f"but its axes say {expected}"
+                )

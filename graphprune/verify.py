@@ -1,0 +1,126 @@
+"""Verification: two programs compute the same, on the examples and on a padded second batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graphprune.capture import second_inputs
+from graphprune.errors import VerificationError
+from graphprune.program import JSON, Entry, Program, graph_module
+
+TOLERANCE = 1e-5  # of the output's largest magnitude, in float32
+TOLERANCE_FLOAT64 = 1e-9
+
+
+def verify_rewrite(
+    reference: Program, candidate: Program, tolerance: float = TOLERANCE, *, exact: bool = True
+) -> dict[str, JSON]:
+    """Run both programs on two batches and compare every output.
+
+    bfloat16 and float16 programs are compared in float32. When float32 exceeds the tolerance, the
+    comparison is made again in float64, where rounding cannot hide behind depth: an exact rewrite
+    passes it, a wrong one does not.
+
+    Args:
+        reference: what the candidate must compute (dense, or masked at the old shapes).
+        candidate: the rewritten program.
+        tolerance: largest allowed max|a - b| / max|a|, per output.
+        exact: False reports the drift without a limit: for normalised axes.
+
+    Returns:
+        {"max_error": relative, "inputs": number of batches, "dtype": compared in}.
+
+    Raises:
+        VerificationError: they differ; the output and the first differing node are named.
+    """
+    reference, candidate = reference.in_float32(), candidate.in_float32()
+    error, where = _largest_error(reference, candidate)
+    report = {"max_error": error, "inputs": 2, "dtype": "float32"}
+    if not exact or error <= tolerance:
+        return report
+    wide = (
+        reference.cast(torch.float32, torch.float64),
+        candidate.cast(torch.float32, torch.float64),
+    )
+    error64, where = _largest_error(*wide)
+    if error64 <= TOLERANCE_FLOAT64:
+        return report | {"max_error": error64, "dtype": "float64"}
+    raise VerificationError(
+        f"{where} differs by {error:.1e} of its size, {error64:.1e} in float64 (allowed "
+        f"{tolerance:.0e}); {_first_difference(*wide)}"
+    )
+
+
+def batches(entry: Entry) -> list[list[Tensor]]:
+    """The two batches that everything is compared on: the examples, and a padded second one."""
+    return [list(entry.example), second_inputs(entry)]
+
+
+def _largest_error(reference: Program, candidate: Program) -> tuple[float, str]:
+    worst, where = 0.0, ""
+    for name, entry in reference.entries.items():
+        for inputs in batches(entry):
+            expected = reference.run(inputs, name)
+            actual = candidate.run(inputs, name)
+            if len(expected) != len(actual):
+                raise VerificationError(
+                    f"entry {name!r} has {len(actual)} outputs, not {len(expected)}"
+                )
+            for i, (a, b) in enumerate(zip(expected, actual, strict=True)):
+                error = relative_error(a, b)
+                if not error <= worst:  # NaN is the worst of all
+                    worst, where = error, f"output {i} of {name!r}"
+    return worst, where
+
+
+def relative_error(expected: Any, actual: Any) -> float:
+    """max|a - b| / max|a| of two tensors (0 for equal non-tensors); inf for other shapes or NaN."""
+    if not isinstance(expected, Tensor):
+        return 0.0 if expected == actual else float("inf")
+    if expected.shape != actual.shape:
+        return float("inf")
+    if not expected.numel():
+        return 0.0
+    a, b = expected.double(), actual.double()
+    same = (a == b) | (a.isnan() & b.isnan())
+    difference = torch.where(same, 0.0, (a - b).abs())
+    scale = a[a.isfinite()].abs().max() if a.isfinite().any() else torch.ones(())
+    error = float(difference.max() / scale.clamp_min(1e-30))
+    return error if error == error else float("inf")
+
+
+def _first_difference(reference: Program, candidate: Program) -> str:
+    """The first node of equal shape in both graphs whose values differ."""
+    for name, entry in reference.entries.items():
+        for inputs in batches(entry):
+            expected = _values(reference, name, inputs)
+            actual = _values(candidate, name, inputs)
+            for node, value in actual.items():
+                other = expected.get(node)
+                if (
+                    isinstance(other, Tensor)
+                    and isinstance(value, Tensor)
+                    and other.shape == value.shape
+                    and relative_error(other, value) > TOLERANCE_FLOAT64
+                ):
+                    return f"the first node that differs is {node!r}"
+    return "no inner node of equal shape differs"
+
+
+def _values(program: Program, entry: str, inputs: Sequence[Tensor]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            if n.op == "call_function":
+                found[n.name] = value
+            return value
+
+    with torch.no_grad():
+        Recorder(graph_module(program, entry)).run(*inputs)
+    return found

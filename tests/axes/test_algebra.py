@@ -1,0 +1,129 @@
+"""The algebra of axes: common refinement, splits that reach every use, freezing with reasons."""
+
+import sympy
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from graphprune.axes import algebra
+from graphprune.axes.algebra import concat, factors, find, leaf, leaves, product, recut, unify
+
+
+def sizes(axis: algebra.Axis) -> list[object]:
+    return [part.size for part in leaves(axis)]
+
+
+def test_a_leaf_becomes_the_product_it_meets() -> None:
+    weight, heads = leaf(12), product([leaf(3), leaf(4)])
+    unify(weight, heads, "here")
+    assert sizes(weight) == [3, 4]
+    assert list(leaves(weight)) == list(leaves(heads))
+
+
+def test_products_are_refined_to_their_common_refinement() -> None:
+    left, right = product([leaf(6), leaf(4)]), product([leaf(2), leaf(12)])
+    unify(left, right, "here")
+    assert sizes(left) == sizes(right) == [2, 3, 4]
+    assert list(leaves(left)) == list(leaves(right))
+    assert not any(part.frozen for part in leaves(left))
+
+
+def test_products_without_a_common_refinement_freeze_with_the_place() -> None:
+    left, right = product([leaf(4), leaf(6)]), product([leaf(6), leaf(4)])
+    unify(left, right, "the reshape")
+    for part in [*leaves(left), *leaves(right)]:
+        assert "the reshape" in next(iter(part.frozen))
+
+
+def test_a_split_reaches_every_use_of_the_leaf() -> None:
+    shared = leaf(12)
+    use = product([leaf(5), shared])
+    unify(shared, concat([leaf(4), leaf(8)]), "here")
+    assert sizes(use) == [5, 4, 8]
+
+
+def test_rotating_halves_ties_them() -> None:
+    # x * cos + rotate_half(x) * sin: concat(a, b) meets concat(b, a).
+    x = leaf(8)
+    first, second = leaf(4), leaf(4)
+    unify(x, concat([first, second]), "slice")
+    unify(x, concat([second, first]), "add")
+    assert find(first) is find(second)
+    assert sizes(x) == [4, 4]
+
+
+def test_concats_are_refined_segment_by_segment() -> None:
+    left, right = concat([leaf(3), leaf(5)]), concat([leaf(4), leaf(4)])
+    unify(left, right, "here")
+    assert sizes(left) == sizes(right) == [3, 1, 4]
+
+
+def test_a_product_is_cut_between_its_rows_but_not_inside_one() -> None:
+    heads = product([leaf(4), leaf(8)])
+    unify(heads, concat([leaf(8), leaf(24)]), "slice")
+    assert [part.size for part in algebra.segments(heads)] == [8, 24]
+    assert not any(part.frozen for part in leaves(heads))
+    inside = product([leaf(4), leaf(8)])
+    unify(inside, concat([leaf(4), leaf(28)]), "slice")
+    assert all(part.frozen for part in leaves(inside))
+
+
+def test_equal_segments_stacked_in_a_new_dimension_are_one_axis() -> None:
+    q, k, v = leaf(6), leaf(6), leaf(6)
+    result = recut([concat([q, k, v])], [3, 6], "view")
+    assert result is not None
+    assert find(q) is find(k) is find(v) is find(result[1])
+    assert find(result[0]).frozen
+
+
+def test_marks_copy_on_split_and_merge_on_union() -> None:
+    frozen, normal = leaf(6), leaf(6)
+    algebra.freeze(frozen, "because")
+    algebra.normalise(normal)
+    unify(frozen, normal, "here")
+    assert find(normal).normalised
+    assert list(find(normal).frozen) == ["because"]
+    outer, inner = algebra.split_product(find(normal), 2, 3)
+    assert list(outer.frozen) == list(inner.frozen) == ["because"]
+    assert outer.normalised
+    assert inner.normalised
+
+
+def test_recut_with_symbolic_sizes() -> None:
+    batch, length = sympy.Symbol("b", positive=True, integer=True), sympy.Symbol("s", positive=True)
+    axes = [leaf(batch), leaf(length), product([leaf(4), leaf(8)])]
+    result = recut(axes, [batch * length, 32], "view")
+    assert result is not None
+    assert [len(factors(axis)) for axis in result] == [2, 2]
+    assert recut([leaf(batch), leaf(32)], [32, batch], "view") is None
+
+
+@given(st.lists(st.integers(2, 4), min_size=2, max_size=4), st.randoms())
+def test_kept_indices_are_those_of_a_masked_tensor(shape: list[int], random: object) -> None:
+    """Shrinking a dimension that is a product keeps exactly the rows whose every factor is kept."""
+    parts = [leaf(n) for n in shape]
+    generator = torch.Generator().manual_seed(sum(shape))
+    keep = {
+        part: torch.randperm(part.size, generator=generator)[: max(1, part.size - 1)].sort()[0]
+        for part in parts
+    }
+    alive = torch.ones(shape, dtype=torch.bool)
+    for dim, part in enumerate(parts):
+        gone = torch.ones(part.size, dtype=torch.bool)
+        gone[keep[part]] = False
+        alive.index_fill_(dim, gone.nonzero().flatten(), False)
+    expected = alive.flatten().nonzero().flatten()
+    axis = product(parts)
+    assert torch.equal(algebra.kept_indices(axis, keep), expected)
+    assert algebra.new_size(axis, keep) == len(expected)
+    both = concat([axis, leaf(5)])
+    shifted = torch.cat([expected, torch.arange(5) + int(axis.size)])
+    assert torch.equal(algebra.kept_indices(both, keep), shifted)
+
+
+def test_unit_labels_name_the_unit_at_each_position() -> None:
+    heads, dims, other = leaf(2), leaf(3), leaf(2)
+    axis = concat([product([heads, dims]), other])
+    assert algebra.unit_labels(axis, heads).tolist() == [0, 0, 0, 1, 1, 1, -1, -1]
+    assert algebra.unit_labels(axis, dims).tolist() == [0, 1, 2, 0, 1, 2, -1, -1]
+    assert algebra.unit_labels(axis, other).tolist() == [-1] * 6 + [0, 1]
