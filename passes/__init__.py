@@ -1,0 +1,24 @@
+"""Built-in passes. Importing this package registers every one of them; nothing walks folders."""
+
+if __name__ != "graphprune.passes":
+    raise ImportError(f"{__name__!r} is part of graphprune: import graphprune.passes")
+
+from graphprune.passes.cleanup.batch_norm import FoldBatchNorm as FoldBatchNorm
+from graphprune.passes.cleanup.constants import FoldConstants as FoldConstants
+from graphprune.passes.cleanup.dead import RemoveDeadNodes as RemoveDeadNodes
+from graphprune.passes.cleanup.noops import RemoveNoOps as RemoveNoOps
+from graphprune.passes.repeat import Repeat as Repeat
+from graphprune.passes.structural.axis import PruneAxis as PruneAxis
+from graphprune.passes.structural.heads import PruneHeads as PruneHeads
+from graphprune.passes.structural.neurons import PruneNeurons as PruneNeurons
+
+__all__ = [
+    "FoldBatchNorm",
+    "FoldConstants",
+    "PruneAxis",
+    "PruneHeads",
+    "PruneNeurons",
+    "RemoveDeadNodes",
+    "RemoveNoOps",
+    "Repeat",
+]

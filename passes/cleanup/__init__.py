@@ -1,0 +1,1 @@
+"""Passes that keep what the model computes and take away what it does not need."""

@@ -1,0 +1,56 @@
+"""Repeat: run some passes until they find nothing more to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+from graphprune.errors import RecipeError
+from graphprune.events import JSON
+from graphprune.passbase import Context, Invariant, Pass, PassResult
+from graphprune.pipeline import run_pass
+from graphprune.program import Program
+from graphprune.registry import register
+
+
+@register
+@final
+@dataclass(frozen=True, slots=True)
+class Repeat(Pass):
+    """Run passes in order, again and again, until a whole round modifies nothing.
+
+    1. Each inner pass is verified like any other.
+    2. Reaching `at_most` rounds is no error; the report says that it did not settle.
+    """
+
+    name: ClassVar[str] = "repeat"
+    # What the inner passes preserve is checked on each of them.
+    preserves: ClassVar[Invariant] = Invariant.NONE
+
+    passes: tuple[Pass, ...]
+    at_most: int = 8
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "passes", tuple(self.passes))
+        if not self.passes:
+            raise RecipeError("repeat needs at least one pass")
+        if not isinstance(self.at_most, int) or self.at_most < 1:
+            raise RecipeError(f"at_most must be at least 1, got {self.at_most!r}")
+
+    def run(self, program: Program, ctx: Context) -> PassResult:
+        current, settled = program, False
+        rounds: list[list[dict[str, JSON]]] = []
+        while len(rounds) < self.at_most and not settled:
+            reports: list[dict[str, JSON]] = []
+            for index, step in enumerate(self.passes):
+                current, finished = run_pass(step, current, ctx, self.passes, index, record=False)
+                said = {"pass": step.name, "modified": finished.modified}
+                reports.append({**finished.report, **said})
+            settled = not any(report["modified"] for report in reports)
+            rounds.append(reports)
+        report = {
+            "rounds": rounds,
+            "settled": settled,
+            "verification": {"checked": "after each inner pass"},
+        }
+        return PassResult(current, current is not program, report)

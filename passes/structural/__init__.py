@@ -1,0 +1,1 @@
+"""Passes that change shapes: heads, neurons, any free axis."""

@@ -1,0 +1,75 @@
+"""PruneAxis: cut any free axis group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+from graphprune.axes import ROLES
+from graphprune.errors import RecipeError
+from graphprune.passbase import Context, Invariant, Pass, PassResult
+from graphprune.passes.structural.remove import Removal
+from graphprune.passes.structural.select import Selector
+from graphprune.program import Program
+from graphprune.registry import register, suggest
+
+
+@register
+@final
+@dataclass(frozen=True, slots=True)
+class PruneAxis(Pass):
+    """Remove units of any free axis group, chosen by role, by id, or by the tensors it reaches.
+
+    1. `role="qk_dim"`: query/key dimensions inside the heads; "v_dim": value dimensions.
+    2. `groups=("classifier.dense.weight[0]",)`: one group by its id, as `gp.inspect` prints it.
+    3. `normalised=True` also takes axes that a layer norm or its like computes statistics over.
+       That changes what the model computes; the report holds the drift, recovery is up to you.
+
+    Attributes:
+        ratio: part of each group's units to remove, in [0, 1); one unit always stays.
+        role: a role or several; empty means any, and then `groups` or `targets` must say which.
+        groups: ids of groups, or patterns of them.
+        score: "magnitude" (L2 norm of all that goes with a unit) or "random".
+        allocation: "uniform" (the ratio of each group) or "global" (of all groups together).
+        round_to: the kept count rounds up to a multiple of this.
+        targets: name patterns; only groups that reach such a tensor. Globs for a name or a module,
+            or "re:" and a regular expression.
+        ignore: name patterns to leave alone.
+        normalised: see case 3.
+    """
+
+    name: ClassVar[str] = "prune-axis"
+    preserves: ClassVar[Invariant] = Invariant.INTERFACE
+
+    ratio: float
+    role: str | tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
+    score: str = "magnitude"
+    allocation: str = "uniform"
+    round_to: int = 1
+    targets: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    normalised: bool = False
+
+    def __post_init__(self) -> None:
+        for role in self._roles():
+            if role not in ROLES:
+                raise RecipeError(f"there is no role {role!r}; {suggest(str(role), ROLES)}")
+        if not (self.role or self.groups or self.targets):
+            raise RecipeError(
+                f"prune-axis needs to know what to cut: role (one of {list(ROLES)}), groups or "
+                "targets"
+            )
+        self._removal()
+
+    def run(self, program: Program, ctx: Context) -> PassResult:
+        return self._removal().run(program, ctx)
+
+    def _roles(self) -> tuple[str, ...]:
+        if isinstance(self.role, str):
+            return (self.role,) if self.role else ()
+        return self.role
+
+    def _removal(self) -> Removal:
+        selector = Selector(self._roles(), self.groups, self.targets, self.ignore, self.normalised)
+        return Removal(selector, self.ratio, self.score, self.allocation, self.round_to)

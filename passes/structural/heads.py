@@ -1,0 +1,57 @@
+"""PruneHeads: remove whole attention heads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+from graphprune.passbase import Context, Invariant, Pass, PassResult
+from graphprune.passes.structural.remove import Removal
+from graphprune.passes.structural.select import Selector
+from graphprune.program import Program
+from graphprune.registry import register
+
+
+@register
+@final
+@dataclass(frozen=True, slots=True)
+class PruneHeads(Pass):
+    """Remove attention heads, with everything that only they read or write.
+
+    1. Plain attention: a head's query, key and value rows and its columns of the output projection.
+    2. Grouped-query attention: a whole group, one key/value head and all query heads that share it.
+       With `queries_per_group`, query heads inside every group instead; keys and values stay.
+    3. A group that spans layers (a position bias shared by a stack) is cut as one.
+
+    Attributes:
+        ratio: part of each group's heads to remove, in [0, 1); the last head always stays.
+        score: "magnitude" (L2 norm of all that goes with a head) or "random".
+        allocation: "uniform" (the ratio of each group) or "global" (of all groups together).
+        round_to: the kept count rounds up to a multiple of this.
+        targets: name patterns; only attention that reaches such a tensor. Globs for a name or a
+            module, or "re:" and a regular expression.
+        ignore: name patterns to leave alone.
+        queries_per_group: see case 2.
+    """
+
+    name: ClassVar[str] = "prune-heads"
+    preserves: ClassVar[Invariant] = Invariant.INTERFACE
+
+    ratio: float
+    score: str = "magnitude"
+    allocation: str = "uniform"
+    round_to: int = 1
+    targets: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    queries_per_group: bool = False
+
+    def __post_init__(self) -> None:
+        self._removal()
+
+    def run(self, program: Program, ctx: Context) -> PassResult:
+        return self._removal().run(program, ctx)
+
+    def _removal(self) -> Removal:
+        roles = ("queries_per_group",) if self.queries_per_group else ("head", "kv_group")
+        selector = Selector(roles, targets=self.targets, ignore=self.ignore)
+        return Removal(selector, self.ratio, self.score, self.allocation, self.round_to)

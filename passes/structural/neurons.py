@@ -1,0 +1,57 @@
+"""PruneNeurons: remove hidden units between two weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+from graphprune.passbase import Context, Invariant, Pass, PassResult
+from graphprune.passes.structural.remove import Removal
+from graphprune.passes.structural.select import Selector
+from graphprune.program import Program
+from graphprune.registry import register
+
+
+@register
+@final
+@dataclass(frozen=True, slots=True)
+class PruneNeurons(Pass):
+    """Remove hidden units: what one weight writes and only other weights read.
+
+    1. Feed-forward neurons: a row of the first weight, a column of the second.
+    2. Gated ones: the same row of gate and up, fused or not, and the column of down.
+    3. Experts: the neurons of all experts that share a tensor, at the same indices.
+    4. Inner channels of convolutional blocks, with their batch-norm entries.
+
+    Units that a normalisation computes statistics over are left alone; PruneAxis cuts those on
+    request.
+
+    Attributes:
+        ratio: part of each group's units to remove, in [0, 1); one unit always stays.
+        score: "magnitude" (L2 norm of all that goes with a unit) or "random".
+        allocation: "uniform" (the ratio of each group) or "global" (of all groups together).
+        round_to: the kept count rounds up to a multiple of this; 8 or 16 suits vector units.
+        targets: name patterns; only groups that reach such a tensor. Globs for a name or a module,
+            or "re:" and a regular expression.
+        ignore: name patterns to leave alone.
+    """
+
+    name: ClassVar[str] = "prune-neurons"
+    preserves: ClassVar[Invariant] = Invariant.INTERFACE
+
+    ratio: float
+    score: str = "magnitude"
+    allocation: str = "uniform"
+    round_to: int = 1
+    targets: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        self._removal()
+
+    def run(self, program: Program, ctx: Context) -> PassResult:
+        return self._removal().run(program, ctx)
+
+    def _removal(self) -> Removal:
+        selector = Selector(("neuron",), targets=self.targets, ignore=self.ignore)
+        return Removal(selector, self.ratio, self.score, self.allocation, self.round_to)

@@ -1,0 +1,194 @@
+"""Which axis groups a pass works on: by role, by id, and by the names of the tensors they reach."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from graphprune.axes import AxisGroup, AxisGroups
+from graphprune.errors import RecipeError, UnsupportedError
+from graphprune.program import Program
+from graphprune.registry import suggest
+
+REGEX = "re:"
+
+
+@dataclass(frozen=True, slots=True)
+class Selector:
+    """What to take and what to leave; every condition must hold.
+
+    Attributes:
+        roles: roles of the groups; empty takes every role.
+        groups: patterns of group ids; empty takes every id.
+        targets: patterns of tensor names, of which a group must reach one; empty takes all.
+        ignore: patterns of tensor names, of which a group must reach none.
+        normalised: whether to take groups whose statistics a normalisation computes.
+    """
+
+    roles: tuple[str, ...]
+    groups: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    normalised: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Groups to work on, and those left out with the reason in words."""
+
+    groups: tuple[AxisGroup, ...]
+    skipped: tuple[tuple[AxisGroup, str], ...]
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern covers a dotted name.
+
+    1. "re:..." is a regular expression that must match from the beginning of the name.
+    2. Anything else is a glob for the name, or for a module that holds it: "encoder.layer.0" and
+       "*.0" both cover "encoder.layer.0.output.dense.weight", but not "encoder.layer.01.weight".
+    """
+    if pattern.startswith(REGEX):
+        return re.match(pattern.removeprefix(REGEX), name) is not None
+    parts = name.split(".")
+    return any(fnmatchcase(".".join(parts[: n + 1]), pattern) for n in range(len(parts)))
+
+
+def check_patterns(option: str, patterns: object) -> None:
+    """Refuse patterns that can only be a slip.
+
+    Raises:
+        RecipeError: not a tuple of strings, or a regular expression that does not compile.
+    """
+    if isinstance(patterns, str) or not isinstance(patterns, tuple):
+        raise RecipeError(f"{option} must be a tuple of name patterns, got {patterns!r}")
+    for pattern in patterns:
+        if not isinstance(pattern, str) or not pattern:
+            raise RecipeError(f"{option} must hold name patterns, got {pattern!r}")
+        if pattern.startswith(REGEX):
+            try:
+                re.compile(pattern.removeprefix(REGEX))
+            except re.error as e:
+                raise RecipeError(f"{option}: {pattern!r} is no regular expression: {e}") from e
+
+
+def select(program: Program, groups: AxisGroups, wanted: Selector) -> Selection:
+    """The groups that a selector takes and that can be cut.
+
+    Raises:
+        RecipeError: a target or a group pattern matches nothing.
+        UnsupportedError: nothing has the role, or all that was asked for is frozen or normalised;
+            the reason is named.
+    """
+    chosen = _by_role_and_id(groups, wanted)
+    names = _Names(program)
+    _refuse_unmatched("targets", wanted.targets, names.all())
+    if wanted.targets:
+        chosen = [g for g in chosen if names.reaches(g, wanted.targets)]
+    if not chosen:
+        raise UnsupportedError(
+            f"{_asked(wanted)} reaches no tensor that matches {list(wanted.targets)}; "
+            f"{_overview(groups)}"
+        )
+    usable: list[AxisGroup] = []
+    skipped: list[tuple[AxisGroup, str]] = []
+    refused: list[tuple[AxisGroup, str]] = []
+    for group in chosen:
+        if names.reaches(group, wanted.ignore):
+            skipped.append((group, "ignored on request"))
+        elif reason := _obstacle(group, wanted):
+            refused.append((group, reason))
+        else:
+            usable.append(group)
+    if refused and not usable:
+        raise UnsupportedError(_refusal(refused, wanted))
+    return Selection(tuple(usable), (*skipped, *refused))
+
+
+def _by_role_and_id(groups: AxisGroups, wanted: Selector) -> list[AxisGroup]:
+    chosen = [g for g in groups if not wanted.roles or g.role in wanted.roles]
+    if not chosen:
+        raise UnsupportedError(f"there is no {_asked(wanted)} in this model; {_overview(groups)}")
+    _refuse_unmatched("groups", wanted.groups, [g.id for g in groups])
+    if wanted.groups:
+        chosen = [g for g in chosen if any(_matches_id(p, g.id) for p in wanted.groups)]
+    if not chosen:
+        raise UnsupportedError(
+            f"no {_asked(wanted)} has an id that matches {list(wanted.groups)}; {_overview(groups)}"
+        )
+    return chosen
+
+
+def _matches_id(pattern: str, group_id: str) -> bool:
+    # Ids hold brackets, which a glob would read as a character class.
+    return pattern == group_id or matches(pattern.replace("[", "[[]"), group_id)
+
+
+def _obstacle(group: AxisGroup, wanted: Selector) -> str:
+    if group.frozen:
+        reasons = "; ".join(group.frozen)
+        # Reasons read "frozen by `topk` at layer.3" or "output of the model".
+        return f"its axis is {reasons if reasons.startswith('frozen') else f'frozen: {reasons}'}"
+    if group.normalised and not wanted.normalised:
+        return "a normalisation computes statistics over it, so that cutting it is not exact"
+    if group.size < 2:
+        return "it has a single unit"
+    return ""
+
+
+def _refusal(refused: Sequence[tuple[AxisGroup, str]], wanted: Selector) -> str:
+    group, reason = refused[0]
+    more = f" ({len(refused) - 1} other groups likewise)" if len(refused) > 1 else ""
+    wayout = ""
+    if any(g.normalised and not g.frozen for g, _ in refused):
+        wayout = "; prune-axis does it with normalised=True"
+    return f"cannot prune {_plural(group.role)} of {group.id!r}: {reason}{more}{wayout}"
+
+
+class _Names:
+    """The names under which a program's tensors are known, tied names included."""
+
+    def __init__(self, program: Program) -> None:
+        self._of = {name: [name] for name in program.tensors}
+        for alias, name in program.aliases.items():
+            self._of[name].append(alias)
+
+    def all(self) -> list[str]:
+        return [name for names in self._of.values() for name in names]
+
+    def reaches(self, group: AxisGroup, patterns: Sequence[str]) -> bool:
+        names = {n for o in group.occurrences for n in self._of.get(o.tensor, [o.tensor])}
+        return any(matches(pattern, name) for pattern in patterns for name in names)
+
+
+def _refuse_unmatched(option: str, patterns: Iterable[str], names: Sequence[str]) -> None:
+    match: Callable[[str, str], bool] = _matches_id if option == "groups" else matches
+    for pattern in patterns:
+        if not any(match(pattern, name) for name in names):
+            hint = suggest(pattern, names)
+            if not hint.startswith("did you mean"):
+                hint = f"names look like {sorted(names)[:3]}"
+            raise RecipeError(f"{option}: {pattern!r} matches nothing; {hint}")
+
+
+def _asked(wanted: Selector) -> str:
+    roles = " or ".join(role.replace("_", " ") for role in wanted.roles)
+    return f"axis group with role {roles}" if roles else "axis group"
+
+
+def _overview(groups: AxisGroups) -> str:
+    """What could be pruned instead: "it has neuron (6), residual (1)"."""
+    counts = Counter(g.role for g in groups if not g.frozen)
+    if not counts:
+        return "every axis of it is frozen"
+    return "free are " + ", ".join(f"{role} ({n})" for role, n in sorted(counts.items()))
+
+
+_NO_PLURAL = {"pooled", "residual", "vocab", "other", "queries_per_group"}
+
+
+def _plural(role: str) -> str:
+    word = role.replace("_", " ")
+    return word if role in _NO_PLURAL else f"{word}s"

@@ -1,0 +1,164 @@
+"""The contract of a pass, checked for every registered pass on every kind of tiny model.
+
+A new pass needs nothing here, unless it has required options: then one line in EXAMPLES.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from graphprune.errors import UnsupportedError
+from graphprune.passbase import Context, Invariant, Pass
+from graphprune.passes import (
+    FoldBatchNorm,
+    FoldConstants,
+    PruneAxis,
+    PruneHeads,
+    PruneNeurons,
+    RemoveDeadNodes,
+    RemoveNoOps,
+    Repeat,
+)
+from graphprune.pipeline import Pipeline, fingerprint
+from graphprune.program import Program
+from graphprune.recipe import dump, loads
+from graphprune.registry import options, registered
+from graphprune.verify import verify_rewrite
+
+Captured = Callable[[str], Program]
+
+# One or more ways to configure each pass.
+EXAMPLES: dict[str, list[Pass]] = {
+    "fold-batch-norm": [FoldBatchNorm()],
+    "fold-constants": [FoldConstants(), FoldConstants(parameters=True)],
+    "prune-axis": [
+        PruneAxis(0.5, role="qk_dim"),
+        PruneAxis(0.25, role=("v_dim", "pooled"), score="random"),
+        PruneAxis(0.25, role="residual", normalised=True),
+    ],
+    "prune-heads": [PruneHeads(0.5), PruneHeads(0.25, allocation="global")],
+    "prune-neurons": [PruneNeurons(0.5), PruneNeurons(0.3, score="random", round_to=8)],
+    "remove-dead-nodes": [RemoveDeadNodes()],
+    "remove-no-ops": [RemoveNoOps()],
+    "repeat": [Repeat((RemoveNoOps(), RemoveDeadNodes()))],
+}
+MODELS = ("tiny-mlp", "tiny-cnn", "tiny-encoder", "tiny-fused-vit", "tiny-gpt2", "tiny-llama")
+
+every_class = pytest.mark.parametrize("cls", registered().values(), ids=lambda cls: cls.name)
+every_pass = pytest.mark.parametrize(
+    "step",
+    [
+        pytest.param(step, id=f"{name}-{i}")
+        for name, examples in EXAMPLES.items()
+        for i, step in enumerate(examples)
+    ],
+)
+
+
+def test_every_pass_has_an_example() -> None:
+    assert set(registered()) == set(EXAMPLES)
+
+
+@every_class
+def test_classes_are_final_frozen_slotted_and_documented(cls: type[Pass]) -> None:
+    assert getattr(cls, "__final__", False), "mark it @final"
+    assert cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    assert not hasattr(object.__new__(cls), "__dict__"), "use slots=True"
+    assert cls.__bases__ == (Pass,)
+    assert cls.__doc__
+    assert not cls.__doc__.startswith(f"{cls.__name__}("), "write a docstring"
+    assert isinstance(cls.preserves, Invariant)
+
+
+@every_class
+def test_options_are_documented_and_immutable(cls: type[Pass]) -> None:
+    doc = inspect.getdoc(cls) or ""
+    for option in options(cls):
+        assert option.name in doc, f"say what {option.name} does"
+        if option.default is not dataclasses.MISSING:
+            hash(option.default)
+
+
+@every_pass
+def test_recipes_round_trip(step: Pass) -> None:
+    assert loads(dump([step])) == [step]
+    hash(step)
+
+
+def _run(step: Pass, program: Program, **options: Any) -> Any:
+    """The pass, verified; None where it declines the model with a reason."""
+    try:
+        return Pipeline([step]).run(program, Context(**options))
+    except UnsupportedError:
+        return None
+
+
+@pytest.mark.parametrize("model", MODELS)
+@every_pass
+def test_contract(step: Pass, model: str, captured: Captured) -> None:
+    """Pure, honest, fresh, explained, and the same again: see `Pass`."""
+    program = captured(model)
+    before = fingerprint(program)
+    values = {name: t.clone() for name, t in program.tensors.items()}
+    result = _run(step, program)
+
+    # Pure: also where `fingerprint` is blind, in writes through `.data`.
+    assert fingerprint(program) == before
+    assert all(t.equal(program.tensors[name]) for name, t in values.items())
+    if result is None:
+        return
+
+    (finished,) = result.results
+    json.dumps(finished.report)
+    json.dumps(result.program.history)
+    assert finished.modified is (result.program is not program)
+    if not finished.modified:
+        return
+    assert len(result.program.history) == len(program.history) + 1
+
+    if step.preserves & Invariant.NUMERICS:
+        verify_rewrite(program, result.program)
+    else:
+        assert "verification" in finished.report
+    # What it made can be run and called like the model.
+    outputs = result.program.run(program.forward.example)
+    assert all(o.isfinite().all() for o in outputs if o.is_floating_point())
+
+    again = _run(step, program, verify=False)
+    assert again.program.tensors.keys() == result.program.tensors.keys()
+    for name, tensor in result.program.tensors.items():
+        assert tensor.equal(again.program.tensors[name]), "not deterministic"
+
+    if type(step).idempotent:
+        assert not Pipeline([step]).run(result.program).modified
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("step", [PruneHeads(0.5), PruneNeurons(0.5)], ids=lambda p: p.name)
+def test_a_cut_can_be_seen(step: Pass, model: str, captured: Captured) -> None:
+    """The verifier is not blind: the cut moves the output by far more than the tolerance."""
+    program = captured(model)
+    result = _run(step, program)
+    if result is None:
+        return
+    (dense, *_), (cut, *_) = (p.run(program.forward.example) for p in (program, result.program))
+    assert float((dense - cut).abs().max() / dense.abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("model", "dtype"), [("tiny-llama", torch.bfloat16), ("tiny-cnn", torch.float16)], ids=str
+)
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_half_precision(name: str, model: str, dtype: torch.dtype, captured: Captured) -> None:
+    program = captured(model).cast(torch.float32, dtype)
+    result = _run(EXAMPLES[name][0], program)
+    if result is not None:
+        floats = {t.dtype for t in result.program.tensors.values() if t.is_floating_point()}
+        assert dtype in floats
