@@ -1,0 +1,96 @@
+"""Parity: what ONNX Runtime computes is what the Program computes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from graphprune.capture import second_inputs
+from graphprune.errors import ExportError
+from graphprune.exporters.names import input_names, is_tensor_output, output_names
+from graphprune.exporters.ort import feeds_of
+from graphprune.program import Program
+
+TOLERANCE = 1e-4  # of the largest value of an output
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """How far one output of ORT is from the Program's, relative to its largest value."""
+
+    output: str
+    shape: tuple[int, ...]
+    error: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def check_parity(program: Program, session: Any, tolerance: float = TOLERANCE) -> list[Agreement]:
+    """Run the Program and ORT on the examples, and on another batch size and length with padding.
+
+    Args:
+        program: what was exported, in any float type; it is compared in float32.
+        session: an ORT session over the exported file.
+        tolerance: largest difference allowed, relative to the output's largest value.
+
+    Raises:
+        ExportError: an output differs by more, or has another shape; it is named.
+    """
+    program = program.in_float32()
+    entry = program.forward
+    result = []
+    for inputs in (list(entry.example), second_inputs(entry)):
+        result += _compare(program, session, inputs, tolerance)
+        if not entry.dynamic:
+            break
+    return result
+
+
+def _compare(
+    program: Program, session: Any, inputs: Sequence[Tensor], tolerance: float
+) -> list[Agreement]:
+    entry = program.forward
+    shapes = [tuple(t.shape) for t in inputs]
+    feeds = feeds_of(tuple(inputs), input_names(entry))
+    try:
+        actual = session.run(None, {i.name: feeds[i.name] for i in session.get_inputs()})
+    except Exception as e:
+        raise ExportError(f"ONNX Runtime fails on inputs of shapes {shapes}: {e}") from e
+    flags = is_tensor_output(entry)
+    expected = [o for o, keep in zip(program.run(inputs), flags, strict=True) if keep]
+    result = []
+    for name, a, b in zip(output_names(entry), expected, actual, strict=True):
+        error = relative_error(a, torch.from_numpy(np.asarray(b)))
+        if not error <= tolerance:
+            raise ExportError(
+                f"output {name!r} of ONNX Runtime differs from the program by {error:.1e} of its "
+                f"largest value on inputs of shapes {shapes}, allowed is {tolerance:.0e}; "
+                "please report this with the model"
+            )
+        result.append(Agreement(name, tuple(a.shape), error))
+    return result
+
+
+def relative_error(expected: Tensor, actual: Tensor) -> float:
+    """max|expected - actual| / max|expected|; equal infinities agree, a NaN agrees with a NaN."""
+    if expected.shape != actual.shape:
+        return math.inf
+    if expected.numel() == 0:
+        return 0.0
+    if not expected.is_floating_point():
+        return 0.0 if torch.equal(expected, actual.to(expected.dtype)) else math.inf
+    a, b = expected.detach().double(), actual.detach().double()
+    same = (a == b) | (a.isnan() & b.isnan())
+    difference = torch.where(same, 0.0, (a - b).abs()).nan_to_num(math.inf, math.inf).max()
+    finite = a[a.isfinite()]
+    scale = float(finite.abs().max()) if finite.numel() else 0.0
+    return float(difference) / max(scale, 1e-30)

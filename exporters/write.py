@@ -1,0 +1,212 @@
+"""export: write a Program as an artifact, proven equal and measured."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from graphprune.errors import ExportError
+from graphprune.exporters.artifact import (
+    BASELINE,
+    FORMAT,
+    MODEL,
+    VERSION,
+    Artifact,
+    is_artifact,
+    open_artifact,
+)
+from graphprune.exporters.convert import save_onnx, to_onnx
+from graphprune.exporters.names import input_names
+from graphprune.exporters.ort import compare, feeds_of, file_bytes, interleaved, open_session
+from graphprune.exporters.parity import check_parity
+from graphprune.exporters.translations import OPSET
+from graphprune.files import check_target, sha256, whole_folder
+from graphprune.program import Program
+from graphprune.serialize import MANIFEST, save_files
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+TARGETS = ("onnxruntime",)
+
+_Notes = dict[str, Any]
+
+
+def export(
+    program: Program,
+    path: Path,
+    *,
+    target: str = "onnxruntime",
+    baseline: Program | None = None,
+    report: str | None = None,
+    extra: Mapping[str, Path | bytes] | None = None,
+) -> Artifact:
+    """Write an artifact; one that was there before is replaced as a whole, or not at all.
+
+    Args:
+        program: what to export.
+        path: the artifact's folder.
+        target: what will run it.
+        baseline: the dense program, written as baseline.onnx by the same exporter.
+        report: text of report.md; by default from the program's own report or history.
+        extra: more files by name (tokenizer, labels), as paths to copy or bytes.
+
+    Raises:
+        ExportError: the folder is not ours or cannot be written, the graph has no ONNX form, or
+            ONNX Runtime disagrees with the program.
+    """
+    if target not in TARGETS:
+        raise ExportError(f"unknown target {target!r}; there is {', '.join(map(repr, TARGETS))}")
+    check_target(path, is_artifact)
+    _check_extra(extra or {})
+    notes: _Notes = {"parity": {}, "sizes": {}, "parameters": {}}
+    with whole_folder(path) as folder:
+        model = _write_model(program, folder / MODEL, notes)
+        if baseline is program:
+            shutil.copyfile(folder / MODEL, folder / BASELINE)
+        elif baseline is not None:
+            _write_model(baseline, folder / BASELINE, notes)
+        notes["measurements"] = _measurements(program, folder)
+        (folder / "program").mkdir()
+        save_files(program, folder / "program")
+        (folder / "report.md").write_text(report or _report(program), encoding="utf-8")
+        _copy_extra(extra or {}, folder)
+        manifest = _manifest(program, target, model, notes, folder)
+        text = json.dumps(manifest, indent=1, allow_nan=False)
+        (folder / MANIFEST).write_text(text, encoding="utf-8")
+    return open_artifact(path)
+
+
+def measure(program: Program, *, threads: int = 1, repeats: int = 10) -> float:
+    """Milliseconds that ONNX Runtime takes for the program's example inputs."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / MODEL
+        save_onnx(to_onnx(program), path)
+        session = open_session(path, threads)
+        (times,) = interleaved([session], _example(program), repeats=repeats)
+    return float(np.median(times))
+
+
+def _write_model(program: Program, path: Path, notes: _Notes) -> ir.Model:
+    model = to_onnx(program)
+    save_onnx(model, path)
+    agreements = check_parity(program, open_session(path))
+    notes["parity"][path.name] = [a.to_json() for a in agreements]
+    notes["sizes"][path.name] = file_bytes(path)
+    notes["parameters"][path.name] = program.num_parameters()
+    return model
+
+
+def _example(program: Program) -> dict[str, Any]:
+    entry = program.forward
+    return feeds_of(entry.example, input_names(entry))
+
+
+def _measurements(program: Program, folder: Path) -> list[Any]:
+    """A short comparison on the example inputs: a first idea, not a benchmark."""
+    if not (folder / BASELINE).exists():
+        return []
+    sessions = [open_session(folder / name, 1) for name in (MODEL, BASELINE)]
+    comparison = compare(sessions[0], sessions[1], _example(program), repeats=5)
+    return [comparison.to_json()]
+
+
+def _manifest(
+    program: Program, target: str, model: ir.Model, notes: _Notes, folder: Path
+) -> dict[str, Any]:
+    floats = sorted({str(t.dtype)[6:] for t in program.tensors.values() if t.is_floating_point()})
+    hashes = {
+        file.relative_to(folder).as_posix(): sha256(file)
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": program.metadata.get("model", ""),
+        "target": target,
+        "opset": OPSET,
+        "precision": {"program": floats, "onnx": "float32"},
+        "versions": _versions(),
+        "inputs": [_described(v) for v in model.graph.inputs],
+        "outputs": [_described(v) for v in model.graph.outputs],
+        "history": list(program.history),
+        "kept": kept_indices(program.history),
+        **notes,
+        "sha256": hashes,
+    }
+
+
+def _described(value: ir.Value) -> dict[str, Any]:
+    shape = [s if isinstance(s, int) else str(s) for s in value.shape or ()]
+    return {"name": value.name, "type": str(value.dtype).lower(), "shape": shape}
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "safetensors", "numpy")
+    found = {name: version(name) for name in packages}
+    return {"python": platform.python_version(), "platform": platform.platform(), **found}
+
+
+def kept_indices(history: Any) -> dict[str, list[int]]:
+    """For each axis that was cut: which of its original indices are left."""
+    kept: dict[str, list[int]] = {}
+    for name, indices in _cuts(history):
+        before = kept.get(name)
+        kept[name] = indices if before is None else [before[i] for i in indices]
+    return kept
+
+
+def _cuts(record: Any) -> Iterator[tuple[str, list[int]]]:
+    """Every {"removed": {axis: {"kept": [...]}}} in the history, in order."""
+    if isinstance(record, list | tuple):
+        for item in record:
+            yield from _cuts(item)
+    elif isinstance(record, dict):
+        for key, value in record.items():
+            if key == "removed" and isinstance(value, dict):
+                for name, cut in value.items():
+                    if isinstance(cut, dict) and "kept" in cut:
+                        yield name, list(cut["kept"])
+            else:
+                yield from _cuts(value)
+
+
+def _report(program: Program) -> str:
+    data = program.metadata.get("report")
+    if data is not None:
+        from graphprune.report import Report
+
+        return Report.from_json(data).to_markdown()
+    name = program.metadata.get("model", "model")
+    return f"# {name}\n\n{program.num_parameters():,} parameters.\n"
+
+
+def _check_extra(extra: Mapping[str, Path | bytes]) -> None:
+    reserved = {MODEL, BASELINE, MANIFEST, "report.md", "program"}
+    for name, source in extra.items():
+        parts = Path(name).parts
+        if not parts or Path(name).is_absolute() or ".." in parts or parts[0] in reserved:
+            raise ExportError(f"an extra file cannot be called {name!r}; choose another name")
+        if isinstance(source, Path) and not source.is_file():
+            raise ExportError(f"the extra file {str(source)!r} does not exist")
+
+
+def _copy_extra(extra: Mapping[str, Path | bytes], folder: Path) -> None:
+    for name, source in extra.items():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(source, Path):
+            shutil.copyfile(source, target)
+        else:
+            target.write_bytes(source)

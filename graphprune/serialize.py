@@ -1,0 +1,302 @@
+"""Programs on disk: the graph as JSON of our own, tensors as safetensors, and no pickle anywhere.
+
+    FOLDER/program.json          entries, nodes, tied names, history, hashes of the other two
+    FOLDER/tensors.safetensors   parameters, buffers and constants, tied ones once
+    FOLDER/examples.safetensors  example inputs, under "entry/placeholder"
+
+A folder may come from anybody. Reading one resolves operators inside an allow-list, checks every
+name before torch.fx writes it into Python source, and recomputes all metadata.
+"""
+
+from __future__ import annotations
+
+import json
+import keyword
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.utils._pytree as pytree
+from torch import Tensor, fx
+
+from graphprune.codec import decode, encode
+from graphprune.errors import ArtifactError, GraphPruneError
+from graphprune.files import check_target, sha256, whole_folder
+from graphprune.graph import output_node
+from graphprune.program import Argument, Constant, Entry, Program
+from graphprune.targets import resolve, target_name
+from graphprune.treespec import decode_spec, encode_spec
+
+JSON = Any
+
+PROGRAM = "program.json"
+TENSORS = "tensors.safetensors"
+EXAMPLES = "examples.safetensors"
+MANIFEST = "manifest.json"
+_FORMAT = "graphprune-program"
+_VERSION = 1
+
+# fx puts node names and dotted tensor names into the Python that it generates.
+_TENSOR_NAME = re.compile(r"[\w\- :+@]+(\.[\w\- :+@]+)*")
+
+
+def save(program: Program, path: Path) -> None:
+    """Write a program to a folder of its own; a program saved there before is replaced.
+
+    Raises:
+        ExportError: the folder is not ours, or cannot be written.
+        UnsupportedError: the program holds something that cannot be saved.
+    """
+    check_target(path, lambda p: (p / PROGRAM).is_file() and not (p / MANIFEST).exists())
+    with whole_folder(path) as folder:
+        save_files(program, folder)
+
+
+def save_files(program: Program, folder: Path) -> None:
+    """Write a program's three files into an existing folder."""
+    entries = {name: _encode_entry(entry) for name, entry in program.entries.items()}
+    examples = {
+        f"{name}/{placeholder}": tensor
+        for name, entry in program.entries.items()
+        for placeholder, tensor in zip(entry.input_names, entry.example, strict=True)
+    }
+    _write_tensors(program.tensors, folder / TENSORS)
+    _write_tensors(examples, folder / EXAMPLES)
+    data = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "parameters": sorted(program.parameters),
+        "aliases": dict(program.aliases),
+        "entries": entries,
+        "history": list(program.history),
+        "metadata": dict(program.metadata),
+        "sha256": {name: sha256(folder / name) for name in (TENSORS, EXAMPLES)},
+    }
+    (folder / PROGRAM).write_text(json.dumps(data, indent=1, allow_nan=False), encoding="utf-8")
+
+
+def load(path: Path) -> Program:
+    """Read a program from its folder, or from an artifact's, whose hashes are checked first.
+
+    Raises:
+        ArtifactError: missing, corrupt, tampered with, or not ours; the file is named.
+    """
+    folder = path
+    if (path / MANIFEST).is_file():
+        folder = path / "program"
+        check_hashes(path, "program/")
+    file = folder / PROGRAM
+    data = read_json(file)
+    if not isinstance(data, dict) or data.get("format") != _FORMAT:
+        raise ArtifactError(f"{str(file)!r} is not a program that graphprune saved")
+    if data.get("version") != _VERSION:
+        raise ArtifactError(
+            f"{str(file)!r} has version {data.get('version')!r}, this graphprune reads {_VERSION}; "
+            "install the graphprune that wrote it"
+        )
+    try:
+        tensors = _read_tensors(folder / TENSORS, data["sha256"][TENSORS])
+        examples = _read_tensors(folder / EXAMPLES, data["sha256"][EXAMPLES])
+        return _decode_program(data, tensors, examples)
+    except ArtifactError as e:
+        raise ArtifactError(f"{str(file)!r} cannot be used: {e}") from e
+    except (GraphPruneError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+        raise ArtifactError(f"{str(file)!r} is corrupt: {type(e).__name__}: {e}") from e
+
+
+def check_hashes(path: Path, prefix: str = "") -> JSON:
+    """Compare an artifact's files with its manifest; returns the manifest.
+
+    Raises:
+        ArtifactError: a file is missing, changed, or lies outside the artifact.
+    """
+    manifest = read_json(path / MANIFEST)
+    hashes = manifest.get("sha256") if isinstance(manifest, dict) else None
+    if not isinstance(hashes, dict) or manifest.get("format") != "graphprune-artifact":
+        raise ArtifactError(f"{str(path / MANIFEST)!r} is not a manifest that graphprune wrote")
+    for name, expected in hashes.items():
+        file = path / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ArtifactError(f"{str(path / MANIFEST)!r} names {name!r}, outside the artifact")
+        if not name.startswith(prefix):
+            continue
+        if not file.is_file() or file.is_symlink():
+            raise ArtifactError(f"{str(file)!r} is missing; export the artifact again")
+        if sha256(file) != expected:
+            raise ArtifactError(
+                f"{str(file)!r} is not the file that was exported (its SHA-256 differs); export "
+                "the artifact again, or get an untouched copy"
+            )
+    return manifest
+
+
+def read_json(file: Path) -> JSON:
+    """Raises ArtifactError, naming the file, where there is no JSON to read."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        raise ArtifactError(f"there is no {str(file)!r}: not a folder that graphprune wrote") from e
+    except (OSError, ValueError, RecursionError) as e:
+        raise ArtifactError(f"{str(file)!r} cannot be read: {e}") from e
+
+
+def _write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(_separate(tensors), file)
+    except SafetensorError as e:  # a full disk comes as this, where other writers say OSError
+        raise OSError(str(e)) from e
+
+
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors that share no storage, as safetensors wants them."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != tensor.numel() * tensor.itemsize:
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        result[name] = tensor
+    return result
+
+
+def _read_tensors(file: Path, expected: str) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not file.is_file():
+        raise ArtifactError(f"{file.name!r} is missing")
+    if sha256(file) != expected:
+        raise ArtifactError(f"{file.name!r} is not the file that was saved (its SHA-256 differs)")
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as e:
+        raise ArtifactError(f"{file.name!r} is no safetensors file: {e}") from e
+
+
+def _encode_entry(entry: Entry) -> JSON:
+    arguments = [
+        {"name": a.name, "spec": encode_spec(a.spec), "leaves": [_encode_leaf(x) for x in a.leaves]}
+        for a in entry.arguments
+    ]
+    return {
+        "nodes": [_encode_node(n) for n in entry.graph.nodes],
+        "arguments": arguments,
+        "outputs": encode_spec(entry.out_spec),
+        "dynamic": {
+            name: {str(d): symbol for d, symbol in dims.items()}
+            for name, dims in entry.dynamic.items()
+        },
+    }
+
+
+def _encode_leaf(leaf: str | Constant) -> JSON:
+    return {"input": leaf} if isinstance(leaf, str) else {"constant": encode(leaf.value)}
+
+
+def _encode_node(node: fx.Node) -> JSON:
+    if node.op == "placeholder":
+        return {"op": "placeholder", "name": node.name}
+    if node.op == "get_attr":
+        return {"op": "get_attr", "name": node.name, "target": node.target}
+    if node.op == "output":
+        return {"op": "output", "name": node.name, "args": encode(tuple(node.args))}
+    data: dict[str, JSON] = {"op": node.op, "name": node.name, "target": target_name(node.target)}
+    data["args"] = [encode(a) for a in node.args]
+    if node.kwargs:
+        data["kwargs"] = {k: encode(v) for k, v in node.kwargs.items()}
+    return data
+
+
+def _decode_program(data: JSON, tensors: dict[str, Tensor], examples: dict[str, Tensor]) -> Program:
+    for name in (*tensors, *data["aliases"]):
+        if not _TENSOR_NAME.fullmatch(name):
+            raise ArtifactError(f"{name!r} is not a tensor name")
+    for name in (*data["parameters"], *data["aliases"].values()):
+        if name not in tensors:
+            raise ArtifactError(f"tensor {name!r} is missing")
+    entries = {n: _decode_entry(n, e, tensors, examples) for n, e in data["entries"].items()}
+    program = Program(
+        tensors=tensors,
+        parameters=frozenset(data["parameters"]),
+        aliases=dict(data["aliases"]),
+        entries=entries,
+        history=tuple(data["history"]),
+        metadata=dict(data["metadata"]),
+    )
+    program.forward  # noqa: B018  (KeyError where there is none)
+    return program.with_graphs({})
+
+
+def _decode_entry(
+    name: str, data: JSON, tensors: dict[str, Tensor], examples: dict[str, Tensor]
+) -> Entry:
+    graph = fx.Graph()
+    nodes: dict[str, fx.Node] = {}
+    for item in data["nodes"]:
+        _decode_node(item, graph, nodes, tensors)
+    placeholders = [n.name for n in graph.nodes if n.op == "placeholder"]
+    arguments = tuple(
+        Argument(a["name"], decode_spec(a["spec"]), tuple(_decode_leaf(x) for x in a["leaves"]))
+        for a in data["arguments"]
+    )
+    given = [leaf for a in arguments for leaf in a.leaves if isinstance(leaf, str)]
+    if sorted(given) != sorted(placeholders):
+        raise ArtifactError(f"the arguments {given} are not the graph's inputs {placeholders}")
+    output = output_node(graph)
+    spec = decode_spec(data["outputs"])
+    if output.op != "output" or len(pytree.tree_leaves(output.args[0])) != spec.num_leaves:
+        raise ArtifactError("the graph's outputs do not fit their nesting")
+    graph.lint()
+    return Entry(
+        graph=graph,
+        arguments=arguments,
+        out_spec=spec,
+        example=tuple(examples[f"{name}/{p}"] for p in placeholders),
+        dynamic={p: {int(d): str(s) for d, s in x.items()} for p, x in data["dynamic"].items()},
+    )
+
+
+def _decode_leaf(data: JSON) -> str | Constant:
+    if "input" in data:
+        return _checked_name(data["input"])
+    return Constant(decode(data["constant"], {}))
+
+
+def _decode_node(
+    data: JSON, graph: fx.Graph, nodes: dict[str, fx.Node], tensors: Mapping[str, Tensor]
+) -> None:
+    op, name = data["op"], _checked_name(data["name"])
+    if name in nodes:
+        raise ArtifactError(f"two nodes are called {name!r}")
+    if op == "placeholder":
+        node = graph.placeholder(name)
+    elif op == "get_attr":
+        if data["target"] not in tensors:
+            raise ArtifactError(f"node {name!r} reads {data['target']!r}, which is no tensor")
+        # Not graph.get_attr: it looks the name up in a module and warns where there is none.
+        node = graph.create_node("get_attr", data["target"])
+    elif op == "output":
+        (values,) = decode(data["args"], nodes)
+        node = graph.output(tuple(values))
+    elif op == "call_function":
+        target = resolve(data["target"])
+        args = tuple(decode(a, nodes) for a in data["args"])
+        kwargs = {_checked_name(k): decode(v, nodes) for k, v in data.get("kwargs", {}).items()}
+        node = graph.call_function(target, args, kwargs)
+    else:
+        raise ArtifactError(f"node {name!r} has the kind {op!r}")
+    if node.name != name:
+        node.name = name
+    nodes[name] = node
+
+
+def _checked_name(name: Any) -> str:
+    if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
+        raise ArtifactError(f"{name!r} is not a name")
+    return name
