@@ -1,0 +1,49 @@
+"""graphprune compiles a PyTorch model into a smaller, faster one, and proves each step."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from graphprune.api import Compiled as Compiled
+    from graphprune.api import compile as compile
+    from graphprune.api import inspect as inspect
+    from graphprune.api import load as load
+    from graphprune.errors import GraphPruneError as GraphPruneError
+    from graphprune.program import Program as Program
+    from graphprune.report import Report as Report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Compiled",
+    "GraphPruneError",
+    "Program",
+    "Report",
+    "__version__",
+    "compile",
+    "inspect",
+    "load",
+]
+
+_HOMES = {
+    "Compiled": "graphprune.api",
+    "compile": "graphprune.api",
+    "inspect": "graphprune.api",
+    "load": "graphprune.api",
+    "GraphPruneError": "graphprune.errors",
+    "Program": "graphprune.program",
+    "Report": "graphprune.report",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # torch takes a second or two to import; `graphprune --help` does without it.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,332 @@
+"""The public verbs: compile, load, inspect, and Compiled, what compile returns."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from torch import Tensor, nn
+
+from graphprune.errors import (
+    ArtifactError,
+    ExportError,
+    GraphPruneError,
+    RecipeError,
+    UnsupportedError,
+)
+from graphprune.events import JSON, Observer, PassFinished
+from graphprune.passbase import Context, Pass
+from graphprune.pipeline import Pipeline
+from graphprune.program import Program, ProgramModule
+from graphprune.recipe import load as load_recipe
+from graphprune.recipe import to_data
+from graphprune.report import PassReport, Report, Size
+
+if TYPE_CHECKING:
+    from graphprune.axes import AxisGroups
+    from graphprune.exporters import Artifact
+
+_log = logging.getLogger(__name__)
+
+Passes = Sequence[Pass] | str | os.PathLike[str] | Mapping[str, Any]
+
+# Under this key the program carries its report, so that saving a program saves it too.
+_REPORT = "report"
+
+
+@final
+class Compiled:
+    """A compiled model: the program, the same as a trainable module, and the report.
+
+    Attributes:
+        report: what every pass did, sizes before and after, verification.
+        files: what goes into the artifact beside the model (a tokenizer, labels): name in the
+            folder -> a file to copy, or bytes.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        report: Report,
+        *,
+        dense: Program | None = None,
+        files: Mapping[str, Path | bytes] | None = None,
+    ) -> None:
+        self.report = report
+        self.files = dict(files or {})
+        self._program = program
+        self._dense = dense
+        self._module: ProgramModule | None = None
+
+    @property
+    def program(self) -> Program:
+        """The program; once `module` has been trained, with the module's weights.
+
+        A snapshot: later training does not change a program already read.
+        """
+        if self._module is not None:
+            self._program = _snapshot(self._program, self._module)
+        return self._program
+
+    @property
+    def module(self) -> ProgramModule:
+        """The compiled model as an nn.Module with the inputs and outputs of the original.
+
+        It is trainable, and always the same object: what is trained here is what is exported.
+        """
+        if self._module is None:
+            # The program shares tensors with others; training must write to copies.
+            own = {name: tensor.clone() for name, tensor in self._program.tensors.items()}
+            self._module = ProgramModule(self._program.with_tensors(own))
+        return self._module
+
+    def export(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        target: str = "onnxruntime",
+        baseline: bool = True,
+    ) -> Artifact:
+        """Write the artifact: model.onnx, its dense twin, the program, manifest and report.
+
+        Args:
+            path: the folder to make; one that graphprune made before is replaced as a whole.
+            target: what will run it; "onnxruntime".
+            baseline: write the dense twin as baseline.onnx too, to measure against.
+
+        Raises:
+            ExportError: the folder is not ours, cannot be written, or ONNX Runtime disagrees with
+                the program.
+        """
+        from graphprune.exporters import export
+
+        if baseline and self._dense is None:
+            _log.warning(
+                "a program that was loaded has no dense twin to write; measure against the "
+                "artifact that it came from instead"
+            )
+        return export(
+            self.program,
+            Path(path),
+            target=target,
+            baseline=self._dense if baseline else None,
+            extra=self.files,
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the program alone, to go on from with `graphprune.load`."""
+        from graphprune.serialize import save
+
+        save(self.program, Path(path))
+
+    def __repr__(self) -> str:
+        passes = ", ".join(p.name for p in self.report.passes) or "no passes"
+        return (
+            f"Compiled({self.report.model}, {passes}, {self.report.after.parameters:,} parameters)"
+        )
+
+
+def compile(
+    model: nn.Module | Program | Compiled,
+    passes: Passes,
+    *,
+    example_inputs: Any = None,
+    dynamic_shapes: Any = "auto",
+    calibration: Iterable[Any] | None = None,
+    training: Any = None,
+    cache: bool = False,
+    verify: bool = True,
+    seed: int = 0,
+    observers: Sequence[Observer] = (),
+) -> Compiled:
+    """Capture a model, run passes over it, and prove each of them.
+
+    Args:
+        model: any module, which is never changed; or a Program or Compiled to go on from.
+        passes: a list of passes; or a recipe: the name of a built-in one, a file, or a dict.
+        example_inputs: a dict of keyword arguments or a tuple; batch and sequence become dynamic.
+        dynamic_shapes: "auto", or what torch.export takes.
+        calibration: batches like example_inputs, for passes that look at activations.
+        training: a loss and its data, for passes that train.
+        cache: also capture a decoder's form with a key/value cache.
+        verify: prove after every pass that removing equals masking.
+        seed: everything random comes from it.
+        observers: called with events (graphprune.events) while passes run.
+
+    Raises:
+        RecipeError: a pass, an option or a recipe is not valid; raised before any work.
+        CaptureError: there are no example inputs, or torch.export refuses the model.
+        UnsupportedError: a pass declines, for instance because an axis is frozen.
+        VerificationError: a pass did not do what it claims; an error of ours.
+    """
+    start = time.perf_counter()
+    steps = _steps(passes)
+    program, dense, captured = _begin(model, example_inputs, dynamic_shapes, cache)
+    files = model.files if isinstance(model, Compiled) else None
+    capture_seconds = time.perf_counter() - start if captured else 0.0
+    report = _report_of(program, capture_seconds)
+    context = Context(
+        reference=dense,
+        calibration=calibration,
+        training=training,
+        verify=verify,
+        seed=seed,
+        observers=observers,
+    )
+    result = Pipeline(steps, verify).run(program, context)
+    done = _pass_reports(steps, result.results, result.program.history[len(program.history) :])
+    after = Size.of(result.program)
+    report = report.extended(after, done, time.perf_counter() - start)
+    finished = _with_metadata(result.program, _REPORT, report.to_json())
+    return Compiled(finished, report, dense=dense, files=files)
+
+
+def load(path: str | os.PathLike[str]) -> Compiled:
+    """Go on from an artifact, or from what `Compiled.save` wrote. Executes nothing in it.
+
+    Raises:
+        ArtifactError: there is none, or it is corrupt, tampered with, or not ours.
+    """
+    from graphprune.serialize import load as load_program
+
+    program = load_program(Path(path))
+    return Compiled(program, _report_of(program, 0.0), files=_side_files(Path(path)))
+
+
+def inspect(model: nn.Module | Program | Compiled, *, example_inputs: Any = None) -> AxisGroups:
+    """The axis groups of a model: what could be removed together, and what is frozen and why.
+
+    Raises:
+        CaptureError: there are no example inputs, or torch.export refuses the model.
+    """
+    from graphprune.axes import axis_groups
+
+    program, _, _ = _begin(model, example_inputs, "auto", cache=False)
+    return axis_groups(program)
+
+
+def _side_files(path: Path) -> dict[str, Path | bytes]:
+    """What lies in an artifact beside the model, to go into the next one too."""
+    if not (path / "manifest.json").is_file():
+        return {}
+    from graphprune.serialize import check_hashes, read_json
+
+    own = ("model.onnx", "baseline.onnx", "program/", "report.")
+    names = [n for n in read_json(path / "manifest.json")["sha256"] if not n.startswith(own)]
+    for name in names:
+        check_hashes(path, name)
+    return {name: path / name for name in names}
+
+
+def _steps(passes: Passes) -> list[Pass]:
+    if isinstance(passes, Pass):
+        return [passes]
+    if isinstance(passes, Sequence) and not isinstance(passes, str):
+        for item in passes:
+            if isinstance(item, type) and issubclass(item, Pass):
+                raise RecipeError(
+                    f"{item.__name__} is a class; make a pass of it, for instance "
+                    f"{item.__name__}(...) with its options"
+                )
+    return load_recipe(passes)
+
+
+def _begin(
+    model: nn.Module | Program | Compiled, example_inputs: Any, dynamic_shapes: Any, cache: bool
+) -> tuple[Program, Program | None, bool]:
+    """The program to begin with, the dense one behind it, and whether it was captured just now."""
+    if cache:
+        raise UnsupportedError(
+            "cache=True, the decoder's form with a key/value cache, is not supported yet; "
+            "compile without it, the exported model then reads whole sequences"
+        )
+    if isinstance(model, Compiled | Program | ProgramModule):
+        if example_inputs is not None:
+            raise GraphPruneError(
+                f"a {type(model).__name__} brings its own example inputs: leave example_inputs away"
+            )
+        if isinstance(model, Compiled):
+            return model.program, model._dense, False
+        if isinstance(model, Program):
+            return model, None if _REPORT in model.metadata else model, False
+        program = _copied(model.program())
+        return program, None if _REPORT in program.metadata else program, False
+    if not isinstance(model, nn.Module):
+        raise GraphPruneError(
+            f"model must be an nn.Module, a Program or a Compiled, got {type(model).__name__}"
+        )
+    from graphprune.capture import capture
+
+    if example_inputs is None:
+        example_inputs = _derived_inputs(model)
+    program = capture(model, example_inputs, dynamic_shapes=dynamic_shapes)
+    return program, program, True
+
+
+def _derived_inputs(model: nn.Module) -> Any:
+    """Example inputs from the model's own configuration, where it has one that we can read."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "main_input_name"):
+        return None
+    from graphprune.models.inputs import example_inputs
+
+    return example_inputs(model, config)
+
+
+def _report_of(program: Program, capture_seconds: float) -> Report:
+    """The report that a program carries, or a new one for a dense program."""
+    if _REPORT in program.metadata:
+        try:
+            return Report.from_json(program.metadata[_REPORT])
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            raise ArtifactError(
+                f"the report inside the program is not one that graphprune wrote ({e!r}); compile "
+                "the model again"
+            ) from e
+    size = Size.of(program)
+    name = str(program.metadata.get("model", "model"))
+    return Report(name, before=size, after=size, capture_seconds=capture_seconds)
+
+
+def _pass_reports(
+    steps: Sequence[Pass], results: Sequence[PassFinished], records: Sequence[JSON]
+) -> list[PassReport]:
+    """One report a pass, with the pipeline's line of history about it where there is one."""
+    lines = [r for r in records if isinstance(r, Mapping) and "pass" in r]
+    return [
+        PassReport.of(finished, step, next((r for r in lines if r["pass"] == step), None))
+        for step, finished in zip(to_data(steps), results, strict=True)
+    ]
+
+
+def _snapshot(program: Program, module: ProgramModule) -> Program:
+    """The program with those tensors of the module that training has changed, copied."""
+    changed: dict[str, Tensor] = {}
+    for name, tensor in module.program().tensors.items():
+        if tensor.shape != program.tensors[name].shape:
+            raise ExportError(
+                f"the module's {name!r} has shape {tuple(tensor.shape)} now, but the program's "
+                f"graph is for {tuple(program.tensors[name].shape)}; change shapes with passes"
+            )
+        if not torch.equal(tensor, program.tensors[name]):
+            changed[name] = tensor.detach().clone()
+    if not changed:
+        return program
+    event = {"trained": sorted(changed)}
+    updated = program.with_tensors(changed)
+    # Saving after every epoch leaves one line, not one an epoch.
+    return updated if program.history[-1:] == (event,) else updated.record(event)
+
+
+def _copied(program: Program) -> Program:
+    return program.with_tensors({name: t.clone() for name, t in program.tensors.items()})
+
+
+def _with_metadata(program: Program, key: str, value: JSON) -> Program:
+    return replace(program, metadata={**program.metadata, key: value})

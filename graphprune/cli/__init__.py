@@ -1,0 +1,381 @@
+"""The command line: arguments in, progress on stderr, tables or JSON on stdout."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec, TypeVar
+
+import typer
+from rich.console import Console
+
+from graphprune.errors import GraphPruneError, PassError, VerificationError
+
+if TYPE_CHECKING:
+    from graphprune.cli.console import Display
+    from graphprune.cli.workflow import Options, Summary
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+app = typer.Typer(
+    name="graphprune",
+    help="Compile a PyTorch model into a smaller, faster ONNX model: captured, pruned, proven.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A built-in name (`graphprune models`), a folder, an artifact, or a hub id.",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")]
+Pickle = Annotated[
+    bool,
+    typer.Option("--allow-pickle", help="Load pickled weights too; reading them can run code."),
+]
+Threads = Annotated[int, typer.Option(min=1, help="Threads of ONNX Runtime.")]
+Batch = Annotated[
+    str,
+    typer.Option(
+        metavar="BxS", help="Batch, or batch x sequence, to time: 8x128. Default 1 (x128)."
+    ),
+]
+
+DEMO = "half"  # a third of the heads, half of the neurons
+
+
+def main() -> None:
+    """The console script."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    app()
+
+
+def guarded(command: Callable[P, R]) -> Callable[P, R]:
+    """Turn errors into one sentence and an exit code: 2 for bad input, 1 for a fault of ours."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except (typer.Exit, typer.Abort):
+            raise
+        except KeyboardInterrupt:
+            _fail("interrupted; nothing half-written remains", 130)
+        except BrokenPipeError:
+            # The reader of a pipe, `head` for instance, has seen enough.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+        except GraphPruneError as e:
+            _debug()
+            _fail(str(e), 1 if isinstance(e, PassError | VerificationError) else 2)
+        except Exception as e:
+            _debug()
+            _fail(
+                f"internal error, {type(e).__name__}: {e} "
+                "(GRAPHPRUNE_DEBUG=1 shows the traceback; please report it)",
+                1,
+            )
+
+    return run
+
+
+def _debug() -> None:
+    if os.environ.get("GRAPHPRUNE_DEBUG"):
+        traceback.print_exc()
+
+
+def _fail(sentence: str, code: int) -> NoReturn:
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print("error:", style="bold red", end=" ")
+    # Some messages quote another library's, which may have lines of its own.
+    console.print(" ".join(sentence.split()), style="red", markup=False)
+    raise typer.Exit(code)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from graphprune import __version__
+
+        typer.echo(f"graphprune {__version__}")
+        raise typer.Exit(0)
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_print_version, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    """Compile a PyTorch model into a smaller, faster ONNX model: captured, pruned, proven."""
+
+
+@app.command("inspect")
+@guarded
+def inspect_command(
+    model: Model,
+    everything: Annotated[
+        bool, typer.Option("--all", help="One row a group, also for like ones of many layers.")
+    ] = False,
+    as_json: Json = False,
+    allow_pickle: Pickle = False,
+) -> None:
+    """Show what could be removed from MODEL together, and what is frozen and why."""
+    from graphprune.axes import axis_groups
+    from graphprune.cli.console import groups_footer, groups_table
+    from graphprune.cli.workflow import captured, open_subject
+
+    with _display() as display:
+        with display.step(f"load {model}") as advance:
+            subject = open_subject(model, allow_pickle, advance)
+        with display.step("capture and analyse"):
+            groups = axis_groups(captured(subject).program)
+    if as_json:
+        parameters = groups.program.num_parameters()
+        found = [g.to_json() for g in groups]
+        _print_json({"model": model, "parameters": parameters, "groups": found})
+        return
+    console = _console()
+    console.print(groups_table(groups, everything))
+    console.print(groups_footer(groups))
+
+
+@app.command("compile")
+@guarded
+def compile_command(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
+    recipe: Annotated[
+        str | None, typer.Option(help="A built-in recipe's name or a YAML file.")
+    ] = None,
+    heads: Annotated[
+        float | None, typer.Option(metavar="RATIO", help="Part of the attention heads to remove.")
+    ] = None,
+    neurons: Annotated[
+        float | None, typer.Option(metavar="RATIO", help="Part of the hidden neurons to remove.")
+    ] = None,
+    score: Annotated[str, typer.Option(help="For --heads and --neurons.")] = "magnitude",
+    allocation: Annotated[str, typer.Option(help="For --heads and --neurons.")] = "uniform",
+    round_to: Annotated[int, typer.Option(help="Kept neurons round up to a multiple of it.")] = 1,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="Name patterns to leave alone; repeatable.")
+    ] = None,
+    baseline: Annotated[
+        bool, typer.Option("--baseline/--no-baseline", help="Write the dense twin too.")
+    ] = True,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Prove every removal.")
+    ] = True,
+    measure: Annotated[
+        bool, typer.Option("--measure/--no-measure", help="Time dense against pruned.")
+    ] = True,
+    quality: Annotated[
+        bool, typer.Option("--quality/--no-quality", help="Judge by the model's own task.")
+    ] = True,
+    batch: Batch = "",
+    threads: Threads = 1,
+    seed: Annotated[int, typer.Option(help="Everything random comes from it.")] = 0,
+    as_json: Json = False,
+    allow_pickle: Pickle = False,
+) -> None:
+    """Prune MODEL, prove it, write the ONNX artifact, and show before and after."""
+    from graphprune.cli.workflow import Options, parse_batch, steps_of
+
+    common = {"score": score, "allocation": allocation, "ignore": ignore or []}
+    steps = steps_of(
+        recipe,
+        {
+            "prune-neurons": _flag(neurons, common, round_to=round_to),
+            "prune-heads": _flag(heads, common),
+        },
+    )
+    options = Options(baseline, verify, measure, quality, parse_batch(batch), threads, seed)
+    summary = _run(model, steps, out, options, allow_pickle)
+    _present(summary, as_json)
+
+
+@app.command("bench")
+@guarded
+def bench_command(
+    model: Annotated[
+        str, typer.Argument(metavar="OUT_OR_MODEL", help="An artifact's folder, or a model.")
+    ],
+    against: Annotated[
+        str, typer.Option(help="'dense' (the artifact's own twin) or another artifact's folder.")
+    ] = "dense",
+    batch: Batch = "",
+    threads: Threads = 1,
+    as_json: Json = False,
+    allow_pickle: Pickle = False,
+) -> None:
+    """Measure on ONNX Runtime: interleaved repeats, pinned threads, median and spread."""
+    from graphprune.cli.console import timing_table
+    from graphprune.cli.workflow import bench, open_subject, parse_batch
+
+    sizes = parse_batch(batch)
+    with _display() as display:
+        with display.step(f"load {model}") as advance:
+            subject = open_subject(model, allow_pickle, advance)
+        with display.step("measure"):
+            timing = bench(subject, sizes, threads, against)
+    if as_json:
+        _print_json({"model": model, **timing})
+    else:
+        _console().print(timing_table(timing))
+
+
+@app.command("eval")
+@guarded
+def eval_command(
+    model: Annotated[
+        str, typer.Argument(metavar="OUT_OR_MODEL", help="An artifact's folder, or a model.")
+    ],
+    task: Annotated[str, typer.Option(help="sts, neighbours or digits.")],
+    data: Annotated[Path | None, typer.Option(help="The task's file or folder.")] = None,
+    as_json: Json = False,
+    allow_pickle: Pickle = False,
+) -> None:
+    """Judge a model by a task; an artifact is judged beside its dense twin."""
+    from graphprune.cli.console import quality_table
+    from graphprune.cli.workflow import check_task, judged, open_subject
+
+    check_task(task, data)
+    with _display() as display:
+        with display.step(f"load {model}") as advance:
+            subject = open_subject(model, allow_pickle, advance)
+        with display.step(f"task {task}") as advance:
+            results = judged(subject, task, data, advance)
+    if as_json:
+        _print_json({"model": model, **results})
+    else:
+        _console().print(quality_table(results))
+
+
+@app.command("passes")
+@guarded
+def passes_command(as_json: Json = False) -> None:
+    """List the passes with their options."""
+    from graphprune.cli.console import plain_table
+    from graphprune.cli.workflow import describe_passes
+
+    described = describe_passes()
+    if as_json:
+        _print_json(described)
+        return
+    console = _console()
+    for item in described:
+        console.print(f"[bold]{item['name']}[/]  {item['summary']}")
+        if item["options"]:
+            console.print(plain_table(["option", "type", "default", "meaning"], item["options"]))
+
+
+@app.command("recipes")
+@guarded
+def recipes_command(as_json: Json = False) -> None:
+    """List the built-in recipes."""
+    from graphprune.cli.console import plain_table
+    from graphprune.recipe import builtin_recipes
+
+    found = builtin_recipes()
+    if as_json:
+        _print_json(found)
+        return
+    rows = [{"recipe": name, "what it does": text} for name, text in found.items()]
+    _console().print(plain_table(["recipe", "what it does"], rows))
+
+
+@app.command("models")
+@guarded
+def models_command(as_json: Json = False) -> None:
+    """List the models that need no hub."""
+    from graphprune.models import builtin_names
+
+    if as_json:
+        _print_json(builtin_names())
+    else:
+        typer.echo("\n".join(builtin_names()))
+
+
+@app.command("demo")
+@guarded
+def demo_command(
+    model: Annotated[str, typer.Argument(help="Which model to show it on.")] = "minilm",
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")] = Path(
+        "out/demo"
+    ),
+    as_json: Json = False,
+) -> None:
+    """Prune a real sentence encoder, prove it, export it, and measure what it gained."""
+    from graphprune.cli.workflow import Options
+    from graphprune.recipe import load
+
+    summary = _run(model, load(DEMO), out, Options(), allow_pickle=False)
+    _present(summary, as_json)
+    if not as_json:
+        _console().print(
+            "\nThis is one shot, by the size of weights alone: no data, nothing retrained.\n"
+            "what next:\n"
+            f"  graphprune inspect {model}\n"
+            f"  graphprune bench {out} --batch 8x128 --threads 2\n"
+            f"  graphprune compile {model} --neurons 0.75 --heads 0.5 -o out",
+            soft_wrap=True,
+        )
+
+
+def _run(model: str, steps: list[Any], out: Path, options: Options, allow_pickle: bool) -> Summary:
+    from graphprune.cli.workflow import check_output, compiled_and_measured, open_subject
+
+    check_output(out)
+    with _display() as display:
+        with display.step(f"load {model}") as advance:
+            subject = open_subject(model, allow_pickle, advance)
+        return compiled_and_measured(
+            subject, steps, out, options, step=display.step, observer=display.observe
+        )
+
+
+def _flag(ratio: float | None, common: Mapping[str, Any], **more: Any) -> Mapping[str, Any] | None:
+    return None if ratio is None else {"ratio": ratio, **common, **more}
+
+
+def _present(summary: Summary, as_json: bool) -> None:
+    from graphprune.cli.console import comparison_table, passes_table
+
+    if as_json:
+        _print_json(summary.to_json())
+        return
+    console = _console()
+    console.print(passes_table(summary.report))
+    for line in summary.report.skipped_lines():
+        console.print(f"  skipped  {line}", style="dim", markup=False, soft_wrap=True)
+    console.print(comparison_table(summary.rows()))
+    console.print(f"written to {summary.path}/", soft_wrap=True, markup=False)
+
+
+def _console() -> Console:
+    # A pipe has no width; tables are easier to read and to grep unfolded.
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+
+
+def _display() -> Display:
+    from graphprune.cli.console import Display
+
+    return Display(Console(stderr=True))
+
+
+def _print_json(data: Any) -> None:
+    typer.echo(json.dumps(data, indent=2, ensure_ascii=False))

@@ -1,0 +1,221 @@
+"""What the command line shows: a progress display, and tables. Nothing here prints by itself."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, final
+
+from rich import box
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from graphprune.events import (
+    JSON,
+    Event,
+    PassFinished,
+    PassProgress,
+    PassStarted,
+)
+
+if TYPE_CHECKING:
+    from graphprune.axes import AxisGroup, AxisGroups
+    from graphprune.report import Report
+
+
+@final
+class Display:
+    """Progress on stderr: one line a step, with a bar where the step knows how far it is."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            SpinnerColumn(finished_text="[green]✓[/]"),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("[dim]{task.fields[unit]}[/]"),
+            TimeElapsedColumn(),
+            console=console,
+        )
+        self._pass: TaskID | None = None
+
+    def __enter__(self) -> Display:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._progress.stop()
+
+    @contextmanager
+    def step(self, title: str) -> Iterator[Callable[[int, int], None]]:
+        """Show a step while inside; call what is yielded with (done, total)."""
+        task = self._progress.add_task(title, total=None, unit="")
+
+        def advance(done: int, total: int) -> None:
+            self._progress.update(task, completed=done, total=total, unit=f"{done}/{total}")
+
+        yield advance
+        self._progress.update(task, total=1, completed=1)
+
+    def observe(self, event: Event) -> None:
+        """Follow a pipeline (an observer)."""
+        if isinstance(event, PassStarted):
+            self._pass = self._progress.add_task(event.name, total=None, unit="")
+        elif self._pass is not None and isinstance(event, PassProgress):
+            self._progress.update(
+                self._pass, completed=event.done, total=event.total, unit=event.unit
+            )
+        elif self._pass is not None and isinstance(event, PassFinished):
+            checked = "verified" if "verification" in event.report else ""
+            self._progress.update(self._pass, total=1, completed=1, unit=checked)
+
+
+def groups_table(groups: AxisGroups, everything: bool) -> Table:
+    """Axis groups: those that can be cut first, then the frozen ones with the reason.
+
+    Like groups of several layers share a row, the layer's number a star, unless `everything`.
+    """
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("role", no_wrap=True)
+    for title in ("groups", "units", "cost"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("axis", overflow="fold", ratio=1)
+    rows = _alike(groups, everything)
+    for frozen in (False, True):
+        if frozen:
+            table.add_section()
+        for name, members in rows:
+            first = members[0]
+            if bool(first.frozen) == frozen:
+                table.add_row(
+                    Text(first.role, style="dim" if frozen else "green"),
+                    str(len(members)),
+                    f"{first.size:,}",
+                    f"{first.cost:,}",
+                    Text(name) + _state(first),
+                )
+    return table
+
+
+def groups_footer(groups: AxisGroups) -> str:
+    """How many groups there are, and how many of them can be cut."""
+    free = sum(not g.frozen for g in groups)
+    return (
+        f"{len(groups)} axis groups, {free} free, {len(groups) - free} frozen; "
+        f"{groups.program.num_parameters():,} parameters. cost: parameters that go with one unit"
+    )
+
+
+def _alike(groups: AxisGroups, everything: bool) -> list[tuple[str, list[AxisGroup]]]:
+    """Groups by what distinguishes them beside the layer's number."""
+    if everything:
+        return [(g.id, [g]) for g in groups]
+    rows: dict[object, list[AxisGroup]] = {}
+    for group in groups:
+        key = (_starred(group.id), group.role, group.size, group.cost, _state(group).plain)
+        rows.setdefault(key, []).append(group)
+    return [
+        (_starred(members[0].id) if len(members) > 1 else members[0].id, members)
+        for members in rows.values()
+    ]
+
+
+def _starred(group_id: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", group_id)
+
+
+def _state(group: AxisGroup) -> Text:
+    """What stands behind a group's name: nothing when it is simply free."""
+    if group.frozen:
+        more = f" (and {len(group.frozen) - 1} more)" if len(group.frozen) > 1 else ""
+        return Text(f"\n  frozen: {_starred_numbers(group.frozen[0])}{more}", style="yellow")
+    if group.normalised:
+        return Text("\n  normalised: cutting it is not exact", style="cyan")
+    return Text()
+
+
+def _starred_numbers(reason: str) -> str:
+    # Reasons name modules and graph nodes, both numbered through the layers.
+    return re.sub(r"(?<=\.)\d+\b|(?<=_)\d+\b", "*", reason)
+
+
+def passes_table(report: Report) -> Table:
+    """One row a pass: what it removed, and by how much masked and shrunk differ."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in ("pass", "removed"):
+        table.add_column(title, no_wrap=title == "pass")
+    for title in ("parameters", "error", "seconds"):
+        table.add_column(title, justify="right")
+    for step in report.passes:
+        cut = ""
+        if step.parameters:
+            before, after = step.parameters
+            cut = f"{100 * (after - before) / max(before, 1):+.1f} %"
+        error = "" if step.max_error is None else f"{step.max_error:.1e}"
+        table.add_row(step.name, step.removed, cut, error, f"{step.seconds:.1f}")
+    return table
+
+
+def comparison_table(rows: Sequence[tuple[str, str, str, str]]) -> Table:
+    """Before and after: (what, dense, pruned, change) a row."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    for column in ("dense", "pruned", "change"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def timing_table(timing: Mapping[str, JSON]) -> Table:
+    """A benchmark: milliseconds of each model, and their ratio, each with its quartiles."""
+    against = str(timing.get("against", "dense"))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(f"batch {timing['batch']}, {timing['threads']} thread(s)")
+    for title in ("median", "quartiles"):
+        table.add_column(title, justify="right")
+    for key, title, unit in (
+        ("dense_ms", against, " ms"),
+        ("pruned_ms", "pruned", " ms"),
+        ("speedup", f"faster than {against}", "x"),
+    ):
+        if key in timing:
+            stem = key.removesuffix("_ms")
+            low, high = (timing[key.replace(stem, f"{stem}_{q}")] for q in ("low", "high"))
+            quartiles = f"{low:.3g} to {high:.3g}"
+            table.add_row(title, f"{timing[key]:.3g}{unit}", quartiles)
+    return table
+
+
+def quality_table(results: Mapping[str, JSON]) -> Table:
+    """Task results, one row a model."""
+    rows = [
+        {
+            "": which,
+            "task": r["task"],
+            "metric": r["metric"],
+            "value": f"{r['value']:.4f}",
+            "items": f"{r['count']:,}",
+        }
+        for which, r in results.items()
+    ]
+    return plain_table(["", "task", "metric", "value", "items"], rows)
+
+
+def plain_table(columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> Table:
+    """A table of texts, columns in the order given."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(row.get(column, "")) for column in columns))
+    return table

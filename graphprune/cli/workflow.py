@@ -1,0 +1,493 @@
+"""What the command line does, as functions: open, compile and measure, judge, describe."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import re
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
+
+from graphprune.errors import GraphPruneError, RecipeError
+from graphprune.events import JSON, Observer
+from graphprune.passbase import Pass
+from graphprune.report import count_text
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from torch import Tensor
+
+    from graphprune.api import Compiled
+    from graphprune.exporters import Artifact
+    from graphprune.models import LoadedModel
+    from graphprune.program import Program
+    from graphprune.report import Report
+
+Advance = Callable[[int, int], None]
+Step = Callable[[str], "AbstractContextManager[Advance]"]
+
+_SEQUENCE = 128
+TOKENIZER = "tokenizer"
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How `compiled_and_measured` goes about it; the command line's options."""
+
+    baseline: bool = True
+    verify: bool = True
+    measure: bool = True
+    quality: bool = True
+    sizes: tuple[int, ...] = ()
+    threads: int = 1
+    seed: int = 0
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Before and after.
+
+    Attributes:
+        model: what the user called it.
+        path: the artifact's folder.
+        report: what the passes did.
+        megabytes: size on disk of "pruned" and, where written, "dense".
+        timing: what the benchmark measured, or None.
+        quality: task results of "pruned" and "dense", or none.
+    """
+
+    model: str
+    path: Path
+    report: Report
+    megabytes: Mapping[str, float]
+    timing: Mapping[str, JSON] | None
+    quality: Mapping[str, JSON]
+
+    def to_json(self) -> JSON:
+        """Plain data."""
+        return {
+            "model": self.model,
+            "path": str(self.path),
+            "report": self.report.to_json(),
+            "megabytes": dict(self.megabytes),
+            "timing": self.timing,
+            "quality": dict(self.quality),
+        }
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """(what, dense, pruned, change) for a table."""
+        before, after = self.report.before, self.report.after
+        rows = [
+            (
+                "parameters",
+                f"{before.parameters:,}",
+                f"{after.parameters:,}",
+                _percent(before.parameters, after.parameters),
+            ),
+            (
+                "FLOPs on the example inputs",
+                count_text(before.flops),
+                count_text(after.flops),
+                _percent(before.flops, after.flops),
+            ),
+        ]
+        pruned, dense = self.megabytes["pruned"], self.megabytes.get("dense")
+        rows.append(
+            (
+                "MB on disk (ONNX)",
+                "" if dense is None else _megabytes_text(dense),
+                _megabytes_text(pruned),
+                "" if dense is None else _percent(dense, pruned),
+            )
+        )
+        if self.timing is not None:
+            rows.append(timing_row(self.timing))
+        return rows + _quality_rows(self.quality)
+
+
+def timing_row(timing: Mapping[str, JSON]) -> tuple[str, str, str, str]:
+    """A benchmark as (what, dense, pruned, change)."""
+    return (
+        f"ms, batch {timing['batch']}, {_plural(timing['threads'], 'thread')}",
+        f"{timing['dense_ms']:.2f}",
+        f"{timing['pruned_ms']:.2f}",
+        f"{timing['speedup']:.2f}x faster",
+    )
+
+
+def _quality_rows(quality: Mapping[str, JSON]) -> list[tuple[str, str, str, str]]:
+    pruned, dense = quality.get("pruned"), quality.get("dense")
+    if pruned is None:
+        return []
+    change = "" if dense is None else f"{pruned['value'] - dense['value']:+.3f}"
+    left = "" if dense is None else f"{dense['value']:.3f}"
+    return [(f"{pruned['task']}: {pruned['metric']}", left, f"{pruned['value']:.3f}", change)]
+
+
+def steps_of(recipe: str | None, flags: Mapping[str, Mapping[str, Any] | None]) -> list[Pass]:
+    """The passes that the command line asks for: a recipe, or flags that stand for single passes.
+
+    Raises:
+        RecipeError: neither or both are given, or one of them is not valid.
+    """
+    from graphprune.recipe import load
+
+    wanted = [{name: options} for name, options in flags.items() if options is not None]
+    if recipe is not None and wanted:
+        raise RecipeError("give either --recipe or --heads/--neurons, not both")
+    if recipe is None and not wanted:
+        raise RecipeError(
+            "nothing to do: give --recipe NAME|FILE, --heads RATIO or --neurons RATIO; "
+            "`graphprune recipes` and `graphprune passes` list what there is"
+        )
+    return load(wanted if recipe is None else recipe)
+
+
+def parse_batch(text: str) -> tuple[int, ...]:
+    """Sizes from "8" (batch) or "8x128" (batch x sequence); empty text gives none.
+
+    Raises:
+        GraphPruneError: it reads otherwise.
+    """
+    if not text:
+        return ()
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)?", text):
+        raise GraphPruneError(f"--batch is a number or two, such as 8 or 8x128, got {text!r}")
+    return tuple(int(part) for part in text.split("x"))
+
+
+def sized_inputs(program: Program, sizes: tuple[int, ...]) -> dict[str, Any]:
+    """The program's example inputs, repeated or cropped to batch and sequence, without padding.
+
+    Without sizes: one sample, and 128 tokens where the program takes as many.
+
+    Returns:
+        Keyword arguments of the program.
+
+    Raises:
+        GraphPruneError: the program does not run at these sizes.
+    """
+    if sizes:
+        inputs = _resized(program, sizes)
+        problem = _problem(program, inputs)
+        if problem:
+            raise GraphPruneError(
+                f"the model does not run at {'x'.join(map(str, sizes))} ({problem}); "
+                "give --batch that it takes"
+            )
+        return inputs
+    inputs = _resized(program, (1, _SEQUENCE))
+    return _resized(program, (1,)) if _problem(program, inputs) else inputs
+
+
+def _resized(program: Program, sizes: tuple[int, ...]) -> dict[str, Any]:
+    import torch
+    import torch.utils._pytree as pytree
+
+    from graphprune.program import Constant
+
+    wanted = dict(zip(("batch", "sequence"), sizes, strict=False))
+    entry = program.forward
+    flat: dict[str, Tensor] = {}
+    for name, tensor in zip(entry.input_names, entry.example, strict=True):
+        for dim, symbol in entry.dynamic.get(name, {}).items():
+            size = wanted.get(symbol, tensor.shape[dim])
+            repeats = -(-size // tensor.shape[dim])
+            tensor = torch.cat([tensor] * repeats, dim).narrow(dim, 0, size)
+        is_mask = not tensor.is_floating_point() and bool(((tensor == 0) | (tensor == 1)).all())
+        flat[name] = torch.ones_like(tensor) if is_mask else tensor.contiguous()
+    return {
+        argument.name: pytree.tree_unflatten(
+            [leaf.value if isinstance(leaf, Constant) else flat[leaf] for leaf in argument.leaves],
+            argument.spec,
+        )
+        for argument in entry.arguments
+    }
+
+
+def _problem(program: Program, inputs: Mapping[str, Any]) -> str:
+    try:
+        program(**inputs)
+    except Exception as e:
+        return str(e).strip().split("\n")[0]
+    return ""
+
+
+def batch_text(program: Program, inputs: Mapping[str, Any]) -> str:
+    """The sizes of inputs as "1x128", or "1" where there is no sequence."""
+    entry = program.forward
+    found: dict[str, int] = {}
+    for name, tensor in zip(entry.input_names, entry.flatten((), inputs), strict=True):
+        for dim, symbol in entry.dynamic.get(name, {}).items():
+            found[symbol] = tensor.shape[dim]
+    return "x".join(str(found[s]) for s in ("batch", "sequence") if s in found) or "as captured"
+
+
+def open_subject(name: str, allow_pickle: bool, advance: Advance) -> LoadedModel | Artifact:
+    """The artifact in a folder, or the model of a name.
+
+    Raises:
+        GraphPruneError: there is neither, or it cannot be loaded.
+    """
+    # Before hub ids: a folder that was exported here has a manifest, whole or broken.
+    folder = Path(name).expanduser()
+    if (folder / "manifest.json").is_file():
+        from graphprune.exporters import open_artifact
+
+        return open_artifact(folder)
+    from graphprune.models import load_model
+
+    return load_model(name, allow_pickle=allow_pickle, progress=advance)
+
+
+def captured(subject: LoadedModel | Artifact) -> Compiled:
+    """A subject without further passes: a model captured, an artifact's program read."""
+    from graphprune.api import compile, load
+    from graphprune.models import LoadedModel
+
+    if not isinstance(subject, LoadedModel):
+        return load(subject.path)
+    compiled = compile(subject.module, [], example_inputs=dict(subject.example_inputs))
+    compiled.files = _side_files(subject)
+    return compiled
+
+
+def compiled_and_measured(
+    subject: LoadedModel | Artifact,
+    passes: Sequence[Pass],
+    path: Path,
+    options: Options,
+    step: Step,
+    observer: Observer,
+) -> Summary:
+    """Capture, prune, export, time, judge; each long step is announced through `step`."""
+    from graphprune.api import compile
+    from graphprune.models import LoadedModel
+
+    with step("capture"):
+        start = captured(subject)
+        # Sizes that the model refuses are refused before the work.
+        inputs = sized_inputs(start.program, options.sizes) if options.measure else {}
+    compiled = compile(
+        start, passes, verify=options.verify, seed=options.seed, observers=[observer]
+    )
+    with step("export"):
+        artifact = compiled.export(path, baseline=options.baseline)
+    timing = None
+    if options.measure and artifact.has_baseline:
+        with step("measure"):
+            timing = _timing(artifact, start.program, inputs, options.threads, "dense")
+    quality: Mapping[str, JSON] = {}
+    task = subject.task if isinstance(subject, LoadedModel) else None
+    if options.quality and task is not None and artifact.has_baseline:
+        with step(f"task {task}") as advance:
+            quality = judged(artifact, task, None, advance)
+    name = subject.name if isinstance(subject, LoadedModel) else str(subject.path)
+    return Summary(name, path, compiled.report, _megabytes(artifact), timing, quality)
+
+
+def bench(
+    subject: LoadedModel | Artifact, sizes: tuple[int, ...], threads: int, against: str
+) -> dict[str, JSON]:
+    """Time an artifact against its dense twin or another one; or a model as it is.
+
+    Raises:
+        GraphPruneError: there is nothing to measure against, or the sizes do not fit.
+    """
+    from graphprune.exporters import Artifact, export
+
+    if not isinstance(subject, Artifact) and against != "dense":
+        raise GraphPruneError("--against compares artifacts; compile the model first")
+    program = captured(subject).program
+    inputs = sized_inputs(program, sizes)
+    if isinstance(subject, Artifact):
+        return _timing(subject, program, inputs, threads, against)
+    with tempfile.TemporaryDirectory() as folder:
+        artifact = export(program, Path(folder) / "dense", baseline=program)
+        timing = _timing(artifact, program, inputs, threads, "dense")
+    # A model has no pruned form yet: the two sessions are the same, so one row says it all.
+    kept = ("batch", "threads", "rounds", "dense_ms", "dense_low_ms", "dense_high_ms")
+    return {key: timing[key] for key in kept}
+
+
+def judged(
+    subject: LoadedModel | Artifact, task: str, data: Path | None, advance: Advance
+) -> dict[str, JSON]:
+    """Task results by "pruned" and "dense"; a model that is no artifact has only the latter.
+
+    Raises:
+        GraphPruneError: the task needs what the subject does not have.
+    """
+    from graphprune.exporters import Artifact
+    from graphprune.models.tasks import evaluate
+
+    common = {"data": data, "tokenizer_dir": _tokenizer_dir(subject)}
+    if not isinstance(subject, Artifact):
+        if task == "neighbours":
+            raise GraphPruneError(
+                "the task 'neighbours' compares an artifact with its dense twin; compile the model "
+                "first, and judge the folder"
+            )
+        result = evaluate(task, subject.module, progress=advance, **common)
+        return {"dense": asdict(result)}
+    session = subject.session()
+    if task == "neighbours":
+        dense = subject.baseline_session()
+        result = evaluate(task, session, dense=dense, progress=advance, **common)
+        # The dense model agrees with itself.
+        return {"pruned": asdict(result), "dense": {**asdict(result), "value": 1.0}}
+    results = {"pruned": asdict(evaluate(task, session, progress=advance, **common))}
+    if subject.has_baseline:
+        dense = subject.baseline_session()
+        results["dense"] = asdict(evaluate(task, dense, progress=advance, **common))
+    return results
+
+
+def _timing(
+    artifact: Artifact, program: Program, inputs: Mapping[str, Any], threads: int, against: str
+) -> dict[str, JSON]:
+    """A comparison as one flat row; the ratio is above one where the pruned model is faster."""
+    found = artifact.benchmark(dict(inputs), against, threads=threads)
+    return {
+        "batch": batch_text(program, inputs),
+        "threads": threads,
+        "rounds": found.rounds,
+        "against": against,
+        "dense_ms": found.against.ms,
+        "dense_low_ms": found.against.low,
+        "dense_high_ms": found.against.high,
+        "pruned_ms": found.model.ms,
+        "pruned_low_ms": found.model.low,
+        "pruned_high_ms": found.model.high,
+        "speedup": found.ratio,
+        "speedup_low": found.ratio_low,
+        "speedup_high": found.ratio_high,
+    }
+
+
+def _megabytes(artifact: Artifact) -> dict[str, float]:
+    """Size on disk of the ONNX files, weights outside of them included."""
+    names = {"pruned": "model", "dense": "baseline"}
+    return {
+        which: sum(f.stat().st_size for f in artifact.path.glob(f"{stem}.onnx*")) / 1e6
+        for which, stem in names.items()
+        if (artifact.path / f"{stem}.onnx").is_file()
+    }
+
+
+def _tokenizer_dir(subject: LoadedModel | Artifact) -> Path | None:
+    from graphprune.models import LoadedModel
+
+    if isinstance(subject, LoadedModel):
+        return subject.tokenizer_dir
+    folder = subject.path / TOKENIZER
+    return folder if folder.is_dir() else None
+
+
+def _side_files(loaded: LoadedModel) -> dict[str, Path | bytes]:
+    """What a user needs beside the model: the tokenizer's files, and the names of the classes."""
+    from graphprune.models.loading import tokenizer_files
+
+    files: dict[str, Path | bytes] = {}
+    if loaded.tokenizer_dir is not None:
+        for file in tokenizer_files(loaded.tokenizer_dir):
+            files[f"{TOKENIZER}/{file.name}"] = file
+    labels = getattr(getattr(loaded.module, "config", None), "id2label", None)
+    if labels and not all(str(v).startswith("LABEL_") for v in labels.values()):
+        files["labels.json"] = json.dumps(labels, indent=1, ensure_ascii=False).encode()
+    return files
+
+
+def check_output(path: Path) -> None:
+    """Refuse, before any work, a folder that cannot be written or is not ours to replace.
+
+    Raises:
+        ExportError: so it is.
+    """
+    from graphprune.exporters import is_artifact
+    from graphprune.files import check_target
+
+    check_target(path, is_artifact)
+
+
+def check_task(task: str, data: Path | None) -> None:
+    """Refuse an unknown task or missing data before a model is loaded.
+
+    Raises:
+        GraphPruneError: there is no such task, or its data is missing.
+    """
+    from graphprune.models.tasks import TASKS, unknown_task
+
+    if task not in TASKS:
+        raise unknown_task(task)
+    if task == "sts":
+        from graphprune.models.tasks.sts import find_data
+
+        find_data(data)
+
+
+def describe_passes() -> list[dict[str, JSON]]:
+    """Every pass: name, first line of its docstring, options with type, default, meaning."""
+    from graphprune.registry import options, registered
+
+    described: list[dict[str, JSON]] = []
+    for name, cls in registered().items():
+        doc = inspect.getdoc(cls) or ""
+        meanings = _attributes(doc)
+        rows = [
+            {
+                "option": field.name,
+                "type": str(field.type).replace("graphprune.passbase.", ""),
+                "default": "required"
+                if field.default is dataclasses.MISSING
+                else _yaml(field.default),
+                "meaning": meanings.get(field.name, ""),
+            }
+            for field in options(cls)
+        ]
+        described.append({"name": name, "summary": doc.partition("\n")[0], "options": rows})
+    return described
+
+
+def _attributes(doc: str) -> dict[str, str]:
+    """The entries of a Google docstring's section "Attributes"."""
+    section = doc.partition("Attributes:\n")[2]
+    found: dict[str, str] = {}
+    name = ""
+    for line in section.splitlines():
+        if line and not line.startswith(" "):
+            break
+        start = re.match(r" {4}(\w+): (.*)", line)
+        if start:
+            name = start[1]
+            found[name] = start[2]
+        elif name and line.strip():
+            found[name] += " " + line.strip()
+    return found
+
+
+def _yaml(value: object) -> str:
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_yaml(v) for v in value) + "]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "null" if value is None else str(value)
+
+
+def _megabytes_text(megabytes: float) -> str:
+    return f"{megabytes:.1f}" if megabytes >= 1 else f"{megabytes:.3f}"
+
+
+def _percent(before: float, after: float) -> str:
+    return f"{100 * (after - before) / before:+.1f} %" if before else ""
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"

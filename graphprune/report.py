@@ -1,0 +1,324 @@
+"""Report: what a compilation did, as text, Markdown and JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, final
+
+from graphprune.events import JSON, PassFinished
+from graphprune.program import Program
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How large a program is: parameters, bytes of all tensors, FLOPs on the example inputs."""
+
+    parameters: int
+    bytes: int
+    flops: int
+
+    @classmethod
+    def of(cls, program: Program) -> Size:
+        """Measure a program."""
+        from graphprune.cost import flops
+
+        return cls(program.num_parameters(), program.nbytes(), flops(program))
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class PassReport:
+    """What one pass did.
+
+    Attributes:
+        step: the pass and its options, as a recipe writes them.
+        removed: in words, what went away.
+        parameters: before and after, or None where the pass changed nothing.
+        max_error: the largest difference that verification saw, relative to the largest output;
+            None where nothing was compared.
+        seconds: the pass with all of its verification.
+        skipped: what it declined to do, with the reason.
+        details: the pass's own report.
+    """
+
+    name: str
+    step: JSON
+    modified: bool
+    removed: str
+    parameters: tuple[int, int] | None
+    max_error: float | None
+    seconds: float
+    skipped: tuple[str, ...]
+    details: Mapping[str, JSON]
+
+    @classmethod
+    def of(
+        cls, finished: PassFinished, step: JSON, record: Mapping[str, JSON] | None
+    ) -> PassReport:
+        """From what the pipeline says of a pass, and its line of history if it has one."""
+        details = dict(finished.report)
+        check = details.get("verification")
+        error = check.get("max_error") if isinstance(check, Mapping) else None
+        told = details if "parameters_before" in details else record or {}
+        sizes = None
+        if finished.modified and "parameters_before" in told:
+            sizes = (int(told["parameters_before"]), int(told["parameters_after"]))
+        return cls(
+            name=finished.name,
+            step=step,
+            modified=finished.modified,
+            removed=_removed(details, finished.modified),
+            parameters=sizes,
+            max_error=None if error is None else float(error),
+            seconds=finished.seconds + finished.verify_seconds,
+            skipped=_skipped(details.get("skipped")),
+            details=details,
+        )
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a compilation did.
+
+    Attributes:
+        model: the class of the model.
+        before: the size of the dense program.
+        after: the size now.
+        passes: every pass since the dense program, in order.
+        capture_seconds: how long capture took; 0 where the compilation began with a program.
+        seconds: everything, verification included.
+    """
+
+    model: str
+    before: Size
+    after: Size
+    passes: tuple[PassReport, ...] = ()
+    capture_seconds: float = 0.0
+    seconds: float = 0.0
+
+    def extended(self, after: Size, passes: Sequence[PassReport], seconds: float) -> Report:
+        """This report with more passes behind it."""
+        return replace(
+            self, after=after, passes=(*self.passes, *passes), seconds=self.seconds + seconds
+        )
+
+    @property
+    def max_error(self) -> float | None:
+        """The largest verification error of all passes; None where nothing was compared."""
+        return max((p.max_error for p in self.passes if p.max_error is not None), default=None)
+
+    def to_json(self) -> dict[str, JSON]:
+        """Plain data that json.dumps takes and `from_json` reads back."""
+        return _plain(asdict(self))
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Report:
+        """The report that `to_json` wrote."""
+        passes = tuple(
+            PassReport(
+                **{
+                    **p,
+                    "parameters": None if p["parameters"] is None else tuple(p["parameters"]),
+                    "skipped": tuple(p["skipped"]),
+                }
+            )
+            for p in data["passes"]
+        )
+        sizes = {key: Size(**data[key]) for key in ("before", "after")}
+        return cls(**{**data, **sizes, "passes": passes})
+
+    def __str__(self) -> str:
+        lines = [f"{self.model}: {self._headline()}", f"verification: {self._verification()}"]
+        lines.append(
+            f"seconds: {self.seconds:.1f}, of these {self.capture_seconds:.1f} for capture"
+        )
+        if self.passes:
+            lines += ["", *_aligned([_HEADER, *self._rows()])]
+        skipped = self.skipped_lines()
+        if skipped:
+            lines += ["", "skipped:", *(f"  {line}" for line in skipped)]
+        return "\n".join(lines)
+
+    def to_markdown(self) -> str:
+        """The report as a Markdown page."""
+        lines = [
+            f"# {self.model}, pruned",
+            "",
+            "| | before | after | |",
+            "|---|---:|---:|---:|",
+            *("| " + " | ".join(row) + " |" for row in self._size_rows()),
+            "",
+            f"Verification: {self._verification()}.",
+            f"Compiled in {self.seconds:.1f} s, of these {self.capture_seconds:.1f} s for capture.",
+        ]
+        if self.passes:
+            lines += ["", "| " + " | ".join(_HEADER) + " |", "|---|---|---:|---:|---:|"]
+            lines += ["| " + " | ".join(row) + " |" for row in self._rows()]
+        skipped = self.skipped_lines()
+        if skipped:
+            lines += ["", "## Skipped", "", *(f"- {line}" for line in skipped)]
+        return "\n".join(lines) + "\n"
+
+    def _headline(self) -> str:
+        a, b = self.before, self.after
+        return (
+            f"{a.parameters:,} -> {b.parameters:,} parameters"
+            f" ({_change(a.parameters, b.parameters)})"
+            f", {_megabytes(a.bytes)} -> {_megabytes(b.bytes)} MB"
+            f", {count_text(a.flops)} -> {count_text(b.flops)} FLOPs"
+            f" ({a.flops / max(b.flops, 1):.2f}x fewer)"
+        )
+
+    def _size_rows(self) -> list[tuple[str, str, str, str]]:
+        a, b = self.before, self.after
+        return [
+            (
+                "parameters",
+                f"{a.parameters:,}",
+                f"{b.parameters:,}",
+                _change(a.parameters, b.parameters),
+            ),
+            ("MB", _megabytes(a.bytes), _megabytes(b.bytes), _change(a.bytes, b.bytes)),
+            ("FLOPs", count_text(a.flops), count_text(b.flops), _change(a.flops, b.flops)),
+        ]
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        return [
+            (
+                p.name,
+                p.removed,
+                _change(*p.parameters) if p.parameters else "",
+                "" if p.max_error is None else f"{p.max_error:.1e}",
+                f"{p.seconds:.1f}",
+            )
+            for p in self.passes
+        ]
+
+    def _verification(self) -> str:
+        error = self.max_error
+        if error is not None:
+            unproven = [p.name for p in self.passes if p.modified and p.max_error is None]
+            but = f"; not compared: {', '.join(unproven)}" if unproven else ""
+            return (
+                "removing the units equals masking them; largest difference "
+                f"{error:.1e} of the largest output{but}"
+            )
+        if not any(p.modified for p in self.passes):
+            return "nothing was changed"
+        return "not done (verify=False)"
+
+    def skipped_lines(self) -> list[str]:
+        """What passes declined to do, and why; like reasons of one pass in one line."""
+        return [f"{p.name}: {reason}" for p in self.passes for reason in p.skipped]
+
+
+_HEADER = ("pass", "removed", "parameters", "error", "seconds")
+
+
+def _removed(details: Mapping[str, JSON], modified: bool) -> str:
+    """What a pass removed, in words: its own summary, or units counted by role."""
+    if not modified:
+        return "nothing"
+    summary = details.get("summary")
+    if isinstance(summary, str):
+        return summary
+    counted = _count_by_role(details.get("groups"))
+    units = [
+        f"{gone:,} of {total:,} {_UNITS.get(role, f'{role} units')} in {_counted(groups, 'group')}"
+        for role, (gone, total, groups) in counted.items()
+    ]
+    cleaned = [
+        _counted(_length(details[key]), key.removesuffix("s"))
+        for key in ("nodes", "tensors")
+        if key in details and _length(details[key])
+    ]
+    return ", ".join(units or cleaned) or "see its report"
+
+
+_UNITS = {
+    "head": "heads",
+    "kv_group": "key/value groups",
+    "queries_per_group": "queries per group",
+    "qk_dim": "query/key dimensions",
+    "v_dim": "value dimensions",
+    "neuron": "neurons",
+    "expert": "experts",
+}
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def _length(value: JSON) -> int:
+    """Items in a list, or in all lists of a mapping (one list an entry graph)."""
+    if isinstance(value, Mapping):
+        return sum(_length(v) for v in value.values())
+    return len(value) if isinstance(value, list | tuple) else int(bool(value))
+
+
+def _count_by_role(groups: JSON) -> dict[str, tuple[int, int, int]]:
+    """role -> (units removed, units before, groups), from a pass's list of groups."""
+    counted: dict[str, tuple[int, int, int]] = {}
+    entries = groups.values() if isinstance(groups, Mapping) else groups or ()
+    for group in entries:
+        if not isinstance(group, Mapping) or "before" not in group or "after" not in group:
+            continue
+        gone, total, count = counted.get(str(group.get("role", "")), (0, 0, 0))
+        before, after = int(group["before"]), int(group["after"])
+        counted[str(group.get("role", ""))] = (gone + before - after, total + before, count + 1)
+    return counted
+
+
+def _skipped(entries: JSON) -> tuple[str, ...]:
+    """A pass's skipped items as sentences, whichever way it lists them."""
+    if isinstance(entries, Mapping):
+        return tuple(f"{item}: {reason}" for item, reason in entries.items())
+    lines = []
+    for entry in entries or ():
+        if isinstance(entry, Mapping):
+            reason = entry.get("reason", "")
+            what = next((entry[key] for key in ("id", "group", "name") if entry.get(key)), "")
+            lines.append(f"{what}: {reason}" if what else str(reason))
+        else:
+            lines.append(str(entry))
+    return tuple(lines)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> Iterable[str]:
+    """Rows as columns of equal width: the first two to the left, numbers to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        cells = [
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        yield "  ".join(cells).rstrip()
+
+
+def _change(before: int, after: int) -> str:
+    return f"{100 * (after - before) / before:+.1f} %" if before else "0 %"
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.1f}" if count >= 1e5 else f"{count / 1e6:.3f}"
+
+
+def count_text(count: int) -> str:
+    """A large count with three digits and a unit: 1.38 G, 864 k."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return str(count)
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, so that a report equals itself after a round trip through JSON."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value

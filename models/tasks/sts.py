@@ -1,0 +1,92 @@
+"""STS Benchmark: do cosine similarities follow human scores?"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from graphprune.errors import GraphPruneError
+from graphprune.models.tasks.base import TaskResult, embed
+
+
+def spearman_of_cosine(
+    model: Any,
+    tokenizer_dir: Path,
+    data: Path | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> TaskResult:
+    """Spearman's rank correlation between the pairs' cosine and their human score."""
+    first, second, scores = read_pairs(find_data(data))
+    # A sentence that occurs in several pairs is embedded once.
+    unique = {sentence: i for i, sentence in enumerate(dict.fromkeys(first + second))}
+    embeddings = embed(model, tokenizer_dir, list(unique), progress=progress)
+    left = embeddings[[unique[s] for s in first]]
+    right = embeddings[[unique[s] for s in second]]
+    value = spearman((left * right).sum(dim=1).numpy(), np.asarray(scores))
+    return TaskResult("sts", "Spearman", value, len(scores))
+
+
+def find_data(data: Path | None) -> Path:
+    """The file given, test.tsv in the folder given, or stsb/test.tsv under $GRAPHPRUNE_DATA.
+
+    Raises:
+        GraphPruneError: there is none.
+    """
+    root = os.environ.get("GRAPHPRUNE_DATA")
+    if data is None and root:
+        data = Path(root) / "stsb"
+    if data is None:
+        raise GraphPruneError(
+            "the task 'sts' needs its file: give --data FILE (test.tsv of the STS Benchmark), or "
+            "set GRAPHPRUNE_DATA to the folder that holds stsb/test.tsv"
+        )
+    file = data / "test.tsv" if data.is_dir() else data
+    if not file.is_file():
+        raise GraphPruneError(f"there is no file {str(file)!r}")
+    return file
+
+
+def read_pairs(file: Path) -> tuple[list[str], list[str], list[float]]:
+    """First sentences, second sentences and scores from a TAB-separated file with a header line.
+
+    Raises:
+        GraphPruneError: a column is missing or a row is broken; the line is named.
+    """
+    try:
+        # The sentences hold bare quotation marks, so this is not CSV.
+        header, *rows = file.read_text("utf-8").splitlines()
+    except (UnicodeDecodeError, ValueError) as e:
+        raise GraphPruneError(f"{str(file)!r} is no UTF-8 text file with a header line") from e
+    columns = header.split("\t")
+    missing = [c for c in ("score", "sentence1", "sentence2") if c not in columns]
+    if missing:
+        raise GraphPruneError(
+            f"{str(file)!r} lacks the columns {missing}; its header line has {columns}"
+        )
+    first, second, scores = [], [], []
+    for number, row in enumerate(rows, 2):
+        cells = dict(zip(columns, row.split("\t"), strict=False))
+        try:
+            scores.append(float(cells["score"]))
+            first.append(cells["sentence1"])
+            second.append(cells["sentence2"])
+        except (KeyError, ValueError) as e:
+            raise GraphPruneError(f"{str(file)!r}, line {number}: {row[:60]!r} is no pair") from e
+    return first, second, scores
+
+
+def spearman(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float:
+    """Pearson correlation of the ranks; ties share their mean rank."""
+    return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
+
+
+def _ranks(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    ranks: npt.NDArray[np.float64] = ((last - counts + last - 1) / 2)[inverse]
+    return ranks

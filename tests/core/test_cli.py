@@ -1,0 +1,251 @@
+"""The command line: output, exit codes, and one sentence for every kind of bad input."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from graphprune.cli import app
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run the command line in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def invoke(*arguments: str) -> Result:
+        return CliRunner().invoke(app, list(arguments))
+
+    return invoke
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A compiled tiny model, made by the command line."""
+    out = tmp_path_factory.mktemp("made") / "out"
+    result = CliRunner().invoke(
+        app, ["compile", "tiny-bert", "--heads", "0.5", "--neurons", "0.5", "-o", str(out)]
+    )
+    assert result.exit_code == 0, result.stderr
+    assert "4 of 8 heads" in result.stdout
+    assert "x faster" in result.stdout
+    assert str(out) in result.stdout.replace("\n", "")
+    return out
+
+
+@pytest.fixture
+def copied(artifact: Path, tmp_path: Path) -> Path:
+    """A copy of the artifact to break."""
+    import shutil
+
+    return Path(shutil.copytree(artifact, tmp_path / "copy"))
+
+
+def sentence(result: Result) -> str:
+    """The error: one sentence, no traceback."""
+    errors = result.stderr[result.stderr.index("error:") :].strip()
+    assert "Traceback" not in result.stderr
+    assert "\n" not in errors
+    return errors
+
+
+# --- what works --------------------------------------------------------------------------------
+
+
+def test_help_does_not_import_torch() -> None:
+    code = (
+        "import sys; sys.argv = ['graphprune', '--help']\n"
+        "from graphprune.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("False\n")
+    assert "compile" in done.stdout
+
+
+def test_compile_prints_json_alone_on_stdout(run: Run, tmp_path: Path) -> None:
+    result = run("compile", "tiny-mlp", "--neurons", "0.5", "-o", "out", "--json")
+    assert result.exit_code == 0, result.stderr
+    summary = json.loads(result.stdout)
+    assert summary["report"]["after"]["parameters"] < summary["report"]["before"]["parameters"]
+    assert summary["timing"]["batch"] == "1"
+    assert set(summary["megabytes"]) == {"pruned", "dense"}
+    assert (tmp_path / "out" / "model.onnx").is_file()
+
+
+def test_compile_without_the_dense_twin_writes_and_times_none(run: Run, tmp_path: Path) -> None:
+    result = run("compile", "tiny-mlp", "--neurons", "0.5", "-o", "out", "--no-baseline")
+    assert result.exit_code == 0, result.stderr
+    assert not (tmp_path / "out" / "baseline.onnx").exists()
+    assert "faster" not in result.stdout
+    again = run("bench", "out")
+    assert again.exit_code == 2
+    assert "dense twin" in sentence(again)
+
+
+def test_compile_takes_a_recipe_file_and_replaces_its_own_folder(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text("passes:\n  - prune-neurons: {ratio: 0.5}\n")
+    arguments = ("compile", "tiny-mlp", "--recipe", "my.yaml", "-o", "out", "--no-measure")
+    for _ in range(2):
+        assert run(*arguments).exit_code == 0
+
+
+def test_compile_goes_on_from_an_artifact(run: Run, artifact: Path) -> None:
+    result = run("compile", str(artifact), "--neurons", "0.5", "-o", "more", "--json")
+    assert result.exit_code == 0, result.stderr
+    passes = [p["name"] for p in json.loads(result.stdout)["report"]["passes"]]
+    assert passes == ["prune-neurons", "prune-heads", "prune-neurons"]
+    compared = run("bench", "more", "--against", str(artifact), "--json")
+    assert json.loads(compared.stdout)["speedup"] > 0
+
+
+def test_inspect_shows_roles_and_reasons(run: Run, artifact: Path) -> None:
+    shown = run("inspect", "tiny-bert")
+    assert shown.exit_code == 0, shown.stderr
+    assert "head" in shown.stdout
+    assert "frozen:" in shown.stdout
+    assert "encoder.layer.*" in shown.stdout
+    assert "encoder.layer.1" in run("inspect", "tiny-bert", "--all").stdout
+    found = json.loads(run("inspect", str(artifact), "--json").stdout)
+    assert [g["size"] for g in found["groups"] if g["role"] == "head"] == [2, 2]
+
+
+def test_bench_measures_an_artifact_and_a_model(run: Run, artifact: Path) -> None:
+    row = json.loads(run("bench", str(artifact), "--batch", "2x16", "--json").stdout)
+    assert row["batch"] == "2x16"
+    assert row["speedup_low"] <= row["speedup"] <= row["speedup_high"]
+    assert "faster than dense" in run("bench", str(artifact)).stdout
+    assert "dense_ms" in json.loads(run("bench", "tiny-mlp", "--json").stdout)
+
+
+def test_passes_recipes_and_models_are_listed(run: Run) -> None:
+    passes = {p["name"]: p for p in json.loads(run("passes", "--json").stdout)}
+    options = {o["option"]: o for o in passes["prune-heads"]["options"]}
+    assert options["ratio"]["default"] == "required"
+    assert options["score"]["default"] == "magnitude"
+    assert all(o["meaning"] for o in options.values())
+    assert "prune-heads" in run("passes").stdout
+    for name, text in json.loads(run("recipes", "--json").stdout).items():
+        assert name in run("recipes").stdout
+        assert text
+    assert "minilm" in run("models").stdout
+
+
+def test_demo_on_a_tiny_model(run: Run, tmp_path: Path) -> None:
+    result = run("demo", "tiny-bert")
+    assert result.exit_code == 0, result.stderr
+    assert "what next" in result.stdout
+    assert (tmp_path / "out" / "demo" / "model.onnx").is_file()
+
+
+# --- what is refused ---------------------------------------------------------------------------
+
+COMPILE = ("compile", "tiny-mlp", "-o", "out")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (COMPILE, "nothing to do"),
+        ((*COMPILE, "--neurons", "1.0"), "below 1"),
+        ((*COMPILE, "--neurons", "-0.1"), "at least 0"),
+        ((*COMPILE, "--neurons", "nan"), "nan"),
+        ((*COMPILE, "--neurons", "0.5", "--score", "magnitud"), "'magnitude'"),
+        ((*COMPILE, "--neurons", "0.5", "--recipe", "half"), "not both"),
+        ((*COMPILE, "--neurons", "0.5", "--batch", "8 x 128"), "8x128"),
+        ((*COMPILE, "--neurons", "0.5", "--ignore", "no.such.name"), ""),
+        ((*COMPILE, "--recipe", "hlaf"), "'half'"),
+        ((*COMPILE, "--recipe", "bad-pass.yaml"), "'prune-heads'"),
+        ((*COMPILE, "--recipe", "bad-option.yaml"), "'ratio'"),
+        ((*COMPILE, "--recipe", "broken.yaml"), "not valid YAML"),
+        ((*COMPILE, "--heads", "0.5"), "no axis group"),
+        (("compile", "tiny-bert", "--recipe", "frozen.yaml", "-o", "out"), "frozen"),
+        (("compile", "./nowhere", "--neurons", "0.5", "-o", "out"), "no folder"),
+        (("compile", "tiny-mlp", "--neurons", "0.5", "-o", "foreign"), "did not write it"),
+        (("compile", "tiny-mlp", "--neurons", "0.5", "-o", "file"), "file"),
+        (("inspect", "a b"), "no folder"),
+        (("inspect", "foreign"), "config.json"),
+        (("bench", "tiny-mlp", "--against", "foreign"), "compile the model first"),
+        (("eval", "tiny-mlp", "--task", "stss"), "'sts'"),
+        (("eval", "tiny-mlp", "--task", "sts", "--data", "file-not-there"), "no file"),
+        (("eval", "tiny-mlp", "--task", "neighbours"), "dense twin"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_one_sentence_and_leaves_no_file(
+    run: Run, tmp_path: Path, arguments: tuple[str, ...], says: str
+) -> None:
+    (tmp_path / "bad-pass.yaml").write_text("passes: [prune-haeds]")
+    (tmp_path / "bad-option.yaml").write_text("passes: [{prune-heads: {ration: 0.5}}]")
+    (tmp_path / "broken.yaml").write_text("passes: [")
+    (tmp_path / "frozen.yaml").write_text("passes: [{prune-axis: {ratio: 0.5, role: residual}}]")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "letter.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    before = _tree(tmp_path)
+    result = run(*arguments)
+    if says:
+        assert result.exit_code == 2, result.output
+        assert says in sentence(result)
+        assert _tree(tmp_path) == before
+    else:
+        # A pattern to ignore that matches nothing is no harm.
+        assert result.exit_code == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    "file", ["model.onnx", "program/program.json", "program/tensors.safetensors"]
+)
+@pytest.mark.parametrize(
+    "command", [("bench",), ("inspect",), ("compile", "--neurons", "0.5", "-o", "x")]
+)
+def test_a_tampered_artifact_is_refused(run: Run, copied: Path, command: Any, file: str) -> None:
+    target = copied / file
+    data = bytearray(target.read_bytes())
+    data[len(data) // 2] ^= 1
+    target.write_bytes(bytes(data))
+    result = run(command[0], str(copied), *command[1:])
+    assert result.exit_code == 2
+    assert file in sentence(result)
+    assert not Path("x").exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", '{"format": "graphprune-artifact", "sha256": {}}']
+)
+def test_a_broken_manifest_is_refused(run: Run, copied: Path, text: str) -> None:
+    (copied / "manifest.json").write_text(text)
+    result = run("inspect", str(copied))
+    assert result.exit_code == 2
+    assert "manifest.json" in sentence(result) or "export" in sentence(result)
+
+
+def test_a_fault_of_ours_is_exit_code_one(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise RuntimeError("oops")
+
+    monkeypatch.setattr("graphprune.recipe.builtin_recipes", broken)
+    result = run("recipes")
+    assert result.exit_code == 1
+    assert "internal error, RuntimeError: oops" in sentence(result)
+
+
+def _tree(folder: Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*")}
+
+
+def test_version(run: Run) -> None:
+    import graphprune
+
+    assert run("--version").stdout == f"graphprune {graphprune.__version__}\n"

@@ -1,0 +1,114 @@
+"""Tasks: their arithmetic, and what they say when something is missing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from graphprune.errors import GraphPruneError
+from graphprune.models.tasks import TASKS, evaluate, runner
+from graphprune.models.tasks.neighbours import overlap, python_sentences
+from graphprune.models.tasks.sts import find_data, read_pairs, spearman
+
+HEADER = "genre\tscore\tsentence1\tsentence2"
+
+
+def test_spearman_sees_order_only_and_shares_ranks_of_ties() -> None:
+    x = np.array([1.0, 2.0, 3.0, 4.0])
+    assert spearman(x, np.exp(x)) == pytest.approx(1.0)
+    assert spearman(x, -x) == pytest.approx(-1.0)
+    stats = pytest.importorskip("scipy.stats")
+    a, b = np.array([1, 1, 2, 5, 5, 5.0]), np.array([3, 1, 2, 9, 4, 4.0])
+    assert spearman(a, b) == pytest.approx(float(stats.spearmanr(a, b).statistic))
+
+
+def test_overlap_is_one_for_equal_embeddings_and_half_when_half_the_neighbours_agree() -> None:
+    embeddings = torch.nn.functional.normalize(torch.randn(30, 8, generator=_seeded()), dim=1)
+    assert overlap(embeddings, embeddings.clone(), 5) == 1.0
+    angles = torch.tensor([0.0, 0.1, 0.3, 3.0])
+    line = torch.stack([angles.cos(), angles.sin()], dim=1)
+    # Points 0, 1, 2 are near each other; swapping 2 and 3 changes one of two neighbours.
+    assert 0 < overlap(line, line[[0, 1, 3, 2]], 2) < 1
+
+
+def test_python_sentences_are_many_distinct_and_always_the_same() -> None:
+    sentences = python_sentences(400)
+    assert len(set(sentences)) == 400
+    assert list(sentences) == list(python_sentences(400))
+    assert all(40 <= len(s) <= 300 for s in sentences)
+
+
+def test_pairs_are_read_without_quoting(tmp_path: Path) -> None:
+    file = tmp_path / "test.tsv"
+    file.write_text(HEADER + '\nnews\t2.5\tHe said "no.\tHe refused.\n', "utf-8")
+    assert read_pairs(find_data(tmp_path)) == (['He said "no.'], ["He refused."], [2.5])
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a\tb\n1\t2\n", "lacks the columns"),
+        (HEADER + "\nnews\tmany\ta\tb\n", "line 2"),
+        (HEADER + "\nnews\t1.0\ta\n", "line 2"),
+        ("", "header line"),
+    ],
+)
+def test_a_broken_file_is_named_with_its_line(tmp_path: Path, text: str, says: str) -> None:
+    file = tmp_path / "pairs.tsv"
+    file.write_text(text, "utf-8")
+    with pytest.raises(GraphPruneError, match=says):
+        read_pairs(file)
+
+
+def test_sts_without_data_says_what_to_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GRAPHPRUNE_DATA", raising=False)
+    with pytest.raises(GraphPruneError, match="--data FILE"):
+        find_data(None)
+
+
+def test_an_unknown_task_names_a_near_one() -> None:
+    with pytest.raises(GraphPruneError, match="did you mean 'neighbours'"):
+        evaluate("neighbors", None)
+
+
+def test_text_tasks_need_a_tokenizer_and_neighbours_a_dense_model(tmp_path: Path) -> None:
+    with pytest.raises(GraphPruneError, match="tokenizer"):
+        evaluate("neighbours", None)
+    with pytest.raises(GraphPruneError, match="dense"):
+        evaluate("neighbours", None, tokenizer_dir=tmp_path)
+    assert set(TASKS) == {"neighbours", "sts", "digits"}
+
+
+def test_a_runner_gives_a_session_only_the_inputs_that_it_has() -> None:
+    class Input:
+        name = "x"
+
+    class Session:
+        def get_inputs(self) -> list[Input]:
+            return [Input()]
+
+        def run(self, names: None, feeds: dict[str, object]) -> list[object]:
+            assert set(feeds) == {"x"}
+            return [feeds["x"]]
+
+    x = torch.ones(2)
+    assert torch.equal(runner(Session())({"x": x, "mask": x}), x)
+
+
+def test_digits_judge_any_classifier() -> None:
+    pytest.importorskip("sklearn")
+
+    def nine(pixel_values: Tensor) -> Tensor:
+        return torch.nn.functional.one_hot(torch.full((len(pixel_values),), 9), 10)
+
+    result = evaluate("digits", nine)
+    assert result.count == 360
+    assert result.value == pytest.approx(0.1, abs=0.01)
+
+
+def _seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
