@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, final
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graphprune.capture import second_inputs
+from graphprune.compare import batches, relative_error
 from graphprune.errors import ExportError
 from graphprune.exporters.names import input_names, is_tensor_output, output_names
 from graphprune.exporters.ort import feeds_of
@@ -48,7 +47,7 @@ def check_parity(program: Program, session: Any, tolerance: float = TOLERANCE) -
     program = program.in_float32()
     entry = program.forward
     result = []
-    for inputs in (list(entry.example), second_inputs(entry)):
+    for inputs in batches(entry):
         result += _compare(program, session, inputs, tolerance)
         if not entry.dynamic:
             break
@@ -78,19 +77,3 @@ def _compare(
             )
         result.append(Agreement(name, tuple(a.shape), error))
     return result
-
-
-def relative_error(expected: Tensor, actual: Tensor) -> float:
-    """max|expected - actual| / max|expected|; equal infinities agree, a NaN agrees with a NaN."""
-    if expected.shape != actual.shape:
-        return math.inf
-    if expected.numel() == 0:
-        return 0.0
-    if not expected.is_floating_point():
-        return 0.0 if torch.equal(expected, actual.to(expected.dtype)) else math.inf
-    a, b = expected.detach().double(), actual.detach().double()
-    same = (a == b) | (a.isnan() & b.isnan())
-    difference = torch.where(same, 0.0, (a - b).abs()).nan_to_num(math.inf, math.inf).max()
-    finite = a[a.isfinite()]
-    scale = float(finite.abs().max()) if finite.numel() else 0.0
-    return float(difference) / max(scale, 1e-30)

@@ -8,16 +8,19 @@ import itertools
 import logging
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import sympy
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
+from graphprune.compare import relative_error, second_inputs, second_sizes
 from graphprune.errors import CaptureError
-from graphprune.functional import functionalize, inline_regions
-from graphprune.graph import op_name, output_node, propagate
+from graphprune.functional import functionalize, inline_regions, spell_out
+from graphprune.graph import is_op, op_name, output_node, propagate
 from graphprune.program import Argument, Constant, Entry, Program
 
 log = logging.getLogger(__name__)
@@ -32,7 +35,12 @@ _CHECKS = {
     "_check",
     "_check_is_size",
 }
-_AGREEMENT = 1e-4  # captured against eager: the same kernels, other batch size
+_AGREEMENT = 1e-4  # captured against eager: the same kernels, of the output's size
+_AGREEMENT_HALF = 2e-2
+_POSITIONAL = (
+    inspect.Parameter.POSITIONAL_ONLY,
+    inspect.Parameter.POSITIONAL_OR_KEYWORD,
+)
 
 
 def capture(
@@ -52,7 +60,7 @@ def capture(
         example_inputs: dict of keyword arguments, or tuple of positional ones; a batch of one is
             enlarged to two, because torch.export would make it a constant.
         dynamic_shapes: "auto" makes batch and sequence symbolic where the model allows it; None
-            keeps every size; anything else goes to torch.export as it is.
+            keeps every size, a batch of one included; anything else goes to torch.export as it is.
         check: run the captured program on another batch size and length against the model.
 
     Raises:
@@ -60,51 +68,17 @@ def capture(
             something else on another batch.
     """
     args, kwargs = _call(model, example_inputs)
-    args, kwargs = _enlarge_batch(args, kwargs)
-    shapes = _auto_shapes(model, args, kwargs) if dynamic_shapes == "auto" else dynamic_shapes
-    with _quiet(model):
+    if dynamic_shapes is not None:
+        args, kwargs = _enlarge_batch(args, kwargs)
+    with _quiet(model), _spelled_signature(model, kwargs):
+        auto = dynamic_shapes == "auto"
+        shapes = _auto_shapes(model, args, kwargs) if auto else dynamic_shapes
         try:
             exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
         except Exception as e:
             raise CaptureError(_explain(model, e)) from e
         program = _program(model, exported, args, kwargs)
-        if check:
-            _check_agreement(model, program)
-    return program
-
-
-def second_inputs(entry: Entry) -> list[Tensor]:
-    """Other flat inputs for an entry: one more sample, a shorter sequence, and padding.
-
-    Made from the examples: samples are repeated, every other dynamic dimension is cropped to two
-    thirds, and in tensors of zeros and ones (masks) the last sample's tail becomes zero.
-    """
-    sizes: dict[str, int] = {}
-    for name, tensor in zip(entry.input_names, entry.example, strict=True):
-        for dim, symbol in entry.dynamic.get(name, {}).items():
-            old = tensor.shape[dim]
-            sizes[symbol] = (
-                old + 1 if dim == 0 or sizes.get(symbol, 0) > old else max(2, old * 2 // 3)
-            )
-    result = []
-    for name, tensor in zip(entry.input_names, entry.example, strict=True):
-        dims = entry.dynamic.get(name, {})
-        for dim, symbol in dims.items():
-            repeats = -(-sizes[symbol] // tensor.shape[dim])
-            tensor = torch.cat([tensor] * repeats, dim).narrow(dim, 0, sizes[symbol])
-        result.append(_pad(tensor, dims))
-    return result
-
-
-def _pad(tensor: Tensor, dims: Mapping[int, str]) -> Tensor:
-    last = tensor.dim() - 1
-    if last < 1 or last not in dims or 0 not in dims or tensor.is_floating_point():
-        return tensor
-    if bool(((tensor != 0) & (tensor != 1)).any()):
-        return tensor
-    padded = tensor.clone()
-    padded[-1, ..., padded.shape[-1] * 2 // 3 :] = 0
-    return padded
+        return _with_second_batch(model, program, check)
 
 
 def _call(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -167,21 +141,21 @@ def _auto_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         }
 
     arguments = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-    parameters = inspect.signature(model.forward).parameters
     shapes: dict[str, Any] = {}
     for name, value in arguments.items():
-        mapped = pytree.tree_map(dims, value)
-        if parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
-            shapes.update(mapped)
-        else:
-            shapes[name] = mapped
+        shapes[name] = pytree.tree_map(dims, value)
     return shapes
 
 
 @contextlib.contextmanager
 def _quiet(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, no key/value cache and no fused fast path, while inside."""
+    """Eval mode, no gradients, no key/value cache and no fused fast path, while inside.
+
+    Buffers get their values back too: tracing and comparing run the model, and it may count.
+    """
     modes = {module: module.training for module in model.modules()}
+    buffers = {module: dict(module._buffers) for module in model.modules()}
+    values = {name: b.clone() for name, b in model.named_buffers()}
     cached = []
     for module in model.modules():
         config: Any = getattr(module, "config", None)
@@ -201,6 +175,42 @@ def _quiet(model: nn.Module) -> Iterator[None]:
             config.use_cache = True
         for module, mode in modes.items():
             module.training = mode
+            module._buffers.clear()
+            module._buffers.update(buffers[module])
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(values[name])
+
+
+@contextlib.contextmanager
+def _spelled_signature(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Give forward the parameters that come in through its **kwargs, while inside.
+
+    torch.export cannot match dynamic shapes with arguments inside **kwargs.
+    """
+    forward, signature = model.forward, inspect.signature(model.forward)
+    plain = [
+        p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD
+    ]
+    extra = [name for name in kwargs if name not in signature.parameters]
+    if not extra:
+        yield
+        return
+    own = "forward" in model.__dict__
+
+    def spelled(*args: Any, **given: Any) -> Any:
+        return forward(*args, **given)
+
+    plain += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in extra]
+    cast(Any, spelled).__signature__ = signature.replace(parameters=plain)
+    try:
+        model.__dict__["forward"] = spelled
+        yield
+    finally:
+        if own:
+            model.__dict__["forward"] = forward
+        else:
+            del model.__dict__["forward"]
 
 
 def _explain(model: nn.Module, error: Exception) -> str:
@@ -217,8 +227,8 @@ def _explain(model: nn.Module, error: Exception) -> str:
     text = str(error).lower()
     if "data-dependent" in text or "guard on" in text or "unbacked" in text:
         remedy = (
-            "its Python control flow depends on tensor values: replace the branch by torch.where "
-            "or torch.cond, or move it out of forward"
+            "its Python control flow depends on tensor values: replace the branch by torch.where, "
+            "or move it out of forward"
         )
     elif "constraint" in text or "dynamic" in text:
         remedy = "a size cannot be dynamic: pass dynamic_shapes=None, or name the sizes that can"
@@ -243,7 +253,14 @@ def _program(
             node.op == "call_function" and op_name(node) in _CHECKS
         ):
             graph.erase_node(node)
-    functionalize(graph)
+    written = functionalize(graph)
+    if written:
+        log.warning(
+            "forward of %s writes to %s: the captured program keeps no state between calls",
+            type(model).__name__,
+            ", ".join(sorted(written)),
+        )
+    spell_out(graph)
     _own_operators(graph)
     graph.eliminate_dead_code()
     tensors, parameters, aliases, overlaps = _tensors(model, module, graph)
@@ -251,7 +268,9 @@ def _program(
     output = output_node(graph)
     output.args = (tuple(pytree.tree_leaves(output.args[0])),)
     propagate(graph, tensors, example, dynamic)
-    entry = Entry(graph, arguments, out_spec, example, dynamic)
+    names = tuple(n.name for n in graph.nodes if n.op == "placeholder")
+    second = second_sizes(names, example, dynamic)[0]
+    entry = Entry(graph, arguments, out_spec, example, dynamic, second)
     return Program(
         tensors=tensors,
         parameters=parameters,
@@ -271,7 +290,7 @@ def _own_operators(graph: fx.Graph) -> None:
     import graphprune.ops  # noqa: F401  (registers graphprune::grouped_mm)
 
     for node in graph.nodes:
-        if node.op == "call_function" and op_name(node) in {"grouped_mm_fallback", "_grouped_mm"}:
+        if is_op(node, "grouped_mm_fallback", "_grouped_mm"):
             node.target = torch.ops.graphprune.grouped_mm.default
 
 
@@ -289,8 +308,13 @@ def _tensors(
     for node in graph.nodes:
         if node.op == "get_attr" and node.target not in found:
             found[node.target] = _attribute(module, node.target)
+    for name, tensor in found.items():
+        if isinstance(tensor, FakeTensor):
+            raise CaptureError(
+                f"forward of {type(model).__name__} registers the buffer {name!r}; run the model "
+                "once before compiling it, so that the buffer is there"
+            )
     canonical: dict[Any, str] = {}
-    storages: dict[int, set[Any]] = {}
     aliases: dict[str, str] = {}
     names: dict[str, str] = {}
     for name, tensor in found.items():
@@ -302,12 +326,10 @@ def _tensors(
         names[name] = canonical.setdefault(key, name)
         if names[name] != name:
             aliases[name] = names[name]
-        elif tensor.numel():
-            storages.setdefault(storage, set()).add(name)
     for node in graph.nodes:
         if node.op == "get_attr":
             node.target = names[node.target]
-    overlaps = {n for group in storages.values() if len(group) > 1 for n in group}
+    overlaps = _overlapping({n: t for n, t in found.items() if n not in aliases})
     kept = [name for name in found if name not in aliases]
     return (
         {name: found[name].detach().clone() for name in kept},
@@ -317,11 +339,34 @@ def _tensors(
     )
 
 
+def _overlapping(tensors: Mapping[str, Tensor]) -> set[str]:
+    """Names of tensors whose bytes are a part of another one's."""
+    extents: dict[int, list[tuple[int, int, str]]] = {}
+    for name, tensor in tensors.items():
+        if tensor.numel():
+            last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+            start = tensor.data_ptr()
+            end = start + (last + 1) * tensor.element_size()
+            storage = tensor.untyped_storage().data_ptr()
+            extents.setdefault(storage, []).append((start, end, name))
+    found: set[str] = set()
+    for group in extents.values():
+        for (_, end, name), (start, _, other) in itertools.pairwise(sorted(group)):
+            if start < end:
+                found |= {name, other}
+    return found
+
+
 def _attribute(module: nn.Module, target: str) -> Tensor:
     value: Any = module
     for part in target.split("."):
         value = getattr(value, part)
-    return cast(Tensor, value)
+    if not isinstance(value, Tensor):
+        raise CaptureError(
+            f"the captured graph calls {target!r}, a branch or loop of its own (torch.cond or its "
+            "like), which graphprune does not rewrite; use torch.where instead"
+        )
+    return value
 
 
 def _interface(
@@ -333,13 +378,10 @@ def _interface(
 ) -> tuple[tuple[Argument, ...], tuple[Tensor, ...], dict[str, dict[int, str]]]:
     """Map the model's arguments to placeholders, drop those of constants, name dynamic sizes."""
     positional, keyword = in_spec.children()
-    parameters = inspect.signature(model.forward).parameters.values()
-    order = [p.name for p in parameters if p.kind is not inspect.Parameter.VAR_POSITIONAL]
-    names = [
-        *itertools.islice(
-            itertools.chain(order, (f"args_{i}" for i in itertools.count())), len(args)
-        )
-    ]
+    signature = inspect.signature(model.forward).parameters
+    plain = [p.name for p in signature.values() if p.kind in _POSITIONAL]
+    rest = next((n for n, p in signature.items() if p.kind is inspect.Parameter.VAR_POSITIONAL), "")
+    names = [*plain[: len(args)], *(f"{rest}_{i}" for i in range(len(args) - len(plain)))]
     specs = [*zip(names, positional.children(), args, strict=True)]
     specs += [
         (name, spec, kwargs[name])
@@ -361,6 +403,14 @@ def _interface(
                 leaves.append(Constant(leaf))
                 graph.erase_node(node)
         arguments.append(Argument(name, spec, tuple(leaves)))
+    given = {a.name for a in arguments}
+    arguments += [
+        Argument(p.name, pytree.tree_structure(p.default), (Constant(p.default),))
+        for p in signature.values()
+        if p.name not in given and (p.default is None or isinstance(p.default, int | float | str))
+    ]
+    order = {name: i for i, name in enumerate(signature)}
+    arguments.sort(key=lambda a: order.get(a.name, order.get(rest, len(order))))
     return tuple(arguments), tuple(example), _symbols(tensors)
 
 
@@ -385,39 +435,72 @@ def _symbols(placeholders: Sequence[fx.Node]) -> dict[str, dict[int, str]]:
     return dynamic
 
 
-def _check_agreement(model: nn.Module, program: Program) -> None:
-    """Run model and program on another batch; they must agree, or the graph is no capture of it."""
+def _with_second_batch(model: nn.Module, program: Program, check: bool) -> Program:
+    """Choose the sizes of the second batch, and compare program and model on it.
+
+    Raises:
+        CaptureError: they disagree, or the graph fails where the model runs.
+    """
     entry = program.forward
-    flat = dict(zip(entry.input_names, second_inputs(entry), strict=True))
-    kwargs = {
+    for sizes in second_sizes(entry.input_names, entry.example, entry.dynamic):
+        entry = replace(entry, second=sizes)
+        flat = second_inputs(entry)
+        shapes = {n: tuple(t.shape) for n, t in zip(entry.input_names, flat, strict=True)}
+        try:
+            args, kwargs = _model_call(model, entry, [t.clone() for t in flat])
+            expected = pytree.tree_leaves(model(*args, **kwargs))
+        except Exception as e:
+            log.info("the model refuses inputs of shapes %s: %s", shapes, e)
+            continue
+        try:
+            actual = program.run([t.clone() for t in flat])
+        except Exception as e:
+            raise CaptureError(
+                f"the captured graph of {type(model).__name__} fails on inputs of shapes {shapes}, "
+                f"where the model runs: {e}"
+            ) from e
+        if check:
+            _check_agreement(model, expected, actual, shapes)
+        break
+    return replace(program, entries={"forward": entry})
+
+
+def _model_call(
+    model: nn.Module, entry: Entry, flat: Sequence[Tensor]
+) -> tuple[list[Any], dict[str, Any]]:
+    """Flat inputs as a call of the original model."""
+    values = dict(zip(entry.input_names, flat, strict=True))
+    given = {
         a.name: pytree.tree_unflatten(
-            [leaf.value if isinstance(leaf, Constant) else flat[leaf] for leaf in a.leaves], a.spec
+            [leaf.value if isinstance(leaf, Constant) else values[leaf] for leaf in a.leaves],
+            a.spec,
         )
         for a in entry.arguments
     }
-    try:
-        args = [kwargs.pop(a.name) for a in entry.arguments if a.name.startswith("args_")]
-        expected = pytree.tree_leaves(model(*args, **kwargs))
-    except Exception as e:
-        log.info("the model itself refuses another batch and length (%s); not compared", e)
-        return
-    try:
-        actual = program.run(flat.values())
-    except Exception as e:
-        raise CaptureError(
-            f"the captured graph of {type(model).__name__} fails on inputs of other sizes "
-            f"{ {k: tuple(v.shape) for k, v in flat.items()} } where the model runs: {e}"
-        ) from e
+    signature = inspect.signature(model.forward).parameters
+    if any(name not in signature for name in given) and any(
+        p.kind is inspect.Parameter.VAR_POSITIONAL for p in signature.values()
+    ):
+        keyword = {n for n, p in signature.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+        args = [value for name, value in given.items() if name not in keyword]
+        return args, {name: given[name] for name in keyword if name in given}
+    only = {n for n, p in signature.items() if p.kind is inspect.Parameter.POSITIONAL_ONLY}
+    args = [value for name, value in given.items() if name in only]
+    return args, {name: value for name, value in given.items() if name not in only}
+
+
+def _check_agreement(
+    model: nn.Module, expected: Sequence[Any], actual: Sequence[Any], shapes: Mapping[str, Any]
+) -> None:
     for i, (a, b) in enumerate(zip(expected, actual, strict=True)):
-        if not isinstance(a, Tensor):
-            continue
-        a, b = a.double(), b.double()
-        scale = max(float(a.abs().max()), 1e-30) if a.numel() else 1.0
-        tolerance = _AGREEMENT if expected[i].dtype is torch.float32 else 2e-2
-        if a.shape != b.shape or not float((a - b).abs().nan_to_num().max()) <= tolerance * scale:
+        half = isinstance(a, Tensor) and a.dtype in (torch.bfloat16, torch.float16)
+        error = relative_error(a, b)
+        if isinstance(a, Tensor) and a.dtype is not b.dtype:
+            error = float("inf")
+        if not error <= (_AGREEMENT_HALF if half else _AGREEMENT):
             raise CaptureError(
                 f"the captured graph of {type(model).__name__} disagrees with the model on output "
-                f"{i} for inputs of other sizes: forward depends on values or sizes in a way "
-                "that torch.export fixed; pass example_inputs of the size you deploy and "
-                "dynamic_shapes=None"
+                f"{i} for inputs of shapes {shapes}: forward is random, or depends on values, "
+                "sizes or state in a way that torch.export fixed; pass example_inputs of the size "
+                "you deploy and dynamic_shapes=None"
             )

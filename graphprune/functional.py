@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 
 from graphprune.errors import CaptureError
-from graphprune.graph import bound_arguments, op_name
+from graphprune.graph import bound_arguments, is_op, op_name, set_bound
 
 # Regions that only change a mode around the calls inside them.
 _REGIONS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
@@ -22,6 +23,8 @@ _VIEWS = {
     "numpy_T", "detach", "alias", "contiguous", "to", "diagonal", "view_as", "expand_as",
     "movedim", "swapaxes", "getitem", "real", "imag", "_unsafe_view", "mT", "mH", "adjoint",
 }  # fmt: skip
+# Operators whose several results share memory with their input.
+_SPLITS = {"split", "split_with_sizes", "chunk", "unbind", "tensor_split"}
 
 
 def inline_regions(module: fx.GraphModule, graph: fx.Graph) -> None:
@@ -30,6 +33,11 @@ def inline_regions(module: fx.GraphModule, graph: fx.Graph) -> None:
         skipped = _REGIONS.get(getattr(node.target, "__name__", ""))
         if node.op != "call_function" or skipped is None:
             continue
+        if "autocast" in node.target.__name__ and node.args[2]:
+            raise CaptureError(
+                "forward opens an autocast region, whose casts a captured graph does not keep; "
+                "cast the model, or the inputs of that region, explicitly"
+            )
         region = node.args[skipped]
         results = _inlined(graph, node, getattr(module, region.target).graph, skipped + 1)
         for user in list(node.users):
@@ -59,27 +67,69 @@ def _inlined(graph: fx.Graph, call: fx.Node, body: fx.Graph, first: int) -> Sequ
     return (results,) if isinstance(results, fx.Node) else results
 
 
-def functionalize(graph: fx.Graph) -> None:
+def functionalize(graph: fx.Graph) -> set[str]:
     """Turn in-place operators into functional ones, and writes through views into scatters.
 
     x.add_(y)              becomes   x2 = x + y,  later uses of x read x2
     x[a:b].copy_(y)        becomes   x2 = slice_scatter(x, y, a, b)
 
+    Returns:
+        Names of the tensors of the model that forward writes to: such state is not kept.
+
     Raises:
-        CaptureError: a write through a view that has no scatter form.
+        CaptureError: a write through a view that has no scatter form, or seen through another.
     """
     order = {node: i for i, node in enumerate(graph.nodes)}
+    written: set[str] = set()
     for node in list(graph.nodes):
         if node.op != "call_function" or not _mutates(node):
             continue
         target = node.args[0]
-        with graph.inserting_after(node):
-            new = graph.call_function(_functional(node), node.args, dict(node.kwargs))
-        new.meta = dict(node.meta)
-        order[new] = order[node]
+        if not isinstance(target, fx.Node):
+            raise CaptureError(_no_form(node))
+        root = _root(target)
+        if root.op == "get_attr":
+            written.add(str(root.target))
+        _check_other_views(root, target, node, order)
+        new = _functional(graph, node)
+        for made in (new, *new.all_input_nodes):
+            order.setdefault(made, order[node])
         node.replace_all_uses_with(new)
         graph.erase_node(node)
-        _replace_after(graph, target, new, order)
+        _rebind(graph, target, new, order)
+    return written
+
+
+def spell_out(graph: fx.Graph) -> None:
+    """Write shapes explicitly where an operator would read them off a size of one, or a stride.
+
+    1. `squeeze` names the dimensions that it drops: an axis may shrink to one unit later.
+    2. `view` becomes `reshape`: the strides of a tensor change when dimensions shrink to one.
+    3. `view_as`, `reshape_as` become `reshape` with sizes that can be rewritten.
+    """
+    for node in list(graph.nodes):
+        if is_op(node, "squeeze"):
+            sizes = node.args[0].meta["val"].shape
+            given = bound_arguments(node).get("dim", range(len(sizes)))
+            dims = {d % len(sizes) for d in ([given] if isinstance(given, int) else given)}
+            node.target = torch.ops.aten.squeeze.dims
+            node.args = (node.args[0], sorted(d for d in dims if sizes[d] == 1))
+            node.kwargs = {}
+        elif is_op(node, "view", "_unsafe_view") and "dtype" not in bound_arguments(node):
+            node.target = torch.ops.aten.reshape.default
+        elif is_op(node, "view_as", "reshape_as"):
+            other = node.args[1]
+            with graph.inserting_before(node):
+                shape = [
+                    graph.call_function(torch.ops.aten.sym_size.int, (other, d))
+                    if isinstance(s, torch.SymInt)
+                    else s
+                    for d, s in enumerate(other.meta["val"].shape)
+                ]
+            node.target, node.args = torch.ops.aten.reshape.default, (node.args[0], shape)
+        elif is_op(node, "rms_norm") and bound_arguments(node).get("eps") is None:
+            # The default is the input type's epsilon, which a cast would change.
+            set_bound(node, {"eps": torch.finfo(node.meta["val"].dtype).eps})
 
 
 def _mutates(node: fx.Node) -> bool:
@@ -87,38 +137,87 @@ def _mutates(node: fx.Node) -> bool:
     return schema is not None and schema.is_mutable
 
 
-def _functional(node: fx.Node) -> Any:
+def _no_form(node: fx.Node) -> str:
+    return (
+        f"operator {node.target} at {node.name!r} writes to its inputs and has no functional form; "
+        "rewrite that line of the model without it"
+    )
+
+
+def _functional(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """The same computation as a new value, of the type of what was written to."""
     name = op_name(node)
-    if name == "copy_":
-        return torch.ops.aten.copy.default
-    if not name.endswith("_"):
-        raise CaptureError(
-            f"operator {node.target} at {node.name!r} writes to its inputs and has no functional "
-            "form; rewrite that line of the model without it"
-        )
-    packet = getattr(torch.ops.aten, name[:-1], None)
-    overload = getattr(packet, getattr(node.target, "_overloadname", ""), None) if packet else None
-    if overload is None:
-        raise CaptureError(f"operator {node.target} at {node.name!r} has no functional form")
-    return overload
+    packet = getattr(torch.ops.aten, "copy" if name == "copy_" else name[:-1], None)
+    overload = getattr(packet, getattr(node.target, "_overloadname", ""), None)
+    if not name.endswith("_") or overload is None:
+        raise CaptureError(_no_form(node))
+    value = node.meta["val"]
+    with graph.inserting_after(node):
+        new = graph.call_function(overload, node.args, dict(node.kwargs))
+    new.meta = dict(node.meta)
+    fakes = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    with value.fake_mode, enable_python_dispatcher():
+        dtype = overload(*fakes[0], **fakes[1]).dtype
+    if dtype is value.dtype:
+        return new
+    with graph.inserting_after(new):
+        cast = graph.call_function(torch.ops.aten.to.dtype, (new, value.dtype))
+    cast.meta = dict(node.meta)
+    return cast
 
 
-def _replace_after(
-    graph: fx.Graph, target: fx.Node, new: fx.Node, order: dict[fx.Node, int]
+def _is_view(node: fx.Node) -> bool:
+    """Whether a value may share memory with its first input; a cast to another type does not."""
+    if op_name(node) not in _VIEWS:
+        return False
+    if op_name(node) == "getitem":
+        return op_name(cast_node(node.args[0])) in _SPLITS
+    if op_name(node) != "to":
+        return True
+    return bool(node.meta["val"].dtype is cast_node(node.args[0]).meta["val"].dtype)
+
+
+def _root(node: fx.Node) -> fx.Node:
+    """The value whose memory a view shares."""
+    while _is_view(node) and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
+def _check_other_views(
+    root: fx.Node, target: fx.Node, write: fx.Node, order: dict[fx.Node, int]
 ) -> None:
-    """Let everything after `new` that reads `target`, or memory it shares, read the new value."""
+    """Refuse a write that a view made before it, other than those it goes through, shows later."""
+    now = order[write]
+    through = {target}
+    while target is not root:
+        target = cast_node(target.args[0])
+        through.add(target)
+    stack = [root]
+    while stack:
+        for user in stack.pop().users:
+            if not _is_view(user) or order.get(user, now) >= now:
+                continue
+            stack.append(user)
+            if user not in through and any(order.get(u, now + 1) > now for u in user.users):
+                raise CaptureError(
+                    f"{write.name!r} writes to memory that the view {user.name!r} reads later; "
+                    "rewrite that line of the model without the in-place operator"
+                )
+
+
+def cast_node(value: Any) -> fx.Node:
+    """An argument that is known to be a node."""
+    assert isinstance(value, fx.Node)
+    return value
+
+
+def _rebind(graph: fx.Graph, target: fx.Node, new: fx.Node, order: dict[fx.Node, int]) -> None:
+    """Let everything after `new` that reads `target`, or memory it is a part of, read the new."""
     now = order[new]
     for user in [u for u in target.users if u is not new and order.get(u, now + 1) > now]:
         user.replace_input_with(target, new)
-    for view in [u for u in target.users if op_name(u) in _VIEWS and order.get(u, 0) < now]:
-        if _read_after(view, now, order):
-            raise CaptureError(
-                f"{new.name!r} writes to memory that the view {view.name!r} reads later; "
-                "rewrite that line of the model without the in-place operator"
-            )
-    if op_name(target) not in _VIEWS:
-        return
-    base = target.args[0]
+    base = target.args[0] if _is_view(target) else None
     if not isinstance(base, fx.Node) or not _memory_read_after(base, now, order):
         return
     scatter = _SCATTER.get(op_name(target))
@@ -127,23 +226,17 @@ def _replace_after(
             f"{new.name!r} writes through {target.name!r} ({op_name(target)}), which has no "
             "functional form; rewrite that line of the model without the in-place operator"
         )
-    bound = bound_arguments(target)
-    overload = getattr(getattr(torch.ops.aten, scatter), "default")  # noqa: B009
-    rest = [v for k, v in bound.items() if k != "self"]
+    rest = [v for k, v in bound_arguments(target).items() if k != "self"]
     with graph.inserting_after(new):
-        written = graph.call_function(overload, (base, new, *rest))
+        written = graph.call_function(getattr(torch.ops.aten, scatter).default, (base, new, *rest))
     written.meta = dict(base.meta)
     order[written] = now
-    _replace_after(graph, base, written, order)
+    _rebind(graph, base, written, order)
 
 
 def _memory_read_after(node: fx.Node, now: int, order: dict[fx.Node, int]) -> bool:
     """Whether the value, or one that it is a view of, is read later."""
-    if _read_after(node, now, order):
+    if any(order.get(u, now + 1) > now for u in node.users):
         return True
-    base = node.args[0] if op_name(node) in _VIEWS else None
+    base = node.args[0] if _is_view(node) else None
     return isinstance(base, fx.Node) and _memory_read_after(base, now, order)
-
-
-def _read_after(node: fx.Node, now: int, order: dict[fx.Node, int]) -> bool:
-    return any(order.get(u, now + 1) > now for u in node.users)

@@ -57,21 +57,6 @@ def output_node(graph: fx.Graph) -> fx.Node:
     return next(iter(reversed(graph.nodes)))
 
 
-def integers(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
-    """An argument by position or by name, as fx stores it either way."""
-    if len(node.args) > position:
-        return node.args[position]
-    return node.kwargs.get(name, default)
-
-
-def set_argument(node: fx.Node, position: int, name: str, value: Any) -> None:
-    """Replace an argument where fx stores it: by position when it was given so, else by name."""
-    if len(node.args) > position:
-        node.args = (*node.args[:position], value, *node.args[position + 1 :])
-    else:
-        node.kwargs = {**node.kwargs, name: value}
-
-
 def bound_arguments(node: fx.Node) -> dict[str, Any]:
     """All arguments of an ATen call by their schema names, defaults filled in."""
     target = node.target
@@ -150,10 +135,16 @@ class _Propagator(fx.Interpreter):
         except Exception as e:
             raise VerificationError(
                 f"node {n.name!r} ({n.target}) does not fit its inputs "
-                f"{[_shape(a) for a in n.all_input_nodes]}: {e}"
+                f"{[_shape(a) for a in n.all_input_nodes]}: {_fact(e)}"
             ) from e
         n.meta["val"] = value
         return value
+
+
+def _fact(error: Exception) -> str:
+    """The first line of an error: fx and the fake tensors append pages of their own."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
 
 
 def _shape(node: fx.Node) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from graphprune.errors import GraphPruneError
-from graphprune.graph import copy_graph, is_op, propagate
+from graphprune.graph import bound_arguments, copy_graph, op_name, propagate, set_bound
 
 JSON = Any  # what json.dumps takes
 
@@ -46,6 +46,7 @@ class Entry:
         out_spec: the nesting of the outputs.
         example: one tensor a placeholder, in order.
         dynamic: placeholder name -> {dimension: symbol name}, for instance {0: "batch"}.
+        second: symbol name -> its size in the second batch that everything is compared on.
     """
 
     graph: fx.Graph
@@ -53,6 +54,7 @@ class Entry:
     out_spec: pytree.TreeSpec
     example: tuple[Tensor, ...]
     dynamic: Mapping[str, Mapping[int, str]]
+    second: Mapping[str, int]
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -66,10 +68,9 @@ class Entry:
             GraphPruneError: an argument is missing, unknown, or not what capture saw.
         """
         names = [a.name for a in self.arguments]
+        tensors = [a.name for a in self.arguments if any(isinstance(x, str) for x in a.leaves)]
         if len(args) > len(names):
-            raise GraphPruneError(
-                f"the captured model takes {len(names)} inputs {names}, got {len(args)}"
-            )
+            raise GraphPruneError(f"the captured model takes {len(names)} inputs, got {len(args)}")
         given = dict(zip(names, args, strict=False)) | dict(kwargs)
         values: dict[str, Tensor] = {}
         for argument in self.arguments:
@@ -78,7 +79,7 @@ class Entry:
                 if constant:
                     continue
                 raise GraphPruneError(
-                    f"input {argument.name!r} is missing; the model was captured with {names}"
+                    f"input {argument.name!r} is missing; the model was captured with {tensors}"
                 )
             leaves, spec = pytree.tree_flatten(given.pop(argument.name))
             if len(leaves) != len(argument.leaves):
@@ -101,7 +102,9 @@ class Entry:
                     values[leaf] = value
         unknown = sorted(k for k, v in given.items() if v is not None)
         if unknown:
-            raise GraphPruneError(f"unknown inputs {unknown}; the model was captured with {names}")
+            raise GraphPruneError(
+                f"unknown inputs {unknown}; the model was captured with {tensors}"
+            )
         return [values[name] for name in self.input_names]
 
     def unflatten(self, flat: Iterable[Any]) -> Any:
@@ -215,9 +218,19 @@ class Program:
         """The program with every bfloat16 and float16 value widened to float32."""
         program = self
         for dtype in (torch.bfloat16, torch.float16):
-            if any(t.dtype is dtype for t in self.tensors.values()):
+            if self._mentions(dtype):
                 program = program.cast(dtype, torch.float32)
         return program
+
+    def _mentions(self, dtype: torch.dtype) -> bool:
+        """Whether a tensor has this type, or a graph casts to it."""
+        if any(t.dtype is dtype for t in self.tensors.values()):
+            return True
+        return any(
+            dtype in pytree.tree_leaves((node.args, node.kwargs))
+            for entry in self.entries.values()
+            for node in entry.graph.nodes
+        )
 
 
 def _root(program: Program) -> nn.Module:
@@ -252,59 +265,74 @@ def graph_module(program: Program, entry: str = "forward") -> fx.GraphModule:
     return fx.GraphModule(_root(program), copy_graph(program.entries[entry].graph))
 
 
+# Operators with a mode, and the argument that holds it.
+_MODES = {
+    "dropout": "train",
+    "feature_dropout": "train",
+    "alpha_dropout": "train",
+    "feature_alpha_dropout": "train",
+    "rrelu": "training",
+    "batch_norm": "training",
+    "instance_norm": "use_input_stats",
+}
+
+
 class ProgramModule(nn.Module):
     """A Program's entry as a module with the inputs and outputs of the original model.
 
     Parameters share memory with the program that it was made from, tied ones are one Parameter.
-    `train()` and `eval()` switch dropout and batch norm inside the graph.
+    `train()` and `eval()` switch dropout and normalisation inside the graph.
     """
 
     def __init__(self, program: Program, entry: str = "forward") -> None:
         super().__init__()
+        # The graph runs over this tree: on it no submodule's name can hide behind a method of ours.
         root = _root(program)
-        for name, child in root._modules.items():
-            self.add_module(name, child)
-        for name, parameter in root._parameters.items():
-            self.register_parameter(name, parameter)
-        for name, buffer in root._buffers.items():
-            self.register_buffer(name, buffer)
+        self.__dict__["_tree"] = root
+        self._modules, self._parameters = root._modules, root._parameters
+        self._buffers = root._buffers
         self._source = program
         self._entry = program.entries[entry]
         self._graph = copy_graph(self._entry.graph)
-        self._compiled = False
+        self._function: Callable[..., Any] | None = None
         self.training = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         flat = self._entry.flatten(args, kwargs)
-        return self._entry.unflatten(self._run(*flat))
-
-    def _run(self, *flat: Tensor) -> Any:
-        if not self._compiled:
-            # fx writes the graph as Python over `self`, so the parameters stay on this module.
-            namespace: dict[str, Any] = {}
+        if self._function is None:
+            # fx writes the graph as a Python function of the module that holds its tensors.
             code = self._graph.python_code("self")
-            namespace.update(code.globals)
+            namespace = dict(code.globals)
             exec(compile(code.src, "<graphprune program>", "exec"), namespace)
-            self.__dict__["_function"] = namespace["forward"]
-            self._compiled = True
-        return self.__dict__["_function"](self, *flat)
+            self._function = namespace["forward"]
+        return self._entry.unflatten(self._function(self.__dict__["_tree"], *flat))
 
     def train(self, mode: bool = True) -> ProgramModule:
         # A captured graph has the mode as an argument; nn.Module's flag alone would do nothing.
         super().train(mode)
         for node in self._graph.nodes:
-            if is_op(node, "dropout", "feature_dropout"):
-                node.args = (node.args[0], node.args[1], mode)
-            elif is_op(node, "batch_norm", "instance_norm"):
-                node.args = (*node.args[:5], mode, *node.args[6:])
-        self._compiled = False
+            argument = _MODES.get(op_name(node)) if node.op == "call_function" else None
+            # Without running statistics there is nothing that eval mode could use.
+            if argument and bound_arguments(node).get("running_mean", node) is not None:
+                set_bound(node, {argument: mode})
+        self._function = None
         return self
 
     def program(self) -> Program:
-        """The Program over this module's current parameters and buffers."""
+        """The Program over this module's current parameters and buffers.
+
+        Raises:
+            GraphPruneError: a tensor has another type than when the module was made.
+        """
         state = dict(self.named_parameters(remove_duplicate=False)) | dict(
             self.named_buffers(remove_duplicate=False)
         )
+        for name, old in self._source.tensors.items():
+            if state[name].dtype is not old.dtype:
+                raise GraphPruneError(
+                    f"the module's {name!r} is {state[name].dtype} now, the program's graph is for "
+                    f"{old.dtype}; cast the model before compiling it"
+                )
         return self._source.with_tensors(
             {name: state[name].detach() for name in self._source.tensors}
         )

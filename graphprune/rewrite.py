@@ -56,7 +56,7 @@ def shrink(program: Program, kept: Mapping[str, Any]) -> Program:
     return result.record(
         {
             "removed": {
-                name: {"of": groups[name].size, "kept": sorted(int(i) for i in indices)}
+                name: {"of": groups[name].size, "kept": sorted({int(i) for i in indices})}
                 for name, indices in kept.items()
             }
         }

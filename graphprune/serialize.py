@@ -192,6 +192,7 @@ def _encode_entry(entry: Entry) -> JSON:
             name: {str(d): symbol for d, symbol in dims.items()}
             for name, dims in entry.dynamic.items()
         },
+        "second": dict(entry.second),
     }
 
 
@@ -259,6 +260,7 @@ def _decode_entry(
         out_spec=spec,
         example=tuple(examples[f"{name}/{p}"] for p in placeholders),
         dynamic={p: {int(d): str(s) for d, s in x.items()} for p, x in data["dynamic"].items()},
+        second={str(symbol): int(size) for symbol, size in data["second"].items()},
     )
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graphprune.capture import second_inputs
+from graphprune.compare import batches, relative_error
 from graphprune.errors import VerificationError
-from graphprune.program import JSON, Entry, Program, graph_module
+from graphprune.program import JSON, Program, graph_module
 
 TOLERANCE = 1e-5  # of the output's largest magnitude, in float32
 TOLERANCE_FLOAT64 = 1e-9
@@ -55,11 +55,6 @@ def verify_rewrite(
     )
 
 
-def batches(entry: Entry) -> list[list[Tensor]]:
-    """The two batches that everything is compared on: the examples, and a padded second one."""
-    return [list(entry.example), second_inputs(entry)]
-
-
 def _largest_error(reference: Program, candidate: Program) -> tuple[float, str]:
     worst, where = 0.0, ""
     for name, entry in reference.entries.items():
@@ -75,22 +70,6 @@ def _largest_error(reference: Program, candidate: Program) -> tuple[float, str]:
                 if not error <= worst:  # NaN is the worst of all
                     worst, where = error, f"output {i} of {name!r}"
     return worst, where
-
-
-def relative_error(expected: Any, actual: Any) -> float:
-    """max|a - b| / max|a| of two tensors (0 for equal non-tensors); inf for other shapes or NaN."""
-    if not isinstance(expected, Tensor):
-        return 0.0 if expected == actual else float("inf")
-    if expected.shape != actual.shape:
-        return float("inf")
-    if not expected.numel():
-        return 0.0
-    a, b = expected.double(), actual.double()
-    same = (a == b) | (a.isnan() & b.isnan())
-    difference = torch.where(same, 0.0, (a - b).abs())
-    scale = a[a.isfinite()].abs().max() if a.isfinite().any() else torch.ones(())
-    error = float(difference.max() / scale.clamp_min(1e-30))
-    return error if error == error else float("inf")
 
 
 def _first_difference(reference: Program, candidate: Program) -> str:

@@ -37,12 +37,21 @@ def infer_axes(program: Program) -> Axes:
     facts = {}
     for name, entry in program.entries.items():
         facts[name] = _walk(entry.graph, tensors)
+    for name in sorted(set(tensors) - _read(program)):
+        for axis in tensors[name]:
+            algebra.freeze(axis, f"{name} is never read")
     for name in program.metadata.get("overlapping", ()):
         for axis in tensors.get(name, ()):
             algebra.freeze(axis, f"{name} shares a part of its memory with another tensor")
     for found in facts.values():
         _freeze_mixed(found)
     return Axes(program, tensors, facts)
+
+
+def _read(program: Program) -> set[str]:
+    """Names of the tensors that some entry reads."""
+    graphs = (entry.graph for entry in program.entries.values())
+    return {str(node.target) for graph in graphs for node in graph.nodes if node.op == "get_attr"}
 
 
 def _walk(graph: fx.Graph, tensors: Mapping[str, Dims]) -> Facts:

@@ -113,7 +113,7 @@ class AxisGroups(Sequence[AxisGroup]):
         result = {}
         for name, indices in kept.items():
             group = self[name]
-            index = torch.unique(torch.as_tensor(indices, dtype=torch.int64))
+            index = _checked_indices(group, indices)
             if len(index) == group.size:
                 continue
             if group.frozen:
@@ -181,6 +181,17 @@ def _groups(axes: Axes) -> list[AxisGroup]:
         for leaf, places in occurrences.items()
         if leaf.size > 1
     ]
+
+
+def _checked_indices(group: AxisGroup, indices: Any) -> Tensor:
+    """Unit numbers as sorted int64 without repetitions; masks and fractions are refused."""
+    given = torch.as_tensor(indices if isinstance(indices, Tensor) else list(indices))
+    if given.numel() and (given.is_floating_point() or given.dtype is torch.bool):
+        raise UnsupportedError(
+            f"axis {group.id!r} keeps units by number, got values of type {given.dtype}; a mask "
+            "becomes numbers with mask.nonzero().flatten()"
+        )
+    return torch.unique(given.to(torch.int64))
 
 
 def _unit_cost(axes: Axes, leaf: Axis, places: Sequence[Occurrence]) -> int:

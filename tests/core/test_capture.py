@@ -5,12 +5,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from graphprune.capture import capture, second_inputs
+from graphprune.capture import capture
+from graphprune.compare import batches, relative_error, second_inputs
 from graphprune.errors import CaptureError, GraphPruneError
 from graphprune.models.tiny import tiny
 from graphprune.program import Program, ProgramModule
-from graphprune.verify import batches, relative_error
 
 
 def agrees(model: nn.Module, program: Program, inputs: dict[str, Tensor]) -> None:
@@ -223,3 +224,164 @@ def test_calls_are_checked_against_the_capture(captured: Any) -> None:
         program(input_ids=ids, attention_mask=ids, labels=ids)
     with pytest.raises(GraphPruneError, match="must be a tensor"):
         program(input_ids=ids, attention_mask="x")
+
+
+def test_an_axis_cut_to_one_unit_keeps_its_dimension(captured: Any) -> None:
+    from graphprune.axes import axis_groups
+    from graphprune.rewrite import mask, shrink
+    from graphprune.verify import verify_rewrite
+
+    program = captured("tiny-gpt2")
+    kept = {g.id: [g.size - 1] for g in axis_groups(program) if not g.frozen and not g.normalised}
+    verify_rewrite(mask(program, kept), shrink(program, kept))
+
+
+def test_labels_and_keyword_arguments_are_captured() -> None:
+    model, inputs = tiny("tiny-t5")
+    model.config.decoder_start_token_id = 0  # type: ignore[union-attr]
+    labels = torch.randint(3, 99, (2, 7))
+    program = capture(model, {"input_ids": inputs["input_ids"][:2], "labels": labels})
+    with torch.no_grad():
+        expected = model.eval()(input_ids=inputs["input_ids"][:2], labels=labels)
+    actual = program(input_ids=inputs["input_ids"][:2], labels=labels)
+    assert relative_error(expected.loss, actual.loss) < 1e-5
+
+    class Extra(nn.Module):
+        def forward(self, x: Tensor, **more: Tensor) -> Tensor:
+            return x + more["y"]
+
+    program = capture(Extra(), {"x": torch.zeros(2, 3), "y": torch.ones(2, 3)})
+    assert torch.equal(program(x=torch.zeros(4, 3), y=torch.ones(4, 3)), torch.ones(4, 3))
+
+
+def test_positional_and_default_arguments() -> None:
+    class Many(nn.Module):
+        def forward(self, *xs: Tensor, scale: float = 2.0, flag: bool | None = None) -> Tensor:
+            return torch.stack(xs).sum(0) * scale
+
+    x = torch.ones(2, 3)
+    program = capture(Many(), (x, x))
+    assert torch.equal(program(x, x), torch.full((2, 3), 4.0))
+    assert torch.equal(program(x, x, scale=2.0, flag=None), torch.full((2, 3), 4.0))
+    with pytest.raises(GraphPruneError, match=r"captured as 2.0 and cannot be 3.0"):
+        program(x, x, scale=3.0)
+
+    class Two(nn.Module):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return a - b
+
+    program = capture(Two(), {"b": x, "a": 3 * x})  # in another order than the signature
+    assert torch.equal(program(3 * x, x), 2 * x)
+
+
+def test_a_model_with_a_least_length_gets_a_second_batch_that_it_accepts() -> None:
+    class Windows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv1d(8, 6, 5), nn.Conv1d(6, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.b(self.a(x.transpose(1, 2)).relu())
+            return result
+
+    program = capture(Windows(), (torch.randn(2, 6, 8),))
+    second = second_inputs(program.forward)
+    assert second[0].shape == (3, 6, 8)
+    program.run(second)
+
+
+def test_buffers_that_forward_counts_in_are_left_as_they_were(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Counter(nn.Module):
+        calls: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return x * 2
+
+    model = Counter()
+    capture(model, (torch.ones(2, 3),))
+    assert float(model.calls) == 0
+    assert "writes to calls" in caplog.text
+
+
+def test_branches_inside_the_graph_are_refused() -> None:
+    class Branch(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,))
+            return result
+
+    with pytest.raises(CaptureError):
+        capture(Branch(), (torch.ones(2, 3),))
+
+
+def test_disjoint_parameters_of_one_storage_stay_free() -> None:
+    from graphprune.axes import axis_groups
+
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            flat = torch.randn(12 * 4 + 12 * 3)
+            self.a = nn.Parameter(flat[:48].view(12, 4))
+            self.b = nn.Parameter(flat[48:].view(3, 12))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(F.linear(x, self.a).relu(), self.b)
+
+    groups = axis_groups(capture(Flat(), (torch.randn(2, 4),)))
+    assert not groups["a[0]"].frozen
+
+
+def test_in_place_operators_keep_the_type_they_write_to() -> None:
+    class Types(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            h = x * 1
+            h.mul_(torch.ones(3, dtype=torch.float64))
+            h.gt_(0)
+            return h
+
+    program = capture(Types(), (torch.randn(2, 3),))
+    assert program(torch.randn(2, 3)).dtype is torch.float32
+
+
+def test_a_stale_view_of_a_view_is_refused() -> None:
+    class Stale(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            h = x * 1
+            part = h.view(2, 3, 2)[:, :, 0]
+            h += 1
+            return part * 2
+
+    with pytest.raises(CaptureError, match="reads later"):
+        capture(Stale(), (torch.randn(2, 6),), dynamic_shapes=None)
+
+
+def test_submodules_may_be_called_like_our_methods() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.program = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.program(x)
+            return result
+
+    model, x = Named(), torch.randn(2, 3)
+    module = ProgramModule(capture(model, (x,)))
+    assert torch.equal(module(x), model(x))
+    assert set(module.state_dict()) == set(model.state_dict())
+
+
+def test_norms_without_running_statistics_train_and_evaluate() -> None:
+    model = nn.Sequential(nn.Conv1d(3, 4, 1), nn.InstanceNorm1d(4), nn.AlphaDropout(0.5))
+    x = torch.randn(2, 3, 5)
+    module = ProgramModule(capture(model, (x,)))
+    module.train()
+    assert not torch.equal(module(x), module(x))
+    module.eval()
+    assert torch.allclose(module(x), model.eval()(x), atol=1e-6)

@@ -19,8 +19,9 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from graphprune.capture import capture, second_inputs
+from graphprune.capture import capture
 from graphprune.codec import decode, encode
+from graphprune.compare import second_inputs
 from graphprune.errors import ArtifactError, ExportError, GraphPruneError, UnsupportedError
 from graphprune.files import sha256
 from graphprune.program import Program
@@ -45,7 +46,7 @@ def test_a_program_comes_back_equal(name: str, captured: Captured, tmp_path: Pat
     flat = second_inputs(program.forward)
     for a, b in zip(program.run(flat), again.run(flat), strict=True):
         assert torch.equal(a, b)
-    named = dict(zip((a.name for a in program.forward.arguments), flat, strict=True))
+    named = dict(zip(program.forward.input_names, flat, strict=True))
     assert type(again(**named)) is type(program(**named))
     for old, new in zip(program.forward.graph.nodes, again.forward.graph.nodes, strict=True):
         if old.op == "call_function" and isinstance(old.meta["val"], Tensor):
@@ -69,6 +70,8 @@ class Views(nn.Module):
 
 def test_views_and_empty_tensors_are_saved(tmp_path: Path) -> None:
     program = capture(Views(), (torch.randn(2, 4),))
+    whole = program.tensors["whole"]
+    program = program.with_tensors({"part": whole[2:4], "turned": whole[:3].T})
     save(program, tmp_path / "p")
     again = load(tmp_path / "p")
     for a, b in zip(
@@ -98,7 +101,9 @@ def test_nan_and_nodes_come_back() -> None:
     assert decode(encode([node]), {"x": node}) == [node]
 
 
-@pytest.mark.parametrize("value", [object(), b"x", {1, 2}, 1j], ids=str)
+@pytest.mark.parametrize(
+    "value", [object(), b"x", {1, 2}, 1j], ids=["object", "bytes", "set", "complex"]
+)
 def test_other_arguments_are_refused(value: Any) -> None:
     with pytest.raises(UnsupportedError, match="cannot be saved"):
         encode(value)
@@ -187,6 +192,18 @@ def nodes(data: Any) -> Any:
     return data["entries"]["forward"]["nodes"]
 
 
+def renamed(data: Any, old: str, new: str) -> None:
+    """Rename a node everywhere, so that only its new name is wrong."""
+    items = list(data.items()) if isinstance(data, dict) else list(enumerate(data))
+    for key, value in items:
+        if value == old and key in ("name", "node", "input"):
+            data[key] = new
+        elif isinstance(value, dict | list):
+            renamed(value, old, new)
+        if key == old:
+            data[new] = data.pop(old)
+
+
 def first(data: Any, op: str) -> Any:
     return next(n for n in nodes(data) if n["op"] == op)
 
@@ -199,8 +216,9 @@ EDITS: dict[str, Edit] = {
     "target of a library": lambda d: first(d, "call_function").update(target="x::y.default"),
     "kind of node": lambda d: first(d, "call_function").update(op="call_module"),
     "method": lambda d: first(d, "call_function").update(op="call_method", target="share_memory_"),
-    "code as a node's name": lambda d: first(d, "placeholder").update(name=INJECTION),
-    "keyword as a node's name": lambda d: first(d, "call_function").update(name="import"),
+    "code as a node's name": lambda d: renamed(d, "linear", INJECTION),
+    "code as an input's name": lambda d: renamed(d["entries"], "x", INJECTION),
+    "keyword as a node's name": lambda d: renamed(d, "linear", "import"),
     "code as a tensor": lambda d: first(d, "get_attr").update(target=INJECTION),
     "tensor that is not there": lambda d: first(d, "get_attr").update(target="missing"),
     "code as a keyword": lambda d: first(d, "call_function").update(kwargs={INJECTION: 1}),

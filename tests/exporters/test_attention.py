@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphprune.capture import capture, second_inputs
+from graphprune.capture import capture
+from graphprune.compare import relative_error, second_inputs
 from graphprune.exporters.convert import lower, save_onnx, to_onnx
 from graphprune.exporters.names import output_names
 from graphprune.exporters.ort import feeds_of, open_session
-from graphprune.exporters.parity import relative_error
 from graphprune.program import Program
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from graphprune.compare import relative_error
 from graphprune.errors import ExportError
 from graphprune.exporters.convert import save_onnx, to_onnx
 from graphprune.exporters.ort import open_session
-from graphprune.exporters.parity import check_parity, relative_error
+from graphprune.exporters.parity import check_parity
 from graphprune.program import Program
 
 

@@ -11,11 +11,12 @@ import torch
 
 from graphprune.api import compile
 from graphprune.axes import AxisGroup, axis_groups
+from graphprune.compare import batches, relative_error
 from graphprune.models.tiny import tiny_names
 from graphprune.passes import PruneHeads, PruneNeurons
 from graphprune.program import Program
 from graphprune.rewrite import mask, shrink
-from graphprune.verify import TOLERANCE, batches, relative_error, verify_rewrite
+from graphprune.verify import TOLERANCE, verify_rewrite
 
 Key = tuple[str, int, bool]
 

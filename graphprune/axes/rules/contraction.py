@@ -80,6 +80,9 @@ def einsum(c: RuleContext) -> Dims:
     for letter in letters:
         if letter not in output:
             owners = [i for i, term in enumerate(terms) if letter in term]
+            # A size-1 operand is broadcast over the letter: the mask belongs on another one.
+            sizes = {i: c.dims(tensors[i])[terms[i].index(letter)].size for i in owners}
+            owners.sort(key=lambda i: sizes[i] == 1)
             other = f"tensors:{owners[1]}" if len(owners) > 1 else None
             first = owners[0]
             c.contract(f"tensors:{first}", terms[first].index(letter), other)
@@ -177,6 +180,8 @@ def attention(c: RuleContext) -> Dims:
     c.unify(q[-1], k[-1])
     c.unify(k[-2], v[-2])
     c.freeze(k[-2], "softmax over it in")
+    if c.get("is_causal"):
+        c.freeze(q[-2], "ordered in time by")
     batch = _heads(c, q, k, v)
     c.contract("query", len(q) - 1, "key")
     c.attention("qk_dim", q[-1])

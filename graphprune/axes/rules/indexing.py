@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from graphprune.axes import algebra
@@ -23,15 +24,15 @@ def embedding(c: RuleContext) -> Dims:
 def index(c: RuleContext) -> Dims:
     """Advanced indexing: indexed dimensions are replaced by the broadcast of the indices."""
     dims, given = c.dims(c.get("self")), c.get("indices")
+    if any(g is not None and g.meta["val"].dtype in (torch.bool, torch.uint8) for g in given):
+        result: Dims = c.unknown()  # as many units as the mask has ones
+        return result
     at = [i for i, g in enumerate(given) if g is not None]
     indices = [c.dims(given[i]) for i in at]
     c.freeze([dims[i] for i in at], "looked up by")
     rank = max((len(d) for d in indices), default=0)
     kept = [a for i, a in enumerate(dims) if i not in at]
     first = at[0] if at == list(range(at[0], at[-1] + 1)) else 0
-    if len(c.sizes()) != len(kept) + rank:  # a boolean mask: as many units as it has ones
-        result: Dims = c.unknown()
-        return result
     looked_up = c.broadcast(*indices, sizes=c.sizes()[first : first + rank])
     return (*kept[:first], *looked_up, *kept[first:])
 
@@ -49,6 +50,9 @@ def index_select(c: RuleContext) -> Dims:
 def gather(c: RuleContext) -> Dims:
     """Places along one dimension, by number; along the others both sides walk together."""
     dims, index_dims = c.dims(c.get("self")), c.dims(c.get("index"))
+    if c.get("dim") is None or len(dims) != len(index_dims):
+        result: Dims = c.unknown()
+        return result
     d = c.dim(len(dims))
     c.freeze(dims[d], "looked up by")
     for i, (axis, other) in enumerate(zip(dims, index_dims, strict=True)):
@@ -64,7 +68,9 @@ def index_add(c: RuleContext) -> Dims:
     """Rows are written by number; the other axes pass."""
     dims, source = c.dims(c.get("self")), c.dims(c.get("source"))
     d = c.dim(len(dims))
-    c.freeze(dims[d], "written by number in")
+    c.freeze((dims[d], *c.dims(c.get("index"))), "written by number in")
+    if len(source) == len(dims):
+        c.freeze(source[d], "written by number in")
     for i, axis in enumerate(source):
         if i != d and len(source) == len(dims):
             c.unify(dims[i], axis)

@@ -25,8 +25,9 @@ def summed(c: RuleContext) -> Dims:
     """A sum over an axis: what is removed adds nothing."""
     dims = c.dims(c.get("self"))
     over = c.dim_list(len(dims))
-    if c.get("ord", c.get("p", 2)) in (0, math.inf, -math.inf):
-        c.freeze([dims[i] for i in over])
+    power = c.get("ord", c.get("p", 2))
+    if isinstance(power, int | float) and (power <= 0 or power == math.inf):
+        c.freeze([dims[i] for i in over])  # a masked zero would count, or win
     for i in over:
         c.contract("self", i)
     return _reduced(c, dims, over)
@@ -190,7 +191,8 @@ def group_norm(c: RuleContext) -> Dims:
     inner = algebra.leaf(dims[1].size // int(c.get("num_groups")))
     c.remember(groups=group)
     c.unify(dims[1], algebra.product([group, inner]))
-    algebra.normalise(inner)
+    for axis in (inner, *dims[2:]):
+        algebra.normalise(axis)
     for name in ("weight", "bias"):
         if c.dims(c.get(name)):
             c.unify(dims[1], c.dims(c.get(name))[0])
@@ -206,8 +208,11 @@ def resize_group_norm(r: RewriteContext) -> None:
 
 @rule("batch_norm", "instance_norm", "_native_batch_norm_legit_no_training", "native_batch_norm")
 def batch_norm(c: RuleContext) -> Dims | list[Dims]:
-    """Per channel, so exact."""
+    """Per channel, so exact; statistics of the input itself run over all other dimensions."""
     dims = c.dims(c.get("input"))
+    if c.get("use_input_stats") or c.get("training") or c.get("running_mean") is None:
+        for axis in dims[2:]:
+            algebra.normalise(axis)
     for name in ("weight", "bias", "running_mean", "running_var"):
         if c.dims(c.get(name)):
             c.unify(dims[1], c.dims(c.get(name))[0])
@@ -238,10 +243,12 @@ def pool(c: RuleContext) -> Dims:
 
 @rule("pad", "constant_pad_nd", "reflection_pad2d", "replication_pad2d", "reflection_pad1d")
 def pad(c: RuleContext) -> Dims:
-    """A padded axis keeps its numbering; others pass."""
+    """A padded or cropped axis keeps its numbering; others pass."""
     dims, fresh = list(c.dims(c.get("self"))), c.fresh()
-    for i, axis in enumerate(dims):
-        if not algebra.equal(axis.size, fresh[i].size):
-            c.freeze([axis, fresh[i]], "padded by")
+    amounts = c.get("pad", c.get("padding"))
+    for i in range(len(dims)):
+        k = 2 * (len(dims) - 1 - i)
+        if any(amount != 0 for amount in amounts[k : k + 2]):
+            c.freeze([dims[i], fresh[i]], "padded by")
             dims[i] = fresh[i]
     return tuple(dims)

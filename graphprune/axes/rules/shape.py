@@ -21,16 +21,19 @@ from graphprune.axes.rules._base import (
 from graphprune.graph import op_name
 
 
-@rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as")
+@rule("view", "reshape", "_unsafe_view", "flatten", "unflatten")
 def view(c: RuleContext) -> Dims:
     """The flat row-major list of factors, cut into other dimensions."""
+    if c.get("dtype") is not None:  # the same bytes read as another type
+        result: Dims = c.unknown()
+        return result
     return c.recut(c.dims(c.node.args[0]), c.sizes())
 
 
 @rewriter("view", "reshape", "_unsafe_view")
 def resize_view(r: RewriteContext) -> None:
     name = "shape" if "shape" in r.arguments else "size"
-    if any(r.changed(a) for a in r.output):
+    if name in r.arguments and any(r.changed(a) for a in r.output):
         r.set(**{name: r.resize(r.get(name), r.output)})
 
 
@@ -82,9 +85,10 @@ def unsqueeze(c: RuleContext) -> Dims:
 
 @rule("squeeze")
 def squeeze(c: RuleContext) -> Dims:
-    """Dimensions of size one go."""
+    """Dimensions of size one go (capture spells out which)."""
     dims = c.dims(c.get("self"))
-    drop = c.dim_list(len(dims))
+    given = c.get("dim", range(len(dims)))
+    drop = {int(d) % len(dims) for d in ([given] if isinstance(given, int) else given)}
     kept = tuple(a for i, a in enumerate(dims) if not (i in drop and a.size == 1))
     return kept
 
