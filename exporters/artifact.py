@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, final
 
-from graphprune.errors import ArtifactError, GraphPruneError
+from graphprune.errors import ArtifactError, ExportError, GraphPruneError
 from graphprune.exporters.ort import (
     Clock,
     Comparison,
@@ -94,6 +94,12 @@ class Artifact:
             opened = against if isinstance(against, Artifact) else open_artifact(Path(against))
             other = opened.session(threads)
         feeds = self.feeds(batch)
+        strange = sorted({i.name for i in other.get_inputs()} - feeds.keys())
+        if strange:
+            raise GraphPruneError(
+                f"{str(against)!r} takes inputs {strange} that {str(self.path)!r} does not: only "
+                "forms of one model can be measured against each other"
+            )
         return compare(
             self.session(threads), other, feeds, threads=threads, repeats=repeats, clock=clock
         )
@@ -107,12 +113,26 @@ class Artifact:
 
 
 def is_artifact(path: Path) -> bool:
-    """Whether a folder is one that `export` wrote; its files are not checked."""
+    """Whether a folder is one that `export` wrote; its files are not checked.
+
+    Raises:
+        ExportError: it is, but somebody put files of their own into it.
+    """
     try:
         manifest = read_json(path / MANIFEST)
     except ArtifactError:
         return False
-    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        return False
+    known = {MANIFEST, *manifest.get("sha256", ())}
+    files = (f.relative_to(path).as_posix() for f in path.rglob("*") if not f.is_dir())
+    foreign = sorted(set(files) - known)
+    if foreign:
+        raise ExportError(
+            f"{str(path)!r} holds {foreign[0]!r}, which graphprune did not write and would remove; "
+            "move it away, or choose another folder"
+        )
+    return True
 
 
 def open_artifact(path: Path) -> Artifact:
@@ -127,6 +147,6 @@ def open_artifact(path: Path) -> Artifact:
             f"{str(path / MANIFEST)!r} has version {manifest.get('version')!r}, this graphprune "
             f"reads {VERSION}; install the graphprune that wrote it"
         )
-    if MODEL not in manifest["sha256"] or not isinstance(manifest.get("inputs"), list):
+    if MODEL not in manifest["sha256"] or not manifest.get("inputs"):
         raise ArtifactError(f"{str(path / MANIFEST)!r} names no {MODEL!r}; export it again")
     return Artifact(path, manifest)

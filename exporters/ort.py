@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -50,6 +51,11 @@ def open_session(path: Path, threads: int | None = None, *, profile: bool = Fals
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.enable_profiling = profile
+    if threads is not None and not 1 <= threads <= 4 * (os.cpu_count() or 1):
+        raise GraphPruneError(
+            f"threads must be between 1 and {4 * (os.cpu_count() or 1)} on this machine, got "
+            f"{threads}"
+        )
     if threads is not None:
         options.intra_op_num_threads = threads
     try:

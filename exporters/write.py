@@ -46,7 +46,7 @@ def export(
     path: Path,
     *,
     target: str = "onnxruntime",
-    baseline: Program | None = None,
+    baseline: Program | Path | None = None,
     report: str | None = None,
     extra: Mapping[str, Path | bytes] | None = None,
 ) -> Artifact:
@@ -56,7 +56,8 @@ def export(
         program: what to export.
         path: the artifact's folder.
         target: what will run it.
-        baseline: the dense program, written as baseline.onnx by the same exporter.
+        baseline: the dense program, written as baseline.onnx by the same exporter; or the
+            baseline.onnx of an artifact that this program comes from, which is copied.
         report: text of report.md; by default from the program's own report or history.
         extra: more files by name (tokenizer, labels), as paths to copy or bytes.
 
@@ -73,6 +74,10 @@ def export(
         model = _write_model(program, folder / MODEL, notes)
         if baseline is program:
             shutil.copyfile(folder / MODEL, folder / BASELINE)
+        elif isinstance(baseline, Path):
+            for file in sorted(baseline.parent.glob(f"{BASELINE}*")):
+                shutil.copyfile(file, folder / file.name)
+            notes["sizes"][BASELINE] = file_bytes(folder / BASELINE)
         elif baseline is not None:
             _write_model(baseline, folder / BASELINE, notes)
         notes["measurements"] = _measurements(program, folder)

@@ -55,7 +55,7 @@ class Compiled:
         program: Program,
         report: Report,
         *,
-        dense: Program | None = None,
+        dense: Program | Path | None = None,
         files: Mapping[str, Path | bytes] | None = None,
     ) -> None:
         self.report = report
@@ -108,8 +108,8 @@ class Compiled:
 
         if baseline and self._dense is None:
             _log.warning(
-                "a program that was loaded has no dense twin to write; measure against the "
-                "artifact that it came from instead"
+                "a program that was loaded from where no baseline.onnx lies has no dense twin to "
+                "write; measure against another artifact instead"
             )
         return export(
             self.program,
@@ -172,7 +172,7 @@ def compile(
     capture_seconds = time.perf_counter() - start if captured else 0.0
     report = _report_of(program, capture_seconds)
     context = Context(
-        reference=dense,
+        reference=dense if isinstance(dense, Program) else program,
         calibration=calibration,
         training=training,
         verify=verify,
@@ -196,7 +196,13 @@ def load(path: str | os.PathLike[str]) -> Compiled:
     from graphprune.serialize import load as load_program
 
     program = load_program(Path(path))
-    return Compiled(program, _report_of(program, 0.0), files=_side_files(Path(path)))
+    dense = Path(path) / "baseline.onnx"
+    return Compiled(
+        program,
+        _report_of(program, 0.0),
+        dense=dense if dense.is_file() else None,
+        files=_side_files(Path(path)),
+    )
 
 
 def inspect(model: nn.Module | Program | Compiled, *, example_inputs: Any = None) -> AxisGroups:
@@ -217,11 +223,12 @@ def _side_files(path: Path) -> dict[str, Path | bytes]:
         return {}
     from graphprune.serialize import check_hashes, read_json
 
-    own = ("model.onnx", "baseline.onnx", "program/", "report.")
-    names = [n for n in read_json(path / "manifest.json")["sha256"] if not n.startswith(own)]
+    names = list(read_json(path / "manifest.json")["sha256"])
     for name in names:
-        check_hashes(path, name)
-    return {name: path / name for name in names}
+        if not name.startswith(("model.onnx", "program/", "report.")):
+            check_hashes(path, name)
+    own = ("model.onnx", "baseline.onnx", "program/", "report.")
+    return {name: path / name for name in names if not name.startswith(own)}
 
 
 def _steps(passes: Passes) -> list[Pass]:
@@ -239,7 +246,7 @@ def _steps(passes: Passes) -> list[Pass]:
 
 def _begin(
     model: nn.Module | Program | Compiled, example_inputs: Any, dynamic_shapes: Any, cache: bool
-) -> tuple[Program, Program | None, bool]:
+) -> tuple[Program, Program | Path | None, bool]:
     """The program to begin with, the dense one behind it, and whether it was captured just now."""
     if cache:
         raise UnsupportedError(

@@ -7,6 +7,7 @@ import inspect
 import itertools
 import logging
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -74,9 +75,17 @@ def capture(
         auto = dynamic_shapes == "auto"
         shapes = _auto_shapes(model, args, kwargs) if auto else dynamic_shapes
         try:
-            exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+            # torch logs graphs and tracebacks beside what it raises; ours is one sentence.
+            logging.disable(logging.ERROR)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                exported = torch.export.export(
+                    model, args, kwargs, dynamic_shapes=shapes, strict=False
+                )
         except Exception as e:
             raise CaptureError(_explain(model, e)) from e
+        finally:
+            logging.disable(logging.NOTSET)
         program = _program(model, exported, args, kwargs)
         return _with_second_batch(model, program, check)
 
@@ -442,6 +451,7 @@ def _with_second_batch(model: nn.Module, program: Program, check: bool) -> Progr
         CaptureError: they disagree, or the graph fails where the model runs.
     """
     entry = program.forward
+    refusal = ""
     for sizes in second_sizes(entry.input_names, entry.example, entry.dynamic):
         entry = replace(entry, second=sizes)
         flat = second_inputs(entry)
@@ -450,7 +460,7 @@ def _with_second_batch(model: nn.Module, program: Program, check: bool) -> Progr
             args, kwargs = _model_call(model, entry, [t.clone() for t in flat])
             expected = pytree.tree_leaves(model(*args, **kwargs))
         except Exception as e:
-            log.info("the model refuses inputs of shapes %s: %s", shapes, e)
+            refusal = str(e).partition("\n")[0]
             continue
         try:
             actual = program.run([t.clone() for t in flat])
@@ -462,6 +472,11 @@ def _with_second_batch(model: nn.Module, program: Program, check: bool) -> Progr
         if check:
             _check_agreement(model, expected, actual, shapes)
         break
+    else:
+        raise CaptureError(
+            f"{type(model).__name__} itself fails on the example inputs: {refusal}; check that "
+            "model(*example_inputs) runs"
+        )
     return replace(program, entries={"forward": entry})
 
 

@@ -315,7 +315,7 @@ def models_command(as_json: Json = False) -> None:
 def demo_command(
     model: Annotated[str, typer.Argument(help="Which model to show it on.")] = "minilm",
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")] = Path(
-        "out/demo"
+        "demo-out"
     ),
     as_json: Json = False,
 ) -> None:

@@ -166,7 +166,7 @@ def parse_batch(text: str) -> tuple[int, ...]:
 def sized_inputs(program: Program, sizes: tuple[int, ...]) -> dict[str, Any]:
     """The program's example inputs, repeated or cropped to batch and sequence, without padding.
 
-    Without sizes: one sample, and 128 tokens where the program takes as many.
+    Without sizes: one sample; without a length: 128 tokens where the program takes as many.
 
     Returns:
         Keyword arguments of the program.
@@ -175,6 +175,14 @@ def sized_inputs(program: Program, sizes: tuple[int, ...]) -> dict[str, Any]:
         GraphPruneError: the program does not run at these sizes.
     """
     if sizes:
+        symbols = {s for dims in program.forward.dynamic.values() for s in dims.values()}
+        if len(sizes) == 2 and "sequence" not in symbols:
+            raise GraphPruneError(
+                f"the model takes no sequence: give --batch {sizes[0]}, not "
+                f"{'x'.join(map(str, sizes))}"
+            )
+        if len(sizes) == 1 and not _problem(program, _resized(program, (sizes[0], _SEQUENCE))):
+            sizes = (sizes[0], _SEQUENCE)
         inputs = _resized(program, sizes)
         problem = _problem(program, inputs)
         if problem:
@@ -325,10 +333,23 @@ def judged(
     Raises:
         GraphPruneError: the task needs what the subject does not have.
     """
+
+    common = {"data": data, "tokenizer_dir": _tokenizer_dir(subject)}
+    try:
+        return _results(subject, task, common, advance)
+    except (ValueError, TypeError, RuntimeError) as e:
+        raise GraphPruneError(
+            f"task {task!r} cannot feed this model: {str(e).partition(chr(10))[0]}; "
+            "`graphprune eval --help` says what each task is for"
+        ) from e
+
+
+def _results(
+    subject: LoadedModel | Artifact, task: str, common: Mapping[str, Any], advance: Advance
+) -> dict[str, JSON]:
     from graphprune.exporters import Artifact
     from graphprune.models.tasks import evaluate
 
-    common = {"data": data, "tokenizer_dir": _tokenizer_dir(subject)}
     if not isinstance(subject, Artifact):
         if task == "neighbours":
             raise GraphPruneError(

@@ -78,13 +78,14 @@ def select(program: Program, groups: AxisGroups, wanted: Selector) -> Selection:
     """The groups that a selector takes and that can be cut.
 
     Raises:
-        RecipeError: a target or a group pattern matches nothing.
+        RecipeError: a pattern of targets, ignore or groups matches nothing.
         UnsupportedError: nothing has the role, or all that was asked for is frozen or normalised;
             the reason is named.
     """
     chosen = _by_role_and_id(groups, wanted)
     names = _Names(program)
     _refuse_unmatched("targets", wanted.targets, names.all())
+    _refuse_unmatched("ignore", wanted.ignore, names.all())
     if wanted.targets:
         chosen = [g for g in chosen if names.reaches(g, wanted.targets)]
     if not chosen:
@@ -110,7 +111,10 @@ def select(program: Program, groups: AxisGroups, wanted: Selector) -> Selection:
 def _by_role_and_id(groups: AxisGroups, wanted: Selector) -> list[AxisGroup]:
     chosen = [g for g in groups if not wanted.roles or g.role in wanted.roles]
     if not chosen:
-        raise UnsupportedError(f"there is no {_asked(wanted)} in this model; {_overview(groups)}")
+        raise UnsupportedError(
+            f"there is no {_asked(wanted)} in this model; {_overview(groups)}; prune-axis cuts any "
+            "role"
+        )
     _refuse_unmatched("groups", wanted.groups, [g.id for g in groups])
     if wanted.groups:
         chosen = [g for g in chosen if any(_matches_id(p, g.id) for p in wanted.groups)]

@@ -111,6 +111,11 @@ def test_an_untraceable_model_shows_its_own_line() -> None:
         gp.compile(Branches(), [], example_inputs=(torch.ones(2, 3),))
 
 
+def test_a_model_that_fails_on_its_examples_says_so() -> None:
+    with pytest.raises(CaptureError, match=r"Linear itself fails|torch.export cannot capture"):
+        gp.compile(nn.Linear(3, 3), [], example_inputs=(torch.ones(2, 3, dtype=torch.long),))
+
+
 def test_a_program_brings_its_own_example_inputs(captured: Callable[[str], Program]) -> None:
     with pytest.raises(gp.GraphPruneError, match="leave example_inputs away"):
         gp.compile(captured("tiny-mlp"), [], example_inputs=(torch.ones(2, 12),))
@@ -199,7 +204,10 @@ def test_an_artifact_goes_on_with_its_report_and_its_files(
     assert again.report == compiled.report
     assert again.files == {"labels.json": tmp_path / "out" / "labels.json"}
     more = gp.compile(again, [PruneNeurons(0.5)])
-    more.export(tmp_path / "more", baseline=False)
+    exported = more.export(tmp_path / "more")
+    twin = (tmp_path / "out" / "baseline.onnx").read_bytes()
+    assert exported.has_baseline
+    assert (tmp_path / "more" / "baseline.onnx").read_bytes() == twin
     assert (tmp_path / "more" / "labels.json").read_bytes() == b'{"0": "no"}'
     (tmp_path / "more" / "labels.json").write_bytes(b"{}")
     with pytest.raises(ArtifactError, match=r"labels\.json"):

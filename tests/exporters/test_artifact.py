@@ -192,6 +192,32 @@ def test_what_is_not_ours_is_refused_before_any_work(
     assert tree(tmp_path) == before
 
 
+def test_files_that_somebody_put_into_an_artifact_are_not_removed(
+    copy: Path, captured: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("graphprune.exporters.write.to_onnx", refuse_work)
+    (copy / "runs").mkdir()
+    (copy / "runs" / "notes").write_text("mine")
+    before = tree(copy)
+    with pytest.raises(ExportError, match="holds 'runs/notes', which graphprune did not write"):
+        export(captured("tiny-mlp"), copy)
+    assert tree(copy) == before
+
+
+def test_artifacts_of_other_models_are_not_measured_against(
+    made: Artifact, captured: Captured, tmp_path: Path
+) -> None:
+    other = export(captured("tiny-fused-vit"), tmp_path / "other")
+    with pytest.raises(GraphPruneError, match=r"takes inputs .*pixel_values"):
+        made.benchmark({"x": torch.randn(2, 12)}, against=other)
+
+
+@pytest.mark.parametrize("threads", [0, -1, 100_000])
+def test_threads_that_cannot_be_are_refused(made: Artifact, threads: int) -> None:
+    with pytest.raises(GraphPruneError, match="threads must be between 1 and"):
+        made.session(threads=threads)
+
+
 def test_unknown_targets_and_reserved_names_are_refused(
     captured: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -62,6 +62,11 @@ def test_targets_and_ignore_narrow_a_role(captured: Captured) -> None:
     assert [reason for _, reason in rest.skipped] == ["ignored on request"]
 
 
+def test_an_ignore_that_protects_nothing_is_an_error(captured: Captured) -> None:
+    with pytest.raises(RecipeError, match=r"ignore: 'encoder.layer.0.*' matches nothing"):
+        _select(captured("tiny-mlp"), Selector(("neuron",), ignore=("encoder.layer.0.*",)))
+
+
 def test_a_group_is_found_by_its_id(captured: Captured) -> None:
     program = captured("tiny-mlp")
     wanted = axis_groups(program).with_role("neuron")[1]
