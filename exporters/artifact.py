@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, final
@@ -12,17 +13,26 @@ from graphprune.exporters.ort import (
     Comparison,
     Feeds,
     Footprint,
-    compare,
+    compare_all,
     feeds_of,
     footprint,
     open_session,
 )
+from graphprune.exporters.quantize import quantise
+from graphprune.quantized import SCHEMES, Mark
+from graphprune.registry import suggest
 from graphprune.serialize import MANIFEST, check_hashes, read_json
 
 FORMAT = "graphprune-artifact"
 VERSION = 1
 MODEL = "model.onnx"
 BASELINE = "baseline.onnx"
+DENSE = "dense"  # how `benchmark` calls the dense twin
+
+
+def low_bit_baseline(scheme: str) -> str:
+    """The file of the dense twin quantised by a scheme: baseline-int8.onnx, baseline-int4.onnx."""
+    return f"baseline-{scheme.partition('-')[0]}.onnx"
 
 
 @final
@@ -67,7 +77,7 @@ class Artifact:
     def benchmark(
         self,
         batch: Any,
-        against: str | Path | Artifact = "dense",
+        against: str | Path | Artifact = DENSE,
         *,
         threads: int = 1,
         repeats: int = 20,
@@ -78,7 +88,9 @@ class Artifact:
         Args:
             batch: inputs as the model takes them; not part of the artifact, because speed-ups
                 depend on batch and length.
-            against: "dense", or another artifact or its folder.
+            against: "dense"; "int8" or a scheme, for the dense twin quantised; another artifact or
+                its folder; or several names with commas, "dense,int8": the first is what the result
+                compares with, the others are in its `others`.
             threads: ORT's threads within operators.
             repeats: rounds; each takes the fastest of three runs of both.
             clock: "wall", or "cpu": CPU time of the calling thread, for one thread only.
@@ -88,21 +100,60 @@ class Artifact:
         """
         if clock == "cpu" and threads != 1:
             raise GraphPruneError("clock='cpu' measures one thread; use clock='wall' for more")
-        if against == "dense":
-            other = self.baseline_session(threads)
-        else:
-            opened = against if isinstance(against, Artifact) else open_artifact(Path(against))
-            other = opened.session(threads)
         feeds = self.feeds(batch)
-        strange = sorted({i.name for i in other.get_inputs()} - feeds.keys())
-        if strange:
-            raise GraphPruneError(
-                f"{str(against)!r} takes inputs {strange} that {str(self.path)!r} does not: only "
-                "forms of one model can be measured against each other"
-            )
-        return compare(
-            self.session(threads), other, feeds, threads=threads, repeats=repeats, clock=clock
+        others = self._opponents(against, feeds, threads)
+        for name, other in others.items():
+            strange = sorted({i.name for i in other.get_inputs()} - feeds.keys())
+            if strange:
+                raise GraphPruneError(
+                    f"{name!r} takes inputs {strange} that {str(self.path)!r} does not: only "
+                    "forms of one model can be measured against each other"
+                )
+        return compare_all(
+            self.session(threads), others, feeds, threads=threads, repeats=repeats, clock=clock
         )
+
+    def _opponents(
+        self, against: str | Path | Artifact, feeds: Feeds, threads: int
+    ) -> dict[str, Any]:
+        if isinstance(against, Artifact):
+            return {str(against.path): against.session(threads)}
+        if isinstance(against, Path):
+            return {str(against): open_artifact(against).session(threads)}
+        names = [name.strip() for name in against.split(",")]
+        return {name: self._opponent(name, feeds, threads) for name in names}
+
+    def _opponent(self, name: str, feeds: Feeds, threads: int) -> Any:
+        if name == DENSE:
+            return self.baseline_session(threads)
+        own = self.manifest.get("quantization", {}).get(MODEL, {}).get("scheme", "")
+        scheme = _scheme(name, own)
+        if scheme:
+            return self._low_bit_session(scheme, own, feeds, threads)
+        if not Path(name).exists():
+            known = [DENSE, "int8", "int4", *SCHEMES]
+            raise GraphPruneError(
+                f"there is nothing called {name!r} to measure against, and no such folder; "
+                f"{suggest(name, known)}"
+            )
+        return open_artifact(Path(name)).session(threads)
+
+    def _low_bit_session(self, scheme: str, own: str, feeds: Feeds, threads: int) -> Any:
+        """The dense twin quantised: as it was written, or made now where it was not."""
+        file = low_bit_baseline(scheme)
+        if scheme == own and file in self.manifest["sha256"]:
+            return open_session(self.path / file, threads)
+        self.baseline_session(threads)
+        mark = Mark(scheme)
+        if mark.needs_calibration:
+            raise GraphPruneError(
+                f"the dense twin quantised by {scheme!r} needs calibration batches, which an "
+                f"artifact does not hold; compile with quantize {scheme!r} to have it written"
+            )
+        with tempfile.TemporaryDirectory(prefix="graphprune-") as folder:
+            path = Path(folder) / file
+            quantise(self.path / BASELINE, path, mark, [feeds])
+            return open_session(path, threads)
 
     def footprint(self, batch: Any, *, dense: bool = False, threads: int = 1) -> Footprint:
         """Load time and peak memory of the model, or of its dense twin, in a process of its own."""
@@ -110,6 +161,14 @@ class Artifact:
 
     def __repr__(self) -> str:
         return f"Artifact({str(self.path)!r})"
+
+
+def _scheme(name: str, own: str) -> str:
+    """The scheme that "int8", "int4" or a scheme's own name stands for; "" for none."""
+    if name in SCHEMES:
+        return name
+    defaults = {"int8": "int8-dynamic", "int4": "int4-weights"}
+    return own if own.partition("-")[0] == name else defaults.get(name, "")
 
 
 def is_artifact(path: Path) -> bool:

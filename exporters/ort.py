@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal, final
@@ -144,6 +144,7 @@ class Comparison:
         threads: within operators.
         clock: "wall", or "cpu" for the CPU time of one thread.
         shapes: of the inputs.
+        others: further opponents of the same rounds, by name.
     """
 
     model: Timing
@@ -156,6 +157,7 @@ class Comparison:
     threads: int
     clock: str
     shapes: Mapping[str, tuple[int, ...]]
+    others: Mapping[str, Comparison] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -183,20 +185,47 @@ def compare(
         runs: runs of each session in a round, of which the fastest counts.
         clock: "cpu" is right for one thread only, on a machine that does other things too.
     """
-    first, second = interleaved([model, against], feeds, repeats=repeats, runs=runs, clock=clock)
-    ratios = [b / a for a, b in zip(first, second, strict=True)]
-    return Comparison(
-        model=_timing(first),
-        against=_timing(second),
-        ratio=median(ratios),
-        ratio_low=_quantile(ratios, 0.25),
-        ratio_high=_quantile(ratios, 0.75),
-        rounds=repeats,
-        runs=runs,
+    return compare_all(
+        model,
+        {"against": against},
+        feeds,
         threads=threads,
+        repeats=repeats,
+        runs=runs,
         clock=clock,
-        shapes={name: tuple(array.shape) for name, array in feeds.items()},
     )
+
+
+def compare_all(
+    model: Any,
+    against: Mapping[str, Any],
+    feeds: Feeds,
+    *,
+    threads: int = 1,
+    repeats: int = 20,
+    runs: int = 3,
+    clock: Clock = "wall",
+) -> Comparison:
+    """Like `compare`, with several opponents in the same rounds: the first, the rest as others."""
+    sessions = [model, *against.values()]
+    first, *rest = interleaved(sessions, feeds, repeats=repeats, runs=runs, clock=clock)
+    found: dict[str, Comparison] = {}
+    for name, times in zip(against, rest, strict=True):
+        ratios = [b / a for a, b in zip(first, times, strict=True)]
+        found[name] = Comparison(
+            model=_timing(first),
+            against=_timing(times),
+            ratio=median(ratios),
+            ratio_low=_quantile(ratios, 0.25),
+            ratio_high=_quantile(ratios, 0.75),
+            rounds=repeats,
+            runs=runs,
+            threads=threads,
+            clock=clock,
+            shapes={name: tuple(array.shape) for name, array in feeds.items()},
+        )
+    main, *others = found
+    return replace(found[main], others={name: found[name] for name in others})
 
 
 def interleaved(

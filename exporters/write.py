@@ -6,7 +6,8 @@ import json
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from graphprune.compare import second_inputs
 from graphprune.errors import ExportError
 from graphprune.exporters.artifact import (
     BASELINE,
@@ -22,21 +24,35 @@ from graphprune.exporters.artifact import (
     VERSION,
     Artifact,
     is_artifact,
+    low_bit_baseline,
     open_artifact,
 )
 from graphprune.exporters.convert import save_onnx, to_onnx
 from graphprune.exporters.names import input_names
-from graphprune.exporters.ort import compare, feeds_of, file_bytes, interleaved, open_session
+from graphprune.exporters.ort import (
+    Feeds,
+    compare,
+    feeds_of,
+    file_bytes,
+    interleaved,
+    open_session,
+)
 from graphprune.exporters.parity import check_parity
+from graphprune.exporters.quantize import quantise
+from graphprune.exporters.results import PAGE, write_page
 from graphprune.exporters.translations import OPSET
 from graphprune.files import check_target, sha256, whole_folder
 from graphprune.program import Program
+from graphprune.quantized import SCHEMES, Mark, mark_of
+from graphprune.report import Report
 from graphprune.serialize import MANIFEST, save_files
+from graphprune.stream import flat_batch
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-TARGETS = ("onnxruntime",)
+# What runs an artifact, and the quantisation schemes that it has operators for.
+TARGETS: Mapping[str, tuple[str, ...]] = {"onnxruntime": tuple(SCHEMES)}
 
 _Notes = dict[str, Any]
 
@@ -49,6 +65,7 @@ def export(
     baseline: Program | Path | None = None,
     report: str | None = None,
     extra: Mapping[str, Path | bytes] | None = None,
+    calibration: Iterable[Any] | None = None,
 ) -> Artifact:
     """Write an artifact; one that was there before is replaced as a whole, or not at all.
 
@@ -60,42 +77,58 @@ def export(
             baseline.onnx of an artifact that this program comes from, which is copied.
         report: text of report.md; by default from the program's own report or history.
         extra: more files by name (tokenizer, labels), as paths to copy or bytes.
+        calibration: batches like the example inputs; quantisation "int8-static" needs them, and
+            measures its drift on the first of them.
+
+    A program that is marked for quantisation is written in float, proven equal, and then quantised;
+    so is its dense twin, as a third file, while baseline.onnx stays float.
 
     Raises:
-        ExportError: the folder is not ours or cannot be written, the graph has no ONNX form, or
-            ONNX Runtime disagrees with the program.
+        ExportError: the folder is not ours or cannot be written, the graph has no ONNX form, ONNX
+            Runtime disagrees with the program, or the target cannot run the quantised operators.
     """
-    if target not in TARGETS:
-        raise ExportError(f"unknown target {target!r}; there is {', '.join(map(repr, TARGETS))}")
+    mark = mark_of(program)
+    _check_runs(target, mark)
     check_target(path, is_artifact)
     _check_extra(extra or {})
-    notes: _Notes = {"parity": {}, "sizes": {}, "parameters": {}}
+    notes: _Notes = {"parity": {}, "sizes": {}, "parameters": {}, "quantization": {}}
+    batches = _calibration(program, calibration, mark)
     with whole_folder(path) as folder:
         model = _write_model(program, folder / MODEL, notes)
         if baseline is program:
-            shutil.copyfile(folder / MODEL, folder / BASELINE)
+            _copy_model(folder / MODEL, folder / BASELINE)
         elif isinstance(baseline, Path):
-            for file in sorted(baseline.parent.glob(f"{BASELINE}*")):
-                shutil.copyfile(file, folder / file.name)
+            _copy_model(baseline, folder / BASELINE)
             notes["sizes"][BASELINE] = file_bytes(folder / BASELINE)
         elif baseline is not None:
             _write_model(baseline, folder / BASELINE, notes)
+        if mark is not None:
+            _write_quantised(program, mark, batches, folder, notes)
         notes["measurements"] = _measurements(program, folder)
         (folder / "program").mkdir()
         save_files(program, folder / "program")
         (folder / "report.md").write_text(report or _report(program), encoding="utf-8")
         _copy_extra(extra or {}, folder)
         manifest = _manifest(program, target, model, notes, folder)
+        if "report" in program.metadata:
+            write_page(Report.from_json(program.metadata["report"]), manifest, folder)
         text = json.dumps(manifest, indent=1, allow_nan=False)
         (folder / MANIFEST).write_text(text, encoding="utf-8")
     return open_artifact(path)
 
 
 def measure(program: Program, *, threads: int = 1, repeats: int = 10) -> float:
-    """Milliseconds that ONNX Runtime takes for the program's example inputs."""
+    """Milliseconds that ONNX Runtime takes for the program's example inputs.
+
+    A program marked for quantisation is measured quantised, all layers of it; in float where the
+    scheme needs calibration.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / MODEL
         save_onnx(to_onnx(program), path)
+        mark = mark_of(program)
+        if mark is not None and not mark.needs_calibration:
+            quantise(path, path, replace(mark, keep_error=None), _examples(program)[:1])
         session = open_session(path, threads)
         (times,) = interleaved([session], _example(program), repeats=repeats)
     return float(np.median(times))
@@ -109,6 +142,81 @@ def _write_model(program: Program, path: Path, notes: _Notes) -> ir.Model:
     notes["sizes"][path.name] = file_bytes(path)
     notes["parameters"][path.name] = program.num_parameters()
     return model
+
+
+def _check_runs(target: str, mark: Mark | None) -> None:
+    if target not in TARGETS:
+        raise ExportError(f"unknown target {target!r}; there is {', '.join(map(repr, TARGETS))}")
+    if mark is not None and mark.scheme not in TARGETS[target]:
+        able = [name for name, schemes in TARGETS.items() if mark.scheme in schemes]
+        raise ExportError(
+            f"target {target!r} has no operators for scheme {mark.scheme!r}; it runs "
+            f"{list(TARGETS[target])}, and {able} run {mark.scheme!r}"
+        )
+
+
+def _copy_model(source: Path, target: Path) -> None:
+    data = source.with_suffix(".onnx.data")
+    if data.exists():  # the file names its data, so that a copy must be written anew
+        import onnx
+
+        model = onnx.load(source)
+        data = target.with_suffix(".onnx.data")
+        onnx.save_model(model, target, save_as_external_data=True, location=data.name)
+    else:
+        shutil.copyfile(source, target)
+
+
+def _write_quantised(
+    program: Program, mark: Mark, batches: Sequence[Feeds], folder: Path, notes: _Notes
+) -> None:
+    """Quantise model.onnx in place, and the dense twin into a file of its own."""
+    feeds = _examples(program)
+    notes["quantization"][MODEL] = quantise(folder / MODEL, folder / MODEL, mark, feeds, batches)
+    notes["sizes"][MODEL] = file_bytes(folder / MODEL)
+    if (folder / BASELINE).exists():
+        twin = low_bit_baseline(mark.scheme)
+        # The twin is there to be timed: nothing kept in float for its quality's sake.
+        every = replace(mark, keep_error=None)
+        notes["quantization"][twin] = quantise(
+            folder / BASELINE, folder / twin, every, feeds, batches
+        )
+        notes["sizes"][twin] = file_bytes(folder / twin)
+
+
+def _calibration(
+    program: Program, calibration: Iterable[Any] | None, mark: Mark | None
+) -> list[Feeds]:
+    """Calibration batches as ONNX Runtime takes them; read only where the program is marked.
+
+    Raises:
+        GraphPruneError: a batch does not fit the model's inputs.
+        ExportError: a batch holds NaN or infinity, or there is none where one is needed.
+    """
+    found: list[Feeds] = []
+    if mark is None:
+        return found
+    entry = program.forward
+    for number, batch in enumerate(calibration or ()):
+        flat = flat_batch(entry, batch, number)
+        for name, tensor in zip(entry.input_names, flat, strict=True):
+            if not bool(tensor.isfinite().all()):
+                raise ExportError(f"calibration batch {number}: {name!r} holds NaN or infinity")
+        found.append(feeds_of(tuple(flat), input_names(entry)))
+    if mark.needs_calibration and not found:
+        raise ExportError(
+            f"scheme {mark.scheme!r} takes the activations' ranges from calibration batches, and "
+            "there are none: give export(..., calibration=batches)"
+        )
+    return found
+
+
+def _examples(program: Program) -> list[Feeds]:
+    """The example inputs, and another batch size and length where those may change."""
+    program = program.in_float32()
+    entry = program.forward
+    inputs = [list(entry.example), *([second_inputs(entry)] if entry.dynamic else [])]
+    return [feeds_of(tuple(flat), input_names(entry)) for flat in inputs]
 
 
 def _example(program: Program) -> dict[str, Any]:
@@ -134,6 +242,7 @@ def _manifest(
         for file in sorted(folder.rglob("*"))
         if file.is_file()
     }
+    mark = mark_of(program)
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -141,7 +250,7 @@ def _manifest(
         "model": program.metadata.get("model", ""),
         "target": target,
         "opset": OPSET,
-        "precision": {"program": floats, "onnx": "float32"},
+        "precision": {"program": floats, "onnx": "float32" if mark is None else mark.scheme},
         "versions": _versions(),
         "inputs": [_described(v) for v in model.graph.inputs],
         "outputs": [_described(v) for v in model.graph.outputs],
@@ -190,15 +299,14 @@ def _cuts(record: Any) -> Iterator[tuple[str, list[int]]]:
 def _report(program: Program) -> str:
     data = program.metadata.get("report")
     if data is not None:
-        from graphprune.report import Report
-
         return Report.from_json(data).to_markdown()
     name = program.metadata.get("model", "model")
     return f"# {name}\n\n{program.num_parameters():,} parameters.\n"
 
 
 def _check_extra(extra: Mapping[str, Path | bytes]) -> None:
-    reserved = {MODEL, BASELINE, MANIFEST, "report.md", "program"}
+    twins = {low_bit_baseline(scheme) for scheme in SCHEMES}
+    reserved = {MODEL, BASELINE, MANIFEST, "report.md", PAGE, "program", *twins}
     for name, source in extra.items():
         parts = Path(name).parts
         if not parts or Path(name).is_absolute() or ".." in parts or parts[0] in reserved:

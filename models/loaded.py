@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
 from torch import Tensor, nn
+
+TOKENIZER = "tokenizer"  # the folder in an artifact
 
 
 @final
@@ -29,3 +32,19 @@ class LoadedModel:
     name: str
     tokenizer_dir: Path | None = None
     task: str | None = None
+
+    def files(self) -> dict[str, Path | bytes]:
+        """What an artifact should carry beside the model (for `Compiled.files`), by name.
+
+        The tokenizer's files, and for a classifier labels.json with the names of its classes.
+        """
+        from graphprune.models.loading import tokenizer_files
+
+        files: dict[str, Path | bytes] = {}
+        if self.tokenizer_dir is not None:
+            for file in tokenizer_files(self.tokenizer_dir):
+                files[f"{TOKENIZER}/{file.name}"] = file
+        labels = getattr(getattr(self.module, "config", None), "id2label", None)
+        if labels and not all(str(v).startswith("LABEL_") for v in labels.values()):
+            files["labels.json"] = json.dumps(labels, indent=1, ensure_ascii=False).encode()
+        return files

@@ -7,6 +7,7 @@ from graphprune.passes.cleanup.batch_norm import FoldBatchNorm as FoldBatchNorm
 from graphprune.passes.cleanup.constants import FoldConstants as FoldConstants
 from graphprune.passes.cleanup.dead import RemoveDeadNodes as RemoveDeadNodes
 from graphprune.passes.cleanup.noops import RemoveNoOps as RemoveNoOps
+from graphprune.passes.quantize.quantize import Quantize as Quantize
 from graphprune.passes.repeat import Repeat as Repeat
 from graphprune.passes.structural.axis import PruneAxis as PruneAxis
 from graphprune.passes.structural.heads import PruneHeads as PruneHeads
@@ -18,6 +19,7 @@ __all__ = [
     "PruneAxis",
     "PruneHeads",
     "PruneNeurons",
+    "Quantize",
     "RemoveDeadNodes",
     "RemoveNoOps",
     "Repeat",

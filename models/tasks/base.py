@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from graphprune.errors import GraphPruneError
 from graphprune.models.sentence import masked_mean
+from graphprune.models.tokenize import tokenizer
 
 Runner = Callable[[Mapping[str, Tensor]], Tensor]
 
@@ -30,10 +32,10 @@ class TaskResult:
 
 
 def runner(model: Any) -> Runner:
-    """The model's first output as a function of its named inputs.
+    """The model's first output as a function of its named inputs; it is given those that it has.
 
-    1. an onnxruntime session: fed with those inputs that it has.
-    2. anything else: called with those keyword arguments, without gradients.
+    1. an onnxruntime session.
+    2. anything else: called with keyword arguments, without gradients.
     """
     if hasattr(model, "get_inputs") and hasattr(model, "run"):
         names = {i.name for i in model.get_inputs()}
@@ -44,13 +46,25 @@ def runner(model: Any) -> Runner:
 
         return run_session
 
+    accepted = _accepted(model)
+
     def run_torch(inputs: Mapping[str, Tensor]) -> Tensor:
+        known = {name: value for name, value in inputs.items() if name in accepted}
         with torch.no_grad():
-            leaves = pytree.tree_leaves(model(**inputs))
+            leaves = pytree.tree_leaves(model(**known))
         first: Tensor = leaves[0]
         return first
 
     return run_torch
+
+
+def _accepted(model: Any) -> set[str]:
+    """The inputs that a program or a module names."""
+    program = getattr(model, "program", None)
+    entries = getattr(program() if callable(program) else model, "entries", None)
+    if entries is not None:
+        return set(entries["forward"].input_names)
+    return set(inspect.signature(getattr(model, "forward", model)).parameters)
 
 
 def embed(
@@ -67,7 +81,7 @@ def embed(
     A model that returns one vector a token has them averaged over the attention mask.
 
     Raises:
-        GraphPruneError: transformers is missing, or the model's output is no embedding.
+        GraphPruneError: the tokenizer cannot be read, or the model's output is no embedding.
     """
     run = runner(model)
     tokenize = tokenizer(tokenizer_dir)
@@ -89,31 +103,3 @@ def embed(
         progress(done, len(starts))
     embeddings = torch.cat(parts)
     return embeddings[torch.argsort(torch.tensor(order))]
-
-
-def tokenizer(folder: Path) -> Callable[[Sequence[str], int], dict[str, Tensor]]:
-    """A function from sentences and a maximum length to padded input_ids and attention_mask.
-
-    Raises:
-        GraphPruneError: transformers is missing, or the folder holds no tokenizer.
-    """
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as e:
-        raise GraphPruneError(
-            "text tasks need transformers, which is not installed: pip install 'graphprune[hf]'"
-        ) from e
-    try:
-        loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as e:
-        raise GraphPruneError(f"the folder {str(folder)!r} holds no usable tokenizer") from e
-    if loaded.pad_token is None:
-        loaded.pad_token = loaded.eos_token
-
-    def tokenize(sentences: Sequence[str], length: int) -> dict[str, Tensor]:
-        made = loaded(
-            list(sentences), padding=True, truncation=True, max_length=length, return_tensors="pt"
-        )
-        return {key: made[key] for key in ("input_ids", "attention_mask")}
-
-    return tokenize

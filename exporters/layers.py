@@ -1,0 +1,220 @@
+"""The layers of an ONNX graph that can be quantised, and the graph brought into shape for it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, final
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    import onnx
+
+Kind = Literal["matmul", "conv", "embedding"]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A node that multiplies with, or looks up in, a weight of the file.
+
+    Attributes:
+        node: its name in the graph.
+        weight: name of the initializer.
+        kind: "matmul" (MatMul, Gemm), "conv" or "embedding" (Gather from a table).
+        tied: the weight comes through a Transpose, because another node reads it as it is.
+    """
+
+    node: str
+    weight: str
+    kind: Kind
+    tied: bool = False
+
+
+def find_layers(model: onnx.ModelProto) -> list[Layer]:
+    """Every layer in order; nodes without a name get one."""
+    weights = {i.name: i for i in model.graph.initializer}
+    turned = {
+        node.output[0]: node.input[0]
+        for node in model.graph.node
+        if node.op_type == "Transpose" and node.input[0] in weights and _swaps(node)
+    }
+    found = []
+    for number, node in enumerate(model.graph.node):
+        node.name = node.name or f"node_{number}"
+        for place, kind in _KINDS.get(node.op_type, {}).items():
+            name = node.input[place]
+            weight = weights.get(turned.get(name, name))
+            if weight is None or weight.data_type != 1 or not _fits(node, weight):  # 1: float32
+                continue
+            found.append(Layer(node.name, weight.name, kind, name in turned))
+    return found
+
+
+_KINDS: dict[str, dict[int, Kind]] = {
+    "MatMul": {1: "matmul"},
+    "Gemm": {1: "matmul"},
+    "Conv": {1: "conv"},
+    "Gather": {0: "embedding"},
+}
+
+
+def _swaps(node: onnx.NodeProto) -> bool:
+    return list(_attributes(node).get("perm", [1, 0])) == [1, 0]
+
+
+def _fits(node: onnx.NodeProto, weight: onnx.TensorProto) -> bool:
+    a = _attributes(node)
+    if node.op_type == "Gemm":
+        plain = a.get("alpha", 1.0) == 1.0 and a.get("beta", 1.0) == 1.0 and not a.get("transA", 0)
+        return plain and len(weight.dims) == 2
+    if node.op_type == "Gather":
+        return a.get("axis", 0) == 0 and len(weight.dims) == 2
+    return node.op_type == "Conv" or len(weight.dims) == 2
+
+
+def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    from onnx import helper
+
+    return {a.name: helper.get_attribute_value(a) for a in node.attribute}
+
+
+def half_tied(model: onnx.ModelProto, chosen: Collection[Layer]) -> dict[Layer, str]:
+    """Layers to leave in float, with the reason, because their weight is also read in float.
+
+    Storing a tied table twice, in float and in int8, would make the file larger.
+    """
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    taken = {layer.node for layer in chosen}
+    shared = {layer.weight for layer in chosen if layer.tied or layer.kind == "embedding"}
+    result: dict[Layer, str] = {}
+    for layer in chosen:
+        if layer.weight not in shared:
+            continue
+        left = [n.name for n in _behind_transposes(layer.weight, readers) if n.name not in taken]
+        if left:
+            result[layer] = f"{left[0]!r} reads the same weight and stays float"
+    return result
+
+
+def _behind_transposes(
+    weight: str, readers: dict[str, list[onnx.NodeProto]]
+) -> Iterable[onnx.NodeProto]:
+    for node in readers.get(weight, []):
+        if node.op_type == "Transpose":
+            yield from readers.get(node.output[0], [])
+        else:
+            yield node
+
+
+class Editor:
+    """Edits a model's nodes and initializers in place."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.graph = model.graph
+        self.weights = {i.name: i for i in model.graph.initializer}
+        self.nodes = {n.name: n for n in model.graph.node}
+
+    def prepare(self, chosen: Iterable[Layer], layers: Iterable[Layer]) -> None:
+        """Products become MatMul with a weight of their own, tables int8.
+
+        Every Gemm is spelled out, also one that stays float: ORT's quantiser (1.31) does so with
+        those that it meets, and then trips over their old shapes.
+        """
+        for layer in layers:
+            if self.nodes[layer.node].op_type == "Gemm":
+                self._spell_out_gemm(layer)
+        for layer in chosen:
+            if layer.tied:
+                self._untie(layer)
+        for layer in chosen:
+            if layer.kind == "embedding":
+                self._quantise_table(layer)
+        self._drop_unread()
+
+    def _array(self, name: str) -> npt.NDArray[np.float32]:
+        from onnx import numpy_helper
+
+        array: npt.NDArray[np.float32] = numpy_helper.to_array(self.weights[name])
+        return array
+
+    def _store(self, name: str, array: npt.NDArray[np.generic]) -> str:
+        """Add a weight; one of that name holds the same values already."""
+        from onnx import numpy_helper
+
+        if name not in self.weights:
+            tensor = numpy_helper.from_array(np.ascontiguousarray(array), name)
+            self.graph.initializer.append(tensor)
+            self.weights[name] = self.graph.initializer[-1]
+        return name
+
+    def _untie(self, layer: Layer) -> None:
+        node = self.nodes[layer.node]
+        node.input[1] = self._store(f"{layer.weight}_transposed", self._array(layer.weight).T)
+
+    def _spell_out_gemm(self, layer: Layer) -> None:
+        from onnx import helper
+
+        node = self.nodes[layer.node]
+        if _attributes(node).get("transB", 0):
+            turned = f"{node.input[1]}_transposed"
+            node.input[1] = self._store(turned, self._array(node.input[1]).T)
+        bias = node.input[2] if len(node.input) > 2 else ""
+        del node.attribute[:]
+        node.op_type = "MatMul"
+        if not bias:
+            return
+        product = f"{node.output[0]}_product"
+        add = helper.make_node("Add", [product, bias], [node.output[0]], f"{node.name}_bias")
+        del node.input[2:]
+        node.output[0] = product
+        self.graph.node.insert(list(self.graph.node).index(node) + 1, add)
+
+    def _quantise_table(self, layer: Layer) -> None:
+        """Gather(float) -> Gather(int8) as float, times the gathered rows' scales."""
+        from onnx import helper
+
+        # ORT's quantiser makes names such as X_scale and X_quantized; these must not meet them.
+        node = self.nodes[layer.node]
+        indices, output = node.input[1], node.output[0]
+        coded, plain, steps = (f"{output}_row_{part}" for part in ("int8", "codes", "scales"))
+        codes, scales = quantised_rows(self._array(layer.weight))
+        node.input[0] = self._store(f"{layer.weight}_row_int8", codes)
+        node.output[0] = coded
+        table_scales = self._store(f"{layer.weight}_row_scales", scales)
+        behind = [
+            helper.make_node("Cast", [coded], [plain], to=1),
+            helper.make_node("Gather", [table_scales, indices], [steps], axis=0),
+            helper.make_node("Mul", [plain, steps], [output]),
+        ]
+        position = list(self.graph.node).index(node) + 1
+        for offset, new in enumerate(behind):
+            new.name = f"{node.name}_{new.op_type}"
+            self.graph.node.insert(position + offset, new)
+
+    def _drop_unread(self) -> None:
+        for node in [n for n in self.graph.node if n.op_type == "Transpose"]:
+            if node.output[0] not in self._read():
+                self.graph.node.remove(node)
+        read = self._read()
+        for tensor in [i for i in self.graph.initializer if i.name not in read]:
+            self.graph.initializer.remove(tensor)
+
+    def _read(self) -> set[str]:
+        read = {name for node in self.graph.node for name in node.input}
+        return read | {output.name for output in self.graph.output}
+
+
+def quantised_rows(
+    table: npt.NDArray[np.float32],
+) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+    """int8 codes [rows, width] and scales [rows, 1] with |table - codes x scales| <= scales / 2."""
+    scales = np.abs(table).max(axis=1, keepdims=True, initial=0.0) / np.float32(127)
+    scales = np.where(scales == 0, 1.0, scales).astype(np.float32)
+    codes = np.clip(np.rint(table / scales), -127, 127).astype(np.int8)
+    return codes, scales

@@ -1,0 +1,113 @@
+"""Sentences to token ids, from a folder with a tokenizer's files alone: no model, no network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphprune.errors import GraphPruneError
+
+Tokenize = Callable[[Sequence[str], int], dict[str, Tensor]]
+
+
+def tokenizer(folder: Path) -> Tokenize:
+    """A function from sentences and a maximum length to padded tensors [n, tokens] by name.
+
+    1. tokenizer.json: read by the `tokenizers` library.
+    2. older formats: read by transformers.
+
+    Returns:
+        input_ids, attention_mask and token_type_ids; a model takes those that it has.
+
+    Raises:
+        GraphPruneError: the folder holds no tokenizer, or what reads it is not installed.
+    """
+    if (folder / "tokenizer.json").is_file():
+        return _fast(folder)
+    return _with_transformers(folder)
+
+
+def _fast(folder: Path) -> Tokenize:
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as e:
+        raise _missing("tokenizers") from e
+    try:
+        loaded = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as e:  # the library raises nothing narrower
+        raise _unusable(folder) from e
+    number, text = _padding(folder, loaded)
+    loaded.enable_padding(pad_id=number, pad_token=text)
+
+    def tokenize(sentences: Sequence[str], length: int) -> dict[str, Tensor]:
+        loaded.enable_truncation(length)
+        encoded = loaded.encode_batch(list(sentences))
+        return {
+            "input_ids": torch.tensor([e.ids for e in encoded]),
+            "attention_mask": torch.tensor([e.attention_mask for e in encoded]),
+            "token_type_ids": torch.tensor([e.type_ids for e in encoded]),
+        }
+
+    return tokenize
+
+
+def _padding(folder: Path, loaded: Any) -> tuple[int, str]:
+    """The token that pads, and its id: the configured one, else the one that ends a text."""
+    config: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        try:
+            config |= json.loads((folder / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            continue
+        except ValueError as e:
+            raise _unusable(folder) from e
+    for key in ("pad_token", "eos_token"):
+        token = config.get(key)
+        text = token.get("content") if isinstance(token, dict) else token
+        number = loaded.token_to_id(text) if isinstance(text, str) else None
+        if number is not None:
+            return int(number), str(text)
+    found = loaded.padding or {}
+    # Any id will do under the attention mask.
+    return int(found.get("pad_id", 0)), str(found.get("pad_token", "[PAD]"))
+
+
+def _with_transformers(folder: Path) -> Tokenize:
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as e:
+        raise _missing("transformers") from e
+    try:
+        loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as e:
+        raise _unusable(folder) from e
+    if loaded.pad_token is None:
+        loaded.pad_token = loaded.eos_token
+
+    def tokenize(sentences: Sequence[str], length: int) -> dict[str, Tensor]:
+        made = loaded(
+            list(sentences), padding=True, truncation=True, max_length=length, return_tensors="pt"
+        )
+        types = made.get("token_type_ids", torch.zeros_like(made["input_ids"]))
+        return {
+            "input_ids": made["input_ids"],
+            "attention_mask": made["attention_mask"],
+            "token_type_ids": types,
+        }
+
+    return tokenize
+
+
+def _missing(package: str) -> GraphPruneError:
+    return GraphPruneError(
+        f"reading text needs {package}, which is not installed: pip install 'graphprune[hf]'"
+    )
+
+
+def _unusable(folder: Path) -> GraphPruneError:
+    return GraphPruneError(f"the folder {str(folder)!r} holds no usable tokenizer")

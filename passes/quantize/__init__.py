@@ -1,0 +1,1 @@
+"""Passes that mark a program for quantisation at export."""
