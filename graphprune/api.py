@@ -48,6 +48,7 @@ class Compiled:
         report: what every pass did, sizes before and after, verification.
         files: what goes into the artifact beside the model (a tokenizer, labels): name in the
             folder -> a file to copy, or bytes.
+        calibration: the batches that passes saw; export quantises by them where it has to.
     """
 
     def __init__(
@@ -57,9 +58,11 @@ class Compiled:
         *,
         dense: Program | Path | None = None,
         files: Mapping[str, Path | bytes] | None = None,
+        calibration: Sequence[Any] | None = None,
     ) -> None:
         self.report = report
         self.files = dict(files or {})
+        self.calibration = calibration
         self._program = program
         self._dense = dense
         self._module: ProgramModule | None = None
@@ -92,13 +95,16 @@ class Compiled:
         *,
         target: str = "onnxruntime",
         baseline: bool = True,
+        calibration: Iterable[Any] | None = None,
     ) -> Artifact:
-        """Write the artifact: model.onnx, its dense twin, the program, manifest and report.
+        """Write the artifact: model.onnx, its dense twin, the program, manifest and reports.
 
         Args:
             path: the folder to make; one that graphprune made before is replaced as a whole.
             target: what will run it; "onnxruntime".
             baseline: write the dense twin as baseline.onnx too, to measure against.
+            calibration: batches for quantisation that needs them; by default those that were given
+                to `compile`.
 
         Raises:
             ExportError: the folder is not ours, cannot be written, or ONNX Runtime disagrees with
@@ -117,6 +123,7 @@ class Compiled:
             target=target,
             baseline=self._dense if baseline else None,
             extra=self.files,
+            calibration=self.calibration if calibration is None else _listed(calibration),
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -152,7 +159,7 @@ def compile(
         passes: a list of passes; or a recipe: the name of a built-in one, a file, or a dict.
         example_inputs: a dict of keyword arguments or a tuple; batch and sequence become dynamic.
         dynamic_shapes: "auto", or what torch.export takes.
-        calibration: batches like example_inputs, for passes that look at activations.
+        calibration: batches like example_inputs, for passes that look at activations; read once.
         training: a loss and its data, for passes that train.
         cache: also capture a decoder's form with a key/value cache.
         verify: prove after every pass that removing equals masking.
@@ -167,13 +174,16 @@ def compile(
     """
     start = time.perf_counter()
     steps = _steps(passes)
+    if calibration is None and isinstance(model, Compiled):
+        calibration = model.calibration
+    batches = calibration_for(steps, calibration)
     program, dense, captured = _begin(model, example_inputs, dynamic_shapes, cache)
     files = model.files if isinstance(model, Compiled) else None
     capture_seconds = time.perf_counter() - start if captured else 0.0
     report = _report_of(program, capture_seconds)
     context = Context(
         reference=dense if isinstance(dense, Program) else program,
-        calibration=calibration,
+        calibration=batches,
         training=training,
         verify=verify,
         seed=seed,
@@ -184,7 +194,7 @@ def compile(
     after = Size.of(result.program)
     report = report.extended(after, done, time.perf_counter() - start)
     finished = _with_metadata(result.program, _REPORT, report.to_json())
-    return Compiled(finished, report, dense=dense, files=files)
+    return Compiled(finished, report, dense=dense, files=files, calibration=batches)
 
 
 def load(path: str | os.PathLike[str]) -> Compiled:
@@ -227,7 +237,7 @@ def _side_files(path: Path) -> dict[str, Path | bytes]:
     for name in names:
         if not name.startswith(("model.onnx", "program/", "report.")):
             check_hashes(path, name)
-    own = ("model.onnx", "baseline.onnx", "program/", "report.")
+    own = ("model.onnx", "baseline", "program/", "report.")
     return {name: path / name for name in names if not name.startswith(own)}
 
 
@@ -242,6 +252,41 @@ def _steps(passes: Passes) -> list[Pass]:
                     f"{item.__name__}(...) with its options"
                 )
     return load_recipe(passes)
+
+
+def calibration_for(steps: Sequence[Pass], calibration: Iterable[Any] | None) -> list[Any] | None:
+    """The calibration batches as a list, because several passes read them and a generator ends.
+
+    Raises:
+        RecipeError: a pass needs them and there are none.
+        GraphPruneError: what was given is no iterable of batches, or is empty.
+    """
+    wanting = [step.name for step in steps if step.needs_calibration]
+    if calibration is not None:
+        return _listed(calibration)
+    if wanting:
+        raise RecipeError(
+            f"{' and '.join(dict.fromkeys(wanting))} as configured need calibration batches, and "
+            "there are none: give compile(..., calibration=batches), on the command line "
+            "--calibration FILE, or choose options that look at no data, such as "
+            "score='magnitude' with compensate='none'"
+        )
+    return None
+
+
+def _listed(calibration: Iterable[Any]) -> list[Any]:
+    if isinstance(calibration, Mapping | Tensor | str) or not isinstance(calibration, Iterable):
+        raise GraphPruneError(
+            f"calibration is an iterable of batches, got a {type(calibration).__name__}; one "
+            "batch alone goes into a list: calibration=[batch]"
+        )
+    batches = list(calibration)
+    if not batches:
+        raise GraphPruneError(
+            "calibration yields no batch; pass an iterable of batches like example_inputs, and "
+            "make a generator anew if something has read it already"
+        )
+    return batches
 
 
 def _begin(

@@ -203,6 +203,11 @@ class Pass(abc.ABC):
     # Subclasses are slotted dataclasses; a base without slots would give them a dict again.
     __slots__ = ()
 
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether `run` looks at activations and needs `ctx.calibration`; asked before any work."""
+        return False
+
     @abc.abstractmethod
     def run(self, program: Program, ctx: Context) -> PassResult:
         """Return the program with this pass applied."""

@@ -131,12 +131,12 @@ class Report:
         return cls(**{**data, **sizes, "passes": passes})
 
     def __str__(self) -> str:
-        lines = [f"{self.model}: {self._headline()}", f"verification: {self._verification()}"]
+        lines = [f"{self.model}: {self.headline()}", f"verification: {self.verification()}"]
         lines.append(
             f"seconds: {self.seconds:.1f}, of these {self.capture_seconds:.1f} for capture"
         )
         if self.passes:
-            lines += ["", *_aligned([_HEADER, *self._rows()])]
+            lines += ["", *_aligned([HEADER, *self.rows()])]
         skipped = self.skipped_lines()
         if skipped:
             lines += ["", "skipped:", *(f"  {line}" for line in skipped)]
@@ -149,55 +149,59 @@ class Report:
             "",
             "| | before | after | |",
             "|---|---:|---:|---:|",
-            *("| " + " | ".join(row) + " |" for row in self._size_rows()),
+            *("| " + " | ".join(row) + " |" for row in self.size_rows()),
             "",
-            f"Verification: {self._verification()}.",
+            f"Verification: {self.verification()}.",
             f"Compiled in {self.seconds:.1f} s, of these {self.capture_seconds:.1f} s for capture.",
         ]
         if self.passes:
-            lines += ["", "| " + " | ".join(_HEADER) + " |", "|---|---|---:|---:|---:|"]
-            lines += ["| " + " | ".join(row) + " |" for row in self._rows()]
+            lines += ["", "| " + " | ".join(HEADER) + " |", "|---|---|---:|---:|---:|"]
+            lines += ["| " + " | ".join(row) + " |" for row in self.rows()]
         skipped = self.skipped_lines()
         if skipped:
             lines += ["", "## Skipped", "", *(f"- {line}" for line in skipped)]
         return "\n".join(lines) + "\n"
 
-    def _headline(self) -> str:
+    def headline(self) -> str:
+        """Parameters, bytes and FLOPs, before and after, in one line."""
         a, b = self.before, self.after
         return (
             f"{a.parameters:,} -> {b.parameters:,} parameters"
-            f" ({_change(a.parameters, b.parameters)})"
-            f", {_megabytes(a.bytes)} -> {_megabytes(b.bytes)} MB"
+            f" ({change_text(a.parameters, b.parameters)})"
+            f", {megabytes_text(a.bytes)} -> {megabytes_text(b.bytes)} MB"
             f", {count_text(a.flops)} -> {count_text(b.flops)} FLOPs"
             f" ({a.flops / max(b.flops, 1):.2f}x fewer)"
         )
 
-    def _size_rows(self) -> list[tuple[str, str, str, str]]:
+    def size_rows(self) -> list[tuple[str, str, str, str]]:
+        """(what, before, after, change) for a table."""
         a, b = self.before, self.after
         return [
             (
                 "parameters",
                 f"{a.parameters:,}",
                 f"{b.parameters:,}",
-                _change(a.parameters, b.parameters),
+                change_text(a.parameters, b.parameters),
             ),
-            ("MB", _megabytes(a.bytes), _megabytes(b.bytes), _change(a.bytes, b.bytes)),
-            ("FLOPs", count_text(a.flops), count_text(b.flops), _change(a.flops, b.flops)),
+            ("MB", megabytes_text(a.bytes), megabytes_text(b.bytes), change_text(a.bytes, b.bytes)),
+            ("FLOPs", count_text(a.flops), count_text(b.flops), change_text(a.flops, b.flops)),
         ]
 
-    def _rows(self) -> list[tuple[str, ...]]:
+    def rows(self) -> list[tuple[str, ...]]:
+        """One row a pass, under HEADER."""
         return [
             (
                 p.name,
                 p.removed,
-                _change(*p.parameters) if p.parameters else "",
+                change_text(*p.parameters) if p.parameters else "",
                 "" if p.max_error is None else f"{p.max_error:.1e}",
                 f"{p.seconds:.1f}",
             )
             for p in self.passes
         ]
 
-    def _verification(self) -> str:
+    def verification(self) -> str:
+        """What was proven, in words."""
         error = self.max_error
         if error is not None:
             unproven = [p.name for p in self.passes if p.modified and p.max_error is None]
@@ -215,7 +219,7 @@ class Report:
         return [f"{p.name}: {reason}" for p in self.passes for reason in p.skipped]
 
 
-_HEADER = ("pass", "removed", "parameters", "error", "seconds")
+HEADER = ("pass", "removed", "parameters", "error", "seconds")
 
 
 def _removed(details: Mapping[str, JSON], modified: bool) -> str:
@@ -299,11 +303,13 @@ def _aligned(rows: Sequence[Sequence[str]]) -> Iterable[str]:
         yield "  ".join(cells).rstrip()
 
 
-def _change(before: int, after: int) -> str:
+def change_text(before: int, after: int) -> str:
+    """The change in percent."""
     return f"{100 * (after - before) / before:+.1f} %" if before else "0 %"
 
 
-def _megabytes(count: int) -> str:
+def megabytes_text(count: int) -> str:
+    """Bytes in megabytes."""
     return f"{count / 1e6:.1f}" if count >= 1e5 else f"{count / 1e6:.3f}"
 
 

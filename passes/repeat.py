@@ -37,6 +37,10 @@ class Repeat(Pass):
         if not isinstance(self.at_most, int) or self.at_most < 1:
             raise RecipeError(f"at_most must be at least 1, got {self.at_most!r}")
 
+    @property
+    def needs_calibration(self) -> bool:
+        return any(step.needs_calibration for step in self.passes)
+
     def run(self, program: Program, ctx: Context) -> PassResult:
         current, settled = program, False
         rounds: list[list[dict[str, JSON]]] = []

@@ -21,7 +21,7 @@ FORBIDDEN = {
     "models": ("graphprune.passes", "graphprune.exporters", "graphprune.api", "graphprune.cli"),
 }
 # Those that reach up, inside functions, for the user's convenience.
-REACH_UP = ("graphprune/api.py", "graphprune/cli/")
+REACH_UP = ("graphprune/api.py", "graphprune/cli/", "graphprune/sensitivity.py")
 HEAVY = ("onnx", "onnxruntime", "onnxscript", "transformers", "sklearn")
 ARCHITECTURES = re.compile(
     r"\b(albert|bart|bert|bloom|convnext|deberta|deit|distilbert|electra|falcon|gemma\d?|"

@@ -62,6 +62,10 @@ class PruneAxis(Pass):
             )
         self._removal()
 
+    @property
+    def needs_calibration(self) -> bool:
+        return self._removal().needs_calibration
+
     def run(self, program: Program, ctx: Context) -> PassResult:
         return self._removal().run(program, ctx)
 

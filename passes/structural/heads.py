@@ -25,9 +25,14 @@ class PruneHeads(Pass):
 
     Attributes:
         ratio: part of each group's heads to remove, in [0, 1); the last head always stays.
-        score: "magnitude" (L2 norm of all that goes with a head) or "random".
+        score: "magnitude" (L2 norm of all that goes with a head), "random"; with calibration
+            "obs" (exact cost after the others make up), "fluctuation", "activation",
+            "taylor" (gradients).
         allocation: "uniform" (the ratio of each group) or "global" (of all groups together).
         round_to: the kept count rounds up to a multiple of this.
+        compensate: how kept weights make up for removed ones: "none", "bias", "least-squares";
+            "auto" is least squares where calibration decides, else none.
+        damping: part of the mean squared input added to the Gram matrix's diagonal.
         targets: name patterns; only attention that reaches such a tensor. Globs for a name or a
             module, or "re:" and a regular expression.
         ignore: name patterns to leave alone.
@@ -41,6 +46,8 @@ class PruneHeads(Pass):
     score: str = "magnitude"
     allocation: str = "uniform"
     round_to: int = 1
+    compensate: str = "auto"
+    damping: float = 0.01
     targets: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
     queries_per_group: bool = False
@@ -48,10 +55,22 @@ class PruneHeads(Pass):
     def __post_init__(self) -> None:
         self._removal()
 
+    @property
+    def needs_calibration(self) -> bool:
+        return self._removal().needs_calibration
+
     def run(self, program: Program, ctx: Context) -> PassResult:
         return self._removal().run(program, ctx)
 
     def _removal(self) -> Removal:
         roles = ("queries_per_group",) if self.queries_per_group else ("head", "kv_group")
         selector = Selector(roles, targets=self.targets, ignore=self.ignore)
-        return Removal(selector, self.ratio, self.score, self.allocation, self.round_to)
+        return Removal(
+            selector,
+            self.ratio,
+            self.score,
+            self.allocation,
+            self.round_to,
+            self.compensate,
+            self.damping,
+        )

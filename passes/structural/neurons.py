@@ -28,9 +28,14 @@ class PruneNeurons(Pass):
 
     Attributes:
         ratio: part of each group's units to remove, in [0, 1); one unit always stays.
-        score: "magnitude" (L2 norm of all that goes with a unit) or "random".
+        score: "magnitude" (L2 norm of all that goes with a unit), "random"; with calibration
+            "obs" (exact cost after the others make up), "fluctuation", "activation",
+            "taylor" (gradients).
         allocation: "uniform" (the ratio of each group) or "global" (of all groups together).
         round_to: the kept count rounds up to a multiple of this; 8 or 16 suits vector units.
+        compensate: how kept weights make up for removed ones: "none", "bias", "least-squares";
+            "auto" is least squares where calibration decides, else none.
+        damping: part of the mean squared input added to the Gram matrix's diagonal.
         targets: name patterns; only groups that reach such a tensor. Globs for a name or a module,
             or "re:" and a regular expression.
         ignore: name patterns to leave alone.
@@ -43,15 +48,29 @@ class PruneNeurons(Pass):
     score: str = "magnitude"
     allocation: str = "uniform"
     round_to: int = 1
+    compensate: str = "auto"
+    damping: float = 0.01
     targets: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self._removal()
 
+    @property
+    def needs_calibration(self) -> bool:
+        return self._removal().needs_calibration
+
     def run(self, program: Program, ctx: Context) -> PassResult:
         return self._removal().run(program, ctx)
 
     def _removal(self) -> Removal:
         selector = Selector(("neuron",), targets=self.targets, ignore=self.ignore)
-        return Removal(selector, self.ratio, self.score, self.allocation, self.round_to)
+        return Removal(
+            selector,
+            self.ratio,
+            self.score,
+            self.allocation,
+            self.round_to,
+            self.compensate,
+            self.damping,
+        )

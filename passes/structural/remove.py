@@ -3,19 +3,43 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from graphprune.axes import AxisGroup, axis_groups
+from graphprune.axes import AxisGroup, AxisGroups, axis_groups
 from graphprune.errors import RecipeError, UnsupportedError
 from graphprune.events import JSON
 from graphprune.passbase import Context, PassResult
-from graphprune.passes.structural.allocate import allocation_named
-from graphprune.passes.structural.score import score_named
+from graphprune.passes.structural.allocate import (
+    allocation_named,
+    best,
+    kept_count,
+    removed_count,
+)
+from graphprune.passes.structural.calibrated import (
+    DATA_SCORES,
+    Consumer,
+    check_compensation,
+    compensate,
+    gather,
+    in_execution_order,
+    marginal_costs,
+    obs_order,
+    warn_if_few,
+)
+from graphprune.passes.structural.score import SCORES, score_named
 from graphprune.passes.structural.select import Selection, Selector, check_patterns, select
+from graphprune.passes.structural.taylor import taylor_scores
 from graphprune.program import Program
+from graphprune.quantized import refuse_quantised
+from graphprune.registry import suggest
+from graphprune.stream import Stream
+
+# Scores that activations decide; they compensate unless told otherwise.
+DATA_CHOICES = ("obs", "taylor", *DATA_SCORES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +51,8 @@ class Removal:
     score: str = "magnitude"
     allocation: str = "uniform"
     round_to: int = 1
+    compensate: str = "auto"
+    damping: float = 0.01
 
     def __post_init__(self) -> None:
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float):
@@ -39,25 +65,131 @@ class Removal:
             raise RecipeError(f"round_to must be a whole number, got {self.round_to!r}")
         if self.round_to < 1:
             raise RecipeError(f"round_to must be at least 1, got {self.round_to!r}")
-        score_named(self.score)
+        if isinstance(self.damping, bool) or not 0 <= self.damping < math.inf:
+            raise RecipeError(f"damping must be 0 or more, got {self.damping!r}")
+        known = (*SCORES, *DATA_CHOICES)
+        if self.score not in known:
+            raise RecipeError(f"there is no score {self.score!r}; {suggest(self.score, known)}")
         allocation_named(self.allocation)
+        check_compensation(self.compensate)
         for option in ("groups", "targets", "ignore"):
             check_patterns(option, getattr(self.selector, option))
+
+    @property
+    def method(self) -> str:
+        """How the kept weights make up for the removed ones."""
+        if self.compensate != "auto":
+            return self.compensate
+        return "least-squares" if self.score in DATA_CHOICES else "none"
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether activations decide, so that there must be batches."""
+        return self.score in DATA_CHOICES or self.method != "none"
 
     def run(self, program: Program, ctx: Context) -> PassResult:
         """Remove the lowest-scoring units.
 
         Raises:
-            UnsupportedError: all that was asked for is frozen, or nothing has the role.
+            UnsupportedError: all that was asked for is frozen, nothing has the role, or the
+                program is marked for quantisation already.
         """
+        refuse_quantised(program, ctx.running)
         selection = select(program, ctx.get(axis_groups, program), self.selector)
-        keep = self._keep(program, selection, ctx)
+        if self.needs_calibration:
+            keep, prepared, notes = self._calibrated(program, selection, ctx)
+        else:
+            keep, prepared, notes = self._keep(program, selection, ctx), None, {}
         cut = {g.id: keep[g.id] for g in selection.groups if len(keep[g.id]) < g.size}
         if not cut:
             return PassResult(program, False, _report(program, program, selection, cut, self))
-        smaller, verification = ctx.shrink(program, cut)
-        report = _report(program, smaller, selection, cut, self)
+        smaller, verification = ctx.shrink(program, cut, prepared)
+        report = {**_report(program, smaller, selection, cut, self), **notes}
         return PassResult(smaller, True, {**report, "verification": verification})
+
+    def _calibrated(
+        self, program: Program, selection: Selection, ctx: Context
+    ) -> tuple[dict[str, Tensor], Program, dict[str, JSON]]:
+        """Choose and compensate group after group, each on what the cut ones before it make."""
+        if ctx.calibration is None:
+            raise RecipeError(
+                f"pass {ctx.running!r} with score {self.score!r} and compensate {self.method!r} "
+                "looks at activations and needs calibration batches: give compile(..., "
+                "calibration=batches), or --calibration FILE"
+            )
+        groups = ctx.get(axis_groups, program)
+        order = in_execution_order(groups, selection.groups)
+        slopes = taylor_scores(program, groups, order, ctx) if self.score == "taylor" else {}
+        counts = self._counts(program, groups, order, slopes, ctx)
+        stream = Stream(program, ctx.calibration)
+        keep: dict[str, Tensor] = {}
+        errors: dict[str, JSON] = {}
+        few: list[JSON] = []
+        for group in order:
+            parts = gather(stream, program, groups, group, ctx)
+            few += warn_if_few(parts)
+            keep[group.id] = self._choose(program, group, parts, counts[group.id], slopes, ctx)
+            program, errors[group.id] = compensate(
+                program, group, parts, keep[group.id], self.method, self.damping
+            )
+        return keep, program, {"output_error": errors, "warnings": few}
+
+    def _choose(
+        self,
+        program: Program,
+        group: AxisGroup,
+        parts: Sequence[Consumer],
+        count: int,
+        slopes: Mapping[str, Tensor],
+        ctx: Context,
+    ) -> Tensor:
+        """The `count` units to keep, by this score."""
+        if self.score == "obs":
+            removed, _ = obs_order(program, group, parts, group.size - count, self.damping)
+            gone = torch.zeros(group.size, dtype=torch.bool)
+            gone[removed] = True
+            return (~gone).nonzero().flatten()
+        return best(self._scores(program, group, parts, slopes, ctx), count)
+
+    def _scores(
+        self,
+        program: Program,
+        group: AxisGroup,
+        parts: Sequence[Consumer],
+        slopes: Mapping[str, Tensor],
+        ctx: Context,
+    ) -> Tensor:
+        if group.id in slopes:
+            return _finite(slopes[group.id], group, self.score)
+        if self.score in DATA_SCORES:
+            return _finite(DATA_SCORES[self.score](program, group, parts), group, self.score)
+        return _finite(score_named(self.score)(program, group, ctx), group, self.score)
+
+    def _counts(
+        self,
+        program: Program,
+        groups: AxisGroups,
+        order: Sequence[AxisGroup],
+        slopes: Mapping[str, Tensor],
+        ctx: Context,
+    ) -> dict[str, int]:
+        """How many units of each group stay. Only "global" has to look at all groups first."""
+        if self.allocation == "uniform":
+            return {
+                g.id: kept_count(removed_count(self.ratio, g.size), g.size, self.round_to)
+                for g in order
+            }
+        assert ctx.calibration is not None
+        stream = Stream(program, ctx.calibration)
+        scores: dict[str, Tensor] = {}
+        for group in order:
+            parts = gather(stream, program, groups, group, ctx)
+            if self.score == "obs":
+                scores[group.id] = marginal_costs(program, group, parts, self.damping)
+            else:
+                scores[group.id] = self._scores(program, group, parts, slopes, ctx)
+        keep = allocation_named(self.allocation)(scores, self.ratio, self.round_to)
+        return {name: len(units) for name, units in keep.items()}
 
     def _keep(self, program: Program, selection: Selection, ctx: Context) -> dict[str, Tensor]:
         score = score_named(self.score)

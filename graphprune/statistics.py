@@ -1,0 +1,61 @@
+"""Statistics of activations as small accumulators: streamed in float64, merged by addition."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class Gram:
+    """Second moments of rows x [n, in]: the sum of x xᵀ, the sum of x, and how many.
+
+    Everything that least squares, OBS, FLAP and Wanda need of a layer's inputs is in it. Two are
+    merged by adding, so calibration can be spread over processes.
+    """
+
+    matrix: Tensor
+    total: Tensor
+    count: int = 0
+
+    @staticmethod
+    def empty(features: int) -> Gram:
+        """Nothing seen yet, for rows of this many features."""
+        return Gram(
+            torch.zeros(features, features, dtype=torch.float64),
+            torch.zeros(features, dtype=torch.float64),
+        )
+
+    def add(self, rows: Tensor) -> None:
+        """Add rows, [n, in] of any float type."""
+        # One batch's product in float32 is exact enough; the sum over batches is not.
+        wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        self.matrix += wide.T @ wide
+        self.total += wide.sum(0, dtype=torch.float64)
+        self.count += len(rows)
+
+    def __add__(self, other: Gram) -> Gram:
+        return Gram(self.matrix + other.matrix, self.total + other.total, self.count + other.count)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of each feature, float64 [in]."""
+        return self.total / max(self.count, 1)
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance of each feature (population), float64 [in]."""
+        return (self.matrix.diagonal() / max(self.count, 1) - self.mean.square()).clamp_min(0)
+
+    @property
+    def norm(self) -> Tensor:
+        """L2 norm of each feature over all rows, float64 [in]."""
+        return self.matrix.diagonal().sqrt()
+
+    def with_ones(self) -> Tensor:
+        """The Gram matrix of rows with a constant one appended, float64 [in + 1, in + 1]."""
+        top = torch.cat([self.matrix, self.total[:, None]], 1)
+        last = torch.cat([self.total, torch.tensor([float(self.count)], dtype=torch.float64)])
+        return torch.cat([top, last[None]], 0)

@@ -1,0 +1,231 @@
+"""Streaming calibration: batches go through a graph region by region, and weights change between.
+
+A layer-wise method must see what the already pruned layers before it produce. So the batches are
+held where few values are alive (between two blocks: the hidden state and the mask), run from there
+to the site in question to collect, and, once the pass has changed the weights, run on to the next
+such place. Peak memory is what is alive at a cut, times the batches, plus one region of one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graphprune.errors import GraphPruneError
+from graphprune.graph import is_op
+from graphprune.program import Entry, Program
+from graphprune.sites import LinearSite
+
+Observe = Callable[[LinearSite, Tensor], None]
+
+
+class Stream:
+    """Calibration batches on their way through an entry graph.
+
+    Args:
+        program: where the graph comes from; its tensors may be replaced from call to call.
+        batches: each like the example inputs: a dict of keyword arguments, a tuple, or a tensor.
+        entry: the entry graph.
+
+    Raises:
+        GraphPruneError: there is no batch, or one does not fit the model's inputs.
+    """
+
+    def __init__(self, program: Program, batches: Iterable[Any], entry: str = "forward") -> None:
+        self.entry = program.entries[entry]
+        self.nodes = list(self.entry.graph.nodes)
+        self.number = {node: i for i, node in enumerate(self.nodes)}
+        self.last_use = {
+            node: max((self.number[user] for user in node.users), default=-1) for node in self.nodes
+        }
+        self.position = 0
+        self.done = 0  # what lies before has been collected, and need not run twice
+        self.states: list[dict[fx.Node, Any]] = []
+        placeholders = [n for n in self.nodes if n.op == "placeholder"]
+        for i, batch in enumerate(batches):
+            flat = flat_batch(self.entry, batch, i)
+            self.states.append(dict(zip(placeholders, flat, strict=True)))
+        if not self.states:
+            raise GraphPruneError("calibration yields no batch; pass an iterable of input batches")
+        self.rows = [_Rows(self.entry, placeholders, state) for state in self.states]
+
+    def collect(
+        self,
+        program: Program,
+        sites: Sequence[LinearSite],
+        observe: Observe,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        """Run every batch up to the last of these sites, and show each site its input rows.
+
+        Afterwards the weights of these sites, and of anything later, may change; what lies before
+        the first of them has been left behind. Sites must be visited in execution order.
+
+        Args:
+            program: the tensors to run with.
+            sites: of this entry, none of them before a place that was left behind.
+            observe: called with a site and its input rows [n, in], padding dropped.
+
+        Raises:
+            GraphPruneError: an input is NaN or infinite; site and batch are named.
+        """
+        wanted: dict[fx.Node, list[LinearSite]] = {}
+        for site in sites:
+            wanted.setdefault(site.node, []).append(site)
+        first = min(self.number[node] for node in wanted)
+        last = max(self.number[node] for node in wanted)
+        self.advance(program, self._cheapest(min(max(self.position, self.done), first), first))
+        for i, state in enumerate(self.states):
+            progress(i, len(self.states))
+            values = dict(state)
+            for j in range(self.position, last + 1):
+                node = self.nodes[j]
+                for site in wanted.get(node, ()):
+                    observe(site, self._input(site, values, i))
+                if j < last:
+                    self._step(program, values, j)
+        self.done = last
+        progress(len(self.states), len(self.states))
+
+    def advance(self, program: Program, position: int) -> None:
+        """Run every batch on to a node's place in the graph and keep only what is alive there."""
+        for state in self.states:
+            for j in range(self.position, position):
+                self._step(program, state, j)
+        self.position = max(self.position, position)
+
+    def outputs(self, program: Program) -> list[list[Tensor]]:
+        """Run every batch to the end from where it is: flat outputs of each."""
+        results = []
+        for state in self.states:
+            values = dict(state)
+            for j in range(self.position, len(self.nodes) - 1):
+                self._step(program, values, j)
+            results.append([values[n] for n in self.nodes[-1].args[0]])
+        return results
+
+    def _step(self, program: Program, values: dict[fx.Node, Any], j: int) -> None:
+        node = self.nodes[j]
+
+        def value(source: fx.Node) -> Any:
+            # Tensors are read anew each time: the pass may have replaced them since.
+            return (
+                program.tensors[str(source.target)] if source.op == "get_attr" else values[source]
+            )
+
+        if node.op == "call_function":
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+            with torch.no_grad():
+                values[node] = node.target(*args, **kwargs)
+        for source in node.all_input_nodes:
+            if self.last_use[source] <= j:
+                values.pop(source, None)
+
+    def _input(self, site: LinearSite, values: dict[fx.Node, Any], batch: int) -> Tensor:
+        value = values[site.operand]
+        if not bool(value.isfinite().all()):
+            raise GraphPruneError(
+                f"calibration batch {batch} gives NaN or infinity at {site.operand.name!r}, the "
+                f"input of {site.name!r}: check the batch and the weights before it"
+            )
+        if site.offsets is not None:
+            ends = values[site.offsets]
+            assert site.expert is not None
+            start = int(ends[site.expert - 1]) if site.expert else 0
+            return value[start : int(ends[site.expert])]
+        return self.rows[batch].of(site.operand, value)
+
+    def _cheapest(self, start: int, stop: int) -> int:
+        """The place in [start, stop] where the fewest bytes are alive, the latest of equals."""
+        alive = 0
+        ending: dict[int, int] = {}
+        best, place = None, start
+        for j in range(stop + 1):
+            if j >= start and (best is None or alive <= best):
+                best, place = alive, j
+            node = self.nodes[j]
+            size = _bytes(node) if node.op != "get_attr" else 0
+            if self.last_use[node] > j:
+                alive += size
+                ending[self.last_use[node]] = ending.get(self.last_use[node], 0) + size
+            alive -= ending.pop(j, 0)
+        return place
+
+
+class _Rows:
+    """Which rows of an activation are padding, from the batch's own masks."""
+
+    def __init__(self, entry: Entry, placeholders: Sequence[fx.Node], state: Any) -> None:
+        self.masks: dict[tuple[str, str], Tensor] = {}
+        for node in placeholders:
+            dims = entry.dynamic.get(node.name, {})
+            if set(dims) == {0, 1} and is_mask(node, state[node]):
+                self.masks[dims[0], dims[1]] = state[node].bool()
+        self.sizes = {
+            symbol: int(state[node].shape[dim])
+            for node in placeholders
+            for dim, symbol in entry.dynamic.get(node.name, {}).items()
+        }
+
+    def of(self, node: fx.Node, value: Tensor) -> Tensor:
+        """The rows [n, features] of a value, padded positions left out."""
+        rows = value.reshape(-1, value.shape[-1])
+        for (batch, length), mask in self.masks.items():
+            shape = (self.sizes[batch], self.sizes[length])
+            lead = tuple(value.shape[:-1])
+            if lead == shape or lead == (shape[0] * shape[1],):
+                return rows[mask.reshape(-1).to(rows.device)]
+            if lead == shape[::-1] and shape[0] != shape[1]:
+                return rows[mask.T.reshape(-1).to(rows.device)]
+        return rows
+
+
+def is_mask(node: fx.Node, value: Tensor) -> bool:
+    """Whether an input is a padding mask: zeros and ones that no table is indexed with."""
+    if value.is_floating_point() or value.dim() != 2 or bool(((value != 0) & (value != 1)).any()):
+        return False
+    return not any(is_op(user, "embedding", "gather", "index_select") for user in node.users)
+
+
+def flat_batch(entry: Entry, batch: Any, number: int) -> list[Tensor]:
+    """One batch as flat inputs, checked against the capture.
+
+    Raises:
+        GraphPruneError: other inputs, other types, or sizes that the graph does not take.
+    """
+    try:
+        if isinstance(batch, Tensor):
+            flat = entry.flatten((batch,), {})
+        elif hasattr(batch, "keys"):
+            flat = entry.flatten((), dict(batch))
+        else:
+            flat = entry.flatten(tuple(batch), {})
+    except GraphPruneError as e:
+        raise GraphPruneError(f"calibration batch {number}: {e}") from e
+    for name, tensor, example in zip(entry.input_names, flat, entry.example, strict=True):
+        dims = entry.dynamic.get(name, {})
+        fits = tensor.dim() == example.dim() and all(
+            d in dims or tensor.shape[d] == example.shape[d] for d in range(example.dim())
+        )
+        if not fits:
+            wanted = [dims.get(d, s) for d, s in enumerate(example.shape)]
+            raise GraphPruneError(
+                f"calibration batch {number}: input {name!r} has shape {list(tensor.shape)}, "
+                f"the model takes {wanted}"
+            )
+    return flat
+
+
+def _bytes(node: fx.Node) -> int:
+    def size(value: Any) -> int:
+        if isinstance(value, Tensor):
+            numel = 1
+            for s in value.shape:
+                numel *= s.node.hint if isinstance(s, torch.SymInt) else int(s)
+            return numel * value.element_size()
+        return sum(map(size, value)) if isinstance(value, (tuple, list)) else 0
+
+    return size(node.meta.get("val"))

@@ -1,0 +1,81 @@
+"""First-order scores: what the output loses when a unit's gate closes, from gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from graphprune.axes import AxisGroup, AxisGroups
+from graphprune.errors import GraphPruneError
+from graphprune.passbase import Context
+from graphprune.program import Program, graph_module
+from graphprune.sites import consumers
+from graphprune.stream import flat_batch
+
+_PROJECTIONS = 2  # random directions of the output a batch
+
+
+def taylor_scores(
+    program: Program, groups: AxisGroups, chosen: Sequence[AxisGroup], ctx: Context
+) -> dict[str, Tensor]:
+    """|Σ g·w| of each unit over the weights that read it; float64 [size] by group id.
+
+    Summed over a unit's columns, weight times gradient is the derivative of the loss by a gate on
+    the unit (Michel et al., arXiv 1905.10650). Without labels the loss is the distance to the dense
+    outputs, whose gradient vanishes at the dense weights; what is left of it is the Gauss-Newton
+    term, the mean square of that derivative for the output seen from a random direction.
+    """
+    assert ctx.calibration is not None
+    module = graph_module(program)
+    weights = dict(module.named_parameters(remove_duplicate=False))
+    reads = {g.id: sorted({s.tensor for s, _ in consumers(groups, g)}) for g in chosen}
+    names = sorted({name for tensors in reads.values() for name in tensors})
+    totals = {g.id: torch.zeros(g.size, dtype=torch.float64) for g in chosen}
+    batches = list(ctx.calibration)
+    for i, batch in enumerate(batches):
+        ctx.progress(i, len(batches), "batches")
+        flat = flat_batch(program.forward, batch, i)
+        outputs = [o for o in module(*flat) if isinstance(o, Tensor) and o.requires_grad]
+        if not outputs:
+            raise GraphPruneError("no output depends on the weights: there is nothing to score by")
+        for k in range(_PROJECTIONS):
+            seen = torch.stack([(o * _direction(o, ctx)).sum() for o in outputs]).sum()
+            gradients = torch.autograd.grad(
+                seen,
+                [weights[n] for n in names],
+                retain_graph=k + 1 < _PROJECTIONS,
+                allow_unused=True,
+            )
+            found = dict(zip(names, gradients, strict=True))
+            for group in chosen:
+                totals[group.id] += _gates(groups, group, reads[group.id], weights, found).square()
+    return {name: total.sqrt() for name, total in totals.items()}
+
+
+def _direction(output: Tensor, ctx: Context) -> Tensor:
+    """A random direction of unit length in expectation, of the output's shape."""
+    noise = torch.randn(output.shape, generator=ctx.generator)
+    return noise.to(output) / output.numel() ** 0.5
+
+
+def _gates(
+    groups: AxisGroups,
+    group: AxisGroup,
+    tensors: Sequence[str],
+    weights: Mapping[str, torch.nn.Parameter],
+    gradients: Mapping[str, Tensor | None],
+) -> Tensor:
+    """Σ g·w over each unit's slices of the weights that read it; float64 [size]."""
+    result = torch.zeros(group.size, dtype=torch.float64)
+    for name in tensors:
+        gradient = gradients[name]
+        if gradient is None:
+            continue
+        product = (gradient * weights[name].detach()).double()
+        for dim in sorted({o.dim for o in group.occurrences if o.tensor == name}):
+            units = groups.units(group, name, dim)
+            sums = product.sum([d for d in range(product.dim()) if d != dim])
+            result.index_add_(0, units[units >= 0], sums[units >= 0])
+    return result

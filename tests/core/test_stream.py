@@ -1,0 +1,174 @@
+"""Streaming: the same statistics as running everything at once, whatever changes on the way."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from graphprune.axes import axis_groups
+from graphprune.capture import capture
+from graphprune.errors import GraphPruneError
+from graphprune.program import Program, graph_module
+from graphprune.sites import LinearSite, consumers
+from graphprune.statistics import Gram
+from graphprune.stream import Stream
+
+Captured = Callable[[str], Program]
+
+
+def batch_of(program: Program, seed: int, padded: bool = True) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 99, (3, 8), generator=generator)
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1, 5:] = 0
+    names = program.forward.input_names
+    return {n: mask if "mask" in n else ids for n in names}
+
+
+def inputs_of(program: Program, node: torch.fx.Node, batch: dict[str, Tensor]) -> Tensor:
+    """An activation by running the whole graph."""
+    found: dict[str, Any] = {}
+
+    class Recorder(torch.fx.Interpreter):
+        def run_node(self, n: torch.fx.Node) -> Any:
+            found[n.name] = super().run_node(n)
+            return found[n.name]
+
+    with torch.no_grad():
+        Recorder(graph_module(program)).run(*(batch[n] for n in program.forward.input_names))
+    value: Tensor = found[node.name]
+    return value
+
+
+@pytest.mark.parametrize("name", ["tiny-bert", "tiny-gpt2", "tiny-llama"])
+def test_rows_are_those_of_a_whole_run_without_padding(name: str, captured: Captured) -> None:
+    program = captured(name)
+    groups = axis_groups(program)
+    batches = [batch_of(program, seed) for seed in range(3)]
+    stream = Stream(program, batches)
+    for group in groups.with_role("neuron"):
+        seen: list[Tensor] = []
+        site = consumers(groups, group)[0][0]
+        stream.collect(program, [site], keep_in(seen))
+        for batch, rows in zip(batches, seen, strict=True):
+            whole = inputs_of(program, site.operand, batch)
+            mask = batch["attention_mask"].bool()
+            expected = whole.reshape(-1, whole.shape[-1])[mask.reshape(-1)]
+            torch.testing.assert_close(rows, expected)
+
+
+def test_later_sites_see_what_changed_before_them(captured: Captured) -> None:
+    program = captured("tiny-bert")
+    groups = axis_groups(program)
+    batches = [batch_of(program, 0)]
+    first, second = (consumers(groups, g)[0][0] for g in groups.with_role("neuron"))
+    stream = Stream(program, batches)
+    stream.collect(program, [first], lambda *_: None)
+    changed = first.with_matrix(program, first.matrix(program) * 0.5)
+    seen: list[Tensor] = []
+    stream.collect(changed, [second], lambda _, rows: seen.append(rows))
+    whole = inputs_of(changed, second.operand, batches[0])
+    mask = batches[0]["attention_mask"].bool().reshape(-1)
+    torch.testing.assert_close(seen[0], whole.reshape(-1, whole.shape[-1])[mask])
+
+
+def test_what_is_held_between_blocks_is_the_hidden_state(captured: Captured) -> None:
+    program = captured("tiny-bert")
+    groups = axis_groups(program)
+    stream = Stream(program, [batch_of(program, 0)])
+    sites = [consumers(groups, g)[0][0] for g in groups.with_role("neuron")]
+    stream.collect(program, [sites[0]], lambda *_: None)
+    stream.collect(program, [sites[1]], lambda *_: None)
+    held = {tuple(v.shape) for v in stream.states[0].values() if v.is_floating_point()}
+    assert (3, 8, 32) in held
+    assert not any(shape[-1] == 64 for shape in held)  # no inner activation of a feed-forward
+
+
+def test_running_on_to_the_end_gives_the_outputs(captured: Captured) -> None:
+    program = captured("tiny-bert")
+    batch = batch_of(program, 1)
+    stream = Stream(program, [batch])
+    stream.advance(program, len(stream.nodes) // 2)
+    expected = program.run([batch[n] for n in program.forward.input_names])
+    for a, b in zip(stream.outputs(program)[0], expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_experts_see_their_own_rows(captured: Captured) -> None:
+    program = captured("tiny-mixtral")
+    groups = axis_groups(program)
+    group = groups.with_role("neuron")[0]
+    found = consumers(groups, group)
+    grams = {site.name: Gram.empty(len(units)) for site, units in found}
+    batch = batch_of(program, 0, padded=False)
+    Stream(program, [batch]).collect(
+        program, [s for s, _ in found], lambda site, rows: grams[site.name].add(rows)
+    )
+    whole = inputs_of(program, found[0][0].operand, batch).double()
+    assert sum(g.count for g in grams.values()) == len(whole)
+    total = sum((g.matrix for g in grams.values()), torch.zeros(1))
+    torch.testing.assert_close(total, whole.T @ whole, rtol=1e-4, atol=1e-4)
+
+
+def test_a_site_is_the_same_view_for_every_storage(captured: Captured) -> None:
+    """matrix(x) is what the operator computes, for linear and for the transposed storage alike."""
+    for name in ("tiny-bert", "tiny-gpt2"):
+        program = captured(name)
+        groups = axis_groups(program)
+        site = consumers(groups, groups.with_role("neuron")[0])[0][0]
+        x = torch.randn(5, site.matrix(program).shape[1])
+        weight = program.tensors[site.tensor]
+        expected = x @ (weight if site.transposed else weight.T)
+        torch.testing.assert_close(x @ site.matrix(program).T, expected)
+        doubled = site.with_matrix(program, site.matrix(program) * 2)
+        torch.testing.assert_close(doubled.tensors[site.tensor], weight * 2)
+        assert site.bias is not None
+
+
+def test_grams_merge_by_adding() -> None:
+    rows = torch.randn(50, 6)
+    one, two, both = Gram.empty(6), Gram.empty(6), Gram.empty(6)
+    one.add(rows[:20])
+    two.add(rows[20:])
+    both.add(rows)
+    merged = one + two
+    torch.testing.assert_close(merged.matrix, both.matrix, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(merged.mean, rows.double().mean(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        merged.variance, rows.double().var(0, correction=0), rtol=1e-4, atol=1e-5
+    )
+    ones = torch.cat([rows.double(), torch.ones(50, 1, dtype=torch.float64)], 1)
+    torch.testing.assert_close(merged.with_ones(), ones.T @ ones, rtol=1e-5, atol=1e-5)
+
+
+def keep_in(seen: list[Tensor]) -> Callable[[LinearSite, Tensor], None]:
+    """An observer that keeps the rows."""
+    return lambda _, rows: seen.append(rows)
+
+
+def nothing(site: LinearSite, rows: Tensor) -> None:
+    """An observer that does not look."""
+
+
+def test_batches_are_checked_before_work(captured: Captured) -> None:
+    program = captured("tiny-bert")
+    good = batch_of(program, 0)
+    with pytest.raises(GraphPruneError, match="no batch"):
+        Stream(program, [])
+    with pytest.raises(GraphPruneError, match="batch 1: input 'attention_mask' is missing"):
+        Stream(program, [good, {"input_ids": good["input_ids"]}])
+    with pytest.raises(GraphPruneError, match=r"batch 0: .* has shape \[3, 8, 1\]"):
+        Stream(program, [{k: v[..., None] for k, v in good.items()}])
+
+
+def test_nan_is_named_with_its_site_and_batch() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    program = capture(model, (torch.randn(2, 4),))
+    groups = axis_groups(program)
+    site = consumers(groups, groups["0.weight[0]"])[0][0]
+    batches = [torch.randn(2, 4), torch.full((2, 4), float("nan"))]
+    with pytest.raises(GraphPruneError, match=r"batch 1 gives NaN .* input of '2.weight'"):
+        Stream(program, batches).collect(program, [site], nothing)

@@ -1,0 +1,207 @@
+"""Removal that looks at data: identities of scores and compensation, on real little models."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graphprune as gp
+from graphprune.axes import axis_groups
+from graphprune.capture import capture
+from graphprune.compare import relative_error
+from graphprune.errors import RecipeError, UnsupportedError
+from graphprune.passbase import Context
+from graphprune.passes import PruneHeads, PruneNeurons
+from graphprune.passes.structural.calibrated import COMPENSATIONS, compensate, gather
+from graphprune.passes.structural.taylor import taylor_scores
+from graphprune.program import Program
+from graphprune.stream import Stream
+
+Captured = Callable[[str], Program]
+
+
+def batches_of(program: Program, count: int = 4) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    result = []
+    for _ in range(count):
+        batch = {}
+        for name, example in zip(program.forward.input_names, program.forward.example, strict=True):
+            if example.is_floating_point():
+                batch[name] = torch.randn(example.shape, generator=generator)
+            elif "mask" in name:
+                batch[name] = example
+            else:
+                batch[name] = torch.randint(3, 99, example.shape, generator=generator)
+        result.append(batch)
+    return result
+
+
+def drift(program: Program, other: Program, batches: list[dict[str, Tensor]]) -> float:
+    """Mean squared difference of the first output over the batches, as a part of its square."""
+    error = energy = 0.0
+    for batch in batches:
+        flat = [batch[n] for n in program.forward.input_names]
+        a, b = program.run(flat)[0], other.run(flat)[0]
+        error += float((a - b).square().sum())
+        energy += float(a.square().sum())
+    return error / energy
+
+
+@pytest.mark.parametrize(
+    "name", ["tiny-bert", "tiny-gpt2", "tiny-llama", "tiny-t5", "tiny-mixtral", "tiny-encoder"]
+)
+def test_every_storage_is_found_cut_and_compensated(name: str, captured: Captured) -> None:
+    program = captured(name)
+    batches = batches_of(program)
+    compiled = gp.compile(
+        program, [PruneHeads(0.5, score="obs"), PruneNeurons(0.5, score="obs")], calibration=batches
+    )
+    plain = gp.compile(program, [PruneHeads(0.5), PruneNeurons(0.5)])
+    assert compiled.program.num_parameters() == plain.program.num_parameters()
+    for result in compiled.report.passes:
+        assert result.details["verification"]["max_error"] <= 1e-5
+    assert drift(program, compiled.program, batches) < drift(program, plain.program, batches)
+
+
+@pytest.mark.parametrize("score", ["obs", "fluctuation", "activation", "taylor", "magnitude"])
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+def test_scores_and_allocations_combine(score: str, allocation: str, captured: Captured) -> None:
+    program = captured("tiny-bert")
+    step = PruneNeurons(0.5, score=score, allocation=allocation, compensate="least-squares")
+    compiled = gp.compile(program, [step], calibration=batches_of(program))
+    groups = axis_groups(compiled.program).with_role("neuron")
+    assert sum(g.size for g in groups) == 64
+    if allocation == "uniform":
+        assert [g.size for g in groups] == [32, 32]
+
+
+class Duplicates(nn.Module):
+    """Neurons in pairs that compute the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 4)
+        with torch.no_grad():
+            self.a.weight[4:] = self.a.weight[:4]
+            self.a.bias[4:] = self.a.bias[:4]
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.b(torch.relu(self.a(x)))
+        return result
+
+
+def test_of_two_equal_neurons_one_goes_for_free() -> None:
+    x = torch.randn(200, 6)
+    program = capture(Duplicates(), (x[:5],))
+    step = PruneNeurons(0.5, score="obs", damping=1e-9)
+    compiled = gp.compile(program, [step], calibration=[x])
+    assert relative_error(program.run([x])[0], compiled.program.run([x])[0]) < 1e-4
+    plain = gp.compile(program, [PruneNeurons(0.5)])
+    assert relative_error(program.run([x])[0], plain.program.run([x])[0]) > 1e-2
+
+
+@pytest.mark.parametrize("method", COMPENSATIONS)
+def test_the_predicted_error_is_the_measured_one(method: str) -> None:
+    """compensate() knows the error from the Gram matrix alone; running the layer agrees."""
+    model, x = Duplicates(), torch.randn(300, 6)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    program = capture(model, (x[:5],))
+    groups = axis_groups(program)
+    group = groups["a.weight[0]"]
+    parts = gather(Stream(program, [x]), program, groups, group, Context())
+    keep = torch.tensor([0, 2, 5])
+    changed, predicted = compensate(program, group, parts, keep, method, 0.0)
+    before, after = program.run([x])[0].double(), changed.run([x])[0].double()
+    measured = float((before - after).square().sum() / before.square().sum())
+    assert predicted == pytest.approx(measured, rel=1e-3)
+    if method != "none":  # the bias takes the mean along: FLAP, and the column of ones
+        torch.testing.assert_close(before.mean(0), after.mean(0), rtol=1e-3, atol=1e-4)
+
+
+def test_least_squares_is_the_best_of_the_three() -> None:
+    model, x = Duplicates(), torch.randn(300, 6)
+    with torch.no_grad():
+        model.b.weight.normal_()
+    program = capture(model, (x[:5],))
+    groups = axis_groups(program)
+    group = groups["a.weight[0]"]
+    parts = gather(Stream(program, [x]), program, groups, group, Context())
+    keep = torch.tensor([1, 4, 7])
+    none, bias, fitted = (
+        compensate(program, group, parts, keep, method, 1e-9)[1] for method in COMPENSATIONS
+    )
+    assert fitted <= bias <= none
+
+
+def test_taylor_is_the_derivative_by_a_gate() -> None:
+    """Σ g·w over a unit's columns is what closing its gate a little does to the output."""
+    model, x = Duplicates(), torch.randn(7, 6)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    program = capture(model, (x,))
+    groups = axis_groups(program)
+    group = groups["a.weight[0]"]
+    context = Context(calibration=[x], seed=3)
+    context.begin("test", 0)
+    found = taylor_scores(program, groups, [group], context)[group.id]
+    context.begin("test", 0)
+    hidden = torch.relu(model.a(x)).detach().double()
+    expected = torch.zeros(8, dtype=torch.float64)
+    for _ in range(2):
+        direction = torch.randn(7, 4, generator=context.generator).double() / 28**0.5
+        gates = torch.ones(8, dtype=torch.float64, requires_grad=True)
+        weight = model.b.weight.detach().double()
+        ((hidden * gates) @ weight.T * direction).sum().backward()
+        assert gates.grad is not None
+        expected += gates.grad.square()
+    torch.testing.assert_close(found, expected.sqrt(), rtol=1e-4, atol=1e-5)
+
+
+def test_later_layers_are_fitted_to_what_the_pruned_ones_make(captured: Captured) -> None:
+    """Sequential: the second layer's statistics come from the cut first layer."""
+    program = captured("tiny-bert")
+    batches = batches_of(program)
+    both = gp.compile(program, [PruneNeurons(0.75, score="obs")], calibration=batches)
+    apart: Any = program
+    for layer in (0, 1):
+        step = PruneNeurons(0.75, score="obs", targets=(f"encoder.layer.{layer}",))
+        apart = gp.compile(apart, [step], calibration=batches).program
+    for name, tensor in both.program.tensors.items():
+        torch.testing.assert_close(tensor, apart.tensors[name], rtol=1e-3, atol=1e-4)
+
+
+def test_fewer_rows_than_features_are_told(captured: Captured) -> None:
+    program = captured("tiny-bert")
+    few = [{k: v[:1, :3] for k, v in batches_of(program, 1)[0].items()}]
+    compiled = gp.compile(program, [PruneNeurons(0.5, score="obs")], calibration=few)
+    notes = compiled.report.passes[0].details["warnings"]
+    assert "3 calibration rows for 64 features" in notes[0]
+
+
+def test_what_is_no_linear_consumer_is_refused(captured: Captured) -> None:
+    program = captured("tiny-cnn")
+    with pytest.raises(UnsupportedError, match=r"conv2d.*score='magnitude'"):
+        gp.compile(program, [PruneNeurons(0.5, score="obs")], calibration=batches_of(program))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"score": "obss"}, "there is no score 'obss'; did you mean"),
+        ({"compensate": "bais"}, "there is no compensation 'bais'; did you mean 'bias'"),
+        ({"damping": -1.0}, "damping must be 0 or more"),
+    ],
+)
+def test_options_are_checked(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        PruneNeurons(0.5, **options)
+
+
+def test_data_is_needed_where_data_decides(captured: Captured) -> None:
+    with pytest.raises(RecipeError, match="calibration"):
+        gp.compile(captured("tiny-mlp"), [PruneNeurons(0.5, score="obs")])
