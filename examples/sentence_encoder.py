@@ -26,6 +26,7 @@ def main(folder: Path) -> None:
     )
     print(compiled.report)
 
+    compiled.files |= loaded.files()  # the tokenizer: examples/artifact_alone.py needs no more
     artifact = compiled.export(folder)
     session = artifact.session(threads=1)  # an onnxruntime.InferenceSession
     embeddings = embed(session, loaded.tokenizer_dir, SENTENCES)

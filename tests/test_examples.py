@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import graphprune
+from graphprune.models.sentence import SentenceEncoder
+from graphprune.models.tiny import tiny
+from graphprune.passes import PruneNeurons
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
+# Those that make a model; the others are below.
 NEEDS = {
     "own_module": None,
     "custom_pass": "transformers",
@@ -19,7 +27,7 @@ NEEDS = {
 
 
 def test_every_example_is_listed() -> None:
-    assert {p.stem for p in EXAMPLES.glob("*.py")} == set(NEEDS)
+    assert {p.stem for p in EXAMPLES.glob("*.py")} == {*NEEDS, "artifact_alone"}
 
 
 @pytest.mark.slow
@@ -37,3 +45,44 @@ def test_example_runs(name: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "parameters" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The artifact of a tiny sentence encoder, with a tokenizer that knows some words."""
+    tokenizers = pytest.importorskip("tokenizers")
+    pytest.importorskip("transformers")
+    words = {"[PAD]": 0, "[UNK]": 1, "a": 2, "man": 3, "is": 4, "eating": 5}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    bert, inputs = tiny("tiny-bert")
+    model = SentenceEncoder(bert).eval()
+    compiled = graphprune.compile(model, [PruneNeurons(0.5)], example_inputs=inputs)
+    compiled.files["tokenizer/tokenizer.json"] = made.to_str().encode()
+    return compiled.export(tmp_path_factory.mktemp("made") / "out").path
+
+
+def test_an_artifact_is_enough_without_torch(encoder: Path) -> None:
+    banned = ("torch", "transformers", "graphprune")
+    code = (
+        "import runpy, sys\n"
+        f"sys.modules.update(dict.fromkeys({banned!r}))\n"
+        f"sys.argv = ['x', {str(encoder)!r}, 'a man', 'a man is eating']\n"
+        f"runpy.run_path({str(EXAMPLES / 'artifact_alone.py')!r}, run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "2 embeddings of width 32" in done.stdout
+    assert "1.000  a man\n" in done.stdout
+
+
+def test_the_node_example_is_valid() -> None:
+    folder = EXAMPLES / "node"
+    assert set(json.loads((folder / "package.json").read_text())["dependencies"]) == {
+        "@huggingface/tokenizers",
+        "onnxruntime-node",
+    }
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("node is not installed")
+    subprocess.run([node, "--check", folder / "embed.mjs"], check=True)

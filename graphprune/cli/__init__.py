@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -53,7 +54,15 @@ Batch = Annotated[
     ),
 ]
 
-DEMO = "half"  # a third of the heads, half of the neurons
+Calibration = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Text, a sentence a line; or .tsv, .npz, or a folder with train.tsv or .npz files.",
+    ),
+]
+
+DEMO_MODEL = "minilm"
 
 
 def main() -> None:
@@ -168,9 +177,18 @@ def compile_command(
     neurons: Annotated[
         float | None, typer.Option(metavar="RATIO", help="Part of the hidden neurons to remove.")
     ] = None,
-    score: Annotated[str, typer.Option(help="For --heads and --neurons.")] = "magnitude",
+    score: Annotated[
+        str, typer.Option(help="For --heads and --neurons; default obs with --calibration.")
+    ] = "",
     allocation: Annotated[str, typer.Option(help="For --heads and --neurons.")] = "uniform",
     round_to: Annotated[int, typer.Option(help="Kept neurons round up to a multiple of it.")] = 1,
+    quantize: Annotated[
+        str, typer.Option(metavar="SCHEME", help="After pruning: int8-dynamic and others.")
+    ] = "",
+    calibration: Calibration = None,
+    calibration_lines: Annotated[
+        int, typer.Option(help="At most so many sentences or samples of it.")
+    ] = 1024,
     ignore: Annotated[
         list[str] | None, typer.Option(help="Name patterns to leave alone; repeatable.")
     ] = None,
@@ -193,17 +211,30 @@ def compile_command(
     allow_pickle: Pickle = False,
 ) -> None:
     """Prune MODEL, prove it, write the ONNX artifact, and show before and after."""
-    from graphprune.cli.workflow import Options, parse_batch, steps_of
+    from graphprune.cli.workflow import Options, check_calibration, parse_batch, steps_of
 
+    score = score or ("magnitude" if calibration is None else "obs")
     common = {"score": score, "allocation": allocation, "ignore": ignore or []}
     steps = steps_of(
         recipe,
         {
             "prune-neurons": _flag(neurons, common, round_to=round_to),
             "prune-heads": _flag(heads, common),
+            "quantize": {"scheme": quantize} if quantize else None,
         },
     )
-    options = Options(baseline, verify, measure, quality, parse_batch(batch), threads, seed)
+    check_calibration(steps, calibration)
+    options = Options(
+        baseline,
+        verify,
+        measure,
+        quality,
+        parse_batch(batch),
+        threads,
+        seed,
+        calibration,
+        calibration_lines,
+    )
     summary = _run(model, steps, out, options, allow_pickle)
     _present(summary, as_json)
 
@@ -215,7 +246,11 @@ def bench_command(
         str, typer.Argument(metavar="OUT_OR_MODEL", help="An artifact's folder, or a model.")
     ],
     against: Annotated[
-        str, typer.Option(help="'dense' (the artifact's own twin) or another artifact's folder.")
+        str,
+        typer.Option(
+            help="dense (its own twin), int8 (the twin quantised), or another artifact's folder; "
+            "several with commas."
+        ),
     ] = "dense",
     batch: Batch = "",
     threads: Threads = 1,
@@ -265,6 +300,85 @@ def eval_command(
         _console().print(quality_table(results))
 
 
+@app.command("sensitivity")
+@guarded
+def sensitivity_command(
+    model: Model,
+    ratios: Annotated[
+        str, typer.Option(help="Parts of each group's units to remove.")
+    ] = "0.25,0.5,0.75",
+    score: Annotated[
+        str, typer.Option(help="obs, fluctuation, activation, magnitude or random.")
+    ] = "obs",
+    role: Annotated[
+        list[str] | None, typer.Option(help="Which groups: head, kv_group, neuron …; repeatable.")
+    ] = None,
+    calibration: Calibration = None,
+    calibration_lines: Annotated[
+        int, typer.Option(help="At most so many sentences or samples of it.")
+    ] = 256,
+    measure: Annotated[
+        bool, typer.Option("--measure/--no-measure", help="Time the cuts too, role by role.")
+    ] = True,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="Write the figures as a page too.")
+    ] = None,
+    batch: Batch = "",
+    threads: Threads = 1,
+    seed: Annotated[int, typer.Option(help="For score random.")] = 0,
+    as_json: Json = False,
+    allow_pickle: Pickle = False,
+) -> None:
+    """Show what cutting each axis group alone does to the outputs, and what each role's time is.
+
+    Without --calibration the outputs are compared on the model's example inputs only. Times are
+    CPU time of one thread; with --threads above 1, of the wall clock.
+    """
+    from graphprune.cli.console import sensitivity_tables
+    from graphprune.cli.workflow import (
+        Options,
+        analysed,
+        check_calibration,
+        check_plot,
+        open_subject,
+        parse_batch,
+        parse_ratios,
+    )
+
+    parts = parse_ratios(ratios)
+    check_calibration([], calibration)
+    check_plot(plot)
+    options = Options(
+        measure=measure,
+        sizes=parse_batch(batch),
+        threads=threads,
+        seed=seed,
+        calibration=calibration,
+        lines=calibration_lines,
+    )
+    with _display() as display:
+        with display.step(f"load {model}") as advance:
+            subject = open_subject(model, allow_pickle, advance)
+        found = analysed(subject, parts, score, role or [], options, display.step)
+    if plot is not None:
+        from graphprune.html import sensitivity_page
+
+        plot.write_text(sensitivity_page(found, model), encoding="utf-8")
+    if as_json:
+        _print_json({"model": model, **found.to_json()})
+        return
+    console = _console()
+    for title, table in sensitivity_tables(found):
+        console.print(title)
+        console.print(table)
+    for group, reason in found.skipped.items():
+        console.print(f"  skipped  {group}: {reason}", style="dim", markup=False, soft_wrap=True)
+    if calibration is None:
+        console.print("compared on the example inputs only; --calibration FILE says more")
+    if plot is not None:
+        console.print(f"written to {plot}", soft_wrap=True, markup=False)
+
+
 @app.command("passes")
 @guarded
 def passes_command(as_json: Json = False) -> None:
@@ -288,14 +402,13 @@ def passes_command(as_json: Json = False) -> None:
 def recipes_command(as_json: Json = False) -> None:
     """List the built-in recipes."""
     from graphprune.cli.console import plain_table
-    from graphprune.recipe import builtin_recipes
+    from graphprune.cli.workflow import describe_recipes
 
-    found = builtin_recipes()
+    found = describe_recipes()
     if as_json:
-        _print_json(found)
+        _print_json({row["recipe"]: row for row in found})
         return
-    rows = [{"recipe": name, "what it does": text} for name, text in found.items()]
-    _console().print(plain_table(["recipe", "what it does"], rows))
+    _console().print(plain_table(["recipe", "needs", "what it does"], found))
 
 
 @app.command("models")
@@ -320,14 +433,24 @@ def demo_command(
     as_json: Json = False,
 ) -> None:
     """Prune a real sentence encoder, prove it, export it, and measure what it gained."""
-    from graphprune.cli.workflow import Options
+    from graphprune.cli.workflow import Options, demo_sentences
     from graphprune.recipe import load
 
-    summary = _run(model, load(DEMO), out, Options(), allow_pickle=False)
+    with tempfile.TemporaryDirectory(prefix="graphprune-") as folder:
+        # The sentence encoder is calibrated on text that every Python installation has.
+        text = demo_sentences(Path(folder) / "sentences.txt") if model == DEMO_MODEL else None
+        recipe = load("half" if text is None else "edge")
+        summary = _run(model, recipe, out, Options(calibration=text), allow_pickle=False)
     _present(summary, as_json)
     if not as_json:
+        how = (
+            "by the size of weights alone: no data, nothing retrained"
+            if text is None
+            else "calibrated on sentences of Python's help topics, other ones than those judged; "
+            "nothing retrained"
+        )
         _console().print(
-            "\nThis is one shot, by the size of weights alone: no data, nothing retrained.\n"
+            f"\nThis is one shot, {how}.\n"
             "what next:\n"
             f"  graphprune inspect {model}\n"
             f"  graphprune bench {out} --batch 8x128 --threads 2\n"

@@ -31,6 +31,7 @@ from graphprune.events import (
 if TYPE_CHECKING:
     from graphprune.axes import AxisGroup, AxisGroups
     from graphprune.report import Report
+    from graphprune.sensitivity import Cost, Sensitivity
 
 
 @final
@@ -183,17 +184,52 @@ def timing_table(timing: Mapping[str, JSON]) -> Table:
     table.add_column(f"batch {timing['batch']}, {timing['threads']} thread(s)")
     for title in ("median", "quartiles"):
         table.add_column(title, justify="right")
-    for key, title, unit in (
-        ("dense_ms", against, " ms"),
-        ("pruned_ms", "pruned", " ms"),
-        ("speedup", f"faster than {against}", "x"),
-    ):
-        if key in timing:
+    others = timing.get("others") or {}
+    rows = [
+        (timing, "dense_ms", against),
+        *((row, "dense_ms", name) for name, row in others.items()),
+    ]
+    rows += [(timing, "pruned_ms", "pruned"), (timing, "speedup", f"faster than {against}")]
+    rows += [(row, "speedup", f"faster than {name}") for name, row in others.items()]
+    for row, key, title in rows:
+        if key in row:
             stem = key.removesuffix("_ms")
-            low, high = (timing[key.replace(stem, f"{stem}_{q}")] for q in ("low", "high"))
-            quartiles = f"{low:.3g} to {high:.3g}"
-            table.add_row(title, f"{timing[key]:.3g}{unit}", quartiles)
+            low, high = (row[key.replace(stem, f"{stem}_{q}")] for q in ("low", "high"))
+            unit = "x" if key == "speedup" else " ms"
+            table.add_row(title, f"{row[key]:.3g}{unit}", f"{low:.3g} to {high:.3g}")
     return table
+
+
+def sensitivity_tables(found: Sensitivity) -> list[tuple[str, Table]]:
+    """Output error by group and ratio; time by role and ratio; each with its title."""
+    errors = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    errors.add_column("role", no_wrap=True)
+    errors.add_column("units", justify="right")
+    for ratio in found.ratios:
+        errors.add_column(f"{100 * ratio:g} % removed", justify="right")
+    errors.add_column("group", overflow="fold")
+    groups: dict[str, list[Cost]] = {}
+    for cost in found.costs:
+        groups.setdefault(cost.group, []).append(cost)
+    for name, costs in groups.items():
+        cells = [f"{c.error:.4f}" for c in costs]
+        errors.add_row(costs[0].role, f"{costs[0].size:,}", *cells, Text(name))
+    times = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    times.add_column("role")
+    for title in ("removed", "ms", "dense ms", "faster"):
+        times.add_column(title, justify="right")
+    for t in found.times:
+        faster = f"{t.dense_ms / t.ms:.2f}x"
+        times.add_row(t.role, f"{100 * t.ratio:g} %", f"{t.ms:.3g}", f"{t.dense_ms:.3g}", faster)
+    titled = [
+        (
+            f"output error of each group cut alone; score {found.score}, compensation "
+            f"{found.compensation}, {found.samples:,} samples",
+            errors,
+        ),
+        ("time with all groups of a role cut; one export a row, which units go is the same", times),
+    ]
+    return titled if found.times else titled[:1]
 
 
 def quality_table(results: Mapping[str, JSON]) -> Table:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -23,16 +22,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from graphprune.api import Compiled
-    from graphprune.exporters import Artifact
+    from graphprune.exporters import Artifact, Comparison
     from graphprune.models import LoadedModel
     from graphprune.program import Program
     from graphprune.report import Report
+    from graphprune.sensitivity import Sensitivity
 
 Advance = Callable[[int, int], None]
 Step = Callable[[str], "AbstractContextManager[Advance]"]
 
 _SEQUENCE = 128
-TOKENIZER = "tokenizer"
+LINES = 1024  # calibration sentences or samples, at most
+SENSITIVITY_LINES = 256
 
 
 @final
@@ -47,6 +48,8 @@ class Options:
     sizes: tuple[int, ...] = ()
     threads: int = 1
     seed: int = 0
+    calibration: Path | None = None
+    lines: int = LINES
 
 
 @final
@@ -163,6 +166,40 @@ def parse_batch(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split("x"))
 
 
+def parse_ratios(text: str) -> list[float]:
+    """Numbers between 0 and 1 from "0.25,0.5".
+
+    Raises:
+        GraphPruneError: it reads otherwise.
+    """
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError as e:
+        raise GraphPruneError(
+            f"--ratios is numbers with commas, such as 0.25,0.5, got {text!r}"
+        ) from e
+    wrong = [ratio for ratio in found if not 0 < ratio < 1]
+    if wrong:
+        raise GraphPruneError(f"--ratios are above 0 and below 1, got {wrong[0]:g}")
+    return found
+
+
+def check_plot(path: Path | None) -> None:
+    """Refuse, before any work, a page that cannot be written, or that would replace another file.
+
+    Raises:
+        GraphPruneError: so it is.
+    """
+    if path is None:
+        return
+    if path.suffix != ".html":
+        raise GraphPruneError(
+            f"--plot writes an HTML page: give a name in .html, not {str(path)!r}"
+        )
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise GraphPruneError(f"{str(path)!r} cannot be written: there is no such folder for it")
+
+
 def sized_inputs(program: Program, sizes: tuple[int, ...]) -> dict[str, Any]:
     """The program's example inputs, repeated or cropped to batch and sequence, without padding.
 
@@ -197,9 +234,6 @@ def sized_inputs(program: Program, sizes: tuple[int, ...]) -> dict[str, Any]:
 
 def _resized(program: Program, sizes: tuple[int, ...]) -> dict[str, Any]:
     import torch
-    import torch.utils._pytree as pytree
-
-    from graphprune.program import Constant
 
     wanted = dict(zip(("batch", "sequence"), sizes, strict=False))
     entry = program.forward
@@ -211,12 +245,21 @@ def _resized(program: Program, sizes: tuple[int, ...]) -> dict[str, Any]:
             tensor = torch.cat([tensor] * repeats, dim).narrow(dim, 0, size)
         is_mask = not tensor.is_floating_point() and bool(((tensor == 0) | (tensor == 1)).all())
         flat[name] = torch.ones_like(tensor) if is_mask else tensor.contiguous()
+    return _arguments(program, flat)
+
+
+def _arguments(program: Program, flat: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Flat inputs by name as keyword arguments of the program."""
+    import torch.utils._pytree as pytree
+
+    from graphprune.program import Constant
+
     return {
         argument.name: pytree.tree_unflatten(
             [leaf.value if isinstance(leaf, Constant) else flat[leaf] for leaf in argument.leaves],
             argument.spec,
         )
-        for argument in entry.arguments
+        for argument in program.forward.arguments
     }
 
 
@@ -263,7 +306,7 @@ def captured(subject: LoadedModel | Artifact) -> Compiled:
     if not isinstance(subject, LoadedModel):
         return load(subject.path)
     compiled = compile(subject.module, [], example_inputs=dict(subject.example_inputs))
-    compiled.files = _side_files(subject)
+    compiled.files = subject.files()
     return compiled
 
 
@@ -283,8 +326,17 @@ def compiled_and_measured(
         start = captured(subject)
         # Sizes that the model refuses are refused before the work.
         inputs = sized_inputs(start.program, options.sizes) if options.measure else {}
+    batches = None
+    if options.calibration is not None:
+        with step("calibration"):
+            batches = calibration(subject, start.program, options.calibration, options.lines)
     compiled = compile(
-        start, passes, verify=options.verify, seed=options.seed, observers=[observer]
+        start,
+        passes,
+        calibration=batches,
+        verify=options.verify,
+        seed=options.seed,
+        observers=[observer],
     )
     with step("export"):
         artifact = compiled.export(path, baseline=options.baseline)
@@ -297,8 +349,131 @@ def compiled_and_measured(
     if options.quality and task is not None and artifact.has_baseline:
         with step(f"task {task}") as advance:
             quality = judged(artifact, task, None, advance)
+    if timing is not None or quality:
+        artifact = _noted(artifact, compiled.report, timing, quality)
     name = subject.name if isinstance(subject, LoadedModel) else str(subject.path)
     return Summary(name, path, compiled.report, _megabytes(artifact), timing, quality)
+
+
+def _noted(
+    artifact: Artifact,
+    report: Report,
+    timing: Mapping[str, JSON] | None,
+    quality: Mapping[str, JSON],
+) -> Artifact:
+    """The artifact with what was measured of it in its manifest and on its page."""
+    from graphprune.exporters.results import add_results
+
+    found = {"timing": timing, "quality": dict(quality)}
+    return add_results(artifact, report, {key: value for key, value in found.items() if value})
+
+
+def demo_sentences(file: Path) -> Path:
+    """Write the demo's calibration: Python's help topics, without those that it judges by."""
+    from graphprune.models.tasks.neighbours import SENTENCES, python_sentences
+
+    judged = set(python_sentences(SENTENCES))
+    found = [s for s in python_sentences(SENTENCES + 2 * LINES) if s not in judged]
+    file.write_text("\n".join(found[:LINES]), encoding="utf-8")
+    return file
+
+
+def calibration(
+    subject: LoadedModel | Artifact, program: Program, source: Path, lines: int
+) -> list[dict[str, Tensor]]:
+    """Calibration batches for a subject from a file, as `graphprune.models.calibration` reads it.
+
+    Raises:
+        GraphPruneError: the file is missing, holds nothing usable, or the model takes no text.
+    """
+    from graphprune.models.calibration import calibration_batches
+
+    names = [argument.name for argument in program.forward.arguments if argument.leaves]
+    return calibration_batches(source, names, _tokenizer_dir(subject), lines)
+
+
+def check_calibration(steps: Sequence[Pass], source: Path | None) -> None:
+    """Refuse, before a model is loaded, passes that need data without any, or a missing file.
+
+    Raises:
+        GraphPruneError: so it is.
+    """
+    from graphprune.api import calibration_for
+
+    if source is None:
+        calibration_for(steps, None)
+    elif not source.exists():
+        raise GraphPruneError(f"there is no calibration file {str(source)!r}")
+
+
+def analysed(
+    subject: LoadedModel | Artifact,
+    ratios: Sequence[float],
+    score: str,
+    roles: Sequence[str],
+    options: Options,
+    step: Step,
+) -> Sensitivity:
+    """A sensitivity analysis on the file's batches, or on the model's example inputs without one.
+
+    Times are of one sample, or of the sizes asked for, each cut beside the dense model in turns.
+    """
+    from graphprune.sensitivity import sensitivity
+
+    with step("capture"):
+        program = captured(subject).program
+        inputs = sized_inputs(program, options.sizes)
+    entry = program.forward
+    batches = [_arguments(program, dict(zip(entry.input_names, entry.example, strict=True)))]
+    if options.calibration is not None:
+        with step("calibration"):
+            batches = calibration(subject, program, options.calibration, options.lines)
+    with step("sensitivity") as advance:
+        return sensitivity(
+            program,
+            batches,
+            ratios=ratios,
+            score=score,
+            roles=roles,
+            clock=_clock(inputs, options.threads) if options.measure else None,
+            progress=advance,
+            seed=options.seed,
+        )
+
+
+def _clock(
+    inputs: Mapping[str, Any], threads: int
+) -> Callable[[Program, Program], tuple[float, float]]:
+    """Milliseconds of a program and of the dense one, in turns; the dense one is exported once."""
+    from graphprune.exporters import to_onnx
+    from graphprune.exporters.convert import save_onnx
+    from graphprune.exporters.ort import compare, feeds_of, open_session
+
+    sessions: dict[int, Any] = {}
+
+    def session(program: Program) -> Any:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.onnx"
+            save_onnx(to_onnx(program), path)
+            return open_session(path, threads)
+
+    def clock(program: Program, dense: Program) -> tuple[float, float]:
+        if not sessions:
+            sessions[0] = session(dense)
+        opened = session(program)
+        feeds = feeds_of(dict(inputs), [i.name for i in opened.get_inputs()])
+        found = compare(
+            opened,
+            sessions[0],
+            feeds,
+            threads=threads,
+            repeats=10,
+            # What else the machine does must not look like a slow layer.
+            clock="cpu" if threads == 1 else "wall",
+        )
+        return found.model.ms, found.against.ms
+
+    return clock
 
 
 def bench(
@@ -376,6 +551,17 @@ def _timing(
 ) -> dict[str, JSON]:
     """A comparison as one flat row; the ratio is above one where the pruned model is faster."""
     found = artifact.benchmark(dict(inputs), against, threads=threads)
+    row = _timing_row(program, inputs, threads, against.partition(",")[0], found)
+    others = {
+        name: _timing_row(program, inputs, threads, name, other)
+        for name, other in found.others.items()
+    }
+    return {**row, "others": others} if others else row
+
+
+def _timing_row(
+    program: Program, inputs: Mapping[str, Any], threads: int, against: str, found: Comparison
+) -> dict[str, JSON]:
     return {
         "batch": batch_text(program, inputs),
         "threads": threads,
@@ -405,25 +591,12 @@ def _megabytes(artifact: Artifact) -> dict[str, float]:
 
 def _tokenizer_dir(subject: LoadedModel | Artifact) -> Path | None:
     from graphprune.models import LoadedModel
+    from graphprune.models.loaded import TOKENIZER
 
     if isinstance(subject, LoadedModel):
         return subject.tokenizer_dir
     folder = subject.path / TOKENIZER
     return folder if folder.is_dir() else None
-
-
-def _side_files(loaded: LoadedModel) -> dict[str, Path | bytes]:
-    """What a user needs beside the model: the tokenizer's files, and the names of the classes."""
-    from graphprune.models.loading import tokenizer_files
-
-    files: dict[str, Path | bytes] = {}
-    if loaded.tokenizer_dir is not None:
-        for file in tokenizer_files(loaded.tokenizer_dir):
-            files[f"{TOKENIZER}/{file.name}"] = file
-    labels = getattr(getattr(loaded.module, "config", None), "id2label", None)
-    if labels and not all(str(v).startswith("LABEL_") for v in labels.values()):
-        files["labels.json"] = json.dumps(labels, indent=1, ensure_ascii=False).encode()
-    return files
 
 
 def check_output(path: Path) -> None:
@@ -452,6 +625,20 @@ def check_task(task: str, data: Path | None) -> None:
         from graphprune.models.tasks.sts import find_data
 
         find_data(data)
+
+
+def describe_recipes() -> list[dict[str, str]]:
+    """The built-in recipes: name, what each needs beside the model, what it does."""
+    from graphprune.recipe import builtin_recipes, load
+
+    return [
+        {
+            "recipe": name,
+            "needs": "--calibration" if any(p.needs_calibration for p in load(name)) else "",
+            "what it does": text,
+        }
+        for name, text in builtin_recipes().items()
+    ]
 
 
 def describe_passes() -> list[dict[str, JSON]]:

@@ -142,6 +142,64 @@ def test_passes_recipes_and_models_are_listed(run: Run) -> None:
     assert "minilm" in run("models").stdout
 
 
+@pytest.fixture
+def arrays(tmp_path: Path) -> str:
+    """A calibration file for tiny-mlp."""
+    import numpy as np
+
+    x = np.random.default_rng(0).normal(size=(40, 12)).astype(np.float32)
+    np.savez(tmp_path / "calibration.npz", x=x)
+    return "calibration.npz"
+
+
+def test_compile_with_calibration_scores_by_it(run: Run, tmp_path: Path, arrays: str) -> None:
+    arguments = ("compile", "tiny-mlp", "--neurons", "0.5", "--calibration", arrays, "--json")
+    result = run(*arguments, "--quantize", "int8-dynamic", "-o", "out")
+    assert result.exit_code == 0, result.stderr
+    summary = json.loads(result.stdout)
+    prune, quantize = summary["report"]["passes"]
+    assert prune["step"]["prune-neurons"]["score"] == "obs"
+    assert quantize["name"] == "quantize"
+    assert prune["details"]["output_error"]
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["results"]["timing"] == summary["timing"]
+    assert "faster" in (tmp_path / "out" / "report.html").read_text()
+    assert run("bench", "out").exit_code == 0  # whose hashes were brought up to date
+
+
+def test_bench_takes_several_opponents(run: Run, artifact: Path) -> None:
+    arguments = ("bench", str(artifact), "--batch", "2x16", "--against", "dense,int8")
+    row = json.loads(run(*arguments, "--json").stdout)
+    assert row["against"] == "dense"
+    assert row["others"]["int8"]["dense_ms"] > 0
+    shown = run(*arguments).stdout
+    assert "faster than dense" in shown
+    assert "faster than int8" in shown
+
+
+def test_sensitivity_as_table_json_and_page(run: Run, tmp_path: Path, arrays: str) -> None:
+    common = ("sensitivity", "tiny-mlp", "--ratios", "0.5", "--calibration", arrays)
+    shown = run(*common, "--plot", "page.html")
+    assert shown.exit_code == 0, shown.stderr
+    assert "50 % removed" in shown.stdout
+    assert "faster" in shown.stdout
+    assert "Sensitivity of tiny-mlp" in (tmp_path / "page.html").read_text()
+    found = json.loads(run(*common, "--no-measure", "--json").stdout)
+    assert found["samples"] == 40
+    assert found["times"] == []
+    assert all(cost["error"] > 0 for cost in found["costs"])
+    few = json.loads(run(*common, "--no-measure", "--json", "--calibration-lines", "7").stdout)
+    assert few["samples"] == 7
+    none = run("sensitivity", "tiny-mlp", "--ratios", "0.5", "--no-measure")
+    assert "example inputs only" in none.stdout
+
+
+def test_recipes_say_what_they_need(run: Run) -> None:
+    found = json.loads(run("recipes", "--json").stdout)
+    needing = {name for name, row in found.items() if row["needs"]}
+    assert needing == {"edge", "edge-int8", "gentle"}
+
+
 def test_demo_on_a_tiny_model(run: Run, tmp_path: Path) -> None:
     result = run("demo", "tiny-bert")
     assert result.exit_code == 0, result.stderr
@@ -177,6 +235,19 @@ COMPILE = ("compile", "tiny-mlp", "-o", "out")
         (("inspect", "a b"), "no folder"),
         (("inspect", "foreign"), "config.json"),
         (("bench", "tiny-mlp", "--against", "foreign"), "compile the model first"),
+        ((*COMPILE, "--neurons", "0.5", "--score", "obs"), "--calibration FILE"),
+        ((*COMPILE, "--recipe", "edge"), "--calibration FILE"),
+        ((*COMPILE, "--neurons", "0.5", "--calibration", "nowhere.txt"), "no calibration file"),
+        ((*COMPILE, "--neurons", "0.5", "--calibration", "file"), ".npz"),
+        ((*COMPILE, "--neurons", "0.5", "--calibration", "foreign"), "train.tsv"),
+        ((*COMPILE, "--quantize", "int9"), "int8"),
+        (("sensitivity", "tiny-mlp", "--ratios", "half"), "0.25,0.5"),
+        (("sensitivity", "tiny-mlp", "--ratios", "0.5,1"), "below 1"),
+        (("sensitivity", "tiny-mlp", "--score", "obss"), "obs"),
+        (("sensitivity", "tiny-mlp", "--role", "head"), "no axis group"),
+        (("sensitivity", "tiny-mlp", "--plot", "page.pdf"), ".html"),
+        (("sensitivity", "tiny-mlp", "--plot", "no/page.html"), "no such folder"),
+        (("bench", "tiny-mlp", "--against", "dense,int8"), "compile the model first"),
         (("eval", "tiny-mlp", "--task", "stss"), "'sts'"),
         (("eval", "tiny-mlp", "--task", "sts", "--data", "file-not-there"), "no file"),
         (("eval", "tiny-mlp", "--task", "neighbours"), "dense twin"),
