@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,7 +17,6 @@ from graphprune.errors import RecipeError
 from graphprune.registry import suggest
 
 Keep = dict[str, Tensor]
-Allocation = Callable[[Mapping[str, Tensor], float, int], Keep]
 
 
 def removed_count(ratio: float, size: int) -> int:
@@ -36,43 +36,78 @@ def best(scores: Tensor, count: int) -> Tensor:
     return order[:count].sort().values
 
 
-def uniform(scores: Mapping[str, Tensor], ratio: float, round_to: int) -> Keep:
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """How much is to go.
+
+    Attributes:
+        ratio: the part to remove: of each group, or of all groups' parameters together.
+        round_to: the kept count rounds up to a multiple of this.
+        floor: part of each group's units that stays whatever the ranking says.
+        costs: parameters that go with one unit, by group; equal where nothing is said.
+        comparable: scores of different groups are in one unit already.
+    """
+
+    ratio: float
+    round_to: int = 1
+    floor: float = 0.0
+    costs: Mapping[str, int] = field(default_factory=dict)
+    comparable: bool = False
+
+
+def uniform(scores: Mapping[str, Tensor], wanted: Wanted) -> Keep:
     """The same ratio from every group: the lowest scores of each go."""
     keep = {}
     for group, values in scores.items():
         size = len(values)
-        keep[group] = best(values, kept_count(removed_count(ratio, size), size, round_to))
+        count = kept_count(removed_count(wanted.ratio, size), size, wanted.round_to)
+        keep[group] = best(values, count)
     return keep
 
 
-def global_ranking(scores: Mapping[str, Tensor], ratio: float, round_to: int) -> Keep:
-    """One ranking over all groups; the ratio holds for their units together, not for each group.
+def global_ranking(scores: Mapping[str, Tensor], wanted: Wanted) -> Keep:
+    """One ranking over all groups; the ratio holds for their parameters together.
 
     1. Each group's scores are divided by their mean, because norms of wide and narrow layers, or of
-       early and late ones, do not compare.
-    2. The best unit of each group stays out of the ranking: no group is ever emptied.
-    3. The lowest floor(ratio * all units + 0.5) of the others go.
+       early and late ones, do not compare; unless they are comparable. Then by the unit's cost.
+    2. The best units of each group, one at least and the `floor`, stay out of the ranking.
+    3. The lowest of the others go, as many as take the ratio of all parameters.
     4. Each group's kept count rounds up to `round_to`, its best removed units coming back.
     """
     names = [name for name, values in scores.items() if len(values)]
-    relative = {name: _relative(scores[name]) for name in names}
-    protected = {name: int(relative[name].argmax()) for name in names}
-    rankable = []
-    for name in names:
-        ranked = relative[name].clone()
-        ranked[protected[name]] = math.inf
-        rankable.append(ranked)
-    flat = torch.cat(rankable) if rankable else torch.empty(0)
-    count = min(removed_count(ratio, len(flat)), len(flat) - len(names))
-    gone = torch.zeros(len(flat), dtype=torch.bool)
+    if not names:
+        return {}
+    sizes = [len(scores[name]) for name in names]
+    costs = torch.cat(
+        [
+            torch.full((n,), float(wanted.costs.get(name, 1)), dtype=torch.float64).clamp_min(1)
+            for name, n in zip(names, sizes, strict=True)
+        ]
+    )
+    flat = torch.cat(
+        [scores[n].double() if wanted.comparable else _relative(scores[n]) for n in names]
+    )
+    flat = flat / (costs / costs.mean())
+    flat[torch.cat([_protected(scores[name], wanted.floor) for name in names])] = math.inf
     # Of equal scores the last ones go, as in `best`, so flip before the stable sort.
-    lowest = torch.argsort(flat.flip(0), stable=True)[:count]
-    gone[len(flat) - 1 - lowest] = True
+    order = len(flat) - 1 - torch.argsort(flat.flip(0), stable=True)
+    order = order[flat[order].isfinite()]
+    # In units of mean cost, so that equal costs count units.
+    budget = removed_count(wanted.ratio, len(flat)) * float(costs.mean())
+    gone = torch.zeros(len(flat), dtype=torch.bool)
+    gone[order[costs[order].cumsum(0) <= budget * (1 + 1e-12)]] = True
     keep = {}
-    for name, part in zip(names, torch.split(gone, [len(r) for r in rankable]), strict=True):
+    for name, part in zip(names, torch.split(gone, sizes), strict=True):
         size = len(part)
-        keep[name] = best(scores[name], kept_count(int(part.sum()), size, round_to))
+        keep[name] = best(scores[name], kept_count(int(part.sum()), size, wanted.round_to))
     return keep
+
+
+def _protected(scores: Tensor, floor: float) -> Tensor:
+    """Whether each unit is among the best that always stay; bool [size]."""
+    stays = torch.zeros(len(scores), dtype=torch.bool)
+    stays[best(scores, max(1, math.ceil(floor * len(scores))))] = True
+    return stays
 
 
 def _relative(scores: Tensor) -> Tensor:
@@ -81,6 +116,7 @@ def _relative(scores: Tensor) -> Tensor:
     return wide / wide.mean().clamp_min(1e-300)
 
 
+Allocation = Callable[[Mapping[str, Tensor], Wanted], Keep]
 # name -> function. Another allocation is one function and one line here.
 ALLOCATIONS: dict[str, Allocation] = {"uniform": uniform, "global": global_ranking}
 

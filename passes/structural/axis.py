@@ -29,9 +29,15 @@ class PruneAxis(Pass):
         ratio: part of each group's units to remove, in [0, 1); one unit always stays.
         role: a role or several; empty means any, and then `groups` or `targets` must say which.
         groups: ids of groups, or patterns of them.
-        score: "magnitude" (L2 norm of all that goes with a unit) or "random".
+        score: "magnitude" (L2 norm of all that goes with a unit), "random"; with calibration
+            "obs" (exact cost after the others make up), "fluctuation", "activation",
+            "taylor" (gradients).
         allocation: "uniform" (the ratio of each group) or "global" (of all groups together).
         round_to: the kept count rounds up to a multiple of this.
+        compensate: how kept weights make up for removed ones: "none", "bias", "least-squares";
+            "auto" is least squares where calibration decides, else none.
+        damping: part of the mean squared input added to the Gram matrix's diagonal.
+        floor: under "global", the part of each group's units that stays in any case.
         targets: name patterns; only groups that reach such a tensor. Globs for a name or a module,
             or "re:" and a regular expression.
         ignore: name patterns to leave alone.
@@ -47,6 +53,9 @@ class PruneAxis(Pass):
     score: str = "magnitude"
     allocation: str = "uniform"
     round_to: int = 1
+    compensate: str = "auto"
+    damping: float = 0.01
+    floor: float = 0.0
     targets: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
     normalised: bool = False
@@ -76,4 +85,13 @@ class PruneAxis(Pass):
 
     def _removal(self) -> Removal:
         selector = Selector(self._roles(), self.groups, self.targets, self.ignore, self.normalised)
-        return Removal(selector, self.ratio, self.score, self.allocation, self.round_to)
+        return Removal(
+            selector,
+            self.ratio,
+            self.score,
+            self.allocation,
+            self.round_to,
+            self.compensate,
+            self.damping,
+            self.floor,
+        )

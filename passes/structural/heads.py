@@ -33,6 +33,7 @@ class PruneHeads(Pass):
         compensate: how kept weights make up for removed ones: "none", "bias", "least-squares";
             "auto" is least squares where calibration decides, else none.
         damping: part of the mean squared input added to the Gram matrix's diagonal.
+        floor: under "global", the part of each group's units that stays in any case.
         targets: name patterns; only attention that reaches such a tensor. Globs for a name or a
             module, or "re:" and a regular expression.
         ignore: name patterns to leave alone.
@@ -48,6 +49,7 @@ class PruneHeads(Pass):
     round_to: int = 1
     compensate: str = "auto"
     damping: float = 0.01
+    floor: float = 0.0
     targets: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
     queries_per_group: bool = False
@@ -73,4 +75,5 @@ class PruneHeads(Pass):
             self.round_to,
             self.compensate,
             self.damping,
+            self.floor,
         )

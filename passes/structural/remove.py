@@ -14,6 +14,7 @@ from graphprune.errors import RecipeError, UnsupportedError
 from graphprune.events import JSON
 from graphprune.passbase import Context, PassResult
 from graphprune.passes.structural.allocate import (
+    Wanted,
     allocation_named,
     best,
     kept_count,
@@ -53,6 +54,7 @@ class Removal:
     round_to: int = 1
     compensate: str = "auto"
     damping: float = 0.01
+    floor: float = 0.0
 
     def __post_init__(self) -> None:
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float):
@@ -67,6 +69,10 @@ class Removal:
             raise RecipeError(f"round_to must be at least 1, got {self.round_to!r}")
         if isinstance(self.damping, bool) or not 0 <= self.damping < math.inf:
             raise RecipeError(f"damping must be 0 or more, got {self.damping!r}")
+        if isinstance(self.floor, bool) or not 0 <= self.floor <= 1:
+            raise RecipeError(
+                f"floor is the part of each group that stays, 0 to 1, got {self.floor!r}"
+            )
         known = (*SCORES, *DATA_CHOICES)
         if self.score not in known:
             raise RecipeError(f"there is no score {self.score!r}; {suggest(self.score, known)}")
@@ -188,7 +194,7 @@ class Removal:
                 scores[group.id] = marginal_costs(program, group, parts, self.damping)
             else:
                 scores[group.id] = self._scores(program, group, parts, slopes, ctx)
-        keep = allocation_named(self.allocation)(scores, self.ratio, self.round_to)
+        keep = allocation_named(self.allocation)(scores, self._wanted(order))
         return {name: len(units) for name, units in keep.items()}
 
     def _keep(self, program: Program, selection: Selection, ctx: Context) -> dict[str, Tensor]:
@@ -198,7 +204,12 @@ class Removal:
             ctx.progress(i, len(selection.groups), "groups")
             scores[group.id] = _finite(score(program, group, ctx), group, self.score)
         ctx.progress(len(selection.groups), len(selection.groups), "groups")
-        return allocation_named(self.allocation)(scores, self.ratio, self.round_to)
+        return allocation_named(self.allocation)(scores, self._wanted(selection.groups))
+
+    def _wanted(self, groups: Sequence[AxisGroup]) -> Wanted:
+        costs = {group.id: group.cost for group in groups}
+        # OBS scores are errors of a layer's output: of one unit in every layer.
+        return Wanted(self.ratio, self.round_to, self.floor, costs, self.score == "obs")
 
 
 def _finite(scores: Tensor, group: AxisGroup, name: str) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from graphprune.passes.structural.allocate import (
     ALLOCATIONS,
+    Wanted,
     best,
     global_ranking,
     kept_count,
@@ -49,31 +50,53 @@ def test_kept_rounds_up_but_never_beyond_the_size(
 def test_of_equal_scores_the_first_stay() -> None:
     assert best(torch.tensor([1.0, 2.0, 1.0, 1.0]), 3).tolist() == [0, 1, 2]
     equal = {"a": torch.ones(4)}
-    assert uniform(equal, 0.5, 1)["a"].tolist() == [0, 1]
-    assert global_ranking(equal, 0.5, 1)["a"].tolist() == [0, 1]
+    assert uniform(equal, Wanted(0.5))["a"].tolist() == [0, 1]
+    assert global_ranking(equal, Wanted(0.5))["a"].tolist() == [0, 1]
 
 
 def test_uniform_takes_the_ratio_from_each() -> None:
-    keep = uniform({"a": torch.tensor([4.0, 3, 2, 1]), "b": torch.tensor([100.0, 200])}, 0.5, 1)
+    keep = uniform(
+        {"a": torch.tensor([4.0, 3, 2, 1]), "b": torch.tensor([100.0, 200])}, Wanted(0.5)
+    )
     assert {k: v.tolist() for k, v in keep.items()} == {"a": [0, 1], "b": [1]}
 
 
 def test_global_takes_from_where_scores_are_relatively_low() -> None:
     even = torch.tensor([1.0, 1.0, 1.0, 1.0])
     uneven = torch.tensor([0.1, 0.1, 0.1, 9.0]) * 1000  # larger, but that is only a matter of scale
-    keep = global_ranking({"even": even, "uneven": uneven}, 3 / 8, 1)
+    keep = global_ranking({"even": even, "uneven": uneven}, Wanted(3 / 8))
     assert {k: v.tolist() for k, v in keep.items()} == {"even": [0, 1, 2, 3], "uneven": [3]}
 
 
 def test_global_never_empties_a_group() -> None:
     scores = {"a": torch.tensor([0.0, 0.0]), "b": torch.tensor([5.0, 6.0, 7.0])}
-    keep = global_ranking(scores, 0.9, 1)
+    keep = global_ranking(scores, Wanted(0.9))
     assert {k: v.tolist() for k, v in keep.items()} == {"a": [0], "b": [2]}
+
+
+def test_comparable_scores_are_not_rescaled() -> None:
+    scores = {"small": torch.tensor([1.0, 2.0, 3.0]), "large": torch.tensor([10.0, 20.0, 30.0])}
+    keep = global_ranking(scores, Wanted(1 / 3, comparable=True))
+    assert {k: v.tolist() for k, v in keep.items()} == {"small": [2], "large": [0, 1, 2]}
+
+
+def test_costs_count_parameters_not_units() -> None:
+    scores = {"cheap": torch.full((4,), 2.0), "dear": torch.full((4,), 3.0)}
+    wanted = Wanted(0.5, costs={"cheap": 1, "dear": 3}, comparable=True)
+    # A dear unit is worth 1 a parameter, a cheap one 2: the dear ones go first, 3 parameters each.
+    keep = global_ranking(scores, wanted)
+    assert {k: len(v) for k, v in keep.items()} == {"cheap": 4, "dear": 2}
+
+
+def test_the_floor_stays_in_every_group() -> None:
+    scores = {"low": torch.arange(8.0), "high": torch.arange(8.0) + 100}
+    keep = global_ranking(scores, Wanted(0.5, floor=0.25, comparable=True))
+    assert {k: len(v) for k, v in keep.items()} == {"low": 2, "high": 6}
 
 
 def test_nothing_to_allocate_is_fine() -> None:
     for allocate in ALLOCATIONS.values():
-        assert allocate({}, 0.5, 1) == {}
+        assert allocate({}, Wanted(0.5)) == {}
 
 
 _scores = st.dictionaries(
@@ -94,7 +117,7 @@ _scores = st.dictionaries(
 def test_what_stays_is_sorted_rounded_and_the_best(
     scores: dict[str, Tensor], ratio: float, round_to: int, name: Any
 ) -> None:
-    keep = ALLOCATIONS[name](scores, ratio, round_to)
+    keep = ALLOCATIONS[name](scores, Wanted(ratio, round_to))
     assert keep.keys() == scores.keys()
     for group, indices in keep.items():
         values, size = scores[group], len(scores[group])
@@ -110,6 +133,6 @@ def test_what_stays_is_sorted_rounded_and_the_best(
 @given(_scores, st.floats(0, 1, exclude_max=True))
 def test_global_counts_over_all_groups(scores: dict[str, Tensor], ratio: float) -> None:
     total = sum(len(v) for v in scores.values())
-    keep = global_ranking(scores, ratio, 1)
+    keep = global_ranking(scores, Wanted(ratio))
     removed = total - sum(len(v) for v in keep.values())
     assert removed == min(removed_count(ratio, total), total - len(scores))

@@ -126,7 +126,8 @@ def test_global_allocation_may_cut_groups_unevenly(captured: Captured) -> None:
         program.with_tensors({"layers.2.weight": weight}), PruneNeurons(0.25, allocation="global")
     )
     assert _shape(after, "layers.0.weight") == [32, 12]
-    assert _shape(after, "layers.2.weight") == [10, 32]
+    # A quarter of all units would be 14; of their parameters it is 13 of these, which cost more.
+    assert _shape(after, "layers.2.weight") == [11, 32]
 
 
 @pytest.mark.parametrize("role", ["qk_dim", "v_dim"])
