@@ -8,12 +8,14 @@ such place. Peak memory is what is alive at a cut, times the batches, plus one r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from graphprune.axes.algebra import equal
+from graphprune.axes.rules._base import size_of
 from graphprune.errors import GraphPruneError
 from graphprune.graph import is_op
 from graphprune.program import Entry, Program
@@ -50,7 +52,7 @@ class Stream:
             self.states.append(dict(zip(placeholders, flat, strict=True)))
         if not self.states:
             raise GraphPruneError("calibration yields no batch; pass an iterable of input batches")
-        self.rows = [_Rows(self.entry, placeholders, state) for state in self.states]
+        self.rows = [_Rows(placeholders, state) for state in self.states]
 
     def collect(
         self,
@@ -158,36 +160,45 @@ class Stream:
 class _Rows:
     """Which rows of an activation are padding, from the batch's own masks."""
 
-    def __init__(self, entry: Entry, placeholders: Sequence[fx.Node], state: Any) -> None:
-        self.masks: dict[tuple[str, str], Tensor] = {}
-        for node in placeholders:
-            dims = entry.dynamic.get(node.name, {})
-            if set(dims) == {0, 1} and is_mask(node, state[node]):
-                self.masks[dims[0], dims[1]] = state[node].bool()
-        self.sizes = {
-            symbol: int(state[node].shape[dim])
+    def __init__(self, placeholders: Sequence[fx.Node], state: Mapping[fx.Node, Any]) -> None:
+        self.masks = {
+            tuple(_sizes(node)): state[node].bool()
             for node in placeholders
-            for dim, symbol in entry.dynamic.get(node.name, {}).items()
+            if is_mask(node, state[node])
         }
 
     def of(self, node: fx.Node, value: Tensor) -> Tensor:
-        """The rows [n, features] of a value, padded positions left out."""
+        """The rows [n, features] of a value, padded positions left out.
+
+        A mask belongs to a value by the symbols of its sizes: a decoder's length may happen to be
+        the encoder's.
+        """
         rows = value.reshape(-1, value.shape[-1])
+        lead = tuple(_sizes(node)[:-1])
         for (batch, length), mask in self.masks.items():
-            shape = (self.sizes[batch], self.sizes[length])
-            lead = tuple(value.shape[:-1])
-            if lead == shape or lead == (shape[0] * shape[1],):
+            if lead == (batch, length) or (len(lead) == 1 and equal(lead[0], batch * length)):
                 return rows[mask.reshape(-1).to(rows.device)]
-            if lead == shape[::-1] and shape[0] != shape[1]:
+            if lead == (length, batch):
                 return rows[mask.T.reshape(-1).to(rows.device)]
         return rows
 
 
+def _sizes(node: fx.Node) -> list[Any]:
+    return [size_of(s) for s in node.meta["val"].shape]
+
+
 def is_mask(node: fx.Node, value: Tensor) -> bool:
     """Whether an input is a padding mask: zeros and ones that no table is indexed with."""
-    if value.is_floating_point() or value.dim() != 2 or bool(((value != 0) & (value != 1)).any()):
+    if value.dim() != 2 or bool(((value != 0) & (value != 1)).any()):
         return False
-    return not any(is_op(user, "embedding", "gather", "index_select") for user in node.users)
+    stack = list(node.users)
+    while stack:
+        user = stack.pop()
+        if is_op(user, "embedding", "gather", "index_select"):
+            return False
+        if is_op(user, "to", "clone", "contiguous", "detach", "alias"):
+            stack += user.users
+    return True
 
 
 def flat_batch(entry: Entry, batch: Any, number: int) -> list[Tensor]:
@@ -203,8 +214,9 @@ def flat_batch(entry: Entry, batch: Any, number: int) -> list[Tensor]:
             flat = entry.flatten((), dict(batch))
         else:
             flat = entry.flatten(tuple(batch), {})
-    except GraphPruneError as e:
+    except (GraphPruneError, TypeError) as e:
         raise GraphPruneError(f"calibration batch {number}: {e}") from e
+    found: dict[str, int] = {}
     for name, tensor, example in zip(entry.input_names, flat, entry.example, strict=True):
         dims = entry.dynamic.get(name, {})
         fits = tensor.dim() == example.dim() and all(
@@ -216,6 +228,17 @@ def flat_batch(entry: Entry, batch: Any, number: int) -> list[Tensor]:
                 f"calibration batch {number}: input {name!r} has shape {list(tensor.shape)}, "
                 f"the model takes {wanted}"
             )
+        if tensor.dtype is not example.dtype:
+            raise GraphPruneError(
+                f"calibration batch {number}: input {name!r} is {tensor.dtype}, the model was "
+                f"captured with {example.dtype}"
+            )
+        for d, symbol in dims.items():
+            if found.setdefault(symbol, tensor.shape[d]) != tensor.shape[d]:
+                raise GraphPruneError(
+                    f"calibration batch {number}: input {name!r} has {tensor.shape[d]} for "
+                    f"{symbol}, another input {found[symbol]}"
+                )
     return flat
 
 

@@ -45,14 +45,12 @@ class Wanted:
         round_to: the kept count rounds up to a multiple of this.
         floor: part of each group's units that stays whatever the ranking says.
         costs: parameters that go with one unit, by group; equal where nothing is said.
-        comparable: scores of different groups are in one unit already.
     """
 
     ratio: float
     round_to: int = 1
     floor: float = 0.0
     costs: Mapping[str, int] = field(default_factory=dict)
-    comparable: bool = False
 
 
 def uniform(scores: Mapping[str, Tensor], wanted: Wanted) -> Keep:
@@ -69,7 +67,7 @@ def global_ranking(scores: Mapping[str, Tensor], wanted: Wanted) -> Keep:
     """One ranking over all groups; the ratio holds for their parameters together.
 
     1. Each group's scores are divided by their mean, because norms of wide and narrow layers, or of
-       early and late ones, do not compare; unless they are comparable. Then by the unit's cost.
+       early and late ones, do not compare; then by the unit's cost.
     2. The best units of each group, one at least and the `floor`, stay out of the ranking.
     3. The lowest of the others go, as many as take the ratio of all parameters.
     4. Each group's kept count rounds up to `round_to`, its best removed units coming back.
@@ -84,9 +82,7 @@ def global_ranking(scores: Mapping[str, Tensor], wanted: Wanted) -> Keep:
             for name, n in zip(names, sizes, strict=True)
         ]
     )
-    flat = torch.cat(
-        [scores[n].double() if wanted.comparable else _relative(scores[n]) for n in names]
-    )
+    flat = torch.cat([_relative(scores[name]) for name in names])
     flat = flat / (costs / costs.mean())
     flat[torch.cat([_protected(scores[name], wanted.floor) for name in names])] = math.inf
     # Of equal scores the last ones go, as in `best`, so flip before the stable sort.

@@ -50,8 +50,22 @@ class Consumer:
         return order[int((self.units < 0).sum()) :].reshape(size, -1)
 
     def problem(self, program: Program, size: int, damping: float) -> Problem:
-        """Weight and damped Gram matrix, with the bias as a column of ones that never goes."""
+        """Weight and damped Gram matrix, with the bias as a column of ones that never goes.
+
+        Raises:
+            UnsupportedError: nothing was seen, or something of it is not finite.
+        """
         weight = self.site.matrix(program).to("cpu", torch.float64)
+        if not self.gram.count:
+            raise UnsupportedError(
+                f"no calibration row reaches {self.site.name!r}: all of them are padding, or are "
+                "routed elsewhere; give more batches"
+            )
+        if not bool(weight.isfinite().all() & self.gram.matrix.isfinite().all()):
+            raise UnsupportedError(
+                f"the weight {self.site.name!r}, or the squares of its inputs, hold NaN or "
+                "infinity; repair the weights or scale the inputs first"
+            )
         gram = damped(self.gram.matrix, damping)
         if self.site.bias is not None:
             bias = program.tensors[self.site.bias].to("cpu", torch.float64)
@@ -179,8 +193,9 @@ def compensate(
             new[:, :features][:, ~stays] = 0
             if method == "bias" and part.site.bias is not None:
                 new[:, -1] += old[:, :features][:, ~stays] @ part.gram.mean[~stays]
-        error += loss(old, new, problem.gram)
-        energy += loss(old, torch.zeros_like(old), problem.gram)
+        seen = part.gram.matrix if part.site.bias is None else part.gram.with_ones()
+        error += loss(old, new, seen)  # as it is on the rows, without damping
+        energy += loss(old, torch.zeros_like(old), seen)
         bias = new[:, -1] if part.site.bias is not None else None
         program = part.site.with_matrix(program, new[:, :features], bias)
     return program, error / max(energy, 1e-300)

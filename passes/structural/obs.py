@@ -13,11 +13,14 @@ left. Units are chosen greedily, all costs anew after each removal.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from graphprune.errors import UnsupportedError
 
 _BLOCK = 64  # columns whose downdates are kept factored before one matrix product applies them
 
@@ -60,7 +63,11 @@ def greedy(problems: Sequence[Problem], count: int) -> tuple[list[int], list[flo
         The units in the order of removal, and the cost of each: their running sum is the rise of
         the loss sum over problems of tr(ΔW H ΔWᵀ).
     """
-    states = [_State(p) for p in problems]
+    with _told():
+        return _greedy([_State(p) for p in problems], count)
+
+
+def _greedy(states: Sequence[_State], count: int) -> tuple[list[int], list[float]]:
     order: list[int] = []
     costs: list[float] = []
     for _ in range(count):
@@ -75,6 +82,18 @@ def greedy(problems: Sequence[Problem], count: int) -> tuple[list[int], list[flo
     return order, costs
 
 
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Say what helps when a Gram matrix has too little rank."""
+    try:
+        yield
+    except torch.linalg.LinAlgError as e:  # type: ignore[attr-defined]
+        raise UnsupportedError(
+            "the calibration inputs of a layer do not span its features, and damping is too small "
+            "to fill in: raise damping (0.01 is usual), or give more batches"
+        ) from e
+
+
 def refit(weight: Tensor, gram: Tensor, keep: Tensor) -> Tensor:
     """The weight with only `keep` features that comes closest on the inputs: least squares.
 
@@ -82,7 +101,8 @@ def refit(weight: Tensor, gram: Tensor, keep: Tensor) -> Tensor:
     """
     weight = weight.to(torch.float64)
     target = weight @ gram[:, keep]
-    factor = torch.linalg.cholesky(gram[keep][:, keep])
+    with _told():
+        factor = torch.linalg.cholesky(gram[keep][:, keep])
     result = torch.zeros_like(weight)
     result[:, keep] = torch.cholesky_solve(target.T, factor).T
     return result

@@ -208,8 +208,7 @@ class Removal:
 
     def _wanted(self, groups: Sequence[AxisGroup]) -> Wanted:
         costs = {group.id: group.cost for group in groups}
-        # OBS scores are errors of a layer's output: of one unit in every layer.
-        return Wanted(self.ratio, self.round_to, self.floor, costs, self.score == "obs")
+        return Wanted(self.ratio, self.round_to, self.floor, costs)
 
 
 def _finite(scores: Tensor, group: AxisGroup, name: str) -> Tensor:

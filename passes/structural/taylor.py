@@ -23,35 +23,57 @@ def taylor_scores(
     """|Σ g·w| of each unit over the weights that read it; float64 [size] by group id.
 
     Summed over a unit's columns, weight times gradient is the derivative of the loss by a gate on
-    the unit (Michel et al., arXiv 1905.10650). Without labels the loss is the distance to the dense
-    outputs, whose gradient vanishes at the dense weights; what is left of it is the Gauss-Newton
-    term, the mean square of that derivative for the output seen from a random direction.
+    the unit (Michel et al., arXiv 1905.10650).
+
+    1. A model that was captured with labels and returns its `loss`: the mean of |Σ g·w| over the
+       batches, which bring labels too.
+    2. Without labels the loss is the distance to the dense outputs, whose gradient vanishes at the
+       dense weights; what is left of it is the Gauss-Newton term, the mean square of that
+       derivative for the output seen from a random direction.
     """
     assert ctx.calibration is not None
     module = graph_module(program)
     weights = dict(module.named_parameters(remove_duplicate=False))
     reads = {g.id: sorted({s.tensor for s, _ in consumers(groups, g)}) for g in chosen}
     names = sorted({name for tensors in reads.values() for name in tensors})
+    loss = _loss_output(program)
     totals = {g.id: torch.zeros(g.size, dtype=torch.float64) for g in chosen}
     batches = list(ctx.calibration)
     for i, batch in enumerate(batches):
         ctx.progress(i, len(batches), "batches")
         flat = flat_batch(program.forward, batch, i)
-        outputs = [o for o in module(*flat) if isinstance(o, Tensor) and o.requires_grad]
+        with torch.inference_mode(False), torch.enable_grad():
+            results = module(*flat)
+        outputs = [o for o in results if isinstance(o, Tensor) and o.requires_grad]
         if not outputs:
             raise GraphPruneError("no output depends on the weights: there is nothing to score by")
-        for k in range(_PROJECTIONS):
-            seen = torch.stack([(o * _direction(o, ctx)).sum() for o in outputs]).sum()
+        projections = _PROJECTIONS if loss is None else 1
+        for k in range(projections):
+            if loss is None:
+                seen = torch.stack([(o * _direction(o, ctx)).sum() for o in outputs]).sum()
+            else:
+                seen = results[loss]
             gradients = torch.autograd.grad(
                 seen,
                 [weights[n] for n in names],
-                retain_graph=k + 1 < _PROJECTIONS,
+                retain_graph=k + 1 < projections,
                 allow_unused=True,
             )
             found = dict(zip(names, gradients, strict=True))
             for group in chosen:
-                totals[group.id] += _gates(groups, group, reads[group.id], weights, found).square()
-    return {name: total.sqrt() for name, total in totals.items()}
+                gates = _gates(groups, group, reads[group.id], weights, found)
+                totals[group.id] += gates.square() if loss is None else gates.abs()
+    count = len(batches)
+    return {n: (t / count).sqrt() if loss is None else t / count for n, t in totals.items()}
+
+
+def _loss_output(program: Program) -> int | None:
+    """Which flat output is the model's own `loss`, where it has one."""
+    spec = program.forward.out_spec
+    if not isinstance(spec.context, list) or "loss" not in spec.context:
+        return None
+    before = spec.children()[: spec.context.index("loss")]
+    return sum(child.num_leaves for child in before)
 
 
 def _direction(output: Tensor, ctx: Context) -> Tensor:

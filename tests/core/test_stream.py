@@ -172,3 +172,30 @@ def test_nan_is_named_with_its_site_and_batch() -> None:
     batches = [torch.randn(2, 4), torch.full((2, 4), float("nan"))]
     with pytest.raises(GraphPruneError, match=r"batch 1 gives NaN .* input of '2.weight'"):
         Stream(program, batches).collect(program, [site], nothing)
+
+
+def test_a_mask_belongs_to_its_own_sequence(captured: Captured) -> None:
+    """A decoder as long as the encoder is not masked by the encoder's mask."""
+    program = captured("tiny-t5")
+    ids = torch.randint(3, 99, (4, 6))
+    mask = torch.ones_like(ids)
+    mask[:, 1:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids}
+    counts = {}
+    for group in axis_groups(program).with_role("neuron"):
+        site = consumers(axis_groups(program), group)[0][0]
+        seen: list[Tensor] = []
+        Stream(program, [batch]).collect(program, [site], keep_in(seen))
+        counts[site.name.split(".")[0]] = len(seen[0])
+    assert counts == {"encoder": 4, "decoder": 24}
+
+
+def test_types_and_lengths_of_batches_are_checked(captured: Captured) -> None:
+    program = captured("tiny-bert")
+    good = batch_of(program, 0)
+    with pytest.raises(GraphPruneError, match=r"input 'input_ids' is torch.int32"):
+        Stream(program, [{**good, "input_ids": good["input_ids"].int()}])
+    with pytest.raises(GraphPruneError, match="has 5 for sequence, another input 8"):
+        Stream(program, [{**good, "attention_mask": good["attention_mask"][:, :5]}])
+    with pytest.raises(GraphPruneError, match="calibration batch 0"):
+        Stream(program, [None])

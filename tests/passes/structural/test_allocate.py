@@ -74,24 +74,18 @@ def test_global_never_empties_a_group() -> None:
     assert {k: v.tolist() for k, v in keep.items()} == {"a": [0], "b": [2]}
 
 
-def test_comparable_scores_are_not_rescaled() -> None:
-    scores = {"small": torch.tensor([1.0, 2.0, 3.0]), "large": torch.tensor([10.0, 20.0, 30.0])}
-    keep = global_ranking(scores, Wanted(1 / 3, comparable=True))
-    assert {k: v.tolist() for k, v in keep.items()} == {"small": [2], "large": [0, 1, 2]}
-
-
 def test_costs_count_parameters_not_units() -> None:
-    scores = {"cheap": torch.full((4,), 2.0), "dear": torch.full((4,), 3.0)}
-    wanted = Wanted(0.5, costs={"cheap": 1, "dear": 3}, comparable=True)
-    # A dear unit is worth 1 a parameter, a cheap one 2: the dear ones go first, 3 parameters each.
-    keep = global_ranking(scores, wanted)
+    scores = {"cheap": torch.ones(4), "dear": torch.ones(4)}
+    keep = global_ranking(scores, Wanted(0.5, costs={"cheap": 1, "dear": 3}))
+    # Of equal scores the dear units are worth less a parameter: they go first.
     assert {k: len(v) for k, v in keep.items()} == {"cheap": 4, "dear": 2}
 
 
 def test_the_floor_stays_in_every_group() -> None:
-    scores = {"low": torch.arange(8.0), "high": torch.arange(8.0) + 100}
-    keep = global_ranking(scores, Wanted(0.5, floor=0.25, comparable=True))
-    assert {k: len(v) for k, v in keep.items()} == {"low": 2, "high": 6}
+    low = torch.tensor([0.0] * 7 + [8.0])
+    scores = {"low": low, "high": torch.ones(8)}
+    assert len(global_ranking(scores, Wanted(7 / 16))["low"]) == 1
+    assert len(global_ranking(scores, Wanted(7 / 16, floor=0.5))["low"]) == 4
 
 
 def test_nothing_to_allocate_is_fine() -> None:

@@ -162,6 +162,34 @@ def test_taylor_is_the_derivative_by_a_gate() -> None:
     torch.testing.assert_close(found, expected.sqrt(), rtol=1e-4, atol=1e-5)
 
 
+def test_taylor_uses_the_loss_of_a_model_captured_with_labels() -> None:
+    class Labelled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Duplicates()
+
+        def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            logits = self.inner(x)
+            loss = nn.functional.cross_entropy(logits, labels)
+            return {"loss": loss, "logits": logits}
+
+    model, x = Labelled(), torch.randn(7, 6)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    batch = {"x": x, "labels": torch.arange(7) % 4}
+    program = capture(model, batch)
+    groups = axis_groups(program)
+    group = groups["inner.a.weight[0]"]
+    found = taylor_scores(program, groups, [group], Context(calibration=[batch]))[group.id]
+    hidden = torch.relu(model.inner.a(x)).detach()
+    gates = torch.ones(8, requires_grad=True)
+    logits = model.inner.b(hidden * gates)
+    nn.functional.cross_entropy(logits, batch["labels"]).backward()  # type: ignore[no-untyped-call]
+    assert gates.grad is not None
+    torch.testing.assert_close(found, gates.grad.abs().double(), rtol=1e-4, atol=1e-6)
+
+
 def test_later_layers_are_fitted_to_what_the_pruned_ones_make(captured: Captured) -> None:
     """Sequential: the second layer's statistics come from the cut first layer."""
     program = captured("tiny-bert")
@@ -205,3 +233,22 @@ def test_options_are_checked(options: dict[str, Any], message: str) -> None:
 def test_data_is_needed_where_data_decides(captured: Captured) -> None:
     with pytest.raises(RecipeError, match="calibration"):
         gp.compile(captured("tiny-mlp"), [PruneNeurons(0.5, score="obs")])
+
+
+def test_too_little_rank_says_what_helps() -> None:
+    program = capture(Duplicates(), (torch.randn(5, 6),))
+    step = PruneNeurons(0.5, score="obs", damping=0.0)
+    with pytest.raises(UnsupportedError, match="raise damping"):
+        gp.compile(program, [step], calibration=[torch.randn(2, 6)])
+
+
+def test_all_padding_and_broken_weights_are_told(captured: Captured) -> None:
+    program = captured("tiny-bert")
+    batch = batches_of(program, 1)[0]
+    empty = {k: torch.zeros_like(v) if "mask" in k else v for k, v in batch.items()}
+    with pytest.raises(UnsupportedError, match="no calibration row reaches"):
+        gp.compile(program, [PruneNeurons(0.5, score="obs")], calibration=[empty])
+    name = "encoder.layer.0.output.dense.weight"
+    broken = program.with_tensors({name: program.tensors[name] * float("nan")})
+    with pytest.raises(UnsupportedError, match="hold NaN or infinity"):
+        gp.compile(broken, [PruneNeurons(0.5, score="obs")], calibration=[batch])
