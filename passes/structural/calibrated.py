@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -100,7 +100,15 @@ def gather(
         lambda site, rows: grams[site.name].add(rows),
         lambda done, total: ctx.progress(done, total, "batches"),
     )
-    return list({s.name: Consumer(s, units, grams[s.name]) for s, units in found}.values())
+    biases: dict[str, set[str | None]] = {}
+    for site, _ in found:
+        biases.setdefault(site.name, set()).add(site.bias)
+    parts = {}
+    for site, units in found:
+        # One weight used with several biases is fitted once, and none of them is.
+        own = site if len(biases[site.name]) == 1 else replace(site, bias=None)
+        parts[site.name] = Consumer(own, units, grams[site.name])
+    return list(parts.values())
 
 
 def fluctuation(program: Program, group: AxisGroup, parts: Sequence[Consumer]) -> Tensor:
@@ -145,6 +153,8 @@ def marginal_costs(
     program: Program, group: AxisGroup, parts: Sequence[Consumer], damping: float
 ) -> Tensor:
     """What each unit costs when OBS comes to it, as a part of the consumers' output; [size].
+
+    A part of its own layer's output says nothing of how much that layer matters to the model's.
 
     Costs only rise along the order of removal: a unit that gets cheaper once another is gone would
     otherwise be counted before it. The last unit, which always stays, costs as much as the one

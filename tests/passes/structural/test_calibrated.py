@@ -122,6 +122,24 @@ def test_the_predicted_error_is_the_measured_one(method: str) -> None:
         torch.testing.assert_close(before.mean(0), after.mean(0), rtol=1e-3, atol=1e-4)
 
 
+def test_a_weight_with_two_biases_is_fitted_once_and_leaves_both() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 4), nn.Linear(8, 4)
+            self.c.weight = self.b.weight
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            h = torch.relu(self.a(x))
+            return self.b(h), self.c(h * h)
+
+    x = torch.randn(100, 6)
+    program = capture(Shared(), (x[:5],))
+    compiled = gp.compile(program, [PruneNeurons(0.5, score="obs")], calibration=[x])
+    for name in ("b.bias", "c.bias"):
+        assert torch.equal(compiled.program.tensors[name], program.tensors[name])
+
+
 def test_least_squares_is_the_best_of_the_three() -> None:
     model, x = Duplicates(), torch.randn(300, 6)
     with torch.no_grad():
