@@ -130,15 +130,20 @@ class Removal:
         stream = Stream(program, ctx.calibration)
         keep: dict[str, Tensor] = {}
         errors: dict[str, JSON] = {}
+        curves: dict[str, JSON] = {}
         few: list[JSON] = []
         for group in order:
             parts = gather(stream, program, groups, group, ctx)
             few += warn_if_few(parts)
-            keep[group.id] = self._choose(program, group, parts, counts[group.id], slopes, ctx)
+            keep[group.id], scores = self._choose(
+                program, group, parts, counts[group.id], slopes, ctx
+            )
+            curves[group.id] = _curve(scores)
             program, errors[group.id] = compensate(
                 program, group, parts, keep[group.id], self.method, self.damping
             )
-        return keep, program, {"output_error": errors, "warnings": few}
+        notes: dict[str, JSON] = {"output_error": errors, "score_curves": curves, "warnings": few}
+        return keep, program, notes
 
     def _choose(
         self,
@@ -148,14 +153,15 @@ class Removal:
         count: int,
         slopes: Mapping[str, Tensor],
         ctx: Context,
-    ) -> Tensor:
-        """The `count` units to keep, by this score."""
+    ) -> tuple[Tensor, Tensor]:
+        """The `count` units to keep, and scores in the order in which units would go."""
         if self.score == "obs":
-            removed, _ = obs_order(program, group, parts, group.size - count, self.damping)
+            removed, costs = obs_order(program, group, parts, group.size - count, self.damping)
             gone = torch.zeros(group.size, dtype=torch.bool)
             gone[removed] = True
-            return (~gone).nonzero().flatten()
-        return best(self._scores(program, group, parts, slopes, ctx), count)
+            return (~gone).nonzero().flatten(), torch.tensor(costs, dtype=torch.float64)
+        scores = self._scores(program, group, parts, slopes, ctx)
+        return best(scores, count), scores.sort().values
 
     def _scores(
         self,
@@ -209,6 +215,14 @@ class Removal:
     def _wanted(self, groups: Sequence[AxisGroup]) -> Wanted:
         costs = {group.id: group.cost for group in groups}
         return Wanted(self.ratio, self.round_to, self.floor, costs)
+
+
+def _curve(scores: Tensor, points: int = 64) -> list[float]:
+    """Scores for a picture: at most `points` of them, as parts of the largest."""
+    if not len(scores):
+        return []
+    at = torch.linspace(0, len(scores) - 1, min(points, len(scores))).round().long()
+    return (scores[at] / scores.max().clamp_min(1e-300)).tolist()
 
 
 def _finite(scores: Tensor, group: AxisGroup, name: str) -> Tensor:

@@ -75,6 +75,9 @@ def test_scores_and_allocations_combine(score: str, allocation: str, captured: C
     assert sum(g.size for g in groups) == 64
     if allocation == "uniform":
         assert [g.size for g in groups] == [32, 32]
+    for curve in compiled.report.passes[0].details["score_curves"].values():
+        assert 1 < len(curve) <= 64
+        assert 0 <= min(curve) <= max(curve) <= 1
 
 
 class Duplicates(nn.Module):
