@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,14 +10,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from graphprune.errors import GraphPruneError
-from graphprune.models.tokenize import tokenizer
+from graphprune.graph import is_op
+from graphprune.models import wikitext
+from graphprune.models.tokenize import encoder, tokenizer
+from graphprune.program import Program
+
+_log = logging.getLogger(__name__)
 
 LINES = 1024
 BATCH = 32
 TOKENS = 128
+# For language models: running text in segments, which one line of LINES stands for a part of.
+SEGMENTS = 64
+SEGMENT = 512
+_LINE = SEGMENTS * SEGMENT // LINES
 # The columns of a table that hold text, by preference.
 COLUMNS = ("text", "sentence", "sentence1")
 
@@ -28,8 +38,10 @@ def calibration_batches(
     inputs: Sequence[str],
     tokenizer_dir: Path | None = None,
     lines: int = LINES,
+    *,
+    segment: int = 0,
 ) -> Batches:
-    """Batches of 32 for `compile(..., calibration=...)`.
+    """Batches for `compile(..., calibration=...)`, of 32 samples.
 
     1. *.npz: one array an input, its name the input's, the first dimension the samples.
     2. *.tsv: a header line; the column text, sentence or sentence1.
@@ -40,11 +52,15 @@ def calibration_batches(
     file are often all of one kind. Sentences are sorted by length, so that batches need less
     padding.
 
+    A language model reads running text, as it does in use: with `segment`, the text goes to
+    `token_batches`, where a line stands for 32 tokens.
+
     Args:
         source: the file or folder.
         inputs: names of the model's inputs.
         tokenizer_dir: where the tokenizer's files are; for text.
         lines: the most sentences or samples to take.
+        segment: tokens of a segment of running text; 0 for a sentence a row.
 
     Raises:
         GraphPruneError: nothing usable is there; the file, and what it lacks, are named.
@@ -64,6 +80,9 @@ def calibration_batches(
             f"{str(source)!r} is text, and no tokenizer was found beside the model: give an .npz "
             "file with an array for each input"
         )
+    if segment:
+        segments = max(1, lines * _LINE // segment)
+        return token_batches(files[0], inputs, tokenizer_dir, segments=segments, length=segment)
     sentences = _drawn(_sentences(files[0]), lines)
     return text_batches(sentences, inputs, tokenizer_dir)
 
@@ -78,15 +97,120 @@ def text_batches(sentences: Iterable[str], inputs: Sequence[str], tokenizer_dir:
     ordered = sorted(sentences, key=len)
     batches = []
     for start in range(0, len(ordered), BATCH):
-        made = tokenize(ordered[start : start + BATCH], TOKENS)
-        missing = [name for name in inputs if name not in made]
-        if missing:
-            raise GraphPruneError(
-                f"a tokenizer does not make the inputs {missing} of this model: give an .npz file "
-                "with an array for each input"
-            )
-        batches.append({name: made[name] for name in inputs})
+        batches.append(_chosen(tokenize(ordered[start : start + BATCH], TOKENS), inputs))
     return batches
+
+
+def token_batches(
+    source: Path,
+    inputs: Sequence[str],
+    tokenizer_dir: Path,
+    *,
+    segments: int = SEGMENTS,
+    length: int = SEGMENT,
+    seed: int = 0,
+    batch: int = 4,
+) -> Batches:
+    """Segments of running text, [batch, length] tokens, none padded: for language models.
+
+    The text is tokenised whole, with the special tokens that the tokenizer adds by itself, and cut
+    into segments that do not overlap, of which some are drawn at random. A file in WikiText's
+    tokenised form (`<unk>`, ` @-@ `) is made text again by `graphprune.models.wikitext` first; of a
+    table (*.tsv) the column of text is read, a row a line.
+
+    Args:
+        source: a text file in UTF-8.
+        inputs: names of the model's inputs.
+        tokenizer_dir: where the tokenizer's files are.
+        segments: how many to draw; of a shorter text all are taken, with a warning.
+        length: tokens of each.
+        seed: for the drawing.
+        batch: segments that run together; their logits are held at once.
+
+    Raises:
+        GraphPruneError: the file is no text or has not one segment, or the model takes an input
+            that no tokenizer makes.
+    """
+    if min(segments, length, batch) < 1:
+        raise GraphPruneError(
+            f"segments, length and batch are at least 1, got {segments}, {length} and {batch}"
+        )
+    text = "\n".join(_rows(source))
+    if wikitext.is_tokenised(text):
+        text = wikitext.plain_text(text)
+    (ids,) = encoder(tokenizer_dir, special=True)([text])
+    found = len(ids) // length
+    if not found:
+        raise GraphPruneError(
+            f"{str(source)!r} has {len(ids)} tokens, fewer than one segment of {length}, which is "
+            "what a language model is calibrated on: give a longer text"
+        )
+    if found < segments:
+        _log.warning(
+            "%s gives %d segments of %d tokens for calibration, not the %d that were asked for",
+            source,
+            found,
+            length,
+            segments,
+        )
+    drawn = sorted(random.Random(seed).sample(range(found), min(segments, found)))
+    rows = torch.tensor([ids[i * length : (i + 1) * length] for i in drawn])
+    return [_chosen(_unpadded(part), inputs) for part in torch.split(rows, batch)]
+
+
+def predicts_tokens(program: Program) -> bool:
+    """Whether a program's first output is logits [batch, tokens, vocabulary] over its input_ids.
+
+    It is told by the width: as many logits as the table that input_ids look up has rows.
+    """
+    graph = program.forward.graph
+    outputs = next(iter(reversed(graph.nodes))).args[0]
+    first = outputs[0] if isinstance(outputs, tuple | list) and outputs else None
+    value = first.meta.get("val") if isinstance(first, fx.Node) else None
+    if not isinstance(value, Tensor) or value.dim() != 3:
+        return False
+    tables = [n.args[0] for n in graph.nodes if is_op(n, "embedding") and _of_ids(n.args[1])]
+    return any(
+        isinstance(table, fx.Node) and table.meta["val"].shape[0] == value.shape[2]
+        for table in tables
+    )
+
+
+def _of_ids(node: object) -> bool:
+    """Whether a node is input_ids, perhaps in another shape or type."""
+    while isinstance(node, fx.Node) and is_op(node, "view", "reshape", "_to_copy", "clone"):
+        node = node.args[0]
+    return isinstance(node, fx.Node) and node.op == "placeholder" and node.name == "input_ids"
+
+
+def count_tokens(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, int]:
+    """How much there is: {"samples": rows} and, for text, "tokens" without the padding."""
+    samples = sum(len(next(iter(b.values()))) for b in batches)
+    if any("input_ids" not in b for b in batches):
+        return {"samples": samples}
+    tokens = sum(
+        int(b.get("attention_mask", torch.ones_like(b["input_ids"])).sum()) for b in batches
+    )
+    return {"samples": samples, "tokens": tokens}
+
+
+def _unpadded(ids: Tensor) -> dict[str, Tensor]:
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "token_type_ids": torch.zeros_like(ids),
+    }
+
+
+def _chosen(made: Mapping[str, Tensor], inputs: Sequence[str]) -> dict[str, Tensor]:
+    """What a tokenizer made, of it what the model takes."""
+    missing = [name for name in inputs if name not in made]
+    if missing:
+        raise GraphPruneError(
+            f"a tokenizer does not make the inputs {missing} of this model: give an .npz file "
+            "with an array for each input"
+        )
+    return {name: made[name] for name in inputs}
 
 
 def _files(source: Path) -> list[Path]:
@@ -104,14 +228,18 @@ def _files(source: Path) -> list[Path]:
     return found
 
 
-def _sentences(file: Path) -> list[str]:
-    """Distinct sentences of a file, in their order."""
+def _rows(file: Path) -> list[str]:
+    """The lines of a text, or the text column of a table."""
     try:
         rows = file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as e:
         raise GraphPruneError(f"{str(file)!r} is no UTF-8 text file") from e
-    if file.suffix == ".tsv":
-        rows = _column(file, rows)
+    return _column(file, rows) if file.suffix == ".tsv" else rows
+
+
+def _sentences(file: Path) -> list[str]:
+    """Distinct sentences of a file, in their order."""
+    rows = _rows(file)
     found = list(dict.fromkeys(row.strip() for row in rows if row.strip()))
     if not found:
         raise GraphPruneError(f"{str(file)!r} holds no sentence")

@@ -13,6 +13,7 @@ from torch import Tensor
 from graphprune.errors import GraphPruneError
 
 Tokenize = Callable[[Sequence[str], int], dict[str, Tensor]]
+Encode = Callable[[Sequence[str]], list[list[int]]]
 
 
 def tokenizer(folder: Path) -> Tokenize:
@@ -32,15 +33,42 @@ def tokenizer(folder: Path) -> Tokenize:
     return _with_transformers(folder)
 
 
-def _fast(folder: Path) -> Tokenize:
+def encoder(folder: Path, *, special: bool) -> Encode:
+    """A function from texts to their token ids, whole: neither padded nor cut to a length.
+
+    Args:
+        folder: where the tokenizer's files are; read as `tokenizer` reads them.
+        special: add the tokens that the tokenizer adds by itself, such as one that begins a text.
+
+    Raises:
+        GraphPruneError: the folder holds no tokenizer, or what reads it is not installed.
+    """
+    if (folder / "tokenizer.json").is_file():
+        fast = _read_fast(folder)
+        # A file may ask for both.
+        fast.no_truncation()
+        fast.no_padding()
+        return lambda texts: [
+            e.ids for e in fast.encode_batch(list(texts), add_special_tokens=special)
+        ]
+    slow = _read_slow(folder)
+    # verbose: a text longer than the model takes is cut into windows later.
+    return lambda texts: slow(list(texts), add_special_tokens=special, verbose=False)["input_ids"]
+
+
+def _read_fast(folder: Path) -> Any:
     try:
         from tokenizers import Tokenizer
     except ImportError as e:
         raise _missing("tokenizers") from e
     try:
-        loaded = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        return Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as e:  # the library raises nothing narrower
         raise _unusable(folder) from e
+
+
+def _fast(folder: Path) -> Tokenize:
+    loaded = _read_fast(folder)
     number, text = _padding(folder, loaded)
     loaded.enable_padding(pad_id=number, pad_token=text)
 
@@ -77,15 +105,19 @@ def _padding(folder: Path, loaded: Any) -> tuple[int, str]:
     return int(found.get("pad_id", 0)), str(found.get("pad_token", "[PAD]"))
 
 
-def _with_transformers(folder: Path) -> Tokenize:
+def _read_slow(folder: Path) -> Any:
     try:
         from transformers import AutoTokenizer
     except ImportError as e:
         raise _missing("transformers") from e
     try:
-        loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as e:
         raise _unusable(folder) from e
+
+
+def _with_transformers(folder: Path) -> Tokenize:
+    loaded = _read_slow(folder)
     if loaded.pad_token is None:
         loaded.pad_token = loaded.eos_token
 

@@ -58,7 +58,8 @@ Calibration = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="Text, a sentence a line; or .tsv, .npz, or a folder with train.tsv or .npz files.",
+        help="Text, a sentence a line, or running text for a language model; or .tsv, .npz, or a "
+        "folder with train.tsv or .npz files.",
     ),
 ]
 
@@ -187,7 +188,10 @@ def compile_command(
     ] = "",
     calibration: Calibration = None,
     calibration_lines: Annotated[
-        int, typer.Option(help="At most so many sentences or samples of it.")
+        int,
+        typer.Option(
+            help="At most so many sentences or samples of it; of running text, 32 tokens each."
+        ),
     ] = 1024,
     ignore: Annotated[
         list[str] | None, typer.Option(help="Name patterns to leave alone; repeatable.")
@@ -279,8 +283,23 @@ def eval_command(
     model: Annotated[
         str, typer.Argument(metavar="OUT_OR_MODEL", help="An artifact's folder, or a model.")
     ],
-    task: Annotated[str, typer.Option(help="sts, neighbours or digits.")],
-    data: Annotated[Path | None, typer.Option(help="The task's file or folder.")] = None,
+    task: Annotated[
+        str, typer.Option(help="sts, neighbours, digits, perplexity, piqa or lambada.")
+    ],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="The task's file or folder; default: the one under $GRAPHPRUNE_DATA."),
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(min=2, help="perplexity: tokens of a window. Default 512.")
+    ] = None,
+    windows: Annotated[
+        int | None, typer.Option(min=0, help="perplexity: so many, from the start. Default all.")
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=0, help="piqa, lambada: so many examples from the start. Default all."),
+    ] = None,
     as_json: Json = False,
     allow_pickle: Pickle = False,
 ) -> None:
@@ -288,12 +307,14 @@ def eval_command(
     from graphprune.cli.console import quality_table
     from graphprune.cli.workflow import check_task, judged, open_subject
 
-    check_task(task, data)
+    given = {"window": window, "windows": windows, "limit": limit}
+    options = {name: number for name, number in given.items() if number is not None}
+    check_task(task, data, options)
     with _display() as display:
         with display.step(f"load {model}") as advance:
             subject = open_subject(model, allow_pickle, advance)
         with display.step(f"task {task}") as advance:
-            results = judged(subject, task, data, advance)
+            results = judged(subject, task, data, advance, options)
     if as_json:
         _print_json({"model": model, **results})
     else:
@@ -315,7 +336,10 @@ def sensitivity_command(
     ] = None,
     calibration: Calibration = None,
     calibration_lines: Annotated[
-        int, typer.Option(help="At most so many sentences or samples of it.")
+        int,
+        typer.Option(
+            help="At most so many sentences or samples of it; of running text, 32 tokens each."
+        ),
     ] = 256,
     measure: Annotated[
         bool, typer.Option("--measure/--no-measure", help="Time the cuts too, role by role.")
@@ -486,6 +510,8 @@ def _present(summary: Summary, as_json: bool) -> None:
     for line in summary.report.skipped_lines():
         console.print(f"  skipped  {line}", style="dim", markup=False, soft_wrap=True)
     console.print(comparison_table(summary.rows()))
+    if summary.calibrated_on():
+        console.print(f"calibrated on {summary.calibrated_on()}")
     console.print(f"written to {summary.path}/", soft_wrap=True, markup=False)
 
 

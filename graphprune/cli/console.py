@@ -233,18 +233,23 @@ def sensitivity_tables(found: Sensitivity) -> list[tuple[str, Table]]:
 
 
 def quality_table(results: Mapping[str, JSON]) -> Table:
-    """Task results, one row a model."""
-    rows = [
-        {
+    """Task results, one row a model and figure; ± is one standard error."""
+    rows = []
+    for which, r in results.items():
+        error = r.get("standard_error")
+        lower = "" if r.get("higher_is_better", True) else ", lower is better"
+        first = {
             "": which,
             "task": r["task"],
-            "metric": r["metric"],
-            "value": f"{r['value']:.4f}",
+            "metric": r["metric"] + lower,
+            "value": f"{r['value']:.4f}" + ("" if error is None else f" ± {error:.4f}"),
             "items": f"{r['count']:,}",
+            "of": r.get("details", ""),
         }
-        for which, r in results.items()
-    ]
-    return plain_table(["", "task", "metric", "value", "items"], rows)
+        more = r.get("more") or {}
+        rows += [first, *({"metric": m, "value": f"{value:.4f}"} for m, value in more.items())]
+    columns = ["", "task", "metric", "value", "items"]
+    return plain_table([*columns, "of"] if any(r.get("of") for r in rows) else columns, rows)
 
 
 def plain_table(columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> Table:

@@ -64,6 +64,7 @@ class Summary:
         megabytes: size on disk of "pruned" and, where written, "dense".
         timing: what the benchmark measured, or None.
         quality: task results of "pruned" and "dense", or none.
+        calibration: "samples" and, for text, "tokens" of what calibrated it; None without.
     """
 
     model: str
@@ -72,6 +73,7 @@ class Summary:
     megabytes: Mapping[str, float]
     timing: Mapping[str, JSON] | None
     quality: Mapping[str, JSON]
+    calibration: Mapping[str, int] | None = None
 
     def to_json(self) -> JSON:
         """Plain data."""
@@ -82,7 +84,12 @@ class Summary:
             "megabytes": dict(self.megabytes),
             "timing": self.timing,
             "quality": dict(self.quality),
+            "calibration": None if self.calibration is None else dict(self.calibration),
         }
+
+    def calibrated_on(self) -> str:
+        """The calibration in words, such as "64 samples, 32,768 tokens"; empty without."""
+        return ", ".join(f"{count:,} {what}" for what, count in (self.calibration or {}).items())
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """(what, dense, pruned, change) for a table."""
@@ -131,7 +138,10 @@ def _quality_rows(quality: Mapping[str, JSON]) -> list[tuple[str, str, str, str]
         return []
     change = "" if dense is None else f"{pruned['value'] - dense['value']:+.3f}"
     left = "" if dense is None else f"{dense['value']:.3f}"
-    return [(f"{pruned['task']}: {pruned['metric']}", left, f"{pruned['value']:.3f}", change)]
+    title = f"{pruned['task']}: {pruned['metric']}"
+    if not pruned.get("higher_is_better", True):
+        title += ", lower is better"
+    return [(title, left, f"{pruned['value']:.3f}", change)]
 
 
 def steps_of(recipe: str | None, flags: Mapping[str, Mapping[str, Any] | None]) -> list[Pass]:
@@ -321,6 +331,7 @@ def compiled_and_measured(
     """Capture, prune, export, time, judge; each long step is announced through `step`."""
     from graphprune.api import compile
     from graphprune.models import LoadedModel
+    from graphprune.models.calibration import count_tokens
 
     with step("capture"):
         start = captured(subject)
@@ -352,7 +363,9 @@ def compiled_and_measured(
     if timing is not None or quality:
         artifact = _noted(artifact, compiled.report, timing, quality)
     name = subject.name if isinstance(subject, LoadedModel) else str(subject.path)
-    return Summary(name, path, compiled.report, _megabytes(artifact), timing, quality)
+    calibrated = None if batches is None else count_tokens(batches)
+    megabytes = _megabytes(artifact)
+    return Summary(name, path, compiled.report, megabytes, timing, quality, calibrated)
 
 
 def _noted(
@@ -383,13 +396,24 @@ def calibration(
 ) -> list[dict[str, Tensor]]:
     """Calibration batches for a subject from a file, as `graphprune.models.calibration` reads it.
 
+    A language model gets running text, in segments of 512 tokens or as long as it takes.
+
     Raises:
         GraphPruneError: the file is missing, holds nothing usable, or the model takes no text.
     """
-    from graphprune.models.calibration import calibration_batches
+    from graphprune.models.calibration import SEGMENT, calibration_batches, predicts_tokens
 
-    names = [argument.name for argument in program.forward.arguments if argument.leaves]
-    return calibration_batches(source, names, _tokenizer_dir(subject), lines)
+    names = [
+        argument.name
+        for argument in program.forward.arguments
+        # What capture baked in (a flag, a None) is no input.
+        if any(isinstance(leaf, str) for leaf in argument.leaves)
+    ]
+    segment = SEGMENT if predicts_tokens(program) else 0
+    # A model with learned positions has only so many.
+    while segment > 1 and _problem(program, _resized(program, (1, segment))):
+        segment //= 2
+    return calibration_batches(source, names, _tokenizer_dir(subject), lines, segment=segment)
 
 
 def check_calibration(steps: Sequence[Pass], source: Path | None) -> None:
@@ -501,18 +525,34 @@ def bench(
 
 
 def judged(
-    subject: LoadedModel | Artifact, task: str, data: Path | None, advance: Advance
+    subject: LoadedModel | Artifact,
+    task: str,
+    data: Path | None,
+    advance: Advance,
+    options: Mapping[str, int] | None = None,
 ) -> dict[str, JSON]:
     """Task results by "pruned" and "dense"; a model that is no artifact has only the latter.
+
+    Args:
+        subject: what is judged.
+        task: a name from TASKS.
+        data: the task's file or folder, or None for the usual place.
+        advance: told of the progress, anew for each of the two models.
+        options: the task's own options.
 
     Raises:
         GraphPruneError: the task needs what the subject does not have.
     """
-
-    common = {"data": data, "tokenizer_dir": _tokenizer_dir(subject)}
+    common = {"data": data, "tokenizer_dir": _tokenizer_dir(subject), **(options or {})}
     try:
         return _results(subject, task, common, advance)
-    except (ValueError, TypeError, RuntimeError) as e:
+    except GraphPruneError:
+        raise
+    except Exception as e:
+        # ONNX Runtime's errors have no common class.
+        foreign = type(e).__module__.startswith("onnxruntime")
+        if not foreign and not isinstance(e, ValueError | TypeError | RuntimeError | IndexError):
+            raise
         raise GraphPruneError(
             f"task {task!r} cannot feed this model: {str(e).partition(chr(10))[0]}; "
             "`graphprune eval --help` says what each task is for"
@@ -611,20 +651,17 @@ def check_output(path: Path) -> None:
     check_target(path, is_artifact)
 
 
-def check_task(task: str, data: Path | None) -> None:
-    """Refuse an unknown task or missing data before a model is loaded.
+def check_task(task: str, data: Path | None, options: Mapping[str, int] | None = None) -> None:
+    """Refuse an unknown task, a foreign option or missing data before a model is loaded.
 
     Raises:
-        GraphPruneError: there is no such task, or its data is missing.
+        GraphPruneError: there is no such task or option, or the task's data is missing.
     """
-    from graphprune.models.tasks import TASKS, unknown_task
+    from graphprune.models.tasks import check, find_data, needs_data
 
-    if task not in TASKS:
-        raise unknown_task(task)
-    if task == "sts":
-        from graphprune.models.tasks.sts import find_data
-
-        find_data(data)
+    check(task, options or {})
+    if needs_data(task):
+        find_data(task, data)
 
 
 def describe_recipes() -> list[dict[str, str]]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
@@ -23,12 +24,58 @@ Runner = Callable[[Mapping[str, Tensor]], Tensor]
 @final
 @dataclass(frozen=True, slots=True)
 class TaskResult:
-    """A task's figure: higher is better, one is perfect."""
+    """A task's figure.
+
+    Attributes:
+        task: its name in TASKS.
+        metric: what `value` is.
+        value: the figure that the model is judged by.
+        count: of how many things: pairs, images, questions, predicted tokens.
+        higher_is_better: False for a perplexity.
+        standard_error: one standard error of `value`, from drawing the things judged; else None.
+        details: how it was measured, where that can vary: window, part of the data.
+        more: other figures of the same run by their metric.
+    """
 
     task: str
     metric: str
     value: float
     count: int
+    higher_is_better: bool = True
+    standard_error: float | None = None
+    details: str = ""
+    more: Mapping[str, float] = field(default_factory=dict)
+
+
+# task -> its file under $GRAPHPRUNE_DATA, and whose it is
+DATA = {
+    "sts": ("stsb/test.tsv", "the STS Benchmark"),
+    "perplexity": ("wikitext2/test.raw.txt", "WikiText-2, or any text in UTF-8"),
+    "piqa": ("piqa/valid.jsonl", "PIQA"),
+    "lambada": ("lambada/test.jsonl", "LAMBADA"),
+}
+
+
+def find_data(task: str, data: Path | None) -> Path:
+    """A task's file: the one given, that in the folder given, or that under $GRAPHPRUNE_DATA.
+
+    Raises:
+        GraphPruneError: there is none.
+    """
+    usual, whose = DATA[task]
+    folder, name = usual.split("/")
+    root = os.environ.get("GRAPHPRUNE_DATA")
+    if data is None and root:
+        data = Path(root) / folder
+    if data is None:
+        raise GraphPruneError(
+            f"the task {task!r} needs its file: give --data FILE ({name} of {whose}), or set "
+            f"GRAPHPRUNE_DATA to the folder that holds {usual}"
+        )
+    file = data / name if data.is_dir() else data
+    if not file.is_file():
+        raise GraphPruneError(f"there is no file {str(file)!r}")
+    return file
 
 
 def runner(model: Any) -> Runner:

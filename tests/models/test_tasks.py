@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from graphprune.errors import GraphPruneError
-from graphprune.models.tasks import TASKS, evaluate, runner
+from graphprune.models.tasks import TASKS, evaluate, find_data, runner
 from graphprune.models.tasks.neighbours import overlap, python_sentences
-from graphprune.models.tasks.sts import find_data, read_pairs, spearman
+from graphprune.models.tasks.sts import read_pairs, spearman
 
 HEADER = "genre\tscore\tsentence1\tsentence2"
 
@@ -45,7 +45,7 @@ def test_python_sentences_are_many_distinct_and_always_the_same() -> None:
 def test_pairs_are_read_without_quoting(tmp_path: Path) -> None:
     file = tmp_path / "test.tsv"
     file.write_text(HEADER + '\nnews\t2.5\tHe said "no.\tHe refused.\n', "utf-8")
-    assert read_pairs(find_data(tmp_path)) == (['He said "no.'], ["He refused."], [2.5])
+    assert read_pairs(find_data("sts", tmp_path)) == (['He said "no.'], ["He refused."], [2.5])
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,12 @@ def test_a_broken_file_is_named_with_its_line(tmp_path: Path, text: str, says: s
 def test_sts_without_data_says_what_to_give(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GRAPHPRUNE_DATA", raising=False)
     with pytest.raises(GraphPruneError, match="--data FILE"):
-        find_data(None)
+        find_data("sts", None)
+
+
+def test_a_task_without_an_option_says_who_has_it() -> None:
+    with pytest.raises(GraphPruneError, match="'sts' has no option --limit; it is for piqa and la"):
+        evaluate("sts", None, limit=3)
 
 
 def test_an_unknown_task_names_a_near_one() -> None:
@@ -80,7 +85,7 @@ def test_text_tasks_need_a_tokenizer_and_neighbours_a_dense_model(tmp_path: Path
         evaluate("neighbours", None)
     with pytest.raises(GraphPruneError, match="dense"):
         evaluate("neighbours", None, tokenizer_dir=tmp_path)
-    assert set(TASKS) == {"neighbours", "sts", "digits"}
+    assert set(TASKS) == {"neighbours", "sts", "digits", "perplexity", "piqa", "lambada"}
 
 
 def test_a_runner_gives_a_session_only_the_inputs_that_it_has() -> None:

@@ -1,0 +1,66 @@
+"""LAMBADA: does a language model foretell the last word of a passage?"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graphprune.errors import GraphPruneError
+from graphprune.models.tasks.base import TaskResult, find_data
+from graphprune.models.tasks.language import continuations, read_rows, share
+
+
+def lambada(
+    model: Any,
+    tokenizer_dir: Path,
+    data: Path | None = None,
+    *,
+    limit: int = 0,
+    batch: int = 8,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> TaskResult:
+    """Last-word accuracy on LAMBADA (Paperno et al. 2016), as lm-evaluation-harness has it.
+
+    A word is right when each of its tokens is the likeliest after the passage and the word's
+    earlier tokens. `more` has the perplexity a word: exp of the mean negative log-likelihood of the
+    last word, all its tokens together.
+
+    Args:
+        model: a torch module, a Program or a session that gives logits [batch, tokens, vocabulary].
+        tokenizer_dir: where the tokenizer's files are.
+        data: test.jsonl (text; what is behind its last white space is the word) or its folder;
+            else $GRAPHPRUNE_DATA's.
+        limit: so many passages from the start of the file; 0 for all.
+        batch: rows that run together; the result does not depend on it.
+        progress: called with (done, total) batches.
+
+    Raises:
+        GraphPruneError: the file is missing or broken, the tokenizer does not fit the model, or the
+            model's logits are NaN or no logits.
+    """
+    file = find_data("lambada", data)
+    rows, part = read_rows(file, ("text",), limit)
+    texts = []
+    for row in rows:
+        parts = re.fullmatch(r"(.*\S)(\s+\S+)\s*", str(row["text"]), flags=re.DOTALL)
+        if parts is None:
+            raise GraphPruneError(
+                f"{str(file)!r}: the passage {str(row['text'])[:60]!r} has no word before its last"
+            )
+        texts.append((parts[1], parts[2]))
+    scored = continuations(model, tokenizer_dir, texts, batch=batch, progress=progress)
+    value, error = share([s.greedy for s in scored])
+    mean = -sum(s.log_probability for s in scored) / len(scored)
+    return TaskResult(
+        "lambada",
+        "accuracy of the last word",
+        value,
+        len(rows),
+        standard_error=error,
+        details=part,
+        more={"perplexity of the last word": torch.tensor(mean, dtype=torch.float64).exp().item()},
+    )
