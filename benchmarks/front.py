@@ -111,7 +111,7 @@ class Bench:
             "quality": f"{result.value:.4f}",
             **(self.timed[widths] if more["precision"] == "fp32" else self.timed.pop(widths)),
             "compile s": compiled.report.seconds,
-            "peak MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
+            "peak MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6,
         }
 
     def _timing(self, artifact: Artifact) -> Row:

@@ -52,6 +52,7 @@ def report_page(report: Report, manifest: Mapping[str, Any]) -> str:
         roles=_roles(report),
         errors=[(name, f"{error:.4f}") for name, error in errors.items()],
         error_charts=_error_charts(report, errors),
+        matrices=_matrices(report),
         pass_header=HEADER,
         passes=report.rows(),
         skipped=report.skipped_lines(),
@@ -190,7 +191,8 @@ def _measured(manifest: Mapping[str, Any]) -> tuple[Rows, list[Chart]]:
             pair = {"dense": theirs["value"], **pair}
             left, change = f"{theirs['value']:.4f}", f"{value - theirs['value']:+.4f}"
         rows.append((title, left, f"{value:.4f}", change))
-        charts += _pair(f"{title}, more is better", pair)
+        better = "more" if ours.get("higher_is_better", True) else "less"
+        charts += _pair(f"{title}, {better} is better", pair)
     return rows, charts
 
 
@@ -296,6 +298,43 @@ def _error_charts(report: Report, errors: Mapping[str, float]) -> list[Chart]:
     return charts
 
 
+def _matrices(report: Report) -> list[dict[str, Any]]:
+    """For each pass that zeroed weights: what was reached and lost in every matrix."""
+    found = []
+    for done in report.passes:
+        sites = [s for s in done.details.get("sites") or () if "sparsity" in s]
+        if not sites:
+            continue
+        rows = [
+            (
+                s["name"],
+                " × ".join(map(str, s["shape"])),
+                s["pattern"],
+                f"{100 * s['sparsity']:.1f} %",
+                *(f"{s[key]:.4f}" if key in s else "" for key in ("error_masked", "error")),
+                f"{s['seconds']:.2f}",
+            )
+            for s in sites
+        ]
+        layers: dict[str, list[tuple[float, float]]] = {}
+        for i, s in enumerate(sites):
+            kind, layer = _without_number(s["name"])
+            if "error" in s:
+                layers.setdefault(kind, []).append((i if layer is None else layer, s["error"]))
+        charts = _lines(f"{done.name}: output error of each matrix, by layer", layers)
+        found.append({"title": done.name, "rows": rows, "charts": charts})
+    return found
+
+
+def _without_number(name: str) -> tuple[str, int | None]:
+    """A dotted name without what is up to its first number, and that number."""
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join(parts[i + 1 :]).removesuffix(".weight"), int(part)
+    return name.removesuffix(".weight"), None
+
+
 def _sensitivity_charts(costs: Sequence[Cost]) -> list[Chart]:
     charts: list[Chart] = []
     for role in dict.fromkeys(c.role for c in costs):
@@ -372,13 +411,23 @@ def _bars(
 
 def _curves(caption: str, curves: Mapping[str, Sequence[float]]) -> list[Chart]:
     """One line a group."""
-    if not charts_available():
-        return []
-    chart = _pygal().XY(**_options(len(curves) > 1, 280), show_dots=False)
     names = short_names(list(curves))
-    for group, values in curves.items():
-        parts = max(len(values) - 1, 1)
-        chart.add(names[group], [(i / parts, v) for i, v in enumerate(values)])
+    return _lines(
+        caption,
+        {
+            names[group]: [(i / max(len(values) - 1, 1), v) for i, v in enumerate(values)]
+            for group, values in curves.items()
+        },
+    )
+
+
+def _lines(caption: str, lines: Mapping[str, Sequence[tuple[float, float]]]) -> list[Chart]:
+    """Points (x, y) joined to a line each."""
+    if not lines or not charts_available():
+        return []
+    chart = _pygal().XY(**_options(len(lines) > 1, 280), show_dots=False)
+    for name, points in lines.items():
+        chart.add(name, list(points))
     return [_chart(chart, caption)]
 
 

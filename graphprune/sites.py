@@ -69,6 +69,43 @@ class LinearSite:
         return program.with_tensors(changed)
 
 
+def linear_sites(groups: AxisGroups, entry: str = "forward") -> list[LinearSite]:
+    """Every linear site of an entry graph, in execution order; experts one by one."""
+    facts = groups.axes.facts[entry]
+    found = [s for c in facts.contractions for s in sites_of(entry, c, groups.program)]
+    number = {n: i for i, n in enumerate(groups.program.entries[entry].graph.nodes)}
+    return sorted(found, key=lambda site: number[site.node])  # stable: experts keep their order
+
+
+# What may lie between a product and an output of the model that are one thing to the user: casts,
+# cuts, and what is done to each value alone (a cap on logits, a sigmoid).
+_OUTWARD = {
+    "to", "contiguous", "clone", "alias", "view", "reshape", "unsqueeze", "squeeze", "flatten",
+    "slice", "select", "add", "sub", "mul", "div", "tanh", "sigmoid", "softmax", "log_softmax",
+}  # fmt: skip
+
+
+def is_output_head(site: LinearSite, program: Program) -> bool:
+    """Whether the product is an output of the model: logits, a vocabulary's or of classes.
+
+    True too for a weight that a table lookup shares: the embedding that is also the output head.
+    """
+    graph = program.entries[site.entry].graph
+    for node in graph.nodes:
+        if is_op(node, "embedding") and _weight(bound_arguments(node)["weight"])[0] == site.tensor:
+            return True
+    stack, seen = [site.node], set()
+    while stack:
+        for user in stack.pop().users:
+            if user.op == "output":
+                return True
+            others = [n for n in user.all_input_nodes if n.op != "get_attr"]
+            if op_name(user) in _OUTWARD and len(others) == 1 and user not in seen:
+                seen.add(user)
+                stack.append(user)
+    return False
+
+
 def consumers(groups: AxisGroups, group: AxisGroup) -> list[tuple[LinearSite, Tensor]]:
     """The sites that contract a group, in execution order, with the unit of each input feature.
 

@@ -8,7 +8,8 @@ such place. Peak memory is what is alive at a cut, times the batches, plus one r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,10 @@ from graphprune.program import Entry, Program
 from graphprune.sites import LinearSite
 
 Observe = Callable[[LinearSite, Tensor], None]
+
+# A cut between two sites: at most this times the fewest bytes alive among so many pairs around.
+_HARDLY_MORE = 1.25
+_NEAR = 8
 
 
 class Stream:
@@ -43,6 +48,7 @@ class Stream:
         self.last_use = {
             node: max((self.number[user] for user in node.users), default=-1) for node in self.nodes
         }
+        self.alive = self._alive()
         self.position = 0
         self.done = 0  # what lies before has been collected, and need not run twice
         self.states: list[dict[fx.Node, Any]] = []
@@ -109,6 +115,29 @@ class Stream:
             results.append([values[n] for n in self.nodes[-1].args[0]])
         return results
 
+    def regions(self, sites: Sequence[LinearSite]) -> list[list[LinearSite]]:
+        """The sites in runs between which few values are alive: the parts of a model's blocks.
+
+        Read off the bytes alive, not off names: where hardly more is alive between two sites than
+        anywhere near before them, or after them, one region ends and the next begins.
+
+        Args:
+            sites: of this entry, in execution order.
+        """
+        nodes = list(dict.fromkeys(site.node for site in sites))
+        alive = self._alive(made_of_weights(self.entry.graph))
+        between = [
+            min(alive[self.number[a] + 1 : self.number[b] + 1])
+            for a, b in itertools.pairwise(nodes)
+        ]
+        starts = {node for i, node in enumerate(nodes[1:]) if _is_cut(between, i)}
+        regions: list[list[LinearSite]] = []
+        for i, site in enumerate(sites):
+            if i == 0 or (site.node in starts and site.node is not sites[i - 1].node):
+                regions.append([])
+            regions[-1].append(site)
+        return regions
+
     def _step(self, program: Program, values: dict[fx.Node, Any], j: int) -> None:
         node = self.nodes[j]
 
@@ -142,19 +171,44 @@ class Stream:
 
     def _cheapest(self, start: int, stop: int) -> int:
         """The place in [start, stop] where the fewest bytes are alive, the latest of equals."""
+        return min(range(start, stop + 1), key=lambda j: (self.alive[j], -j))
+
+    def _alive(self, counted: Container[fx.Node] | None = None) -> list[int]:
+        """Bytes alive before each node, of all values or of some, at the example's sizes."""
         alive = 0
         ending: dict[int, int] = {}
-        best, place = None, start
-        for j in range(stop + 1):
-            if j >= start and (best is None or alive <= best):
-                best, place = alive, j
-            node = self.nodes[j]
-            size = _bytes(node) if node.op != "get_attr" else 0
+        result = []
+        for j, node in enumerate(self.nodes):
+            result.append(alive)
+            mine = node.op != "get_attr" and (counted is None or node in counted)
+            size = _bytes(node) if mine else 0
             if self.last_use[node] > j:
                 alive += size
                 ending[self.last_use[node]] = ending.get(self.last_use[node], 0) + size
             alive -= ending.pop(j, 0)
-        return place
+        return result
+
+
+def made_of_weights(graph: fx.Graph) -> set[fx.Node]:
+    """Values that a matrix of the model has a part in: no masks, no tables of positions."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        matrix = node.op == "get_attr" and node.meta["val"].dim() > 1
+        if matrix or any(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _is_cut(between: Sequence[int], i: int) -> bool:
+    """Whether hardly more is alive at pair i than at the best of the pairs before it, or after it.
+
+    Both sides are asked, because a decoder beside its encoder's output has more alive throughout,
+    and a pooled output less.
+    """
+    before, after = between[max(i - _NEAR, 0) : i], between[i + 1 : i + 1 + _NEAR]
+    full = [side for side in (before, after) if len(side) == _NEAR]
+    least = max(map(min, full)) if full else min(between)
+    return between[i] <= _HARDLY_MORE * least
 
 
 class _Rows:

@@ -12,10 +12,15 @@ from graphprune.passes.repeat import Repeat as Repeat
 from graphprune.passes.structural.axis import PruneAxis as PruneAxis
 from graphprune.passes.structural.heads import PruneHeads as PruneHeads
 from graphprune.passes.structural.neurons import PruneNeurons as PruneNeurons
+from graphprune.passes.weights.magnitude import Magnitude as Magnitude
+from graphprune.passes.weights.sparsegpt import SparseGPT as SparseGPT
+from graphprune.passes.weights.sparsellm import SparseLLM as SparseLLM
+from graphprune.passes.weights.wanda import Wanda as Wanda
 
 __all__ = [
     "FoldBatchNorm",
     "FoldConstants",
+    "Magnitude",
     "PruneAxis",
     "PruneHeads",
     "PruneNeurons",
@@ -23,4 +28,7 @@ __all__ = [
     "RemoveDeadNodes",
     "RemoveNoOps",
     "Repeat",
+    "SparseGPT",
+    "SparseLLM",
+    "Wanda",
 ]

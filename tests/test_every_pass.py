@@ -19,6 +19,7 @@ from graphprune.passbase import Context, Invariant, Pass
 from graphprune.passes import (
     FoldBatchNorm,
     FoldConstants,
+    Magnitude,
     PruneAxis,
     PruneHeads,
     PruneNeurons,
@@ -26,6 +27,9 @@ from graphprune.passes import (
     RemoveDeadNodes,
     RemoveNoOps,
     Repeat,
+    SparseGPT,
+    SparseLLM,
+    Wanda,
 )
 from graphprune.pipeline import Pipeline, fingerprint
 from graphprune.program import Program
@@ -39,6 +43,7 @@ Captured = Callable[[str], Program]
 EXAMPLES: dict[str, list[Pass]] = {
     "fold-batch-norm": [FoldBatchNorm()],
     "fold-constants": [FoldConstants(), FoldConstants(parameters=True)],
+    "magnitude": [Magnitude(0.5), Magnitude(pattern="1:4", scope="row")],
     "prune-axis": [
         PruneAxis(0.5, role="qk_dim"),
         PruneAxis(0.25, role=("v_dim", "pooled"), score="random"),
@@ -50,6 +55,9 @@ EXAMPLES: dict[str, list[Pass]] = {
     "remove-dead-nodes": [RemoveDeadNodes()],
     "remove-no-ops": [RemoveNoOps()],
     "repeat": [Repeat((RemoveNoOps(), RemoveDeadNodes()))],
+    "sparsegpt": [SparseGPT(0.5), SparseGPT(0.25, pattern="4x4")],
+    "sparsellm": [SparseLLM(0.5, rounds=2), SparseLLM(pattern="2:4")],
+    "wanda": [Wanda(0.5), Wanda(0.3, scope="layer", allocation="global")],
 }
 MODELS = ("tiny-mlp", "tiny-cnn", "tiny-encoder", "tiny-fused-vit", "tiny-gpt2", "tiny-llama")
 
@@ -96,10 +104,25 @@ def test_recipes_round_trip(step: Pass) -> None:
 
 def _run(step: Pass, program: Program, **options: Any) -> Any:
     """The pass, verified; None where it declines the model with a reason."""
+    if step.needs_calibration:
+        options["calibration"] = _batches(program)
     try:
         return Pipeline([step]).run(program, Context(**options))
     except UnsupportedError:
         return None
+
+
+def _batches(program: Program) -> list[dict[str, torch.Tensor]]:
+    """Two batches like the example inputs: floats are drawn anew, the others shifted by one."""
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for shift in range(2):
+        batch = {}
+        for name, example in zip(program.forward.input_names, program.forward.example, strict=True):
+            drawn = torch.randn(example.shape, generator=generator).to(example.dtype)
+            batch[name] = drawn if example.is_floating_point() else example.roll(shift, -1)
+        batches.append(batch)
+    return batches
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -127,6 +150,9 @@ def test_contract(step: Pass, model: str, captured: Captured) -> None:
 
     if step.preserves & Invariant.NUMERICS:
         verify_rewrite(program, result.program)
+    elif step.preserves & Invariant.SHAPES:
+        shapes = {name: t.shape for name, t in program.tensors.items()}
+        assert {name: t.shape for name, t in result.program.tensors.items()} == shapes
     else:
         assert "verification" in finished.report
     # What it made can be run and called like the model.

@@ -8,7 +8,7 @@ from typing import ClassVar, final
 
 from graphprune.errors import RecipeError
 from graphprune.passbase import Context, Invariant, Pass, PassResult
-from graphprune.passes.structural.select import check_patterns, matches
+from graphprune.passes.names import check_patterns, matches, refuse_unmatched
 from graphprune.program import Program
 from graphprune.quantized import KEY, SCHEMES, Mark, mark_of
 from graphprune.registry import register, suggest
@@ -105,7 +105,8 @@ class Quantize(Pass):
             )
         weights = _weights(program)
         for option in ("ignore", "targets"):
-            _refuse_unmatched(option, getattr(self, option), weights)
+            names = [name for known in weights.values() for name in known]
+            refuse_unmatched(option, getattr(self, option), names)
         mark = Mark(
             self.scheme,
             tuple(sorted(name for name, known in weights.items() if not self._takes(known))),
@@ -141,12 +142,3 @@ def _weights(program: Program) -> dict[str, list[str]]:
         if name in found:
             found[name].append(alias)
     return found
-
-
-def _refuse_unmatched(
-    option: str, patterns: tuple[str, ...], weights: dict[str, list[str]]
-) -> None:
-    names = [name for known in weights.values() for name in known]
-    for pattern in patterns:
-        if not any(matches(pattern, name) for name in names):
-            raise RecipeError(f"{option}: {pattern!r} matches no weight; {suggest(pattern, names)}")

@@ -13,6 +13,7 @@ from graphprune.axes import AxisGroup, AxisGroups, axis_groups
 from graphprune.errors import RecipeError, UnsupportedError
 from graphprune.events import JSON
 from graphprune.passbase import Context, PassResult
+from graphprune.passes.names import check_patterns
 from graphprune.passes.structural.allocate import (
     Wanted,
     allocation_named,
@@ -32,7 +33,7 @@ from graphprune.passes.structural.calibrated import (
     warn_if_few,
 )
 from graphprune.passes.structural.score import SCORES, score_named
-from graphprune.passes.structural.select import Selection, Selector, check_patterns, select
+from graphprune.passes.structural.select import Selection, Selector, select
 from graphprune.passes.structural.taylor import taylor_scores
 from graphprune.program import Program
 from graphprune.quantized import refuse_quantised

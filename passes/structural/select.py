@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from graphprune.axes import AxisGroup, AxisGroups
-from graphprune.errors import RecipeError, UnsupportedError
+from graphprune.errors import UnsupportedError
+from graphprune.passes.names import TensorNames, matches, refuse_unmatched
 from graphprune.program import Program
-from graphprune.registry import suggest
-
-REGEX = "re:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,37 +39,6 @@ class Selection:
     skipped: tuple[tuple[AxisGroup, str], ...]
 
 
-def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern covers a dotted name.
-
-    1. "re:..." is a regular expression that must match from the beginning of the name.
-    2. Anything else is a glob for the name, or for a module that holds it: "encoder.layer.0" and
-       "*.0" both cover "encoder.layer.0.output.dense.weight", but not "encoder.layer.01.weight".
-    """
-    if pattern.startswith(REGEX):
-        return re.match(pattern.removeprefix(REGEX), name) is not None
-    parts = name.split(".")
-    return any(fnmatchcase(".".join(parts[: n + 1]), pattern) for n in range(len(parts)))
-
-
-def check_patterns(option: str, patterns: object) -> None:
-    """Refuse patterns that can only be a slip.
-
-    Raises:
-        RecipeError: not a tuple of strings, or a regular expression that does not compile.
-    """
-    if isinstance(patterns, str) or not isinstance(patterns, tuple):
-        raise RecipeError(f"{option} must be a tuple of name patterns, got {patterns!r}")
-    for pattern in patterns:
-        if not isinstance(pattern, str) or not pattern:
-            raise RecipeError(f"{option} must hold name patterns, got {pattern!r}")
-        if pattern.startswith(REGEX):
-            try:
-                re.compile(pattern.removeprefix(REGEX))
-            except re.error as e:
-                raise RecipeError(f"{option}: {pattern!r} is no regular expression: {e}") from e
-
-
 def select(program: Program, groups: AxisGroups, wanted: Selector) -> Selection:
     """The groups that a selector takes and that can be cut.
 
@@ -83,11 +48,11 @@ def select(program: Program, groups: AxisGroups, wanted: Selector) -> Selection:
             the reason is named.
     """
     chosen = _by_role_and_id(groups, wanted)
-    names = _Names(program)
-    _refuse_unmatched("targets", wanted.targets, names.all())
-    _refuse_unmatched("ignore", wanted.ignore, names.all())
+    names = TensorNames(program)
+    refuse_unmatched("targets", wanted.targets, names.all())
+    refuse_unmatched("ignore", wanted.ignore, names.all())
     if wanted.targets:
-        chosen = [g for g in chosen if names.reaches(g, wanted.targets)]
+        chosen = [g for g in chosen if _reaches(names, g, wanted.targets)]
     if not chosen:
         raise UnsupportedError(
             f"{_asked(wanted)} reaches no tensor that matches {list(wanted.targets)}; "
@@ -97,7 +62,7 @@ def select(program: Program, groups: AxisGroups, wanted: Selector) -> Selection:
     skipped: list[tuple[AxisGroup, str]] = []
     refused: list[tuple[AxisGroup, str]] = []
     for group in chosen:
-        if names.reaches(group, wanted.ignore):
+        if _reaches(names, group, wanted.ignore):
             skipped.append((group, "ignored on request"))
         elif reason := _obstacle(group, wanted):
             refused.append((group, reason))
@@ -115,7 +80,7 @@ def _by_role_and_id(groups: AxisGroups, wanted: Selector) -> list[AxisGroup]:
             f"there is no {_asked(wanted)} in this model; {_overview(groups)}; prune-axis cuts any "
             "role"
         )
-    _refuse_unmatched("groups", wanted.groups, [g.id for g in groups])
+    refuse_unmatched("groups", wanted.groups, [g.id for g in groups], _matches_id)
     if wanted.groups:
         chosen = [g for g in chosen if any(_matches_id(p, g.id) for p in wanted.groups)]
     if not chosen:
@@ -151,30 +116,8 @@ def _refusal(refused: Sequence[tuple[AxisGroup, str]], wanted: Selector) -> str:
     return f"cannot prune {_plural(group.role)} of {group.id!r}: {reason}{more}{wayout}"
 
 
-class _Names:
-    """The names under which a program's tensors are known, tied names included."""
-
-    def __init__(self, program: Program) -> None:
-        self._of = {name: [name] for name in program.tensors}
-        for alias, name in program.aliases.items():
-            self._of[name].append(alias)
-
-    def all(self) -> list[str]:
-        return [name for names in self._of.values() for name in names]
-
-    def reaches(self, group: AxisGroup, patterns: Sequence[str]) -> bool:
-        names = {n for o in group.occurrences for n in self._of.get(o.tensor, [o.tensor])}
-        return any(matches(pattern, name) for pattern in patterns for name in names)
-
-
-def _refuse_unmatched(option: str, patterns: Iterable[str], names: Sequence[str]) -> None:
-    match: Callable[[str, str], bool] = _matches_id if option == "groups" else matches
-    for pattern in patterns:
-        if not any(match(pattern, name) for name in names):
-            hint = suggest(pattern, names)
-            if not hint.startswith("did you mean"):
-                hint = f"names look like {sorted(names)[:3]}"
-            raise RecipeError(f"{option}: {pattern!r} matches nothing; {hint}")
+def _reaches(names: TensorNames, group: AxisGroup, patterns: Sequence[str]) -> bool:
+    return any(names.match(o.tensor, patterns) for o in group.occurrences)
 
 
 def _asked(wanted: Selector) -> str:

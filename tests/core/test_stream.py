@@ -11,9 +11,9 @@ from graphprune.axes import axis_groups
 from graphprune.capture import capture
 from graphprune.errors import GraphPruneError
 from graphprune.program import Program, graph_module
-from graphprune.sites import LinearSite, consumers
+from graphprune.sites import LinearSite, consumers, is_output_head, linear_sites
 from graphprune.statistics import Gram
-from graphprune.stream import Stream
+from graphprune.stream import Stream, made_of_weights
 
 Captured = Callable[[str], Program]
 
@@ -199,3 +199,105 @@ def test_types_and_lengths_of_batches_are_checked(captured: Captured) -> None:
         Stream(program, [{**good, "attention_mask": good["attention_mask"][:, :5]}])
     with pytest.raises(GraphPruneError, match="calibration batch 0"):
         Stream(program, [None])
+
+
+def layers(prefix: str, *parts: tuple[str, ...]) -> list[list[str]]:
+    return [[f"{prefix}.{i}.{name}.weight" for name in part] for i in range(2) for part in parts]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (
+            "tiny-llama",
+            layers(
+                "model.layers",
+                tuple(f"self_attn.{n}_proj" for n in "qkvo"),
+                ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+            ),
+        ),
+        (
+            "tiny-bert",
+            layers(
+                "encoder.layer",
+                (*(f"attention.self.{n}" for n in ("query", "key", "value")),
+                 "attention.output.dense"),
+                ("intermediate.dense", "output.dense"),
+            ),
+        ),
+        (
+            "tiny-gpt2",
+            layers("transformer.h", ("attn.c_attn", "attn.c_proj"), ("mlp.c_fc", "mlp.c_proj")),
+        ),
+    ],
+)  # fmt: skip
+def test_regions_are_the_halves_of_every_layer(
+    name: str, expected: list[list[str]], captured: Captured
+) -> None:
+    program = captured(name)
+    stream = Stream(program, [batch_of(program, 0)])
+    sites = linear_sites(axis_groups(program))
+    inner = [site for site in sites if not is_output_head(site, program)]
+    assert [[s.name for s in region] for region in stream.regions(inner)] == expected
+    # The head changes no region before it.
+    whole = [[s.name for s in region] for region in stream.regions(sites)]
+    assert whole[: len(expected) - 1] == expected[:-1]
+    assert whole[len(expected) - 1][: len(expected[-1])] == expected[-1]
+
+
+def test_experts_share_a_region_with_their_router(captured: Captured) -> None:
+    program = captured("tiny-mixtral")
+    stream = Stream(program, [batch_of(program, 0)])
+    sites = linear_sites(axis_groups(program))
+    regions = stream.regions([s for s in sites if not is_output_head(s, program)])
+    assert [len(region) for region in regions] == [4, 9, 4, 9]
+    for i in (0, 1):
+        names = [s.name.removeprefix(f"model.layers.{i}.mlp.") for s in regions[2 * i + 1]]
+        assert names == [
+            "gate.weight",
+            *(f"experts.{n}[{e}]" for n in ("gate_up_proj", "down_proj") for e in range(4)),
+        ]
+
+
+@pytest.mark.parametrize("name", ["tiny-bert", "tiny-t5", "tiny-albert", "tiny-mixtral"])
+def test_regions_keep_every_site_in_its_order(name: str, captured: Captured) -> None:
+    program = captured(name)
+    batch = batch_of(program, 0, padded=False)
+    sites = linear_sites(axis_groups(program))
+    regions = Stream(program, [batch]).regions(sites)
+    assert [site for region in regions for site in region] == sites
+    assert all(regions)
+    # Sites of one operator are never torn apart.
+    nodes = [{site.node for site in region} for region in regions]
+    assert sum(map(len, nodes)) == len(set().union(*nodes))
+
+
+def test_visiting_region_by_region_sees_what_a_whole_visit_sees(captured: Captured) -> None:
+    program = captured("tiny-bert")
+    batches = [batch_of(program, seed) for seed in range(2)]
+    sites = linear_sites(axis_groups(program))
+    whole: dict[str, list[Tensor]] = {}
+    parts: dict[str, list[Tensor]] = {}
+    Stream(program, batches).collect(
+        program, sites, lambda site, rows: whole.setdefault(site.name, []).append(rows)
+    )
+    stream = Stream(program, batches)
+    for region in stream.regions(sites):
+        stream.collect(
+            program, region, lambda site, rows: parts.setdefault(site.name, []).append(rows)
+        )
+    assert whole.keys() == parts.keys()
+    for name, rows in whole.items():
+        for a, b in zip(rows, parts[name], strict=True):
+            assert torch.equal(a, b)
+
+
+def test_masks_and_tables_of_positions_are_not_made_of_weights(captured: Captured) -> None:
+    program = captured("tiny-bert")
+    graph = program.forward.graph
+    made = made_of_weights(graph)
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            assert node not in made
+    for site in linear_sites(axis_groups(program)):
+        assert {site.node, site.operand} <= made

@@ -32,6 +32,10 @@ _BROADCAST = (
 )  # fmt: skip
 
 
+# What maps each value alone, or broadcasts: nothing of it looks at a neighbour.
+ELEMENTWISE = frozenset((*_UNARY, *_BROADCAST))
+
+
 @rule(*_UNARY)
 def unary(c: RuleContext) -> Dims:
     """The output has the axes of the first tensor argument."""

@@ -123,7 +123,7 @@ def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
 
 
 def test_patterns_that_match_nothing_are_named(captured: Captured) -> None:
-    with pytest.raises(RecipeError, match=r"ignore: 'layers.9.*' matches no weight"):
+    with pytest.raises(RecipeError, match=r"ignore: 'layers.9.*' matches nothing"):
         Quantize("int8-dynamic", ignore=("layers.9.*",)).run(captured("tiny-mlp"), Context())
 
 

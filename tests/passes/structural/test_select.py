@@ -6,7 +6,8 @@ import pytest
 
 from graphprune.axes import axis_groups
 from graphprune.errors import RecipeError, UnsupportedError
-from graphprune.passes.structural.select import Selection, Selector, check_patterns, matches, select
+from graphprune.passes.names import check_patterns, matches
+from graphprune.passes.structural.select import Selection, Selector, select
 from graphprune.program import Program
 
 Captured = Callable[[str], Program]
