@@ -67,19 +67,29 @@ class Alternation:
     @staticmethod
     def start(block: FeedForward, program: Program, x: Tensor, p: Tensor) -> Alternation:
         """From the rows that the dense block saw: inputs [n, in], hidden values [n, hidden]."""
-        products = {up.name: _product(up, program, x) for up in block.ups}
-        z = [products[s.site.name][:, s.start : s.stop].contiguous() for s in block.segments]
-        return Alternation(block, program, x, p, _product(block.down, program, p), z)
+        state = Alternation(block, program, x, p, _product(block.down, program, p), [])
+        z = state._products(slice(None), program)
+        state.z = [part.contiguous() for part in z]
+        return state
 
     def error(self, program: Program) -> float:
         """Σ|y - block(x)|² with the weights of a program."""
+        return sum(
+            self._error(rows, self._products(rows, program), program) for rows in self._chunks()
+        )
+
+    def update(self, program: Program, c: Weights) -> float:
+        """Move p, then z, to lower J under a program's weights; the error they had before.
+
+        Every row is on its own, so one walk over the rows does all three.
+        """
+        gain = self.gain(program, c)
         total = 0.0
         for rows in self._chunks():
-            products = {up.name: _product(up, program, self.x[rows]) for up in self.block.ups}
-            z = [products[s.site.name][:, s.start : s.stop] for s in self.block.segments]
-            hidden = self.block.hidden(z, program)
-            miss = self.y[rows] - _product(self.block.down, program, hidden)
-            total += float(miss.square().sum(dtype=torch.float64))
+            products = self._products(rows, program)
+            total += self._error(rows, products, program)
+            self.update_p(rows, gain, program)
+            self.update_z(rows, products, program, c)
         return total
 
     def energy(self) -> float:
@@ -95,45 +105,53 @@ class Alternation:
         return self._fit(self.block.down, self.p, self.y, inputs)
 
     def _fit(self, site: LinearSite, rows: Tensor, target: Tensor, inputs: Inputs) -> Tensor:
-        # The damping of the Gram matrix is a prior: where the rows say little, the weight stays
+        # The damping of the Gram matrix, λ, is a prior: where the rows say little the weight stays
         # what it was, as it does under SparseGPT. A prior of zero would forget it.
         dense = site.matrix(self.program).to(torch.float64)
-        cross = torch.zeros_like(dense)
-        for part in self._chunks():
-            miss = target[part] - _product(site, self.program, rows[part])
-            cross += miss.T @ rows[part]
-        return dense + _solve(cross, inputs.gram)
+        cross = _cross(target - self._bias(site), rows) + dense @ inputs.added
+        return torch.cholesky_solve(cross.T, torch.linalg.cholesky(inputs.gram)).T
 
     def gram(self) -> Tensor:
         """pᵀ p, [hidden, hidden] float64."""
         return _cross(self.p, self.p)
 
-    def update_p(self, program: Program, c: Weights) -> None:
-        """p = (β Wᵀ W + γ I)⁻¹ (β Wᵀ (y - b) + γ φ(z)): J's minimum over p."""
+    def gain(self, program: Program, c: Weights) -> Tensor:
+        """β Wᵀ (β W Wᵀ + γ I)⁻¹ of the down weight: how p follows what it misses; [hidden, out]."""
         down = self.block.down.matrix(program).to(torch.float64)
-        system = c.beta * down.T @ down
+        system = c.beta * down @ down.T
         system.diagonal().add_(c.gamma)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(system))
-        from_y = (c.beta * (down @ inverse)).float()
-        from_z = (c.gamma * inverse).float()
-        bias = self._bias(self.block.down)
-        for rows in self._chunks():
-            hidden = self.block.hidden([z[rows] for z in self.z], program)
-            self.p[rows] = (self.y[rows] - bias) @ from_y + hidden @ from_z
+        return torch.cholesky_solve(c.beta * down, torch.linalg.cholesky(system)).T.float()
 
-    def update_z(self, program: Program, c: Weights) -> None:
+    def update_p(self, rows: slice, gain: Tensor, program: Program) -> None:
+        """J's minimum over p: (β Wᵀ W + γ I)⁻¹ (β Wᵀ (y - b) + γ φ(z)).
+
+        Written φ(z) + gain · (y - b - W φ(z)), which is the same and takes a smaller inverse.
+        """
+        hidden = self.block.hidden([z[rows] for z in self.z], program)
+        miss = self.y[rows] - _product(self.block.down, program, hidden)
+        self.p[rows] = hidden + miss @ gain.T
+
+    def update_z(
+        self, rows: slice, products: Sequence[Tensor], program: Program, c: Weights
+    ) -> None:
         """Lower J over each segment in turn, every value alone."""
-        for rows in self._chunks():
-            x, p = self.x[rows], self.p[rows]
-            products = {up.name: _product(up, program, x) for up in self.block.ups}
-            z = [part[rows] for part in self.z]
-            for i, segment in enumerate(self.block.segments):
-                m = products[segment.site.name][:, segment.start : segment.stop]
-                if self.block.is_relu:
-                    z[i] = relu_step(m, p, c)
-                else:
-                    z[i] = elementwise_step(self._activation(z, i, program), z[i], m, p, c)
-                self.z[i][rows] = z[i]
+        p, z = self.p[rows], [part[rows] for part in self.z]
+        for i, m in enumerate(products):
+            if self.block.is_relu:
+                z[i] = relu_step(m, p, c)
+            else:
+                z[i] = elementwise_step(self._activation(z, i, program), z[i], m, p, c)
+            self.z[i][rows] = z[i]
+
+    def _products(self, rows: slice, program: Program) -> list[Tensor]:
+        """W x of some rows, by segment."""
+        made = {up.name: _product(up, program, self.x[rows]) for up in self.block.ups}
+        return [made[s.site.name][:, s.start : s.stop] for s in self.block.segments]
+
+    def _error(self, rows: slice, products: Sequence[Tensor], program: Program) -> float:
+        hidden = self.block.hidden(products, program)
+        miss = self.y[rows] - _product(self.block.down, program, hidden)
+        return float(miss.square().sum(dtype=torch.float64))
 
     def _activation(
         self, z: Sequence[Tensor], index: int, program: Program
@@ -199,8 +217,3 @@ def _cross(left: Tensor, right: Tensor) -> Tensor:
     for i in range(0, len(left), CHUNK):
         total += left[i : i + CHUNK].T @ right[i : i + CHUNK]
     return total
-
-
-def _solve(cross: Tensor, gram: Tensor) -> Tensor:
-    """W = (target rowsᵀ) G⁻¹."""
-    return torch.cholesky_solve(cross.T, torch.linalg.cholesky(gram)).T

@@ -35,12 +35,14 @@ class Inputs:
 
     Attributes:
         gram: second moments, damped, float64 [in, in].
+        added: what damping has added to them, [in, in].
         upper: the upper Cholesky factor of its inverse, [in, in].
         dead: features that were never anything but zero, bool [in].
         damping: what was added to the diagonal, as a part of its mean.
     """
 
     gram: Tensor
+    added: Tensor
     upper: Tensor
     dead: Tensor
     damping: float
@@ -60,13 +62,14 @@ class Inputs:
             if not int(bad):
                 upper, bad = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
                 if not int(bad):
-                    return Inputs(matrix, upper, dead, level)
+                    return Inputs(matrix, matrix - gram, upper, dead, level)
             level = max(level * 10, 1e-6)
         values, vectors = torch.linalg.eigh(damped(gram, damping))
         values = values.clamp_min(float(values.abs().max()) * 1e-6)
         inverse = (vectors / values) @ vectors.T
         upper = torch.linalg.cholesky((inverse + inverse.T) / 2, upper=True)
-        return Inputs((vectors * values) @ vectors.T, upper, dead, level)
+        clamped = (vectors * values) @ vectors.T
+        return Inputs(clamped, clamped - gram, upper, dead, level)
 
 
 def sparsegpt(

@@ -157,12 +157,11 @@ class _Method:
                     matrices[site.name], inputs, share.sparsity, share.pattern
                 )
                 program = site.with_matrix(program, pruned[site.name])
-            errors.append(state.error(program) / energy)
+            last = t == self.rounds - 1
+            error = state.error(program) if last else state.update(program, self.weights)
+            errors.append(error / energy)
             if errors.index(min(errors)) == t:  # of equals the first
                 best = pruned
-            if t < self.rounds - 1:
-                state.update_p(program, self.weights)
-                state.update_z(program, self.weights)
         seconds = (time.perf_counter() - start) / (len(block.ups) + 1)
         note = {"block_errors": errors, "round": errors.index(min(errors))}
         for site in (*block.ups, block.down):
