@@ -75,10 +75,15 @@ def with_decode(model: nn.Module, program: Program, *, check: bool = True) -> Pr
 
 def empty_cache(entry: Entry, batch: int) -> dict[str, Tensor]:
     """A cache without tokens, by placeholder: [batch, heads, 0, width]."""
-    examples = dict(zip(entry.input_names, entry.example, strict=True))
+    return past_of_zeros(entry, batch, 0)
+
+
+def past_of_zeros(entry: Entry, batch: int, past: int) -> dict[str, Tensor]:
+    """A cache of so many tokens, all zero, by placeholder: [batch, heads, past, width]."""
     return {
-        name: examples[name].new_zeros(batch, examples[name].shape[1], 0, examples[name].shape[3])
-        for name in entry.cache
+        name: example.new_zeros(batch, example.shape[1], past, example.shape[3])
+        for name, example in zip(entry.input_names, entry.example, strict=True)
+        if name in entry.cache
     }
 
 

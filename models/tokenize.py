@@ -36,11 +36,11 @@ def _fast(folder: Path) -> Tokenize:
     try:
         from tokenizers import Tokenizer
     except ImportError as e:
-        raise _missing("tokenizers") from e
+        raise missing("tokenizers") from e
     try:
         loaded = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as e:  # the library raises nothing narrower
-        raise _unusable(folder) from e
+        raise unusable(folder) from e
     number, text = _padding(folder, loaded)
     loaded.enable_padding(pad_id=number, pad_token=text)
 
@@ -65,7 +65,7 @@ def _padding(folder: Path, loaded: Any) -> tuple[int, str]:
         except FileNotFoundError:
             continue
         except ValueError as e:
-            raise _unusable(folder) from e
+            raise unusable(folder) from e
     for key in ("pad_token", "eos_token"):
         token = config.get(key)
         text = token.get("content") if isinstance(token, dict) else token
@@ -81,11 +81,11 @@ def _with_transformers(folder: Path) -> Tokenize:
     try:
         from transformers import AutoTokenizer
     except ImportError as e:
-        raise _missing("transformers") from e
+        raise missing("transformers") from e
     try:
         loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as e:
-        raise _unusable(folder) from e
+        raise unusable(folder) from e
     if loaded.pad_token is None:
         loaded.pad_token = loaded.eos_token
 
@@ -103,11 +103,13 @@ def _with_transformers(folder: Path) -> Tokenize:
     return tokenize
 
 
-def _missing(package: str) -> GraphPruneError:
+def missing(package: str) -> GraphPruneError:
+    """The error where a library that reads text is not installed."""
     return GraphPruneError(
         f"reading text needs {package}, which is not installed: pip install 'graphprune[hf]'"
     )
 
 
-def _unusable(folder: Path) -> GraphPruneError:
+def unusable(folder: Path) -> GraphPruneError:
+    """The error where a folder has no tokenizer, or a broken one."""
     return GraphPruneError(f"the folder {str(folder)!r} holds no usable tokenizer")
