@@ -161,25 +161,30 @@ def _split(name: str, ids: Tensor) -> int:
 def _run(model: nn.Module, ids: Tensor, mask: Tensor) -> list[dict[str, Tensor]]:
     """Keys and values by layer, [batch, heads, length, width], after reading these tokens."""
     name = type(model).__name__
+    inputs = {IDS: ids, MASK: mask, "use_cache": True}
     try:
-        cache = model(input_ids=ids, attention_mask=mask, use_cache=True).past_key_values
-        layers = list(cache.layers)
-        found = [{"key": layer.keys, "value": layer.values} for layer in layers]
+        layers = list(model(**inputs).past_key_values.layers)
     except Exception as e:
         raise CaptureError(
             f"{name} gives no key/value cache that graphprune can read "
             f"({str(e).partition(chr(10))[0]}); compile it without cache"
         ) from e
-    for i, (layer, held) in enumerate(zip(layers, found, strict=True)):
-        kind = type(layer).__name__
-        if kind not in _GROWING or any(t is None or t.dim() != 4 for t in held.values()):
+    for i, layer in enumerate(layers):
+        if type(layer).__name__ not in _GROWING:
             raise CaptureError(
-                f"layer {i} of {name} keeps a {kind} between tokens, not keys and values that grow "
-                "with them; compile it without cache"
+                f"layer {i} of {name} keeps a {type(layer).__name__} between tokens, not keys and "
+                "values that grow with them; compile it without cache"
             )
-    if not found:
+    # Once more, with a cache that drops nothing behind a sliding window.
+    cache = _filled([])
+    model(**inputs, past_key_values=cache)
+    if not cache.layers:
         raise CaptureError(f"the cache of {name} stays empty; compile it without cache")
-    return found
+    return [_held(layer) for layer in cache.layers]
+
+
+def _held(layer: Any) -> dict[str, Tensor]:
+    return {"key": layer.keys, "value": layer.values}
 
 
 def _main_output(model: nn.Module, ids: Tensor, mask: Tensor) -> str:
@@ -229,7 +234,7 @@ def _decoding(model: nn.Module, key: str) -> Iterator[None]:
             use_cache=True,
             **more,
         )
-        present = [{"key": layer.keys, "value": layer.values} for layer in cache.layers]
+        present = [_held(layer) for layer in cache.layers]
         return {key: outputs[key], PRESENT: present}
 
     try:
