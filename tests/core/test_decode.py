@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,17 +110,17 @@ def test_padding_on_the_left_does_not_matter(name: str) -> None:
     assert relative_error(alone, padded) < 1e-5
 
 
-def test_both_entries_share_the_tensors_and_the_groups() -> None:
-    for name in BUILTIN:
-        model, inputs = tiny(name)
-        program = capture(model, inputs)
-        with_cache = cached(name)
-        assert with_cache.tensors.keys() == program.tensors.keys()
-        found = [
-            Counter((g.role, g.size, bool(g.frozen), g.id) for g in axis_groups(p))
-            for p in (program, with_cache)
-        ]
-        assert found[0] == found[1], name
+@pytest.mark.parametrize("name", BUILTIN)
+def test_both_entries_share_the_tensors_and_the_groups(
+    name: str, captured: Callable[[str], Program]
+) -> None:
+    program, with_cache = captured(name), cached(name)
+    assert with_cache.tensors.keys() == program.tensors.keys()
+    found = [
+        Counter((g.role, g.size, bool(g.frozen), g.id) for g in axis_groups(p))
+        for p in (program, with_cache)
+    ]
+    assert found[0] == found[1]
 
 
 def test_the_model_is_as_it_was() -> None:
@@ -154,7 +154,7 @@ def test_masked_equals_shrunk_on_both_entries(name: str, role: str) -> None:
         )
         assert moved >= 100 * TOLERANCE
     widths = [tuple(t.shape) for t in shrunk.entries["decode"].example[2:]]
-    assert widths == [tuple(o.shape[:2]) + (7, o.shape[3]) for o in _present(shrunk)]
+    assert widths == [(*tuple(o.shape[:2]), 7, o.shape[3]) for o in _present(shrunk)]
     if role == "heads" and name == "tiny-gpt2":
         assert [shape[1] for shape in widths] == [2, 2, 1, 1]
     ids = torch.randint(5, 99, (2, 9))
@@ -259,7 +259,7 @@ def test_a_recurrent_state_is_refused() -> None:
     config = transformers.MambaConfig(
         vocab_size=99, hidden_size=16, num_hidden_layers=1, state_size=4
     )
-    model = transformers.MambaForCausalLM(config).eval()
+    model = transformers.MambaForCausalLM(config)
     program = cached("tiny-llama")
     with pytest.raises(CaptureError, match="without cache"):
         with_decode(model, program)
@@ -301,5 +301,5 @@ def test_a_program_without_the_entry_gets_none() -> None:
     program = capture(model, inputs)
     for given in (program, gp.compile(program, []), ProgramModule(program)):
         with pytest.raises(UnsupportedError, match="cache=True needs the model itself"):
-            gp.compile(given, [], cache=True)  # type: ignore[arg-type]
+            gp.compile(given, [], cache=True)
     assert "decode" in gp.compile(cached("tiny-llama"), [], cache=True).program.entries
