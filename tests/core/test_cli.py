@@ -242,11 +242,12 @@ def test_what_generate_refuses(run: Run, cached: Path, artifact: Path, tmp_path:
     assert "chat template" in sentence(run("generate", str(cached), "--prompt", "w1", "--chat"))
     assert "positions" in sentence(run("generate", str(cached), "--prompt", "w1 " * 70))
     loaded = gp.load(cached)
-    for files, reason in (
+    cases: list[tuple[dict[str, Path | bytes], str]] = [
         ({}, "without a tokenizer"),
         ({"tokenizer/tokenizer.json": tokenizer_json(200)}, "tokenizer is not the model's"),
         ({"tokenizer/tokenizer.json": b"{}"}, "no usable tokenizer"),
-    ):
+    ]
+    for files, reason in cases:
         loaded.files = files
         other = loaded.export(tmp_path / "other", baseline=False)
         refused = run("generate", str(other.path), "--prompt", "w150")

@@ -43,7 +43,8 @@ def decoder_model(name: str) -> tuple[Any, dict[str, Tensor]]:
 @functools.cache
 def compiled(name: str, ratio: float) -> Compiled:
     model, inputs = decoder_model(name)
-    passes = [PruneHeads(ratio, allocation="global"), PruneNeurons(ratio)] if ratio else []
+    # One layer keeps its heads: the two have caches of different sizes.
+    passes = [PruneHeads(ratio, ignore=("*h.0.*",)), PruneNeurons(ratio)] if ratio else []
     return gp.compile(model, passes, example_inputs=inputs, cache=True)
 
 
@@ -95,7 +96,7 @@ def test_pruned_generation_is_that_of_the_program(
 ) -> None:
     program = compiled("tiny-gpt2", 0.5).program
     heads = [t.shape[1] for t in program.entries["decode"].example[2:]]
-    assert heads[0] != heads[2]  # layers keep different numbers
+    assert heads == [4, 4, 2, 2]
     ids, mask = padded()
     decoder = Decoder(artifacts["tiny-gpt2", 0.5].session(1))
     found = written(decoder, ids, mask)
@@ -197,10 +198,9 @@ def test_benchmarks_fill_each_models_own_cache(
     artifact = artifacts["tiny-gpt2", 0.5]
     batch = {"input_ids": torch.ones(2, 1).long(), "attention_mask": torch.ones(2, 9).long()}
     result = artifact.benchmark(batch, repeats=1)
-    kept = artifact.manifest["inputs"][2]["shape"][1]
-    assert result.shapes["past_key_values.0.key"] == (2, kept, 8, 8)
+    assert result.shapes["past_key_values.1.key"] == (2, 2, 8, 8)
     assert artifact.footprint(batch, dense=True).load_ms > 0
-    given = {**batch, "past_key_values": {0: {"key": torch.ones(2, kept, 8, 8)}}}
+    given = {**batch, "past_key_values": {0: {"key": torch.ones(2, 4, 8, 8)}}}
     with pytest.raises(GraphPruneError, match=r"past_key_values.0.value"):
         artifact.feeds(given)
 
