@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-NAMES = ("attention", "minilm_structured", "quantized", "compile_time")
+NAMES = ("attention", "minilm_structured", "quantized", "compile_time", "decode")
 
 if __name__ == "__main__":
     codes = [

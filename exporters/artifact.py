@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, final
 
+from graphprune.decode import PAST
 from graphprune.errors import ArtifactError, ExportError, GraphPruneError
 from graphprune.exporters.ort import (
     Clock,
@@ -18,6 +19,7 @@ from graphprune.exporters.ort import (
     footprint,
     open_session,
 )
+from graphprune.exporters.past import filled, is_past, shapes_of
 from graphprune.exporters.quantize import quantise
 from graphprune.quantized import SCHEMES, Mark
 from graphprune.registry import suggest
@@ -49,6 +51,11 @@ class Artifact:
         self.manifest = manifest
 
     @property
+    def has_cache(self) -> bool:
+        """Whether model.onnx reads and extends a key/value cache."""
+        return any(is_past(i["name"]) for i in self.manifest["inputs"])
+
+    @property
     def has_baseline(self) -> bool:
         """Whether the dense twin was written too."""
         return BASELINE in self.manifest["sha256"]
@@ -71,8 +78,19 @@ class Artifact:
         return open_session(self.path / BASELINE, threads)
 
     def feeds(self, batch: Any) -> Feeds:
-        """A batch, as the model takes it, as arrays by input name."""
-        return feeds_of(batch, [i["name"] for i in self.manifest["inputs"]])
+        """A batch, as the model takes it, as arrays by input name.
+
+        Of a decoder with a cache, token ids and mask are enough: the past is as long as the mask is
+        longer than the ids, and zero where it is not given.
+        """
+        shapes = {i["name"]: i["shape"] for i in self.manifest["inputs"]}
+        names = [name for name in shapes if not is_past(name)]
+        whole = (
+            any(key == PAST or is_past(str(key)) for key in batch)
+            if isinstance(batch, Mapping)
+            else isinstance(batch, tuple | list) and len(batch) > len(names)
+        )
+        return filled(shapes, feeds_of(batch, list(shapes) if whole else names))
 
     def benchmark(
         self,
@@ -157,7 +175,10 @@ class Artifact:
 
     def footprint(self, batch: Any, *, dense: bool = False, threads: int = 1) -> Footprint:
         """Load time and peak memory of the model, or of its dense twin, in a process of its own."""
-        return footprint(self.path / (BASELINE if dense else MODEL), self.feeds(batch), threads)
+        feeds = self.feeds(batch)
+        if dense:
+            feeds = filled(shapes_of(self.baseline_session(threads)), feeds)
+        return footprint(self.path / (BASELINE if dense else MODEL), feeds, threads)
 
     def __repr__(self) -> str:
         return f"Artifact({str(self.path)!r})"

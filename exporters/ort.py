@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from graphprune.errors import ArtifactError, GraphPruneError
+from graphprune.exporters.past import Feeds as Feeds
+from graphprune.exporters.past import filled, shapes_of
 
-Feeds = dict[str, npt.NDArray[Any]]
 Clock = Literal["wall", "cpu"]
 
 # ORT's fused SkipLayerNormalization is a scalar loop: 0.22 ms where Add + LayerNormalization take
@@ -179,7 +180,7 @@ def compare(
     Args:
         model: the session in question.
         against: the session to compare with.
-        feeds: inputs for both.
+        feeds: inputs for both; of a decoder's cache, both have their own.
         threads: how many threads the sessions were opened with; recorded.
         repeats: rounds.
         runs: runs of each session in a round, of which the fastest counts.
@@ -239,12 +240,13 @@ def interleaved(
     """For each session, each round's fastest run in milliseconds."""
     now = _CLOCKS[clock]
     result: list[list[float]] = [[] for _ in sessions]
-    for session in sessions:
+    own = [filled(shapes_of(session), feeds) for session in sessions]
+    for session, fed in zip(sessions, own, strict=True):
         for _ in range(2):
-            session.run(None, feeds)
+            session.run(None, fed)
     for _ in range(max(1, repeats)):
-        for times, session in zip(result, sessions, strict=True):
-            fastest = min(_once(session, feeds, now) for _ in range(max(1, runs)))
+        for times, session, fed in zip(result, sessions, own, strict=True):
+            fastest = min(_once(session, fed, now) for _ in range(max(1, runs)))
             times.append(fastest / 1e6)
     return result
 

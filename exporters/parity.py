@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from graphprune.compare import batches, relative_error
+from graphprune.decode import IDS, MASK, empty_cache
 from graphprune.errors import ExportError
 from graphprune.exporters.names import input_names, is_tensor_output, output_names
 from graphprune.exporters.ort import feeds_of
-from graphprune.program import Program
+from graphprune.program import Entry, Program
 
 TOLERANCE = 1e-4  # of the largest value of an output
 
@@ -36,6 +37,8 @@ class Agreement:
 def check_parity(program: Program, session: Any, tolerance: float = TOLERANCE) -> list[Agreement]:
     """Run the Program and ORT on the examples, and on another batch size and length with padding.
 
+    A decoder with a cache also reads a prompt without any past, and a single token after one.
+
     Args:
         program: what was exported, in any float type; it is compared in float32.
         session: an ORT session over the exported file.
@@ -45,19 +48,35 @@ def check_parity(program: Program, session: Any, tolerance: float = TOLERANCE) -
         ExportError: an output differs by more, or has another shape; it is named.
     """
     program = program.in_float32()
-    entry = program.forward
+    entry = program.entries[program.deployed]
     result = []
-    for inputs in batches(entry):
+    cases = [*batches(entry), *_steps(entry)] if entry.dynamic else [list(entry.example)]
+    for inputs in cases:
         result += _compare(program, session, inputs, tolerance)
-        if not entry.dynamic:
-            break
     return result
+
+
+def _steps(entry: Entry) -> list[list[Tensor]]:
+    """For an entry with a cache: its example's new tokens without a past, and the first of them.
+
+    The prompt's last sample is padded on the left, as batches of prompts are.
+    """
+    if not entry.cache:
+        return []
+    given = dict(zip(entry.input_names, entry.example, strict=True))
+    length = given[IDS].shape[1]
+    past = given[MASK].shape[1] - length
+    mask = torch.ones_like(given[MASK][:, :length])
+    mask[-1, 0] = 0
+    prompt = {**given, MASK: mask, **empty_cache(entry, mask.shape[0])}
+    token = {**given, IDS: given[IDS][:, :1], MASK: given[MASK][:, : past + 1]}
+    return [[case[name] for name in entry.input_names] for case in (prompt, token)]
 
 
 def _compare(
     program: Program, session: Any, inputs: Sequence[Tensor], tolerance: float
 ) -> list[Agreement]:
-    entry = program.forward
+    entry = program.entries[program.deployed]
     shapes = [tuple(t.shape) for t in inputs]
     feeds = feeds_of(tuple(inputs), input_names(entry))
     try:
@@ -65,7 +84,9 @@ def _compare(
     except Exception as e:
         raise ExportError(f"ONNX Runtime fails on inputs of shapes {shapes}: {e}") from e
     flags = is_tensor_output(entry)
-    expected = [o for o, keep in zip(program.run(inputs), flags, strict=True) if keep]
+    expected = [
+        o for o, keep in zip(program.run(inputs, program.deployed), flags, strict=True) if keep
+    ]
     result = []
     for name, a, b in zip(output_names(entry), expected, actual, strict=True):
         error = relative_error(a, torch.from_numpy(np.asarray(b)))

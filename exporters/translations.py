@@ -17,6 +17,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """What torch.onnx.export takes as custom_translation_table."""
     return {
         torch.ops.graphprune.attention.default: _attention,
+        torch.ops.graphprune.cached_attention.default: _cached_attention,
         torch.ops.graphprune.grouped_mm.default: _grouped_mm,
         torch.ops.aten.histc.default: _histc,
     }
@@ -43,6 +44,22 @@ def _attention(
     return _op().Attention(
         query, key, value, bias, scale=scale, is_causal=int(is_causal), **counts
     )[0]
+
+
+def _cached_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    past_key: Any,
+    past_value: Any,
+    bias: Any,
+    heads: int,
+    kv_heads: int,
+    scale: float,
+) -> Any:
+    counts = {"q_num_heads": heads, "kv_num_heads": kv_heads} if len(query.shape) == 3 else {}
+    results = _op().Attention(query, key, value, bias, past_key, past_value, scale=scale, **counts)
+    return results[0], results[1], results[2]
 
 
 def _ints(*values: int) -> Any:

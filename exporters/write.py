@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import Tensor
 
 from graphprune.compare import second_inputs
+from graphprune.decode import IDS, MASK, empty_cache
 from graphprune.errors import ExportError
 from graphprune.exporters.artifact import (
     BASELINE,
@@ -38,6 +40,7 @@ from graphprune.exporters.ort import (
     open_session,
 )
 from graphprune.exporters.parity import check_parity
+from graphprune.exporters.past import filled, shapes_of
 from graphprune.exporters.quantize import quantise
 from graphprune.exporters.results import PAGE, write_page
 from graphprune.exporters.translations import OPSET
@@ -118,7 +121,7 @@ def export(
 
 
 def measure(program: Program, *, threads: int = 1, repeats: int = 10) -> float:
-    """Milliseconds that ONNX Runtime takes for the program's example inputs.
+    """Milliseconds that ONNX Runtime takes for the program's example inputs, without a cache.
 
     A program marked for quantisation is measured quantised, all layers of it; in float where the
     scheme needs calibration.
@@ -128,14 +131,15 @@ def measure(program: Program, *, threads: int = 1, repeats: int = 10) -> float:
         save_onnx(to_onnx(program), path)
         mark = mark_of(program)
         if mark is not None and not mark.needs_calibration:
-            quantise(path, path, replace(mark, keep_error=None), _examples(program)[:1])
+            feeds = _examples(program, "forward")
+            quantise(path, path, replace(mark, keep_error=None), feeds[:1])
         session = open_session(path, threads)
-        (times,) = interleaved([session], _example(program), repeats=repeats)
+        (times,) = interleaved([session], _example(program, "forward"), repeats=repeats)
     return float(np.median(times))
 
 
 def _write_model(program: Program, path: Path, notes: _Notes) -> ir.Model:
-    model = to_onnx(program)
+    model = to_onnx(program, program.deployed)
     save_onnx(model, path)
     agreements = check_parity(program, open_session(path))
     notes["parity"][path.name] = [a.to_json() for a in agreements]
@@ -171,13 +175,16 @@ def _write_quantised(
     program: Program, mark: Mark, batches: Sequence[Feeds], folder: Path, notes: _Notes
 ) -> None:
     """Quantise model.onnx in place, and the dense twin into a file of its own."""
-    feeds = _examples(program)
+    feeds = _examples(program, program.deployed)
     notes["quantization"][MODEL] = quantise(folder / MODEL, folder / MODEL, mark, feeds, batches)
     notes["sizes"][MODEL] = file_bytes(folder / MODEL)
     if (folder / BASELINE).exists():
         twin = low_bit_baseline(mark.scheme)
         # The twin is there to be timed: nothing kept in float for its quality's sake.
         every = replace(mark, keep_error=None)
+        if program.deployed != "forward":
+            shapes = shapes_of(open_session(folder / BASELINE, 1))
+            feeds, batches = ([filled(shapes, feed) for feed in all_] for all_ in (feeds, batches))
         notes["quantization"][twin] = quantise(
             folder / BASELINE, folder / twin, every, feeds, batches
         )
@@ -202,7 +209,7 @@ def _calibration(
         for name, tensor in zip(entry.input_names, flat, strict=True):
             if not bool(tensor.isfinite().all()):
                 raise ExportError(f"calibration batch {number}: {name!r} holds NaN or infinity")
-        found.append(feeds_of(tuple(flat), input_names(entry)))
+        found.append(_deployed_feeds(program, flat))
     if mark.needs_calibration and not found:
         raise ExportError(
             f"scheme {mark.scheme!r} takes the activations' ranges from calibration batches, and "
@@ -211,16 +218,27 @@ def _calibration(
     return found
 
 
-def _examples(program: Program) -> list[Feeds]:
+def _deployed_feeds(program: Program, flat: Sequence[Tensor]) -> Feeds:
+    """Flat inputs of `forward` for the exported file; a decoder with a cache reads them at once."""
+    feeds = feeds_of(tuple(flat), input_names(program.forward))
+    if program.deployed == "forward":
+        return feeds
+    entry = program.in_float32().entries[program.deployed]
+    ids = feeds[IDS]
+    given = {IDS: ids, MASK: feeds.get(MASK, np.ones_like(ids)), **empty_cache(entry, len(ids))}
+    return feeds_of(tuple(given[name] for name in entry.input_names), input_names(entry))
+
+
+def _examples(program: Program, name: str) -> list[Feeds]:
     """The example inputs, and another batch size and length where those may change."""
     program = program.in_float32()
-    entry = program.forward
+    entry = program.entries[name]
     inputs = [list(entry.example), *([second_inputs(entry)] if entry.dynamic else [])]
     return [feeds_of(tuple(flat), input_names(entry)) for flat in inputs]
 
 
-def _example(program: Program) -> dict[str, Any]:
-    entry = program.forward
+def _example(program: Program, name: str) -> dict[str, Any]:
+    entry = program.entries[name]
     return feeds_of(entry.example, input_names(entry))
 
 
@@ -229,7 +247,7 @@ def _measurements(program: Program, folder: Path) -> list[Any]:
     if not (folder / BASELINE).exists():
         return []
     sessions = [open_session(folder / name, 1) for name in (MODEL, BASELINE)]
-    comparison = compare(sessions[0], sessions[1], _example(program), repeats=5)
+    comparison = compare(sessions[0], sessions[1], _example(program, program.deployed), repeats=5)
     return [comparison.to_json()]
 
 
@@ -249,6 +267,7 @@ def _manifest(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "model": program.metadata.get("model", ""),
         "target": target,
+        "entry": program.deployed,
         "opset": OPSET,
         "precision": {"program": floats, "onnx": "float32" if mark is None else mark.scheme},
         "versions": _versions(),

@@ -161,14 +161,16 @@ def compile(
         dynamic_shapes: "auto", or what torch.export takes.
         calibration: batches like example_inputs, for passes that look at activations; read once.
         training: a loss and its data, for passes that train.
-        cache: also capture a decoder's form with a key/value cache.
+        cache: also capture a decoder's form with a key/value cache, which is what is exported then:
+            one ONNX file that reads prompts and goes on token by token.
         verify: prove after every pass that removing equals masking.
         seed: everything random comes from it.
         observers: called with events (graphprune.events) while passes run.
 
     Raises:
         RecipeError: a pass, an option or a recipe is not valid; raised before any work.
-        CaptureError: there are no example inputs, or torch.export refuses the model.
+        CaptureError: there are no example inputs, torch.export refuses the model, or it has no
+            cache that grows by keys and values.
         UnsupportedError: a pass declines, for instance because an axis is frozen.
         VerificationError: a pass did not do what it claims; an error of ours.
     """
@@ -293,16 +295,13 @@ def _begin(
     model: nn.Module | Program | Compiled, example_inputs: Any, dynamic_shapes: Any, cache: bool
 ) -> tuple[Program, Program | Path | None, bool]:
     """The program to begin with, the dense one behind it, and whether it was captured just now."""
-    if cache:
-        raise UnsupportedError(
-            "cache=True, the decoder's form with a key/value cache, is not supported yet; "
-            "compile without it, the exported model then reads whole sequences"
-        )
     if isinstance(model, Compiled | Program | ProgramModule):
         if example_inputs is not None:
             raise GraphPruneError(
                 f"a {type(model).__name__} brings its own example inputs: leave example_inputs away"
             )
+        if cache:
+            _check_cached(model)
         if isinstance(model, Compiled):
             return model.program, model._dense, False
         if isinstance(model, Program):
@@ -318,7 +317,21 @@ def _begin(
     if example_inputs is None:
         example_inputs = _derived_inputs(model)
     program = capture(model, example_inputs, dynamic_shapes=dynamic_shapes)
+    if cache:
+        from graphprune.decode import with_decode
+
+        program = with_decode(model, program)
     return program, program, True
+
+
+def _check_cached(model: Program | Compiled | ProgramModule) -> None:
+    program = model.program if isinstance(model, Compiled) else model
+    program = program.program() if isinstance(program, ProgramModule) else program
+    if "decode" not in program.entries:
+        raise UnsupportedError(
+            "cache=True needs the model itself: this program was captured without a key/value "
+            "cache, which cannot be added afterwards; compile the model anew with cache=True"
+        )
 
 
 def _derived_inputs(model: nn.Module) -> Any:

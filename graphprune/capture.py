@@ -71,23 +71,33 @@ def capture(
     args, kwargs = _call(model, example_inputs)
     if dynamic_shapes is not None:
         args, kwargs = _enlarge_batch(args, kwargs)
-    with _quiet(model), _spelled_signature(model, kwargs):
+    with quiet(model), _spelled_signature(model, kwargs):
         auto = dynamic_shapes == "auto"
         shapes = _auto_shapes(model, args, kwargs) if auto else dynamic_shapes
-        try:
-            # torch logs graphs and tracebacks beside what it raises; ours is one sentence.
-            logging.disable(logging.ERROR)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                exported = torch.export.export(
-                    model, args, kwargs, dynamic_shapes=shapes, strict=False
-                )
-        except Exception as e:
-            raise CaptureError(_explain(model, e)) from e
-        finally:
-            logging.disable(logging.NOTSET)
-        program = _program(model, exported, args, kwargs)
-        return _with_second_batch(model, program, check)
+        exported = exported_program(model, args, kwargs, shapes)
+        program = program_of(model, exported, args, kwargs)
+        entry = with_second_batch(model, program, "forward", check)
+        return replace(program, entries={"forward": entry})
+
+
+def exported_program(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any
+) -> torch.export.ExportedProgram:
+    """Trace forward as it is now, in `quiet`.
+
+    Raises:
+        CaptureError: torch.export refuses; the model's own line and a remedy are named.
+    """
+    try:
+        # torch logs graphs and tracebacks beside what it raises; ours is one sentence.
+        logging.disable(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+    except Exception as e:
+        raise CaptureError(_explain(model, e)) from e
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _call(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -157,7 +167,7 @@ def _auto_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 @contextlib.contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
+def quiet(model: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients, no key/value cache and no fused fast path, while inside.
 
     Buffers get their values back too: tracing and comparing run the model, and it may count.
@@ -246,12 +256,25 @@ def _explain(model: nn.Module, error: Exception) -> str:
     return f"torch.export cannot capture {type(model).__name__}{where}: {fact}; {remedy}"
 
 
-def _program(
+def program_of(
     model: nn.Module,
     exported: torch.export.ExportedProgram,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    dynamic: Mapping[str, Mapping[int, str]] | None = None,
 ) -> Program:
+    """What torch.export traced, as a Program of the entry `forward`, its second batch not tried.
+
+    Args:
+        model: the traced model, whose forward still has the traced signature.
+        exported: what torch.export made of it.
+        args: what it was traced with.
+        kwargs: likewise.
+        dynamic: names of the dynamic sizes; by default derived from the inputs.
+
+    Raises:
+        CaptureError: the graph holds something that a Program cannot.
+    """
     module = exported.module()
     in_spec, out_spec = _specs(module)
     graph = module.graph
@@ -273,7 +296,8 @@ def _program(
     _own_operators(graph)
     graph.eliminate_dead_code()
     tensors, parameters, aliases, overlaps = _tensors(model, module, graph)
-    arguments, example, dynamic = _interface(model, graph, in_spec, args, kwargs)
+    arguments, example, symbols = _interface(model, graph, in_spec, args, kwargs)
+    dynamic = symbols if dynamic is None else dynamic
     output = output_node(graph)
     output.args = (tuple(pytree.tree_leaves(output.args[0])),)
     propagate(graph, tensors, example, dynamic)
@@ -444,13 +468,13 @@ def _symbols(placeholders: Sequence[fx.Node]) -> dict[str, dict[int, str]]:
     return dynamic
 
 
-def _with_second_batch(model: nn.Module, program: Program, check: bool) -> Program:
-    """Choose the sizes of the second batch, and compare program and model on it.
+def with_second_batch(model: nn.Module, program: Program, name: str, check: bool) -> Entry:
+    """The entry with sizes of a second batch chosen, and program and model compared on it.
 
     Raises:
         CaptureError: they disagree, or the graph fails where the model runs.
     """
-    entry = program.forward
+    entry = program.entries[name]
     refusal = ""
     for sizes in second_sizes(entry.input_names, entry.example, entry.dynamic):
         entry = replace(entry, second=sizes)
@@ -463,7 +487,7 @@ def _with_second_batch(model: nn.Module, program: Program, check: bool) -> Progr
             refusal = str(e).partition("\n")[0]
             continue
         try:
-            actual = program.run([t.clone() for t in flat])
+            actual = program.run([t.clone() for t in flat], name)
         except Exception as e:
             raise CaptureError(
                 f"the captured graph of {type(model).__name__} fails on inputs of shapes {shapes}, "
@@ -477,7 +501,7 @@ def _with_second_batch(model: nn.Module, program: Program, check: bool) -> Progr
             f"{type(model).__name__} itself fails on the example inputs: {refusal}; check that "
             "model(*example_inputs) runs"
         )
-    return replace(program, entries={"forward": entry})
+    return entry
 
 
 def _model_call(

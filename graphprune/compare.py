@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphprune.graph import terms
 from graphprune.program import Entry
 
 
@@ -21,16 +22,16 @@ def second_inputs(entry: Entry) -> list[Tensor]:
     """Other flat inputs for an entry: another number of samples, another length, and padding.
 
     Made from the examples by cropping and repeating to `entry.second`; in tensors of zeros and
-    ones (masks) the last sample's tail becomes zero.
+    ones (masks) the last sample's tail becomes zero, with a cache its head, as decoders are padded.
     """
     result = []
     for name, tensor in zip(entry.input_names, entry.example, strict=True):
         dims = entry.dynamic.get(name, {})
         for dim, symbol in dims.items():
-            size = entry.second[symbol]
+            size = sum(entry.second[term] for term in terms(symbol))
             repeats = -(-size // tensor.shape[dim])
             tensor = torch.cat([tensor] * repeats, dim).narrow(dim, 0, size)
-        result.append(_pad(tensor, dims).contiguous())
+        result.append(_pad(tensor, dims, left=bool(entry.cache)).contiguous())
     return result
 
 
@@ -48,6 +49,7 @@ def second_sizes(
         symbol: int(tensor.shape[dim])
         for name, tensor in zip(names, example, strict=True)
         for dim, symbol in dynamic.get(name, {}).items()
+        if len(terms(symbol)) == 1
     }
     leading = {symbol for dims in dynamic.values() for dim, symbol in dims.items() if dim == 0}
     more = {s: n + 1 if s in leading else n for s, n in own.items()}
@@ -55,14 +57,15 @@ def second_sizes(
     return [shorter, more, own]
 
 
-def _pad(tensor: Tensor, dims: Mapping[int, str]) -> Tensor:
+def _pad(tensor: Tensor, dims: Mapping[int, str], *, left: bool) -> Tensor:
     last = tensor.dim() - 1
     if last < 1 or last not in dims or 0 not in dims or tensor.is_floating_point():
         return tensor
     if bool(((tensor != 0) & (tensor != 1)).any()):
         return tensor
     padded = tensor.clone()
-    padded[-1, ..., padded.shape[-1] * 2 // 3 :] = 0
+    length = padded.shape[-1]
+    padded[-1, ..., slice(length // 3) if left else slice(length * 2 // 3, None)] = 0
     return padded
 
 

@@ -57,6 +57,12 @@ def output_node(graph: fx.Graph) -> fx.Node:
     return next(iter(reversed(graph.nodes)))
 
 
+def flat_outputs(graph: fx.Graph) -> tuple[Any, ...]:
+    """What the graph returns: nodes, and plain values such as None."""
+    values: Any = output_node(graph).args[0]
+    return tuple(values)
+
+
 def bound_arguments(node: fx.Node) -> dict[str, Any]:
     """All arguments of an ATen call by their schema names, defaults filled in."""
     target = node.target
@@ -91,6 +97,14 @@ def set_bound(node: fx.Node, changed: Mapping[str, Any]) -> None:
     node.args, node.kwargs = tuple(args), kwargs
 
 
+def terms(symbol: str) -> list[str]:
+    """The sizes that a dynamic size is the sum of: "past+sequence" has two, others only their own.
+
+    Every term is some dynamic dimension's size alone.
+    """
+    return symbol.split("+")
+
+
 def symbol_inputs(
     example: Sequence[Tensor], names: Sequence[str], dynamic: Mapping[str, Mapping[int, str]]
 ) -> tuple[FakeTensorMode, list[Tensor]]:
@@ -98,17 +112,19 @@ def symbol_inputs(
     env = ShapeEnv(duck_shape=False)
     mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
     symbols: dict[str, Any] = {}
+    for name, tensor in zip(names, example, strict=True):
+        for dim, symbol in dynamic.get(name, {}).items():
+            if symbol not in symbols and len(terms(symbol)) == 1:
+                source, size = ConstantSource(symbol), tensor.shape[dim]
+                expression = env.create_symbol(
+                    size, source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None
+                )
+                symbols[symbol] = env.create_symintnode(expression, hint=size, source=source)
     fakes: list[Tensor] = []
     for name, tensor in zip(names, example, strict=True):
         sizes: list[Any] = list(tensor.shape)
         for dim, symbol in dynamic.get(name, {}).items():
-            if symbol not in symbols:
-                source = ConstantSource(symbol)
-                expression = env.create_symbol(
-                    sizes[dim], source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None
-                )
-                symbols[symbol] = env.create_symintnode(expression, hint=sizes[dim], source=source)
-            sizes[dim] = symbols[symbol]
+            sizes[dim] = sum(symbols[term] for term in terms(symbol))
         with mode:
             fakes.append(torch.empty(sizes, dtype=tensor.dtype, device=tensor.device))
     return mode, fakes

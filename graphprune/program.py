@@ -47,6 +47,8 @@ class Entry:
         example: one tensor a placeholder, in order.
         dynamic: placeholder name -> {dimension: symbol name}, for instance {0: "batch"}.
         second: symbol name -> its size in the second batch that everything is compared on.
+        cache: placeholder that holds keys or values of past tokens, [batch, heads, past, width] ->
+            number of the flat output that continues it.
     """
 
     graph: fx.Graph
@@ -55,6 +57,7 @@ class Entry:
     example: tuple[Tensor, ...]
     dynamic: Mapping[str, Mapping[int, str]]
     second: Mapping[str, int]
+    cache: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -136,6 +139,11 @@ class Program:
     @property
     def forward(self) -> Entry:
         return self.entries["forward"]
+
+    @property
+    def deployed(self) -> str:
+        """The entry that is exported: "decode" where there is one, else "forward"."""
+        return "decode" if "decode" in self.entries else "forward"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward entry as the model would run, without gradients."""

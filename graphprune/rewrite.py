@@ -15,10 +15,10 @@ from graphprune.axes import algebra
 from graphprune.axes.algebra import Axis, Size
 from graphprune.axes.groups import AxisGroups, axis_groups
 from graphprune.axes.rules import REWRITERS
-from graphprune.axes.rules._base import Contraction, RewriteContext, size_of
+from graphprune.axes.rules._base import Contraction, Facts, RewriteContext, size_of
 from graphprune.errors import VerificationError
-from graphprune.graph import bound_arguments, op_name, set_bound
-from graphprune.program import Program
+from graphprune.graph import bound_arguments, flat_outputs, op_name, output_node, set_bound
+from graphprune.program import Entry, Program
 
 MASK = "graphprune_mask_"  # name prefix of the tensors that `mask` adds
 
@@ -51,7 +51,10 @@ def shrink(program: Program, kept: Mapping[str, Any]) -> Program:
             if rewrite is not None:
                 with graph.inserting_before(node):
                     rewrite(RewriteContext(node, facts, keep, symbols))
-    result = fork.with_graphs({n: e.graph for n, e in fork.entries.items()}, tensors)
+    cut = replace(
+        fork, entries={n: _cut_cache(groups, n, e, keep) for n, e in fork.entries.items()}
+    )
+    result = cut.with_graphs({}, tensors)
     _check_shapes(groups, result, keep)
     return result.record(
         {
@@ -67,6 +70,8 @@ def mask(program: Program, kept: Mapping[str, Any]) -> Program:
     """The reference of `shrink`: old shapes, removed units times zero where they are summed.
 
     Zeroing parameters would not do: a unit may have a constant of its own (elu(x) + 1 has one).
+    Keys and values that go out into a cache come without the removed units, as `shrink` gives them;
+    those that come in have all of them.
     """
     fork = program.fork()
     groups = axis_groups(fork)
@@ -77,6 +82,7 @@ def mask(program: Program, kept: Mapping[str, Any]) -> Program:
         for contraction in facts.contractions:
             if any(leaf in keep for leaf in algebra.leaves(contraction.axis)):
                 _mask_operand(graph, contraction, keep, tensors)
+        _cut_outputs(fork.entries[name], facts, keep, tensors)
     return replace(fork, tensors=tensors)
 
 
@@ -86,6 +92,38 @@ def _indexed(groups: AxisGroups, name: str, tensor: Tensor, keep: Mapping[Axis, 
             indices = algebra.kept_indices(axis, keep)
             tensor = tensor.index_select(dim, indices.to(tensor.device))
     return tensor
+
+
+def _cut_cache(groups: AxisGroups, name: str, entry: Entry, keep: Mapping[Axis, Tensor]) -> Entry:
+    """The entry whose example cache lacks the removed units."""
+    example = list(entry.example)
+    for i, node in enumerate(n for n in entry.graph.nodes if n.op == "placeholder"):
+        if node.name in entry.cache:
+            for dim, axis in enumerate(groups.axes.facts[name].dims[node]):
+                if any(leaf in keep for leaf in algebra.leaves(axis)):
+                    indices = algebra.kept_indices(axis, keep)
+                    example[i] = example[i].index_select(dim, indices)
+    return replace(entry, example=tuple(example))
+
+
+def _cut_outputs(
+    entry: Entry, facts: Facts, keep: Mapping[Axis, Tensor], tensors: dict[str, Tensor]
+) -> None:
+    """Drop the removed units from what an entry gives to be cached."""
+    graph = entry.graph
+    results = list(flat_outputs(graph))
+    for number in entry.cache.values():
+        for dim, axis in enumerate(facts.dims[results[number]]):
+            if not any(leaf in keep for leaf in algebra.leaves(axis)):
+                continue
+            name = f"{MASK}{len(tensors)}"
+            tensors[name] = algebra.kept_indices(axis, keep)
+            with graph.inserting_before(output_node(graph)):
+                results[number] = graph.call_function(
+                    torch.ops.aten.index_select.default,
+                    (results[number], dim, graph.create_node("get_attr", name)),
+                )
+    output_node(graph).args = (tuple(results),)
 
 
 def _mask_operand(

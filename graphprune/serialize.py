@@ -193,6 +193,7 @@ def _encode_entry(entry: Entry) -> JSON:
             for name, dims in entry.dynamic.items()
         },
         "second": dict(entry.second),
+        "cache": dict(entry.cache),
     }
 
 
@@ -254,6 +255,11 @@ def _decode_entry(
     if output.op != "output" or len(pytree.tree_leaves(output.args[0])) != spec.num_leaves:
         raise ArtifactError("the graph's outputs do not fit their nesting")
     graph.lint()
+    cache = {str(p): int(number) for p, number in data.get("cache", {}).items()}
+    if not cache.keys() <= set(placeholders) or not all(
+        0 <= number < spec.num_leaves for number in cache.values()
+    ):
+        raise ArtifactError("the cache is not made of the graph's inputs and outputs")
     return Entry(
         graph=graph,
         arguments=arguments,
@@ -261,6 +267,7 @@ def _decode_entry(
         example=tuple(examples[f"{name}/{p}"] for p in placeholders),
         dynamic={p: {int(d): str(s) for d, s in x.items()} for p, x in data["dynamic"].items()},
         second={str(symbol): int(size) for symbol, size in data["second"].items()},
+        cache=cache,
     )
 
 

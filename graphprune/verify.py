@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from graphprune.compare import batches, relative_error
 from graphprune.errors import VerificationError
-from graphprune.program import JSON, Program, graph_module
+from graphprune.program import JSON, Entry, Program, graph_module
 
 TOLERANCE = 1e-5  # of the output's largest magnitude, in float32
 TOLERANCE_FLOAT64 = 1e-9
@@ -58,9 +58,9 @@ def verify_rewrite(
 def _largest_error(reference: Program, candidate: Program) -> tuple[float, str]:
     worst, where = 0.0, ""
     for name, entry in reference.entries.items():
-        for inputs in batches(entry):
+        for inputs, own in _inputs(entry, candidate.entries[name]):
             expected = reference.run(inputs, name)
-            actual = candidate.run(inputs, name)
+            actual = candidate.run(own, name)
             if len(expected) != len(actual):
                 raise VerificationError(
                     f"entry {name!r} has {len(actual)} outputs, not {len(expected)}"
@@ -72,12 +72,24 @@ def _largest_error(reference: Program, candidate: Program) -> tuple[float, str]:
     return worst, where
 
 
+def _inputs(reference: Entry, candidate: Entry) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """The batches for both; a candidate that lost heads has a cache of its own, without them."""
+    names = reference.input_names
+    return [
+        (
+            ours,
+            [b if n in candidate.cache else a for n, a, b in zip(names, ours, theirs, strict=True)],
+        )
+        for ours, theirs in zip(batches(reference), batches(candidate), strict=True)
+    ]
+
+
 def _first_difference(reference: Program, candidate: Program) -> str:
     """The first node of equal shape in both graphs whose values differ."""
     for name, entry in reference.entries.items():
-        for inputs in batches(entry):
+        for inputs, own in _inputs(entry, candidate.entries[name]):
             expected = _values(reference, name, inputs)
-            actual = _values(candidate, name, inputs)
+            actual = _values(candidate, name, own)
             for node, value in actual.items():
                 other = expected.get(node)
                 if (

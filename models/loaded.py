@@ -44,6 +44,10 @@ class LoadedModel:
         if self.tokenizer_dir is not None:
             for file in tokenizer_files(self.tokenizer_dir):
                 files[f"{TOKENIZER}/{file.name}"] = file
+            # It says which tokens end a text.
+            generation = self.tokenizer_dir / "generation_config.json"
+            if generation.is_file():
+                files[f"{TOKENIZER}/{generation.name}"] = generation
         labels = getattr(getattr(self.module, "config", None), "id2label", None)
         if labels and not all(str(v).startswith("LABEL_") for v in labels.values()):
             files["labels.json"] = json.dumps(labels, indent=1, ensure_ascii=False).encode()

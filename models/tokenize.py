@@ -60,11 +60,11 @@ def _read_fast(folder: Path) -> Any:
     try:
         from tokenizers import Tokenizer
     except ImportError as e:
-        raise _missing("tokenizers") from e
+        raise missing("tokenizers") from e
     try:
         return Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as e:  # the library raises nothing narrower
-        raise _unusable(folder) from e
+        raise unusable(folder) from e
 
 
 def _fast(folder: Path) -> Tokenize:
@@ -93,7 +93,7 @@ def _padding(folder: Path, loaded: Any) -> tuple[int, str]:
         except FileNotFoundError:
             continue
         except ValueError as e:
-            raise _unusable(folder) from e
+            raise unusable(folder) from e
     for key in ("pad_token", "eos_token"):
         token = config.get(key)
         text = token.get("content") if isinstance(token, dict) else token
@@ -109,11 +109,11 @@ def _read_slow(folder: Path) -> Any:
     try:
         from transformers import AutoTokenizer
     except ImportError as e:
-        raise _missing("transformers") from e
+        raise missing("transformers") from e
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as e:
-        raise _unusable(folder) from e
+        raise unusable(folder) from e
 
 
 def _with_transformers(folder: Path) -> Tokenize:
@@ -135,11 +135,13 @@ def _with_transformers(folder: Path) -> Tokenize:
     return tokenize
 
 
-def _missing(package: str) -> GraphPruneError:
+def missing(package: str) -> GraphPruneError:
+    """The error where a library that reads text is not installed."""
     return GraphPruneError(
         f"reading text needs {package}, which is not installed: pip install 'graphprune[hf]'"
     )
 
 
-def _unusable(folder: Path) -> GraphPruneError:
+def unusable(folder: Path) -> GraphPruneError:
+    """The error where a folder has no tokenizer, or a broken one."""
     return GraphPruneError(f"the folder {str(folder)!r} holds no usable tokenizer")

@@ -12,8 +12,8 @@ from graphprune.axes import algebra
 from graphprune.axes.algebra import Axis
 from graphprune.axes.rules import RULES
 from graphprune.axes.rules._base import Dims, Facts, RuleContext, frozen_like, place, size_of
-from graphprune.graph import op_name, output_node
-from graphprune.program import Program
+from graphprune.graph import flat_outputs, op_name
+from graphprune.program import Entry, Program
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def infer_axes(program: Program) -> Axes:
     }
     facts = {}
     for name, entry in program.entries.items():
-        facts[name] = _walk(entry.graph, tensors)
+        facts[name] = _walk(entry, tensors)
     for name in sorted(set(tensors) - _read(program)):
         for axis in tensors[name]:
             algebra.freeze(axis, f"{name} is never read")
@@ -54,19 +54,31 @@ def _read(program: Program) -> set[str]:
     return {str(node.target) for graph in graphs for node in graph.nodes if node.op == "get_attr"}
 
 
-def _walk(graph: fx.Graph, tensors: Mapping[str, Dims]) -> Facts:
+CACHE_DIMS = (1, 3)  # heads and width: of all inputs and outputs only these can shrink
+
+
+def _walk(entry: Entry, tensors: Mapping[str, Dims]) -> Facts:
+    graph = entry.graph
     facts = Facts(weights=_weights(graph))
     for node in graph.nodes:
         value = node.meta.get("val")
         if node.op == "get_attr":
             facts.dims[node] = tensors[str(node.target)]
         elif node.op == "placeholder":
-            facts.dims[node] = frozen_like(value, f"input {node.name!r} of the model")
+            fixed = frozen_like(value, f"input {node.name!r} of the model")
+            facts.dims[node] = fixed
+            if node.name in entry.cache:
+                facts.dims[node] = tuple(
+                    algebra.leaf(axis.size) if dim in CACHE_DIMS else axis
+                    for dim, axis in enumerate(fixed)
+                )
         elif node.op == "call_function" and isinstance(value, (torch.Tensor, tuple, list)):
             facts.dims[node] = _apply(node, facts)
-    for result in output_node(graph).all_input_nodes:
-        for axis in facts.dims.get(result, ()):
-            algebra.freeze(axis, "output of the model")
+    cached = set(entry.cache.values())
+    for number, result in enumerate(flat_outputs(graph)):
+        for dim, axis in enumerate(facts.dims.get(result, ())):
+            if number not in cached or dim not in CACHE_DIMS:
+                algebra.freeze(axis, "output of the model")
     return facts
 
 

@@ -50,7 +50,9 @@ Threads = Annotated[int, typer.Option(min=1, help="Threads of ONNX Runtime.")]
 Batch = Annotated[
     str,
     typer.Option(
-        metavar="BxS", help="Batch, or batch x sequence, to time: 8x128. Default 1 (x128)."
+        metavar="BxS",
+        help="Batch, or batch x sequence, to time: 8x128. Default 1 (x128). With a cache, one "
+        "token after a past of that length.",
     ),
 ]
 
@@ -208,6 +210,9 @@ def compile_command(
     quality: Annotated[
         bool, typer.Option("--quality/--no-quality", help="Judge by the model's own task.")
     ] = True,
+    cache: Annotated[
+        bool, typer.Option("--cache", help="A decoder with its key/value cache, to generate with.")
+    ] = False,
     batch: Batch = "",
     threads: Threads = 1,
     seed: Annotated[int, typer.Option(help="Everything random comes from it.")] = 0,
@@ -226,6 +231,7 @@ def compile_command(
             "prune-heads": _flag(heads, common),
             "quantize": {"scheme": quantize} if quantize else None,
         },
+        none=cache,
     )
     check_calibration(steps, calibration)
     options = Options(
@@ -238,6 +244,7 @@ def compile_command(
         seed,
         calibration,
         calibration_lines,
+        cache,
     )
     summary = _run(model, steps, out, options, allow_pickle)
     _present(summary, as_json)
@@ -275,6 +282,47 @@ def bench_command(
         _print_json({"model": model, **timing})
     else:
         _console().print(timing_table(timing))
+
+
+@app.command("generate")
+@guarded
+def generate_command(
+    model: Annotated[
+        str, typer.Argument(metavar="OUT_OR_MODEL", help="An artifact's folder, or a model.")
+    ],
+    prompt: Annotated[str, typer.Option(help="The text to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 128,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the likeliest token, above 0 one is drawn.")
+    ] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw from the k likeliest; 0 for all.")] = 0,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The prompt is a user's turn of a conversation.")
+    ] = False,
+    threads: Threads = 1,
+    seed: Annotated[int, typer.Option(help="For drawing.")] = 0,
+    as_json: Json = False,
+    allow_pickle: Pickle = False,
+) -> None:
+    """Continue a text with a decoder that was compiled with --cache, on ONNX Runtime."""
+    from graphprune.cli.generation import Sampling, generated
+    from graphprune.cli.workflow import open_subject
+
+    sampling = Sampling(max_new_tokens, temperature, top_k, seed, chat)
+    with _display() as display:
+        with display.step(f"load {model}") as advance:
+            subject = open_subject(model, allow_pickle, advance)
+        with display.step("open"):
+            found = generated(subject, prompt, sampling, threads)
+    for piece in found:
+        if not as_json:
+            typer.echo(piece, nl=False)
+            sys.stdout.flush()
+    if as_json:
+        _print_json({"model": model, **found.to_json()})
+        return
+    typer.echo()
+    Console(stderr=True, highlight=False).print(found.speed(), style="dim")
 
 
 @app.command("eval")

@@ -50,6 +50,7 @@ class Options:
     seed: int = 0
     calibration: Path | None = None
     lines: int = LINES
+    cache: bool = False
 
 
 @final
@@ -144,8 +145,15 @@ def _quality_rows(quality: Mapping[str, JSON]) -> list[tuple[str, str, str, str]
     return [(title, left, f"{pruned['value']:.3f}", change)]
 
 
-def steps_of(recipe: str | None, flags: Mapping[str, Mapping[str, Any] | None]) -> list[Pass]:
+def steps_of(
+    recipe: str | None, flags: Mapping[str, Mapping[str, Any] | None], *, none: bool = False
+) -> list[Pass]:
     """The passes that the command line asks for: a recipe, or flags that stand for single passes.
+
+    Args:
+        recipe: its name or file.
+        flags: options of passes by name; None for those that are not asked for.
+        none: whether there may be none, because there is something else to do.
 
     Raises:
         RecipeError: neither or both are given, or one of them is not valid.
@@ -155,7 +163,7 @@ def steps_of(recipe: str | None, flags: Mapping[str, Mapping[str, Any] | None]) 
     wanted = [{name: options} for name, options in flags.items() if options is not None]
     if recipe is not None and wanted:
         raise RecipeError("give either --recipe or --heads/--neurons, not both")
-    if recipe is None and not wanted:
+    if recipe is None and not wanted and not none:
         raise RecipeError(
             "nothing to do: give --recipe NAME|FILE, --heads RATIO or --neurons RATIO; "
             "`graphprune recipes` and `graphprune passes` list what there is"
@@ -242,6 +250,42 @@ def sized_inputs(program: Program, sizes: tuple[int, ...]) -> dict[str, Any]:
     return _resized(program, (1,)) if _problem(program, inputs) else inputs
 
 
+def timed_inputs(program: Program, sizes: tuple[int, ...]) -> dict[str, Any]:
+    """What is timed: `sized_inputs`, or for a decoder with a cache one token behind 128 others.
+
+    Args:
+        program: its exported form is what is timed.
+        sizes: batch, and sequence; with a cache, batch and past.
+
+    Returns:
+        Keyword arguments; with a cache ids [batch, 1] and mask [batch, past + 1] are all.
+
+    Raises:
+        GraphPruneError: the program does not run at these sizes.
+    """
+    if program.deployed == "forward":
+        return sized_inputs(program, sizes)
+    import torch
+
+    from graphprune.decode import IDS, MASK, past_of_zeros, step
+
+    problem = ""
+    for past in sizes[1:2] or (_SEQUENCE, _SEQUENCE // 4):
+        batch = sizes[0] if sizes else 1
+        ids = torch.zeros(batch, 1, dtype=torch.int64)
+        mask = torch.ones(batch, past + 1, dtype=torch.int64)
+        try:
+            step(program, ids, mask, past_of_zeros(program.entries["decode"], batch, past))
+        except Exception as e:
+            problem = str(e).strip().split("\n")[0]
+        else:
+            return {IDS: ids, MASK: mask}
+    raise GraphPruneError(
+        f"the model cannot take one more token after {past} ({problem}); give --batch BxP with P "
+        "tokens of past that it takes"
+    )
+
+
 def _resized(program: Program, sizes: tuple[int, ...]) -> dict[str, Any]:
     import torch
 
@@ -282,7 +326,13 @@ def _problem(program: Program, inputs: Mapping[str, Any]) -> str:
 
 
 def batch_text(program: Program, inputs: Mapping[str, Any]) -> str:
-    """The sizes of inputs as "1x128", or "1" where there is no sequence."""
+    """The sizes of inputs as "1x128", or "1" where there is no sequence.
+
+    For a decoder with a cache "1x1 after 128": one token each, behind so many.
+    """
+    if program.deployed != "forward":
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        return f"{len(ids)}x{ids.shape[1]} after {mask.shape[1] - ids.shape[1]}"
     entry = program.forward
     found: dict[str, int] = {}
     for name, tensor in zip(entry.input_names, entry.flatten((), inputs), strict=True):
@@ -308,14 +358,24 @@ def open_subject(name: str, allow_pickle: bool, advance: Advance) -> LoadedModel
     return load_model(name, allow_pickle=allow_pickle, progress=advance)
 
 
-def captured(subject: LoadedModel | Artifact) -> Compiled:
-    """A subject without further passes: a model captured, an artifact's program read."""
+def captured(subject: LoadedModel | Artifact, cache: bool = False) -> Compiled:
+    """A subject without further passes: a model captured, an artifact's program read.
+
+    Args:
+        subject: what `open_subject` found.
+        cache: with a decoder's cached form; an artifact has it or not.
+
+    Raises:
+        GraphPruneError: the model cannot be captured, or with a cache not.
+    """
     from graphprune.api import compile, load
     from graphprune.models import LoadedModel
 
     if not isinstance(subject, LoadedModel):
-        return load(subject.path)
-    compiled = compile(subject.module, [], example_inputs=dict(subject.example_inputs))
+        loaded = load(subject.path)
+        return compile(loaded, [], cache=True) if cache else loaded
+    inputs = dict(subject.example_inputs)
+    compiled = compile(subject.module, [], example_inputs=inputs, cache=cache)
     compiled.files = subject.files()
     return compiled
 
@@ -334,9 +394,9 @@ def compiled_and_measured(
     from graphprune.models.calibration import count_tokens
 
     with step("capture"):
-        start = captured(subject)
+        start = captured(subject, options.cache)
         # Sizes that the model refuses are refused before the work.
-        inputs = sized_inputs(start.program, options.sizes) if options.measure else {}
+        inputs = timed_inputs(start.program, options.sizes) if options.measure else {}
     batches = None
     if options.calibration is not None:
         with step("calibration"):
@@ -413,7 +473,7 @@ def calibration(
     # A model with learned positions has only so many.
     while segment > 1 and _problem(program, _resized(program, (1, segment))):
         segment //= 2
-    return calibration_batches(source, names, _tokenizer_dir(subject), lines, segment=segment)
+    return calibration_batches(source, names, tokenizer_dir(subject), lines, segment=segment)
 
 
 def check_calibration(steps: Sequence[Pass], source: Path | None) -> None:
@@ -513,7 +573,7 @@ def bench(
     if not isinstance(subject, Artifact) and against != "dense":
         raise GraphPruneError("--against compares artifacts; compile the model first")
     program = captured(subject).program
-    inputs = sized_inputs(program, sizes)
+    inputs = timed_inputs(program, sizes)
     if isinstance(subject, Artifact):
         return _timing(subject, program, inputs, threads, against)
     with tempfile.TemporaryDirectory() as folder:
@@ -543,7 +603,7 @@ def judged(
     Raises:
         GraphPruneError: the task needs what the subject does not have.
     """
-    common = {"data": data, "tokenizer_dir": _tokenizer_dir(subject), **(options or {})}
+    common = {"data": data, "tokenizer_dir": tokenizer_dir(subject), **(options or {})}
     try:
         return _results(subject, task, common, advance)
     except GraphPruneError:
@@ -629,7 +689,8 @@ def _megabytes(artifact: Artifact) -> dict[str, float]:
     }
 
 
-def _tokenizer_dir(subject: LoadedModel | Artifact) -> Path | None:
+def tokenizer_dir(subject: LoadedModel | Artifact) -> Path | None:
+    """The folder with a subject's tokenizer, or None."""
     from graphprune.models import LoadedModel
     from graphprune.models.loaded import TOKENIZER
 

@@ -89,6 +89,7 @@ def runner(model: Any) -> Runner:
 
         def run_session(inputs: Mapping[str, Tensor]) -> Tensor:
             feeds = {name: value.numpy() for name, value in inputs.items() if name in names}
+            feeds |= _empty_cache(model, len(next(iter(inputs.values()))))
             return torch.from_numpy(np.asarray(model.run(None, feeds)[0]))
 
         return run_session
@@ -103,6 +104,15 @@ def runner(model: Any) -> Runner:
         return first
 
     return run_torch
+
+
+def _empty_cache(session: Any, batch: int) -> dict[str, Any]:
+    """What a decoder with a key/value cache takes of it before the first token."""
+    return {
+        i.name: np.zeros((batch, i.shape[1], 0, i.shape[3]), np.float32)
+        for i in session.get_inputs()
+        if i.name.startswith("past_key_values.")
+    }
 
 
 def _accepted(model: Any) -> set[str]:

@@ -121,11 +121,6 @@ def test_a_program_brings_its_own_example_inputs(captured: Callable[[str], Progr
         gp.compile(captured("tiny-mlp"), [], example_inputs=(torch.ones(2, 12),))
 
 
-def test_cache_is_refused_while_it_is_not_supported(captured: Callable[[str], Program]) -> None:
-    with pytest.raises(UnsupportedError, match="cache=True"):
-        gp.compile(captured("tiny-mlp"), [], cache=True)
-
-
 def test_heads_of_a_model_without_attention_are_refused(
     captured: Callable[[str], Program],
 ) -> None:

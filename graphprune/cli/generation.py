@@ -1,0 +1,131 @@
+"""`graphprune generate`: a prompt in, text out, and how fast."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
+
+from graphprune.errors import GraphPruneError
+
+if TYPE_CHECKING:
+    from graphprune.exporters import Artifact
+    from graphprune.exporters.generate import Decoder
+    from graphprune.models import LoadedModel
+    from graphprune.models.text import Text
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are chosen; the command line's options."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    seed: int = 0
+    chat: bool = False
+
+
+@final
+class Generation:
+    """Iterating over it generates, piece by piece; afterwards it knows how long that took.
+
+    Attributes:
+        text: what has come so far.
+        prompt_tokens: how many tokens the prompt has.
+        new_tokens: how many have come, one that ends the text included.
+        prefill_seconds: reading the prompt, the first new token included.
+        decode_seconds: all further tokens.
+    """
+
+    def __init__(self, decoder: Decoder, text: Text, ids: list[int], sampling: Sampling) -> None:
+        self.text = ""
+        self.prompt_tokens, self.new_tokens = len(ids), 0
+        self.prefill_seconds = self.decode_seconds = 0.0
+        self._decoder, self._text, self._ids, self._sampling = decoder, text, ids, sampling
+
+    def __iter__(self) -> Iterator[str]:
+        import numpy as np
+
+        from graphprune.exporters.generate import generate
+
+        options = self._sampling
+        tokens = generate(
+            self._decoder,
+            np.array([self._ids], np.int64),
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            stop=self._text.stop,
+            seed=options.seed,
+        )
+        found: list[int] = []
+        start = time.perf_counter()
+        for token in tokens:
+            now = time.perf_counter()
+            if found:
+                self.decode_seconds += now - start
+            else:
+                self.prefill_seconds = now - start
+            found.append(int(token[0]))
+            self.new_tokens = len(found)
+            whole = self._text.decode(found)
+            piece, self.text = whole[len(self.text) :], whole
+            if piece:
+                yield piece
+            start = time.perf_counter()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "text": self.text,
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": self.new_tokens,
+            "prefill_tokens_per_second": self.prompt_tokens / self.prefill_seconds,
+            "decode_tokens_per_second": self._decode_rate(),
+        }
+
+    def speed(self) -> str:
+        """One line about how fast it was."""
+        line = (
+            f"prompt {self.prompt_tokens} tokens, "
+            f"{self.prompt_tokens / self.prefill_seconds:.1f} a second"
+        )
+        rate = self._decode_rate()
+        return line + ("" if rate is None else f"; {self.new_tokens} new, {rate:.1f} a second")
+
+    def _decode_rate(self) -> float | None:
+        return (self.new_tokens - 1) / self.decode_seconds if self.new_tokens > 1 else None
+
+
+def generated(
+    subject: LoadedModel | Artifact, prompt: str, sampling: Sampling, threads: int
+) -> Generation:
+    """A generation that is about to begin; a model that is no artifact is exported first.
+
+    Raises:
+        GraphPruneError: no cache, no tokenizer, one that is not the model's, or an empty prompt.
+    """
+    from graphprune.cli.workflow import captured, tokenizer_dir
+    from graphprune.exporters import Artifact
+    from graphprune.exporters.generate import Decoder
+    from graphprune.models.text import Text
+
+    folder = tokenizer_dir(subject)
+    if folder is None:
+        raise GraphPruneError(
+            "the model comes without a tokenizer, so there is no text to read or write; in Python, "
+            "graphprune.exporters.generate takes token ids"
+        )
+    text = Text(folder)
+    ids = text.chat(prompt) if sampling.chat else text.encode(prompt)
+    if isinstance(subject, Artifact):
+        return Generation(Decoder(subject.session(threads)), text, ids, sampling)
+    with tempfile.TemporaryDirectory(prefix="graphprune-") as temporary:
+        compiled = captured(subject, cache=True)
+        artifact = compiled.export(Path(temporary) / "out", baseline=False)
+        return Generation(Decoder(artifact.session(threads)), text, ids, sampling)
