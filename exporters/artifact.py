@@ -90,7 +90,7 @@ class Artifact:
             if isinstance(batch, Mapping)
             else isinstance(batch, tuple | list) and len(batch) > len(names)
         )
-        return filled(shapes, feeds_of(batch, list(shapes) if whole else names))
+        return filled(shapes, feeds_of(batch, list(shapes) if whole else names), strict=True)
 
     def benchmark(
         self,

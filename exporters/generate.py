@@ -21,7 +21,7 @@ _LOGITS = "logits"
 class Decoder:
     """A session over a decoder with a cache, and the cache after what it has read.
 
-    The cache stays inside ONNX Runtime: what one step gives, the next takes, and nothing is copied.
+    The cache stays inside ONNX Runtime: what one step gives the next takes; Python copies nothing.
 
     Attributes:
         vocabulary: number of token ids.
@@ -117,12 +117,31 @@ def generate(
     """
     if not ids.size:
         raise GraphPruneError("the prompt is empty: give at least one token to go on from")
+    check_options(max_new_tokens, temperature, top_k)
+    return _generated(
+        decoder, ids, mask, max_new_tokens, temperature, top_k, stop, np.random.default_rng(seed)
+    )
+
+
+def check_options(max_new_tokens: int, temperature: float, top_k: int) -> None:
+    """Raise GraphPruneError for options of `generate` without meaning."""
     if max_new_tokens < 1 or not temperature >= 0 or top_k < 0:
         raise GraphPruneError(
             "max_new_tokens is at least 1, temperature and top_k at least 0; got "
             f"{max_new_tokens}, {temperature:g} and {top_k}"
         )
-    random = np.random.default_rng(seed)
+
+
+def _generated(
+    decoder: Decoder,
+    ids: Ids,
+    mask: Ids | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    stop: Collection[int],
+    random: np.random.Generator,
+) -> Iterator[Ids]:
     ends = np.array(sorted(stop), np.int64)
     logits = decoder.prefill(ids, mask)
     tokens: Ids = np.zeros(len(ids), np.int64)

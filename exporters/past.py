@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from graphprune.decode import IDS, MASK, PAST
+from graphprune.errors import GraphPruneError
 
 Feeds = dict[str, npt.NDArray[Any]]
 Shapes = Mapping[str, Sequence[int | str]]
@@ -24,11 +25,19 @@ def shapes_of(session: Any) -> dict[str, Sequence[int | str]]:
     return {i.name: i.shape for i in session.get_inputs()}
 
 
-def filled(shapes: Shapes, feeds: Feeds) -> Feeds:
+def filled(shapes: Shapes, feeds: Feeds, *, strict: bool = False) -> Feeds:
     """Feeds for a model with these inputs: what of the cache is not given, or does not fit, is 0.
 
     Pruned and dense model keep different heads, so one cache cannot be for both. How long the past
     is follows from the mask, which is longer than the new tokens by it.
+
+    Args:
+        shapes: the model's inputs.
+        feeds: what there is.
+        strict: refuse a cache that does not fit.
+
+    Raises:
+        GraphPruneError: the mask is shorter than the tokens, or a cache does not fit and must.
     """
     result: Feeds = {}
     for name, shape in shapes.items():
@@ -37,8 +46,18 @@ def filled(shapes: Shapes, feeds: Feeds) -> Feeds:
             continue
         batch, sequence = feeds[IDS].shape
         past = feeds[MASK].shape[1] - sequence
+        if past < 0:
+            raise GraphPruneError(
+                f"{MASK!r} is {feeds[MASK].shape[1]} long for {sequence} new tokens: it covers the "
+                "past and the new tokens"
+            )
         wanted = (batch, int(shape[1]), past, int(shape[3]))
         held = feeds.get(name)
+        if strict and held is not None and held.shape != wanted:
+            raise GraphPruneError(
+                f"{name!r} has shape {list(held.shape)}; with these tokens and this mask the model "
+                f"takes {list(wanted)}"
+            )
         if held is None or held.shape != wanted:
             held = np.zeros(wanted, np.float32)
         result[name] = held

@@ -17,6 +17,8 @@ from graphprune.axes.rules._base import Contraction
 from graphprune.graph import bound_arguments, is_op, op_name
 from graphprune.program import Program
 
+ZEROED = "zeroed"  # in a program's metadata: names of tensors whose zeros are meant to stay
+
 _TRANSPOSES = {"t", "numpy_T", "transpose", "permute", "mT", "swapaxes"}
 _COPIES = {"to", "contiguous", "clone", "detach", "alias"}
 

@@ -54,6 +54,15 @@ class Gram:
         """L2 norm of each feature over all rows, float64 [in]."""
         return self.matrix.diagonal().sqrt()
 
+    def shortage(self, name: str) -> str:
+        """A sentence where fewer rows were seen than there are features; empty else, or of none."""
+        if not 0 < self.count < len(self.total):
+            return ""
+        return (
+            f"{name}: {self.count} calibration rows for {len(self.total)} features; "
+            "more batches would do better"
+        )
+
     def with_ones(self) -> Tensor:
         """The Gram matrix of rows with a constant one appended, float64 [in + 1, in + 1]."""
         top = torch.cat([self.matrix, self.total[:, None]], 1)

@@ -287,6 +287,7 @@ def flat_batch(entry: Entry, batch: Any, number: int) -> list[Tensor]:
                 f"calibration batch {number}: input {name!r} is {tensor.dtype}, the model was "
                 f"captured with {example.dtype}"
             )
+        _check_ids(entry, name, tensor, number)
         for d, symbol in dims.items():
             if found.setdefault(symbol, tensor.shape[d]) != tensor.shape[d]:
                 raise GraphPruneError(
@@ -294,6 +295,24 @@ def flat_batch(entry: Entry, batch: Any, number: int) -> list[Tensor]:
                     f"{symbol}, another input {found[symbol]}"
                 )
     return flat
+
+
+def _check_ids(entry: Entry, name: str, tensor: Tensor, number: int) -> None:
+    """Whether a table has a row for every id: another model's tokenizer makes other ids."""
+    if tensor.is_floating_point() or not tensor.numel():
+        return
+    (node,) = (n for n in entry.graph.nodes if n.op == "placeholder" and n.name == name)
+    for user in node.users:
+        if is_op(user, "embedding") and user.args[1] is node:
+            table = user.args[0]
+            assert isinstance(table, fx.Node)
+            rows = int(table.meta["val"].shape[0])
+            if not 0 <= int(tensor.min()) <= int(tensor.max()) < rows:
+                raise GraphPruneError(
+                    f"calibration batch {number}: {name!r} holds ids from {int(tensor.min())} to "
+                    f"{int(tensor.max())}, the model has a table of {rows}: the tokenizer is not "
+                    "the model's"
+                )
 
 
 def _bytes(node: fx.Node) -> int:

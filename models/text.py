@@ -63,7 +63,10 @@ class Text:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, without special tokens; an unfinished character at the end is left away."""
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        # Cleaning up spaces would change characters that are on the screen already.
+        text: str = self._tokenizer.decode(
+            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
         return text.rstrip("\ufffd")
 
     def _filled(self, ids: list[int], prompt: str) -> list[int]:

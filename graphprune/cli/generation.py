@@ -112,9 +112,10 @@ def generated(
     """
     from graphprune.cli.workflow import captured, tokenizer_dir
     from graphprune.exporters import Artifact
-    from graphprune.exporters.generate import Decoder
+    from graphprune.exporters.generate import Decoder, check_options
     from graphprune.models.text import Text
 
+    check_options(sampling.max_new_tokens, sampling.temperature, sampling.top_k)
     folder = tokenizer_dir(subject)
     if folder is None:
         raise GraphPruneError(

@@ -14,6 +14,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from graphprune.decode import PAST
 from graphprune.errors import GraphPruneError
 from graphprune.models.sentence import masked_mean
 from graphprune.models.tokenize import tokenizer
@@ -111,7 +112,7 @@ def _empty_cache(session: Any, batch: int) -> dict[str, Any]:
     return {
         i.name: np.zeros((batch, i.shape[1], 0, i.shape[3]), np.float32)
         for i in session.get_inputs()
-        if i.name.startswith("past_key_values.")
+        if i.name.startswith(f"{PAST}.")
     }
 
 

@@ -226,11 +226,8 @@ def warn_if_few(parts: Sequence[Consumer]) -> list[JSON]:
     """Say where there are fewer calibration rows than features: damping decides there."""
     notes: list[JSON] = []
     for part in parts:
-        if part.gram.count < len(part.units):
-            note = (
-                f"{part.site.name}: {part.gram.count} calibration rows for {len(part.units)} "
-                "features; damping fills in, more batches would do better"
-            )
+        note = part.gram.shortage(part.site.name)
+        if note:
             log.warning("%s", note)
             notes.append(note)
     return notes

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,7 +39,10 @@ from graphprune.passes.structural.taylor import taylor_scores
 from graphprune.program import Program
 from graphprune.quantized import refuse_quantised
 from graphprune.registry import suggest
+from graphprune.sites import ZEROED
 from graphprune.stream import Stream
+
+log = logging.getLogger(__name__)
 
 # Scores that activations decide; they compensate unless told otherwise.
 DATA_CHOICES = ("obs", "taylor", *DATA_SCORES)
@@ -133,9 +137,11 @@ class Removal:
         errors: dict[str, JSON] = {}
         curves: dict[str, JSON] = {}
         few: list[JSON] = []
+        refitted: set[str] = set()
         for group in order:
             parts = gather(stream, program, groups, group, ctx)
             few += warn_if_few(parts)
+            refitted |= {part.site.tensor for part in parts if self.method == "least-squares"}
             keep[group.id], scores = self._choose(
                 program, group, parts, counts[group.id], slopes, ctx
             )
@@ -143,6 +149,7 @@ class Removal:
             program, errors[group.id] = compensate(
                 program, group, parts, keep[group.id], self.method, self.damping
             )
+        program = _without_zeros(program, refitted, few)
         notes: dict[str, JSON] = {"output_error": errors, "score_curves": curves, "warnings": few}
         return keep, program, notes
 
@@ -216,6 +223,23 @@ class Removal:
     def _wanted(self, groups: Sequence[AxisGroup]) -> Wanted:
         costs = {group.id: group.cost for group in groups}
         return Wanted(self.ratio, self.round_to, self.floor, costs)
+
+
+def _without_zeros(program: Program, refitted: set[str], warnings: list[JSON]) -> Program:
+    """Take note where least squares has filled weights that an earlier pass had set to zero."""
+    zeroed = program.metadata.get(ZEROED, ())
+    filled = sorted(refitted & set(zeroed))
+    if not filled:
+        return program
+    more = f" and {len(filled) - 1} more" if len(filled) > 1 else ""
+    sentence = (
+        f"least squares filled the zeros of {filled[0]!r}{more}: remove structure first and zero "
+        "weights afterwards"
+    )
+    log.warning("%s", sentence)
+    warnings.append(sentence)
+    left = [name for name in zeroed if name not in filled]
+    return replace(program, metadata={**program.metadata, ZEROED: left})
 
 
 def _curve(scores: Tensor, points: int = 64) -> list[float]:

@@ -2,7 +2,7 @@
 
 The block's output is to stay: with inputs X, outputs Y and hidden values as free variables,
 
-    J = α Σ‖z_i - W_i x‖² + γ ‖p - φ(z)‖² + β ‖y - W_down p‖²      (biases go with the weights)
+    J = α Σ‖z_i - W_i x‖² + γ ‖p - φ(z)‖² + β ‖y - W_down p‖²      (biases are left out; they stay)
 
 is lowered in turn over the weights (least squares, then pruned by SparseGPT), over p (least
 squares) and over each z_i (element by element). Only the ratios of α, β, γ matter.
@@ -30,17 +30,15 @@ from graphprune.sites import LinearSite
 
 CHUNK = 2048  # rows at a time: what an elementwise step writes stays in the cache
 
-Prune = Callable[[LinearSite, Tensor, Inputs], Tensor]
-
 
 @final
 @dataclass(frozen=True, slots=True)
 class Weights:
     """α: fit of the hidden products; β: fit of the output; γ: their agreement through φ."""
 
-    alpha: float = 1.0
-    beta: float = 1.0
-    gamma: float = 1.0
+    alpha: float
+    beta: float
+    gamma: float
 
 
 @final

@@ -17,6 +17,7 @@ from graphprune.program import Program
 from graphprune.sites import LinearSite
 
 _RESHAPES = ("view", "reshape", "_unsafe_view")
+_CASTS = ("to", "_to_copy")
 
 
 @final
@@ -48,7 +49,10 @@ class FeedForward:
     nodes: tuple[fx.Node, ...] = field(repr=False)
 
     def hidden(self, values: Sequence[Tensor], program: Program) -> Tensor:
-        """φ, row by row: a tensor [n, segment] each -> [n, hidden]; differentiable."""
+        """φ, row by row: a float32 tensor [n, segment] each -> [n, hidden]; differentiable.
+
+        Casts inside φ are taken out: half a model's precision is not what a solver needs.
+        """
         held: dict[fx.Node, Any] = {
             s.node: value for s, value in zip(self.segments, values, strict=True)
         }
@@ -57,7 +61,7 @@ class FeedForward:
             return program.tensors[str(node.target)] if node.op == "get_attr" else held[node]
 
         for node in self.nodes:
-            if is_op(node, *_RESHAPES):  # rows are flat here already
+            if is_op(node, *_RESHAPES, *_CASTS):  # rows are flat here already
                 held[node] = held[node.all_input_nodes[0]]
             else:
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)

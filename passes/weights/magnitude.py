@@ -58,27 +58,15 @@ class Magnitude(Pass):
     def __post_init__(self) -> None:
         if self.scope not in SCOPES:
             raise RecipeError(f"there is no scope {self.scope!r}; {suggest(self.scope, SCOPES)}")
-        self._zeroing()
+        Zeroing.of(self)
 
     @property
     def needs_calibration(self) -> bool:
-        return self._zeroing().needs_calibration(False)
+        return Zeroing.of(self).needs_calibration(False)
 
     def run(self, program: Program, ctx: Context) -> PassResult:
         def solve(weight: Tensor, gram: object, inputs: object, share: Share) -> Tensor:
             gone = removed_mask(weight.abs(), share.sparsity, share.pattern, self.scope == "row")
             return weight.masked_fill(gone, 0)
 
-        return self._zeroing().run(program, ctx, SiteBySite(solve), data=False, activations=False)
-
-    def _zeroing(self) -> Zeroing:
-        return Zeroing(
-            self.sparsity,
-            self.pattern,
-            self.allocation,
-            self.targets,
-            self.ignore,
-            self.indivisible,
-            owl_threshold=self.owl_threshold,
-            owl_spread=self.owl_spread,
-        )
+        return Zeroing.of(self).run(program, ctx, SiteBySite(solve), data=False)

@@ -2,7 +2,7 @@
 
 Scores are of a matrix [out, in]: rows are output units, columns input features. Counting is the
 same everywhere: of n units, floor(sparsity · n + 0.5) go, the lowest scores first, exactly so many
-whatever the ties.
+whatever the ties; one at least stays.
 """
 
 from __future__ import annotations
@@ -114,8 +114,13 @@ def removed_mask(scores: Tensor, sparsity: float, pattern: Pattern, per_row: boo
         )
     units = pattern.units(scores)
     table = units if per_row and units.shape[1] > 1 else units.reshape(1, -1)
-    gone = lowest(table, math.floor(sparsity * table.shape[1] + 0.5))
+    gone = lowest(table, removed_count(sparsity, table.shape[1]))
     return pattern.spread(gone.reshape(units.shape), rows, columns)
+
+
+def removed_count(sparsity: float, size: int) -> int:
+    """How many of `size` units go: at least one stays."""
+    return min(math.floor(sparsity * size + 0.5), size - 1)
 
 
 def lowest(scores: Tensor, count: int) -> Tensor:

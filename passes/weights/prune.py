@@ -6,8 +6,8 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Protocol, final
 
@@ -17,27 +17,28 @@ from torch import Tensor, fx
 from graphprune.axes import axis_groups
 from graphprune.errors import RecipeError, UnsupportedError
 from graphprune.events import JSON
-from graphprune.passbase import Context, PassResult
+from graphprune.passbase import Context, Pass, PassResult
 from graphprune.passes.names import TensorNames, check_patterns, refuse_unmatched
 from graphprune.passes.weights.allocate import (
-    block_of,
+    blocks_of,
     check_allocation,
     global_sparsities,
     outlier_ratio,
     owl_offsets,
+    within_bounds,
 )
 from graphprune.passes.weights.feedforward import find_feedforwards
 from graphprune.passes.weights.pattern import Pattern, parse_pattern, removed_mask
 from graphprune.passes.weights.solve import Inputs, relative_error
 from graphprune.program import Program
 from graphprune.quantized import refuse_quantised
-from graphprune.sites import LinearSite, is_output_head, linear_sites
+from graphprune.sites import ZEROED, LinearSite, is_output_head, linear_sites
 from graphprune.statistics import Gram
 from graphprune.stream import Stream
 
 log = logging.getLogger(__name__)
 
-ZEROED = "zeroed"  # in a program's metadata: names of tensors whose zeros are meant
+_EXTREME = 0.95  # a matrix that a ranking leaves less of is pointed out
 
 Skipped = list[tuple[str, str]]
 
@@ -71,11 +72,12 @@ class Visit:
     sites: Sequence[LinearSite]
     shares: Mapping[str, Share]
     grams: Mapping[str, Gram]
-    rows: Mapping[str, list[Tensor]]
+    rows: dict[str, list[Tensor]]
     damping: float
     reports: dict[str, dict[str, JSON]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     _inputs: dict[int, Inputs] = field(default_factory=dict)
+    _own: set[str] = field(default_factory=set)
 
     def matrix(self, site: LinearSite) -> Tensor:
         """A site's weight, float64 [out, in].
@@ -94,11 +96,18 @@ class Visit:
         """The solver's view of a site's inputs, made once for all sites that read the same."""
         gram = self.grams[site.name]
         if id(gram) not in self._inputs:
+            if not bool(gram.matrix.isfinite().all()):
+                raise UnsupportedError(
+                    f"the squares of the inputs of {site.name!r} are too large for float32: scale "
+                    "the inputs, or repair the weights before it"
+                )
             self._inputs[id(gram)] = made = Inputs.of(gram.matrix, self.damping)
             if made.damping > self.damping:
+                how = "its eigenvalues were clamped"
+                if math.isfinite(made.damping):
+                    how = f"damping was raised from {self.damping:g} to {made.damping:g}"
                 self.warn(
-                    f"{site.name}: its inputs do not span its {len(made.gram)} features; damping "
-                    f"was raised from {self.damping:g} to {made.damping:g}"
+                    f"{site.name}: its inputs do not span its {len(made.gram)} features; {how}"
                 )
         return self._inputs[id(gram)]
 
@@ -124,7 +133,14 @@ class Visit:
                 report["error"] if same else relative_error(old, masked, gram.matrix)
             )
         self.reports[site.name] = {**report, **more, "seconds": seconds}
-        self.program = site.with_matrix(self.program, weight)
+        if site.expert is None:
+            self.program = site.with_matrix(self.program, weight)
+            return
+        if site.tensor not in self._own:  # copied once for all of its experts
+            copy = self.program.tensors[site.tensor].clone()
+            self.program = self.program.with_tensors({site.tensor: copy})
+            self._own.add(site.tensor)
+        site.matrix(self.program).copy_(weight)
 
 
 @final
@@ -180,7 +196,11 @@ class SiteBySite:
         return set()
 
     def prune(self, visit: Visit) -> None:
-        for site in visit.sites:
+        self.prune_sites(visit, visit.sites)
+
+    def prune_sites(self, visit: Visit, sites: Sequence[LinearSite]) -> None:
+        """Prune some sites of a visit, one after another."""
+        for site in sites:
             start = time.perf_counter()
             weight, gram, share = visit.matrix(site), None, visit.shares[site.name]
             if visit.grams:
@@ -211,6 +231,16 @@ class Zeroing:
     damping: float = 0.01
     owl_threshold: float = 5.0
     owl_spread: float = 0.08
+
+    @classmethod
+    def of(cls, step: Pass) -> Zeroing:
+        """The options that a pass has under the same names.
+
+        Raises:
+            RecipeError: one of them has no meaning.
+        """
+        mine = (f.name for f in fields(cls))
+        return cls(**{name: getattr(step, name) for name in mine if hasattr(step, name)})
 
     def __post_init__(self) -> None:
         pattern = parse_pattern(self.pattern)
@@ -253,17 +283,14 @@ class Zeroing:
         """Whether activations decide: by the method, or by the allocation."""
         return method or self.allocation == "owl"
 
-    def run(
-        self, program: Program, ctx: Context, method: Method, *, data: bool, activations: bool
-    ) -> PassResult:
+    def run(self, program: Program, ctx: Context, method: Method, *, data: bool) -> PassResult:
         """Zero weights by a method, region after region.
 
         Args:
             program: what to prune.
             ctx: with calibration, where activations decide.
             method: how.
-            data: whether the method looks at activations.
-            activations: whether a global ranking weighs weights by their inputs' norms.
+            data: whether the method looks at activations, and a global ranking too.
 
         Raises:
             RecipeError: a pattern of names matches nothing, or calibration is missing.
@@ -271,8 +298,7 @@ class Zeroing:
                 not finite.
         """
         refuse_quantised(program, ctx.running)
-        data_needed = self.needs_calibration(data) or (activations and self.allocation == "global")
-        if data_needed and ctx.calibration is None:
+        if self.needs_calibration(data) and ctx.calibration is None:
             raise RecipeError(
                 f"pass {ctx.running!r} looks at activations and needs calibration batches: give "
                 "compile(..., calibration=batches), or --calibration FILE"
@@ -285,9 +311,9 @@ class Zeroing:
         )
         began = time.perf_counter()
         sites, skipped = self._sites(program, ctx)
-        shares = self._shares(program, sites, ctx, activations)
+        shares = self._shares(program, sites, ctx, data)
         planned = time.perf_counter()
-        done = Done(program)
+        done = Done(program, warnings=_extremes(shares, self.allocation))
         if data:
             self._stream(done, sites, shares, method, ctx)
         else:
@@ -297,9 +323,8 @@ class Zeroing:
             whole = time.perf_counter() - began
             spent = {"allocation": planned - began, "calibration": done.collecting}
             report["seconds"] = {**spent, "solving": whole - sum(spent.values())}
-        if all(
-            torch.equal(done.program.tensors[s.tensor], program.tensors[s.tensor]) for s in sites
-        ):
+        tensors = {site.tensor for site in sites}
+        if all(torch.equal(done.program.tensors[t], program.tensors[t]) for t in tensors):
             return PassResult(program, False, report)
         return PassResult(_noted(done.program, sites), True, report)
 
@@ -313,7 +338,7 @@ class Zeroing:
     ) -> None:
         """Region after region: collect what the pruned ones before it make, prune, go on."""
         stream = Stream(done.program, ctx.calibration or ())
-        shared = _shared_grams(done.program, ctx)
+        shared = _shared_grams(done.program, shares, ctx)
         # Of all sites: what is left out moves no cut between a block's weights.
         chosen = set(sites)
         whole = _joined(stream.regions(linear_sites(ctx.get(axis_groups, done.program))))
@@ -338,7 +363,11 @@ class Zeroing:
         pattern = parse_pattern(self.pattern)
         sites: dict[str, LinearSite] = {}
         skipped: Skipped = []
-        for site in linear_sites(ctx.get(axis_groups, program)):
+        every = linear_sites(ctx.get(axis_groups, program))
+        ways: dict[str, set[bool]] = {}
+        for site in every:
+            ways.setdefault(site.name, set()).add(site.transposed)
+        for site in every:
             if site.name in sites or any(site.name == name for name, _ in skipped):
                 continue
             named = names.match(site.tensor, self.targets)
@@ -350,6 +379,8 @@ class Zeroing:
                 skipped.append((site.name, "ignored on request"))
             elif is_output_head(site, program) and not named:
                 skipped.append((site.name, "an output head; name it in targets to prune it"))
+            elif len(ways[site.name]) > 1:
+                skipped.append((site.name, "it is multiplied both as it is and transposed"))
             elif obstacle and self.indivisible == "skip":
                 skipped.append((site.name, f"pattern {self.pattern!r} does not fit: {obstacle}"))
             elif obstacle:
@@ -368,7 +399,7 @@ class Zeroing:
         return list(sites.values()), skipped
 
     def _shares(
-        self, program: Program, sites: Sequence[LinearSite], ctx: Context, activations: bool
+        self, program: Program, sites: Sequence[LinearSite], ctx: Context, data: bool
     ) -> dict[str, Share]:
         pattern = parse_pattern(self.pattern)
         asked = self.sparsity if pattern.sparsity is None else pattern.sparsity
@@ -376,21 +407,24 @@ class Zeroing:
         if self.allocation == "uniform" or asked == 0:
             return {site.name: Share(asked, pattern) for site in sites}
         norms = None
-        if self.allocation == "owl" or activations:
+        if self.allocation == "owl" or data:
             norms = _norms(program, sites, ctx)
         if self.allocation == "owl":
             assert norms is not None
             return self._owl(program, sites, norms, asked, pattern)
         scores = {}
+        shares = {site.name: Share(asked, pattern) for site in sites}
         for site in sites:
             score = site.matrix(program).abs().float()
             if norms is not None:
+                if not bool(norms[site.name].any()):
+                    continue  # no row reaches it: nothing to rank it by
                 # Layers compare only relative to themselves: their inputs have scales of their own.
                 score = score * norms[site.name].float()
                 score = score / score.mean().clamp_min(1e-30)
             scores[site.name] = pattern.units(score)
         parts = global_sparsities(scores, asked)
-        return {name: Share(part, pattern) for name, part in parts.items()}
+        return shares | {name: Share(part, pattern) for name, part in parts.items()}
 
     def _owl(
         self,
@@ -401,8 +435,9 @@ class Zeroing:
         pattern: Pattern,
     ) -> dict[str, Share]:
         members: dict[str, list[LinearSite]] = {}
+        blocks = blocks_of([site.tensor for site in sites])
         for site in sites:
-            members.setdefault(block_of(site.tensor), []).append(site)
+            members.setdefault(blocks[site.tensor], []).append(site)
         ratios, sizes = {}, {}
         for block, inside in members.items():
             scores = [s.matrix(program).abs().float() * norms[s.name].float() for s in inside]
@@ -410,15 +445,31 @@ class Zeroing:
             sizes[block] = sum(s.numel() for s in scores)
         spread = self.owl_spread / 2 if pattern.of else self.owl_spread
         shares: dict[str, Share] = {}
-        for block, offset in owl_offsets(ratios, sizes, spread).items():
+        offsets = owl_offsets(ratios, sizes, spread)
+        parts = within_bounds({b: asked - offset for b, offset in offsets.items()}, sizes, asked)
+        for block, offset in offsets.items():
             if pattern.of:
                 keep = min(max(pattern.keep + round(offset), 1), pattern.of)
                 kept = Pattern(f"{keep}:{pattern.of}", 1, 1, keep, pattern.of)
                 share = Share(1 - keep / pattern.of, kept)
             else:
-                share = Share(min(max(asked - offset, 0.01), 0.99), pattern)
+                share = Share(parts[block], pattern)
             shares |= {site.name: share for site in members[block]}
         return shares
+
+
+def _extremes(shares: Mapping[str, Share], allocation: str) -> list[str]:
+    """Say which matrices a ranking leaves next to nothing of."""
+    emptied = [name for name, share in shares.items() if share.sparsity > _EXTREME]
+    if allocation != "global" or not emptied:
+        return []
+    sentence = (
+        f"the global ranking takes more than {_EXTREME:.0%} of {', '.join(map(repr, emptied[:3]))}"
+        f"{f' and {len(emptied) - 3} more' if len(emptied) > 3 else ''}: name them in ignore, or "
+        "take allocation 'uniform'"
+    )
+    log.warning("%s", sentence)
+    return [sentence]
 
 
 def _noted(program: Program, sites: Sequence[LinearSite]) -> Program:
@@ -476,14 +527,16 @@ def _collected(
     return grams, rows
 
 
-def _shared_grams(program: Program, ctx: Context) -> dict[str, Gram]:
+def _shared_grams(program: Program, names: Collection[str], ctx: Context) -> dict[str, Gram]:
     """Moments over all places of weights that are used at several; dense, before any pruning.
 
     Such a weight is pruned once, at its first place, and must suit them all.
     """
     sites = linear_sites(ctx.get(axis_groups, program))
     count = Counter(site.name for site in sites)
-    repeated = [s for s in sites if count[s.name] > 1 and not is_output_head(s, program)]
+    repeated = [
+        s for s in sites if count[s.name] > 1 and s.name in names and not is_output_head(s, program)
+    ]
     if not repeated:
         return {}
     grams = {s.name: Gram.empty(s.matrix(program).shape[1]) for s in repeated}
@@ -512,14 +565,14 @@ def _norms(program: Program, sites: Sequence[LinearSite], ctx: Context) -> dict[
 
 
 def _warn_if_few(visit: Visit) -> None:
-    """Say where there are fewer calibration rows than features: damping decides there."""
+    """Say where there are fewer calibration rows than features, once for all that read the same."""
+    told: set[int] = set()
     for site in visit.sites:
         gram = visit.grams[site.name]
-        if 0 < gram.count < len(gram.total):
-            visit.warn(
-                f"{site.name}: {gram.count} calibration rows for {len(gram.total)} features; "
-                "damping fills in, more batches would do better"
-            )
+        sentence = gram.shortage(site.name)
+        if sentence and id(gram) not in told:
+            visit.warn(sentence)
+            told.add(id(gram))
 
 
 def _report(

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from graphprune.passes.structural.obs import Problem, damped, greedy, loss, refit
-from graphprune.passes.weights.pattern import Pattern, lowest
+from graphprune.passes.weights.pattern import Pattern, lowest, removed_count
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,8 @@ class Inputs:
         added: what damping has added to them, [in, in].
         upper: the upper Cholesky factor of its inverse, [in, in].
         dead: features that were never anything but zero, bool [in].
-        damping: what was added to the diagonal, as a part of its mean.
+        damping: what was added to the diagonal, as a part of its mean; infinite where that did not
+            do and eigenvalues had to be clamped.
     """
 
     gram: Tensor
@@ -56,7 +57,7 @@ class Inputs:
         """
         dead = gram.diagonal() <= 0
         level = damping
-        while level <= 1:
+        while True:
             matrix = damped(gram, level)
             factor, bad = torch.linalg.cholesky_ex(matrix)
             if not int(bad):
@@ -64,12 +65,14 @@ class Inputs:
                 if not int(bad):
                     return Inputs(matrix, matrix - gram, upper, dead, level)
             level = max(level * 10, 1e-6)
+            if level > max(1, damping):
+                break
         values, vectors = torch.linalg.eigh(damped(gram, damping))
         values = values.clamp_min(float(values.abs().max()) * 1e-6)
         inverse = (vectors / values) @ vectors.T
         upper = torch.linalg.cholesky((inverse + inverse.T) / 2, upper=True)
         clamped = (vectors * values) @ vectors.T
-        return Inputs(clamped, clamped - gram, upper, dead, level)
+        return Inputs(clamped, clamped - gram, upper, dead, math.inf)
 
 
 def sparsegpt(
@@ -99,15 +102,17 @@ def sparsegpt(
     """
     rows, columns = weight.shape
     weight = weight.to(torch.float64).clone()
+    if mask is None and sparsity == 0 and not pattern.of:
+        return weight
     weight[:, inputs.dead] = 0
     if mask is None and pattern.text == "columns":
         return _columns(weight, inputs, sparsity)
     if mask is None and pattern.text == "rows":
         costs = ((weight @ inputs.gram) * weight).sum(1)[None]
-        gone = lowest(costs, math.floor(sparsity * rows + 0.5))[0]
+        gone = lowest(costs, removed_count(sparsity, rows))[0]
         weight[gone] = 0
         return weight
-    step = math.lcm(pattern.of or pattern.width, 1)
+    step = pattern.of or pattern.width or 1
     block = math.ceil(block / step) * step
     upper = inputs.upper
     done = 0
@@ -168,14 +173,13 @@ def _cheapest(weight: Tensor, factor: Tensor, pattern: Pattern, count: int) -> T
 
 
 def _count(sparsity: float, rows: int, columns: int, pattern: Pattern) -> int:
-    units = (rows // pattern.height) * (columns // pattern.width)
-    return math.floor(sparsity * units + 0.5)
+    return removed_count(sparsity, (rows // pattern.height) * (columns // pattern.width))
 
 
 def _columns(weight: Tensor, inputs: Inputs, sparsity: float) -> Tensor:
     columns = weight.shape[1]
     problem = Problem(weight, inputs.gram, torch.arange(columns)[:, None])
-    removed, _ = greedy([problem], math.floor(sparsity * columns + 0.5))
+    removed, _ = greedy([problem], removed_count(sparsity, columns))
     stays = torch.ones(columns, dtype=torch.bool)
     stays[removed] = False
     return refit(weight, inputs.gram, stays.nonzero().flatten())

@@ -58,27 +58,14 @@ class SparseGPT(Pass):
     owl_spread: float = 0.08
 
     def __post_init__(self) -> None:
-        self._zeroing()
+        Zeroing.of(self)
 
     @property
     def needs_calibration(self) -> bool:
         return True
 
     def run(self, program: Program, ctx: Context) -> PassResult:
-        return self._zeroing().run(program, ctx, SiteBySite(solve), data=True, activations=True)
-
-    def _zeroing(self) -> Zeroing:
-        return Zeroing(
-            self.sparsity,
-            self.pattern,
-            self.allocation,
-            self.targets,
-            self.ignore,
-            self.indivisible,
-            self.damping,
-            self.owl_threshold,
-            self.owl_spread,
-        )
+        return Zeroing.of(self).run(program, ctx, SiteBySite(solve), data=True)
 
 
 def solve(weight: Tensor, gram: Gram | None, inputs: Callable[[], Inputs], share: Share) -> Tensor:

@@ -61,7 +61,7 @@ class Wanda(Pass):
     def __post_init__(self) -> None:
         if self.scope not in SCOPES:
             raise RecipeError(f"there is no scope {self.scope!r}; {suggest(self.scope, SCOPES)}")
-        self._zeroing()
+        Zeroing.of(self)
 
     @property
     def needs_calibration(self) -> bool:
@@ -76,16 +76,4 @@ class Wanda(Pass):
             gone = removed_mask(score, share.sparsity, share.pattern, self.scope == "row")
             return weight.masked_fill(gone, 0)
 
-        return self._zeroing().run(program, ctx, SiteBySite(solve), data=True, activations=True)
-
-    def _zeroing(self) -> Zeroing:
-        return Zeroing(
-            self.sparsity,
-            self.pattern,
-            self.allocation,
-            self.targets,
-            self.ignore,
-            self.indivisible,
-            owl_threshold=self.owl_threshold,
-            owl_spread=self.owl_spread,
-        )
+        return Zeroing.of(self).run(program, ctx, SiteBySite(solve), data=True)

@@ -15,11 +15,12 @@ import graphprune as gp
 from graphprune.errors import RecipeError
 from graphprune.passes import SparseGPT, Wanda
 from graphprune.passes.weights.allocate import (
-    block_of,
+    blocks_of,
     check_allocation,
     global_sparsities,
     outlier_ratio,
     owl_offsets,
+    within_bounds,
 )
 from graphprune.passes.weights.pattern import parse_pattern, removed_mask
 from graphprune.program import Program
@@ -63,18 +64,32 @@ def test_outliers_are_above_a_multiple_of_the_mean_of_all() -> None:
     assert outlier_ratio([torch.zeros(4)], 5.0) == 0
 
 
-@pytest.mark.parametrize(
-    ("tensor", "block"),
-    [
-        ("model.layers.3.mlp.up.weight", "model.layers.3"),
-        ("encoder.layer.11.attention.self.query.weight", "encoder.layer.11"),
-        ("h.0.mlp.1.weight", "h.0"),
-        ("pooler.dense.weight", "pooler.dense.weight"),
-        ("fc1.weight", "fc1.weight"),
-    ],
+@pytest.mark.parametrize("prefix", ["", "0.auto_model.", "model.0."])
+def test_a_block_is_named_up_to_the_number_that_counts(prefix: str) -> None:
+    """Not a container's that all have, nor an inner one's."""
+    names = [f"{prefix}layers.{i}.mlp.{j}.weight" for i in (0, 3, 11) for j in (0, 2)]
+    others = [f"{prefix}pooler.dense.weight", f"{prefix}fc1.weight"]
+    found = blocks_of([*names, *others])
+    assert found == {
+        **{name: name.partition(".mlp")[0] for name in names},
+        **{name: name for name in others},
+    }
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.tuples(st.floats(-0.5, 1.5), st.integers(1, 10**6)), min_size=1, max_size=8),
+    st.floats(0.001, 0.999),
 )
-def test_a_block_is_named_up_to_its_first_number(tensor: str, block: str) -> None:
-    assert block_of(tensor) == block
+def test_clamped_parts_keep_their_mean(found: list[tuple[float, int]], mean: float) -> None:
+    parts = {str(i): part for i, (part, _) in enumerate(found)}
+    sizes = {str(i): size for i, (_, size) in enumerate(found)}
+    result = within_bounds(parts, sizes, mean)
+    total = sum(sizes.values())
+    assert sum(result[n] * sizes[n] for n in result) / total == pytest.approx(mean, abs=1e-6)
+    assert all(min(0.01, mean) <= part <= max(0.99, mean) for part in result.values())
+    order = sorted(parts, key=lambda n: parts[n])
+    assert [result[n] for n in order] == sorted(result.values())
 
 
 @settings(max_examples=100, deadline=None)
@@ -98,8 +113,10 @@ def test_a_global_ranking_is_one_top_k_over_all(
     gone = {n: removed_mask(s, parts[n], single, False) for n, s in scores.items()}
     flat = torch.cat([s.flatten() for s in scores.values()])
     mask = torch.cat([m.flatten() for m in gone.values()])
-    assert int(mask.sum()) == int(sparsity * len(flat) + 0.5)
-    lowest = flat.sort().values[: int(mask.sum())]
+    assert int(mask.sum()) == min(int(sparsity * len(flat) + 0.5), len(flat) - len(scores))
+    # The best of each matrix is not for the taking.
+    free = torch.cat([s.flatten().sort().values[:-1] for s in scores.values()])
+    lowest = free.sort().values[: int(mask.sum())]
     assert torch.equal(flat[mask].sort().values, lowest)
 
 

@@ -249,7 +249,7 @@ def test_rows_are_worked_on_in_chunks_that_change_nothing(monkeypatch: pytest.Mo
         state, program = started(model, x)
         program = halved(state, program)
         before = state.error(program)
-        assert state.update(program, Weights()) == before
+        assert state.update(program, Weights(1.0, 1.0, 1.0)) == before
         results.append([state.p, *state.z, torch.tensor(state.error(program)), state.gram()])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
@@ -346,8 +346,8 @@ def test_the_dense_weights_are_a_fixed_point(make: Callable[[], nn.Module]) -> N
     reading = Inputs.of((x.T @ x).double(), 1e-9)
     changed = program
     for _ in range(3):
-        update_p(state, changed, Weights())
-        update_z(state, changed, Weights())
+        update_p(state, changed, Weights(1.0, 1.0, 1.0))
+        update_z(state, changed, Weights(1.0, 1.0, 1.0))
         for up in state.block.ups:
             changed = up.with_matrix(changed, state.fit_up(up, reading))
         fitted = state.fit_down(Inputs.of(state.gram(), 1e-9))
