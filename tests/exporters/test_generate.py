@@ -268,3 +268,29 @@ def test_a_model_without_a_cache_does_not_generate(tmp_path: Path) -> None:
     artifact = gp.compile(model, [], example_inputs=inputs).export(tmp_path / "out")
     with pytest.raises(GraphPruneError, match="--cache"):
         Decoder(artifact.session(1))
+
+
+def test_a_cache_that_does_not_fit_is_refused(
+    artifacts: Mapping[tuple[str, float], Artifact],
+) -> None:
+    artifact = next(iter(artifacts.values()))
+    batch = {
+        "input_ids": np.array([[1, 2]]),
+        "attention_mask": np.ones((1, 5), np.int64),
+        "past_key_values.0.key": np.ones((1, 99, 3, 8), np.float32),
+    }
+    names = [i["name"] for i in artifact.manifest["inputs"]]
+    for name in names[3:]:
+        batch[name] = np.ones((1, 99, 3, 8), np.float32)
+    with pytest.raises(GraphPruneError, match=r"'past_key_values.0.key' has shape \[1, 99, 3, 8\]"):
+        artifact.feeds(batch)
+    with pytest.raises(GraphPruneError, match="'attention_mask' is 1 long for 2 new tokens"):
+        artifact.feeds({**batch, "attention_mask": np.ones((1, 1), np.int64)})
+
+
+def test_options_without_meaning_are_refused_at_once(
+    artifacts: Mapping[tuple[str, float], Artifact],
+) -> None:
+    decoder = Decoder(next(iter(artifacts.values())).session())
+    with pytest.raises(GraphPruneError, match="max_new_tokens is at least 1"):
+        generate(decoder, np.array([[1]]), max_new_tokens=0)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import graphprune as gp
+import graphprune.passes as gp_passes
 from graphprune.axes import axis_groups
 from graphprune.capture import capture
 from graphprune.errors import GraphPruneError, RecipeError, UnsupportedError
@@ -541,3 +542,76 @@ def test_zeros_are_noted_and_promise_no_speed(
     assert more.program.metadata["zeroed"] == [
         f"encoder.layer.{i}.output.dense.weight" for i in range(2)
     ]
+
+
+def test_ids_of_another_tokenizer_are_named(captured: Captured) -> None:
+    program = captured("tiny-llama")
+    batches = [{k: v + 100_000 for k, v in b.items()} for b in batches_of(program)]
+    with pytest.raises(GraphPruneError, match=r"the model has a table of .* not the model's"):
+        gp.compile(program, [SparseGPT(0.5)], calibration=batches)
+
+
+class BothWays(nn.Module):
+    """One weight as it is and transposed, as autoencoders with tied weights have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 8))
+        self.first, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.linear(self.first(x), self.weight).relu()
+        result: Tensor = self.head(F.layer_norm(hidden @ self.weight, (8,)))
+        return result
+
+
+def test_a_weight_used_both_ways_is_left_alone() -> None:
+    x = torch.randn(40, 8)
+    compiled = gp.compile(BothWays(), [Wanda(0.5)], example_inputs=(x[:4],), calibration=[x])
+    assert skipped_of(compiled)["weight"] == "it is multiplied both as it is and transposed"
+    assert "first.weight" in sites_of(compiled)
+
+
+@pytest.mark.parametrize("pattern", ["single", "rows", "columns", "4x4"])
+@pytest.mark.parametrize("cls", [Magnitude, Wanda, SparseGPT])
+def test_something_of_every_matrix_stays(cls: Any, pattern: str) -> None:
+    x = torch.randn(80, 16)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 3))
+    step = cls(0.99, pattern=pattern)
+    compiled = gp.compile(model, [step], example_inputs=(x[:4],), calibration=[x])
+    assert bool(compiled.program.tensors["0.weight"].any())
+
+
+def test_a_global_ranking_spares_unseen_experts_and_tells_of_emptied_layers(
+    captured: Captured,
+) -> None:
+    program = captured("tiny-mixtral")
+    ids = torch.full((2, 1), 5)
+    names = program.forward.input_names
+    batch = {n: ids if n == "input_ids" else torch.ones_like(ids) for n in names}
+    compiled = gp.compile(program, [SparseGPT(0.5, allocation="global")], calibration=[batch])
+    experts = {n: s for n, s in sites_of(compiled).items() if n.endswith("]")}
+    unseen = [s["sparsity"] for s in experts.values() if "error" not in s]
+    assert unseen
+    assert unseen == pytest.approx([0.5] * len(unseen), abs=0.01)
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(4)), nn.Tanh(), nn.Linear(16, 3))
+    with torch.no_grad():
+        model[1].weight.mul_(1e-3)  # type: ignore[operator]
+    compiled = gp.compile(
+        model, [Magnitude(0.5, allocation="global")], example_inputs=(torch.randn(4, 16),)
+    )
+    assert sites_of(compiled)["1.weight"]["sparsity"] == 255 / 256
+    assert any("'1.weight'" in w and "ignore" in w for w in details(compiled)["warnings"])
+
+
+def test_least_squares_after_zeroing_is_told(captured: Captured) -> None:
+    program = captured("tiny-llama")
+    compiled = gp.compile(
+        program,
+        [SparseGPT(0.5), gp_passes.PruneNeurons(0.25, score="obs")],
+        calibration=batches_of(program),
+    )
+    down = "model.layers.0.mlp.down_proj.weight"
+    assert down not in compiled.program.metadata["zeroed"]
+    assert "model.layers.0.self_attn.q_proj.weight" in compiled.program.metadata["zeroed"]
+    assert any("filled the zeros" in w for w in compiled.report.passes[1].details["warnings"])

@@ -634,3 +634,22 @@ def test_a_narrow_block_is_not_cut_apart() -> None:
     model, x = Plain(hidden=2, width=8, out=8), torch.randn(60, 8)
     compiled = gp.compile(model, [SparseLLM(0.5)], example_inputs=(x[:4],), calibration=[x])
     assert any("block_errors" in s for s in compiled.report.passes[0].details["sites"])
+
+
+def test_a_cast_inside_the_block_is_taken_out() -> None:
+    class Half(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = F.silu(self.up(x).float()).to(x.dtype)
+            result: Tensor = self.head(normed(self.down(hidden)))
+            return result
+
+    model, x = Half().to(torch.bfloat16), torch.randn(60, IN).bfloat16()
+    compiled = gp.compile(model, [SparseLLM(0.5)], example_inputs=(x[:4],), calibration=[x])
+    sites = compiled.report.passes[0].details["sites"]
+    assert any("block_errors" in s for s in sites)
+
+
+def test_where_no_block_is_found_it_says_so(captured: Captured) -> None:
+    program = captured("tiny-mixtral")
+    compiled = gp.compile(program, [SparseLLM(0.5)], calibration=batches_of(program))
+    assert any("no feed-forward block" in w for w in compiled.report.passes[0].details["warnings"])
