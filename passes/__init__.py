@@ -12,8 +12,12 @@ from graphprune.passes.repeat import Repeat as Repeat
 from graphprune.passes.structural.axis import PruneAxis as PruneAxis
 from graphprune.passes.structural.heads import PruneHeads as PruneHeads
 from graphprune.passes.structural.neurons import PruneNeurons as PruneNeurons
+from graphprune.passes.training.distill import Distill as Distill
+from graphprune.passes.training.finetune import Finetune as Finetune
 
 __all__ = [
+    "Distill",
+    "Finetune",
     "FoldBatchNorm",
     "FoldConstants",
     "PruneAxis",

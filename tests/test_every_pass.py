@@ -15,8 +15,11 @@ import pytest
 import torch
 
 from graphprune.errors import UnsupportedError
+from graphprune.losses import logits_of
 from graphprune.passbase import Context, Invariant, Pass
 from graphprune.passes import (
+    Distill,
+    Finetune,
     FoldBatchNorm,
     FoldConstants,
     PruneAxis,
@@ -31,12 +34,15 @@ from graphprune.pipeline import Pipeline, fingerprint
 from graphprune.program import Program
 from graphprune.recipe import dump, loads
 from graphprune.registry import options, registered
+from graphprune.training import Training
 from graphprune.verify import verify_rewrite
 
 Captured = Callable[[str], Program]
 
 # One or more ways to configure each pass.
 EXAMPLES: dict[str, list[Pass]] = {
+    "distill": [Distill(epochs=1), Distill(hidden=False, alpha=0)],
+    "finetune": [Finetune(), Finetune(1, schedule="cosine", clip=0)],
     "fold-batch-norm": [FoldBatchNorm()],
     "fold-constants": [FoldConstants(), FoldConstants(parameters=True)],
     "prune-axis": [
@@ -94,8 +100,17 @@ def test_recipes_round_trip(step: Pass) -> None:
     hash(step)
 
 
+def _training(program: Program) -> Training:
+    """The example inputs as the only batch, and a loss that any output has."""
+    entry = program.forward
+    batch = dict(zip(entry.input_names, entry.example, strict=True))
+    return Training([batch], loss=lambda outputs, batch: logits_of(outputs).square().mean())
+
+
 def _run(step: Pass, program: Program, **options: Any) -> Any:
     """The pass, verified; None where it declines the model with a reason."""
+    if step.needs_training:
+        options["training"] = _training(program)
     try:
         return Pipeline([step]).run(program, Context(**options))
     except UnsupportedError:
