@@ -91,8 +91,10 @@ class Objective:
         """Take a program whose structure has changed; also the first one."""
         if self.teacher_program is None:
             return
-        if self.weights.get("hidden"):
+        if "hidden" in self.weights:
             self.nodes, self.skipped = shared_nodes(program, self.teacher_program)
+            if not self.nodes:
+                del self.weights["hidden"]
         self.teacher = ProgramModule(self.teacher_program, record=self.nodes).requires_grad_(False)
 
     def module(self, program: Program) -> ProgramModule:
@@ -158,8 +160,7 @@ class Objective:
             part = ((a - b).square().sum(-1) / b.square().sum(-1).clamp_min(1e-12)).sum()
             total = part if total is None else total + part
             count += len(a)
-        if total is None:
-            return Summed(torch.zeros(()), 0)
+        assert total is not None  # without nodes there is no such term
         return Summed(total, count)
 
 

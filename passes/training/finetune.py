@@ -67,7 +67,9 @@ def trained_report(fitted: Fitted) -> dict[str, JSON]:
     """What training reports, with a sentence for the table and what was checked."""
     told = dict(fitted.report)
     losses = [record["loss"] for record in told["epochs"]]
-    words = f"trained {told['steps']:,} steps, loss {losses[0]:.3g} to {losses[-1]:.3g}"
+    words = f"trained {told['steps']:,} steps, loss {losses[0]:.3g}"
+    if len(losses) > 1:
+        words += f" to {losses[-1]:.3g}"
     if told["metric_after"] is not None:
         words += f", {told['metric']} {told['metric_before']:.4g} to {told['metric_after']:.4g}"
     checked = f"nothing to compare: weights were trained; {told['masked_weights']:,} stayed zero"
