@@ -211,7 +211,7 @@ def test_refusals(captured: Captured) -> None:
         ({"hidden": 2}, "hidden is true or false"),
     ):
         with pytest.raises(RecipeError, match=says):
-            Distill(**options)  # type: ignore[arg-type]
+            Distill(**options)
 
 
 def test_recipes_know_them() -> None:
