@@ -60,6 +60,7 @@ def fit(
     penalty: Penalty | None = None,
     distillation: Distillation | None = None,
     after_epoch: AfterEpoch | None = None,
+    bind: Callable[[Program], None] | None = None,
 ) -> Fitted:
     """Train a program; the one given stays as it is.
 
@@ -75,6 +76,7 @@ def fit(
         distillation: learn from `ctx.reference` too.
         after_epoch: (program, epoch from 0) -> (program, keep): other values for weights, and
             units to remove for good: axis group -> kept indices. It also runs after the last one.
+        bind: told of every new structure before it trains: the first, and after each cut.
 
     Raises:
         TrainingError: data or labels do not fit, the checkpoint is of another model, or the loss is
@@ -92,7 +94,7 @@ def fit(
     name = f"{ctx.fits}-{ctx.running or 'fit'}"
     ctx.fits += 1
     with _own_randomness():
-        run = _Run(program, training, ctx, plan, penalty, distillation, after_epoch, name)
+        run = _Run(program, training, ctx, plan, penalty, distillation, after_epoch, bind, name)
         return run.train()
 
 
@@ -119,6 +121,7 @@ class _Place:
     sums: dict[str, list[float]] = field(default_factory=dict)
     log: list[dict[str, JSON]] = field(default_factory=list)
     cuts: list[dict[str, list[int]]] = field(default_factory=list)
+    checks: list[dict[str, JSON]] = field(default_factory=list)
     metric_before: float | None = None
     best: float | None = None
     best_epoch: int | None = None
@@ -142,10 +145,11 @@ class _Run:
         penalty: Penalty | None,
         distillation: Distillation | None,
         after_epoch: AfterEpoch | None,
+        bind: Callable[[Program], None] | None,
         name: str,
     ) -> None:
         self.source, self.training, self.ctx, self.plan = program, training, ctx, plan
-        self.penalty, self.after_epoch, self.name = penalty, after_epoch, name
+        self.penalty, self.after_epoch, self.bind = penalty, after_epoch, bind
         self.start = time.perf_counter()
         self.folder = training.folder(name)
         self.workers = Workers(training.device)
@@ -230,6 +234,8 @@ class _Run:
         self.program = program
         self.module = self.objective.module(program)
         self.module.train()
+        if self.bind is not None:
+            self.bind(program)
         self.optimiser = Optimiser(self.module, program, self.plan, masks, state)
 
     # --- the loop --------------------------------------------------------------------------------
@@ -361,7 +367,8 @@ class _Run:
             state = cut_state(after, keep, state)
             masks = take(after, keep, masks)
             units = {n: [int(i) for i in indices] for n, indices in keep.items()}
-            after, _ = self.ctx.shrink(before, keep, after)
+            after, check = self.ctx.shrink(before, keep, after)
+            self.place.checks.append(check)
             self.place.cuts.append(units)
             # Later epochs are of another model: none of the earlier ones can be gone back to.
             self.place.best, self.best = None, {}
@@ -506,6 +513,7 @@ class _Run:
             "masked_weights": sum(int((~m).sum()) for m in self.optimiser.masks.values()),
             "seconds": place.seconds + time.perf_counter() - self.start,
             "notes": _notes(self.source),
+            "cuts": place.checks,
             **self.objective.report(),
         }
         if self.best:

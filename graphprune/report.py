@@ -212,7 +212,7 @@ class Report:
             )
         if not any(p.modified for p in self.passes):
             return "nothing was changed"
-        if all("masked_weights" in p.details for p in self.passes if p.modified):
+        if all("epochs" in p.details for p in self.passes if p.modified):
             return "no shape was changed: nothing to prove; weights were trained"
         return "not done (verify=False)"
 

@@ -14,12 +14,16 @@ from graphprune.passes.structural.heads import PruneHeads as PruneHeads
 from graphprune.passes.structural.neurons import PruneNeurons as PruneNeurons
 from graphprune.passes.training.distill import Distill as Distill
 from graphprune.passes.training.finetune import Finetune as Finetune
+from graphprune.passes.training.l1 import L1 as L1
+from graphprune.passes.training.neuroprune import NeuroPrune as NeuroPrune
 
 __all__ = [
+    "L1",
     "Distill",
     "Finetune",
     "FoldBatchNorm",
     "FoldConstants",
+    "NeuroPrune",
     "PruneAxis",
     "PruneHeads",
     "PruneNeurons",

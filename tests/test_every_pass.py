@@ -18,10 +18,12 @@ from graphprune.errors import UnsupportedError
 from graphprune.losses import logits_of
 from graphprune.passbase import Context, Invariant, Pass
 from graphprune.passes import (
+    L1,
     Distill,
     Finetune,
     FoldBatchNorm,
     FoldConstants,
+    NeuroPrune,
     PruneAxis,
     PruneHeads,
     PruneNeurons,
@@ -45,6 +47,11 @@ EXAMPLES: dict[str, list[Pass]] = {
     "finetune": [Finetune(), Finetune(1, schedule="cosine", clip=0)],
     "fold-batch-norm": [FoldBatchNorm()],
     "fold-constants": [FoldConstants(), FoldConstants(parameters=True)],
+    "l1": [L1(epochs=1, sparsity=0.5)],
+    "neuroprune": [
+        NeuroPrune(epochs=1, lr=1e-3),
+        NeuroPrune(epochs=2, theta=1.2, sparsity=0.5, contracting="columns"),
+    ],
     "prune-axis": [
         PruneAxis(0.5, role="qk_dim"),
         PruneAxis(0.25, role=("v_dim", "pooled"), score="random"),

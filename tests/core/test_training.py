@@ -230,6 +230,20 @@ def test_zeros_train_as_if_they_were_not_there(captured: Captured) -> None:
     torch.testing.assert_close(actual, model.layers[2].weight.detach(), rtol=1e-11, atol=1e-12)
 
 
+def test_zeros_that_come_on_the_way_stay_zero_at_once(captured: Captured) -> None:
+    """What Adam had gathered for them would move them on."""
+    program = captured("tiny-mlp")
+    name = "layers.2.weight"
+
+    def zero(now: Program, epoch: int) -> tuple[Program, Any]:
+        return (_zeroed(now, name) if epoch == 0 else now), None
+
+    fitted = _fit(program, epochs=3, after_epoch=zero)
+    gone = _zeroed(program, name).tensors[name] == 0
+    assert not fitted.program.tensors[name][gone].any()
+    assert fitted.report["masked_weights"] == int(gone.sum())
+
+
 class _Times(nn.Module):
     def __init__(self, keep: Tensor) -> None:
         super().__init__()
