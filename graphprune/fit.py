@@ -12,7 +12,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, final
 
 import torch
@@ -61,6 +61,7 @@ def fit(
     distillation: Distillation | None = None,
     after_epoch: AfterEpoch | None = None,
     bind: Callable[[Program], None] | None = None,
+    settings: Mapping[str, JSON] | None = None,
 ) -> Fitted:
     """Train a program; the one given stays as it is.
 
@@ -77,6 +78,7 @@ def fit(
         after_epoch: (program, epoch from 0) -> (program, keep): other values for weights, and
             units to remove for good: axis group -> kept indices. It also runs after the last one.
         bind: told of every new structure before it trains: the first, and after each cut.
+        settings: further options that a checkpoint to resume from must agree with, as JSON.
 
     Raises:
         TrainingError: data or labels do not fit, the checkpoint is of another model, or the loss is
@@ -95,6 +97,7 @@ def fit(
     ctx.fits += 1
     with _own_randomness():
         run = _Run(program, training, ctx, plan, penalty, distillation, after_epoch, bind, name)
+        run.more_settings = dict(settings or {})
         return run.train()
 
 
@@ -150,6 +153,7 @@ class _Run:
     ) -> None:
         self.source, self.training, self.ctx, self.plan = program, training, ctx, plan
         self.penalty, self.after_epoch, self.bind = penalty, after_epoch, bind
+        self.more_settings: dict[str, JSON] = {}
         self.start = time.perf_counter()
         self.folder = training.folder(name)
         self.workers = Workers(training.device)
@@ -334,12 +338,12 @@ class _Run:
 
     def _astray(self, what: str) -> TrainingError:
         place = self.place
-        kept = f"the end of epoch {place.epoch}" if place.epoch else "before training"
+        kept = f"from the end of epoch {place.epoch}" if place.epoch else "from before training"
         if self.folder is not None and self.folder.exists():
-            kept = f"the last good checkpoint, {str(self.folder)!r}"
+            kept = f"in the last good checkpoint, {str(self.folder)!r},"
         return TrainingError(
             f"pass {self.ctx.running!r}: {what} at step {place.step + 1}, in epoch "
-            f"{place.epoch + 1}; training stopped before that step, and the weights of {kept} "
+            f"{place.epoch + 1}; training stopped before that step, and the weights {kept} "
             "are kept: lower lr, lengthen warmup, or look at that batch",
             self._returned(self.good),
         )
@@ -444,8 +448,11 @@ class _Run:
     def _settings(self) -> dict[str, JSON]:
         plan = {name: getattr(self.plan, name) for name in self.plan.__slots__}
         loss = self.training.loss
+        distillation = self.objective.distillation
         return {
             **plan,
+            **self.more_settings,
+            **({} if distillation is None else {"distillation": asdict(distillation)}),
             "loss": loss if isinstance(loss, str) else "a function",
             "batches": self.feed.batches,
             "processes": self.workers.count,

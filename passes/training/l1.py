@@ -93,6 +93,7 @@ class L1(Pass):
             clip=self.clip,
             penalty=penalty,
             after_epoch=after_epoch,
+            settings={"alpha": self.alpha},
         )
         # Early stopping may have gone back to an epoch before the last one.
         result = zeroed(fitted.program)

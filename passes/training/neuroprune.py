@@ -107,7 +107,8 @@ class NeuroPrune(Pass):
                 f"pass {ctx.running!r} finds neither feed-forward nor attention weights that are "
                 "linear layers in this model"
             )
-        state = _State(self, parts)
+        heads = axis_groups(program).with_role("head", "kv_group")
+        state = _State(self, parts, {group.id: group.size for group in heads})
         before = _wiring(program, parts, self.threshold)
         fitted = fit(
             program,
@@ -122,6 +123,7 @@ class NeuroPrune(Pass):
             penalty=state.penalty,
             after_epoch=state.after_epoch,
             bind=state.bind,
+            settings={"alpha": self.alpha, "beta": self.beta, "theta": self.theta},
         )
         parts = self.parts(fitted.program)
         # Early stopping may have gone back to an epoch before the last one.
@@ -153,9 +155,9 @@ class _State:
 
     options: NeuroPrune
     parts: Parts
+    sizes: Mapping[str, int]
     merges: list[dict[str, JSON]] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
-    sizes: dict[str, int] = field(default_factory=dict)
 
     def bind(self, program: Program) -> None:
         """Positions of units are others once some are gone."""
@@ -186,7 +188,6 @@ class _State:
         groups = axis_groups(program)
         merged = program
         for group in groups.with_role("head", "kv_group"):
-            self.sizes.setdefault(group.id, group.size)
             plan = plan_merge(program, groups, group, self.options.theta)
             if isinstance(plan, str):
                 self.skipped[group.id] = plan

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -22,6 +23,7 @@ from graphprune.events import PassProgress
 from graphprune.fit import Fitted, fit
 from graphprune.losses import Score, loss_of, spearman
 from graphprune.models.tiny import tiny
+from graphprune.objective import Distillation
 from graphprune.optimiser import ZEROED, Plan
 from graphprune.passbase import Context
 from graphprune.passes import Distill, Finetune, RemoveNoOps, Repeat
@@ -483,6 +485,16 @@ def test_a_checkpoint_of_something_else_is_refused(captured: Captured, tmp_path:
             _fit(different, checkpoints=tmp_path, resume=True)
     with pytest.raises(TrainingError, match=r"was made with lr=0.01, now it is 0.02"):
         _fit(program, checkpoints=tmp_path, resume=True, lr=0.02)
+    with pytest.raises(TrainingError, match=r"was made with alpha=None, now it is 0.5"):
+        _fit(program, checkpoints=tmp_path, resume=True, settings={"alpha": 0.5})
+    with pytest.raises(TrainingError, match=r"was made with distillation=None, now it is"):
+        _fit(
+            program,
+            checkpoints=tmp_path,
+            resume=True,
+            reference=program,
+            distillation=Distillation(),
+        )
     state = tmp_path / "0-finetune" / "optimiser.safetensors"
     state.write_bytes(state.read_bytes()[:-1] + b"x")
     with pytest.raises(gp.GraphPruneError, match=r"optimiser\.safetensors"):
@@ -643,3 +655,16 @@ def test_what_cannot_be_trained_says_so() -> None:
     program = capture(Frozen(), {"x": torch.ones(2, 3)})
     with pytest.raises(TrainingError, match="no parameter of floats"):
         _fit(program, [{"x": torch.ones(2, 3)}], loss=lambda o, b: o.sum())
+
+
+def test_a_program_moves_with_every_device_in_its_graphs(captured: Captured) -> None:
+    """Where there is no other device, "meta" stands for one: it has shapes and no values."""
+    program = captured("tiny-llama")
+    meta = torch.device("meta")
+    moved = program.on(meta)
+    assert {t.device for t in (*moved.tensors.values(), *moved.forward.example)} == {meta}
+    for node in moved.forward.graph.nodes:
+        value = node.meta.get("val")
+        assert not isinstance(value, Tensor) or value.device == meta, node
+        assert torch.device("cpu") not in pytree.tree_leaves((node.args, node.kwargs))
+    assert program.on(torch.device("cpu")) is program
