@@ -17,7 +17,7 @@ from graphprune.rewrite import take
 
 ZEROED = "zeroed"  # in a program's metadata: names of tensors whose zeros are meant
 SCHEDULES = ("linear", "cosine", "constant")
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @final
@@ -128,7 +128,7 @@ class Optimiser:
             if state is not None and f"step/{name}" in state:
                 self.adam.state[parameter] = {
                     "step": state[f"step/{name}"].clone(),
-                    **{m: state[f"{m}/{name}"].clone() for m in _MOMENTS},
+                    **{m: state[f"{m}/{name}"].clone() for m in MOMENTS},
                 }
         self._apply_masks()
 
@@ -158,7 +158,7 @@ class Optimiser:
         for name, parameter in self.parameters.items():
             held = self.adam.state.get(parameter)
             if held:
-                found |= {f"{key}/{name}": held[key] for key in ("step", *_MOMENTS)}
+                found |= {f"{key}/{name}": held[key] for key in ("step", *MOMENTS)}
         return found
 
     def _apply_masks(self) -> None:
@@ -166,7 +166,7 @@ class Optimiser:
             for name, mask in self.masks.items():
                 parameter = self.parameters[name]
                 parameter.masked_fill_(~mask, 0)
-                for moment in _MOMENTS:
+                for moment in MOMENTS:
                     if parameter in self.adam.state:
                         self.adam.state[parameter][moment].masked_fill_(~mask, 0)
 
@@ -176,7 +176,7 @@ def cut_state(
 ) -> dict[str, Tensor]:
     """Adam's moments once the program's groups keep these units, cut exactly like the weights."""
     result = {name: tensor for name, tensor in state.items() if name.startswith("step/")}
-    for moment in _MOMENTS:
+    for moment in MOMENTS:
         prefix = f"{moment}/"
         named = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
         result |= {prefix + n: t for n, t in take(program, keep, named).items()}

@@ -24,7 +24,7 @@ from graphprune.fit import Fitted, fit
 from graphprune.losses import Score, loss_of, spearman
 from graphprune.models.tiny import tiny
 from graphprune.objective import Distillation
-from graphprune.optimiser import ZEROED, Plan
+from graphprune.optimiser import MOMENTS, ZEROED, Optimiser, Plan, zero_masks
 from graphprune.passbase import Context
 from graphprune.passes import Distill, Finetune, RemoveNoOps, Repeat
 from graphprune.program import Program, ProgramModule
@@ -244,6 +244,21 @@ def test_zeros_that_come_on_the_way_stay_zero_at_once(captured: Captured) -> Non
     gone = _zeroed(program, name).tensors[name] == 0
     assert not fitted.program.tensors[name][gone].any()
     assert fitted.report["masked_weights"] == int(gone.sum())
+
+
+def test_what_adam_gathered_for_a_zero_is_forgotten(captured: Captured) -> None:
+    program = captured("tiny-mlp")
+    name = "layers.2.weight"
+    module = ProgramModule(program.with_tensors({n: t.clone() for n, t in program.tensors.items()}))
+    state = {f"{m}/{n}": torch.ones_like(program.tensors[n]) for m in MOMENTS for n in [name]}
+    masks = zero_masks(_zeroed(program, name))
+    given = {**state, f"step/{name}": torch.tensor(1.0)}
+    kept = Optimiser(module, program, Plan(1, 1e-3), masks, given).state()
+    assert set(kept) == set(given)
+    for moment in MOMENTS:
+        assert kept[f"{moment}/{name}"].bool().equal(masks[name])
+    weight = dict(module.named_parameters())[name]
+    assert (weight != 0).equal(masks[name])
 
 
 class _Times(nn.Module):
