@@ -233,6 +233,13 @@ def test_so_many_weights_are_zeroed_and_no_others(captured: Captured) -> None:
     assert sparsity_of(by_size, parts, 0.0) == pytest.approx(0.3, abs=2 / count)
 
 
+def test_only_the_part_is_zeroed(captured: Captured) -> None:
+    program = captured("tiny-mlp")
+    part = Part("layers.2.weight", 1, 0, units=(0, 5), others=(1, 2))
+    weight = zero_small(program, [part], 0.0, 1.0).tensors["layers.2.weight"]
+    assert sorted((weight == 0).nonzero().tolist()) == [[1, 0], [1, 5], [2, 0], [2, 5]]
+
+
 def test_topology_counts_living_connections(captured: Captured) -> None:
     program = captured("tiny-mlp")
     weight = torch.ones(32, 12)
