@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from graphprune.errors import GraphPruneError as GraphPruneError
     from graphprune.program import Program as Program
     from graphprune.report import Report as Report
+    from graphprune.training import Training as Training
 
 __version__ = "0.1.0"
 
@@ -19,6 +20,7 @@ __all__ = [
     "GraphPruneError",
     "Program",
     "Report",
+    "Training",
     "__version__",
     "compile",
     "inspect",
@@ -33,6 +35,7 @@ _HOMES = {
     "GraphPruneError": "graphprune.errors",
     "Program": "graphprune.program",
     "Report": "graphprune.report",
+    "Training": "graphprune.training",
 }
 
 

@@ -27,6 +27,7 @@ from graphprune.program import Program, ProgramModule
 from graphprune.recipe import load as load_recipe
 from graphprune.recipe import to_data
 from graphprune.report import PassReport, Report, Size
+from graphprune.training import Training
 
 if TYPE_CHECKING:
     from graphprune.axes import AxisGroups
@@ -146,7 +147,7 @@ def compile(
     example_inputs: Any = None,
     dynamic_shapes: Any = "auto",
     calibration: Iterable[Any] | None = None,
-    training: Any = None,
+    training: Training | None = None,
     cache: bool = False,
     verify: bool = True,
     seed: int = 0,
@@ -160,7 +161,7 @@ def compile(
         example_inputs: a dict of keyword arguments or a tuple; batch and sequence become dynamic.
         dynamic_shapes: "auto", or what torch.export takes.
         calibration: batches like example_inputs, for passes that look at activations; read once.
-        training: a loss and its data, for passes that train.
+        training: batches, a loss and an evaluation, for passes that train.
         cache: also capture a decoder's form with a key/value cache, which is what is exported then:
             one ONNX file that reads prompts and goes on token by token.
         verify: prove after every pass that removing equals masking.
@@ -169,6 +170,7 @@ def compile(
 
     Raises:
         RecipeError: a pass, an option or a recipe is not valid; raised before any work.
+        TrainingError: the data do not fit the model, or the loss is no number any more.
         CaptureError: there are no example inputs, torch.export refuses the model, or it has no
             cache that grows by keys and values.
         UnsupportedError: a pass declines, for instance because an axis is frozen.
@@ -179,6 +181,7 @@ def compile(
     if calibration is None and isinstance(model, Compiled):
         calibration = model.calibration
     batches = calibration_for(steps, calibration)
+    check_training(steps, training)
     program, dense, captured = _begin(model, example_inputs, dynamic_shapes, cache)
     files = model.files if isinstance(model, Compiled) else None
     capture_seconds = time.perf_counter() - start if captured else 0.0
@@ -274,6 +277,24 @@ def calibration_for(steps: Sequence[Pass], calibration: Iterable[Any] | None) ->
             "score='magnitude' with compensate='none'"
         )
     return None
+
+
+def check_training(steps: Sequence[Pass], training: object) -> None:
+    """Refuse, before any work, passes that train without data, and what is no Training.
+
+    Raises:
+        RecipeError: so it is.
+    """
+    wanting = dict.fromkeys(step.name for step in steps if step.needs_training)
+    if training is not None and not isinstance(training, Training):
+        raise RecipeError(
+            f"training is a graphprune.Training(batches, loss=...), got a {type(training).__name__}"
+        )
+    if wanting and training is None:
+        raise RecipeError(
+            f"there is nothing to train {' and '.join(wanting)} with: give compile(..., "
+            "training=Training(batches, loss=...))"
+        )
 
 
 def _listed(calibration: Iterable[Any]) -> list[Any]:

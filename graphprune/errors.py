@@ -6,6 +6,7 @@ GraphPruneError
 ├── PassError           a pass crashed; the cause is kept, the passes already run are named
 ├── VerificationError   a rewrite did not do what it claims; an error of ours, never of the user
 ├── UnsupportedError    an operator, pattern or axis that we decline to touch, with the reason
+├── TrainingError       training data do not fit, or training went astray
 ├── ExportError         ONNX export or its parity check failed, or the folder cannot be written
 └── ArtifactError       an artifact is missing, corrupt, tampered with, or not ours
 
@@ -35,6 +36,18 @@ class VerificationError(GraphPruneError):
 
 class UnsupportedError(GraphPruneError):
     """An operator, a pattern or an axis that graphprune declines to touch."""
+
+
+class TrainingError(GraphPruneError):
+    """The data, the loss or a checkpoint do not fit the model; or the loss is no number any more.
+
+    Attributes:
+        program: the last good weights, where training had begun; else None.
+    """
+
+    def __init__(self, message: str, program: object = None) -> None:
+        super().__init__(message)
+        self.program = program
 
 
 class ExportError(GraphPruneError):

@@ -31,12 +31,16 @@ class PassStarted:
 
 @dataclass(frozen=True, slots=True)
 class PassProgress:
-    """A long pass has done `done` of `total` units of its work."""
+    """A long pass has done `done` of `total` units of its work.
+
+    `values` are numbers to watch on the way, such as the loss of a pass that trains.
+    """
 
     name: str
     done: int
     total: int
     unit: str = ""
+    values: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import importlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from torch import Tensor
 from graphprune.errors import VerificationError
 from graphprune.events import JSON, Observer, PassProgress, emit
 from graphprune.program import Program
+
+if TYPE_CHECKING:
+    from graphprune.training import Training
 
 T = TypeVar("T")
 Keep = Mapping[str, Sequence[int] | Tensor]
@@ -65,7 +68,7 @@ class Context:
         *,
         reference: Program | None = None,
         calibration: Iterable[Any] | None = None,
-        training: Any = None,
+        training: Training | None = None,
         verify: bool = True,
         seed: int = 0,
         observers: Sequence[Observer] = (),
@@ -77,6 +80,7 @@ class Context:
         self.seed = seed
         self.observers = tuple(observers)
         self.running = ""
+        self.fits = 0  # how many trainings there were: each has a checkpoint folder of its own
         self._facts: dict[tuple[Any, int], tuple[Program, Any]] = {}
         self._generator = torch.Generator().manual_seed(seed)
 
@@ -119,9 +123,9 @@ class Context:
         alive = {id(program) for program in keep}
         self._facts = {key: held for key, held in self._facts.items() if key[1] in alive}
 
-    def progress(self, done: int, total: int, unit: str = "") -> None:
-        """Tell observers how far the running pass is."""
-        emit(self.observers, PassProgress(self.running, done, total, unit))
+    def progress(self, done: int, total: int, unit: str = "", **values: float) -> None:
+        """Tell observers how far the running pass is, with numbers to watch such as the loss."""
+        emit(self.observers, PassProgress(self.running, done, total, unit, values))
 
     def measure(self, program: Program) -> float:
         """Milliseconds that ONNX Runtime takes for the program's example inputs."""
@@ -206,6 +210,11 @@ class Pass(abc.ABC):
     @property
     def needs_calibration(self) -> bool:
         """Whether `run` looks at activations and needs `ctx.calibration`; asked before any work."""
+        return False
+
+    @property
+    def needs_training(self) -> bool:
+        """Whether `run` trains and needs `ctx.training`; asked before any work."""
         return False
 
     @abc.abstractmethod

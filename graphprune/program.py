@@ -11,7 +11,14 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from graphprune.errors import GraphPruneError
-from graphprune.graph import bound_arguments, copy_graph, op_name, propagate, set_bound
+from graphprune.graph import (
+    bound_arguments,
+    copy_graph,
+    op_name,
+    output_node,
+    propagate,
+    set_bound,
+)
 
 JSON = Any  # what json.dumps takes
 
@@ -222,6 +229,27 @@ class Program:
         }
         return replace(self, entries=entries).with_graphs(graphs, tensors)
 
+    def on(self, device: torch.device) -> Program:
+        """The same program with its tensors, examples and every device in its graphs elsewhere."""
+        if all(t.device == device for t in self.tensors.values()):
+            return self
+        graphs = self.fork_graphs()
+
+        def swap(value: Any) -> Any:
+            return device if isinstance(value, torch.device) else value
+
+        for graph in graphs.values():
+            for node in graph.nodes:
+                if node.op == "call_function":
+                    node.args = pytree.tree_map(swap, node.args)
+                    node.kwargs = pytree.tree_map(swap, node.kwargs)
+        entries = {
+            name: replace(entry, example=tuple(t.to(device) for t in entry.example))
+            for name, entry in self.entries.items()
+        }
+        tensors = {name: t.to(device) for name, t in self.tensors.items()}
+        return replace(self, entries=entries).with_graphs(graphs, tensors)
+
     def in_float32(self) -> Program:
         """The program with every bfloat16 and float16 value widened to float32."""
         program = self
@@ -290,9 +318,14 @@ class ProgramModule(nn.Module):
 
     Parameters share memory with the program that it was made from, tied ones are one Parameter.
     `train()` and `eval()` switch dropout and normalisation inside the graph.
+
+    Args:
+        record: names of nodes; after a call, `recorded` holds what they computed.
     """
 
-    def __init__(self, program: Program, entry: str = "forward") -> None:
+    def __init__(
+        self, program: Program, entry: str = "forward", record: Iterable[str] = ()
+    ) -> None:
         super().__init__()
         # The graph runs over this tree: on it no submodule's name can hide behind a method of ours.
         root = _root(program)
@@ -302,6 +335,13 @@ class ProgramModule(nn.Module):
         self._source = program
         self._entry = program.entries[entry]
         self._graph = copy_graph(self._entry.graph)
+        self._record = tuple(record)
+        self.recorded: dict[str, Any] = {}
+        if self._record:
+            by_name = {node.name: node for node in self._graph.nodes}
+            output = output_node(self._graph)
+            values: Any = output.args[0]
+            output.args = ((*values, *(by_name[name] for name in self._record)),)
         self._function: Callable[..., Any] | None = None
         self.training = False
 
@@ -313,7 +353,12 @@ class ProgramModule(nn.Module):
             namespace = dict(code.globals)
             exec(compile(code.src, "<graphprune program>", "exec"), namespace)
             self._function = namespace["forward"]
-        return self._entry.unflatten(self._function(self.__dict__["_tree"], *flat))
+        results = self._function(self.__dict__["_tree"], *flat)
+        if self._record:
+            count = len(results) - len(self._record)
+            self.recorded = dict(zip(self._record, results[count:], strict=True))
+            results = results[:count]
+        return self._entry.unflatten(results)
 
     def train(self, mode: bool = True) -> ProgramModule:
         # A captured graph has the mode as an argument; nn.Module's flag alone would do nothing.

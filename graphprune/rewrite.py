@@ -66,6 +66,18 @@ def shrink(program: Program, kept: Mapping[str, Any]) -> Program:
     )
 
 
+def take(
+    program: Program, kept: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Tensors shaped like the program's own of these names, cut as `shrink` cuts those.
+
+    For what belongs to a weight and must lose the same units: an optimiser's moments, a mask.
+    """
+    groups = axis_groups(program)
+    keep = groups.keep(kept)
+    return {name: _indexed(groups, name, tensor, keep) for name, tensor in tensors.items()}
+
+
 def mask(program: Program, kept: Mapping[str, Any]) -> Program:
     """The reference of `shrink`: old shapes, removed units times zero where they are summed.
 

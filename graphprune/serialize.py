@@ -61,8 +61,8 @@ def save_files(program: Program, folder: Path) -> None:
         for name, entry in program.entries.items()
         for placeholder, tensor in zip(entry.input_names, entry.example, strict=True)
     }
-    _write_tensors(program.tensors, folder / TENSORS)
-    _write_tensors(examples, folder / EXAMPLES)
+    write_tensors(program.tensors, folder / TENSORS)
+    write_tensors(examples, folder / EXAMPLES)
     data = {
         "format": _FORMAT,
         "version": _VERSION,
@@ -96,8 +96,8 @@ def load(path: Path) -> Program:
             "install the graphprune that wrote it"
         )
     try:
-        tensors = _read_tensors(folder / TENSORS, data["sha256"][TENSORS])
-        examples = _read_tensors(folder / EXAMPLES, data["sha256"][EXAMPLES])
+        tensors = read_tensors(folder / TENSORS, data["sha256"][TENSORS])
+        examples = read_tensors(folder / EXAMPLES, data["sha256"][EXAMPLES])
         return _decode_program(data, tensors, examples)
     except ArtifactError as e:
         raise ArtifactError(f"{str(file)!r} cannot be used: {e}") from e
@@ -141,7 +141,7 @@ def read_json(file: Path) -> JSON:
         raise ArtifactError(f"{str(file)!r} cannot be read: {e}") from e
 
 
-def _write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -165,7 +165,7 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def _read_tensors(file: Path, expected: str) -> dict[str, Tensor]:
+def read_tensors(file: Path, expected: str) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

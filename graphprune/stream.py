@@ -325,3 +325,11 @@ def _bytes(node: fx.Node) -> int:
         return sum(map(size, value)) if isinstance(value, (tuple, list)) else 0
 
     return size(node.meta.get("val"))
+
+
+def rows_without_padding(
+    entry: Entry, flat: Sequence[Tensor]
+) -> Callable[[fx.Node, Tensor], Tensor]:
+    """How to read the rows [n, features] of a node's value for one batch, padded ones left out."""
+    placeholders = [n for n in entry.graph.nodes if n.op == "placeholder"]
+    return _Rows(placeholders, dict(zip(placeholders, flat, strict=True))).of

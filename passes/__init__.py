@@ -12,15 +12,23 @@ from graphprune.passes.repeat import Repeat as Repeat
 from graphprune.passes.structural.axis import PruneAxis as PruneAxis
 from graphprune.passes.structural.heads import PruneHeads as PruneHeads
 from graphprune.passes.structural.neurons import PruneNeurons as PruneNeurons
+from graphprune.passes.training.distill import Distill as Distill
+from graphprune.passes.training.finetune import Finetune as Finetune
+from graphprune.passes.training.l1 import L1 as L1
+from graphprune.passes.training.neuroprune import NeuroPrune as NeuroPrune
 from graphprune.passes.weights.magnitude import Magnitude as Magnitude
 from graphprune.passes.weights.sparsegpt import SparseGPT as SparseGPT
 from graphprune.passes.weights.sparsellm import SparseLLM as SparseLLM
 from graphprune.passes.weights.wanda import Wanda as Wanda
 
 __all__ = [
+    "L1",
+    "Distill",
+    "Finetune",
     "FoldBatchNorm",
     "FoldConstants",
     "Magnitude",
+    "NeuroPrune",
     "PruneAxis",
     "PruneHeads",
     "PruneNeurons",

@@ -41,6 +41,10 @@ class Repeat(Pass):
     def needs_calibration(self) -> bool:
         return any(step.needs_calibration for step in self.passes)
 
+    @property
+    def needs_training(self) -> bool:
+        return any(step.needs_training for step in self.passes)
+
     def run(self, program: Program, ctx: Context) -> PassResult:
         current, settled = program, False
         rounds: list[list[dict[str, JSON]]] = []

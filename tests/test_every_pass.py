@@ -15,11 +15,16 @@ import pytest
 import torch
 
 from graphprune.errors import UnsupportedError
+from graphprune.losses import logits_of
 from graphprune.passbase import Context, Invariant, Pass
 from graphprune.passes import (
+    L1,
+    Distill,
+    Finetune,
     FoldBatchNorm,
     FoldConstants,
     Magnitude,
+    NeuroPrune,
     PruneAxis,
     PruneHeads,
     PruneNeurons,
@@ -35,14 +40,22 @@ from graphprune.pipeline import Pipeline, fingerprint
 from graphprune.program import Program
 from graphprune.recipe import dump, loads
 from graphprune.registry import options, registered
+from graphprune.training import Training
 from graphprune.verify import verify_rewrite
 
 Captured = Callable[[str], Program]
 
 # One or more ways to configure each pass.
 EXAMPLES: dict[str, list[Pass]] = {
+    "distill": [Distill(epochs=1), Distill(hidden=False, alpha=0)],
+    "finetune": [Finetune(), Finetune(1, schedule="cosine", clip=0)],
     "fold-batch-norm": [FoldBatchNorm()],
     "fold-constants": [FoldConstants(), FoldConstants(parameters=True)],
+    "l1": [L1(epochs=1, sparsity=0.5)],
+    "neuroprune": [
+        NeuroPrune(epochs=1, lr=1e-3),
+        NeuroPrune(epochs=2, theta=1.2, sparsity=0.5, contracting="columns"),
+    ],
     "magnitude": [Magnitude(0.5), Magnitude(pattern="1:4", scope="row")],
     "prune-axis": [
         PruneAxis(0.5, role="qk_dim"),
@@ -102,10 +115,19 @@ def test_recipes_round_trip(step: Pass) -> None:
     hash(step)
 
 
+def _training(program: Program) -> Training:
+    """The example inputs as the only batch, and a loss that any output has."""
+    entry = program.forward
+    batch = dict(zip(entry.input_names, entry.example, strict=True))
+    return Training([batch], loss=lambda outputs, batch: logits_of(outputs).square().mean())
+
+
 def _run(step: Pass, program: Program, **options: Any) -> Any:
     """The pass, verified; None where it declines the model with a reason."""
     if step.needs_calibration:
         options["calibration"] = _batches(program)
+    if step.needs_training:
+        options["training"] = _training(program)
     try:
         return Pipeline([step]).run(program, Context(**options))
     except UnsupportedError:

@@ -73,11 +73,16 @@ class Display:
             self._pass = self._progress.add_task(event.name, total=None, unit="")
         elif self._pass is not None and isinstance(event, PassProgress):
             self._progress.update(
-                self._pass, completed=event.done, total=event.total, unit=event.unit
+                self._pass, completed=event.done, total=event.total, unit=_unit(event)
             )
         elif self._pass is not None and isinstance(event, PassFinished):
             checked = "verified" if "verification" in event.report else ""
             self._progress.update(self._pass, total=1, completed=1, unit=checked)
+
+
+def _unit(event: PassProgress) -> str:
+    """What is counted, and the numbers to watch."""
+    return " ".join([event.unit, *(f"{k} {v:.4g}" for k, v in event.values.items())]).strip()
 
 
 def groups_table(groups: AxisGroups, everything: bool) -> Table:

@@ -1,0 +1,135 @@
+"""Checkpoints of a training: the program, the optimiser and the place, without a pickle anywhere.
+
+    FOLDER/program.json, tensors.safetensors, examples.safetensors   the program as it was then
+    FOLDER/optimiser.safetensors                                     moments, masks, best weights
+    FOLDER/training.json                                             the place, and what it is of
+
+There is no generator's state among it: every step draws from a seed made of its number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, final
+
+from torch import Tensor
+
+from graphprune.errors import ArtifactError, TrainingError
+from graphprune.files import check_target, sha256, whole_folder
+from graphprune.program import JSON, Program
+from graphprune.serialize import load, read_json, read_tensors, save_files, write_tensors
+from graphprune.sites import ZEROED
+
+STATE = "training.json"
+TENSORS = "optimiser.safetensors"
+_FORMAT = "graphprune-training"
+_VERSION = 1
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A place in a training.
+
+    Attributes:
+        program: with the weights of then, and the structure.
+        tensors: "exp_avg/NAME" and so on, "mask/NAME", "best/NAME".
+        place: numbers: steps done, epochs done, rounds of the next epoch done, and so on.
+    """
+
+    program: Program
+    tensors: Mapping[str, Tensor]
+    place: Mapping[str, JSON] = field(default_factory=dict)
+
+
+def fingerprint(program: Program) -> str:
+    """What a checkpoint is of: the graphs, every tensor's name, shape and type, and the zeros.
+
+    Not the weights: another machine may compute the passes before with other last bits.
+    """
+    data = [
+        sorted((n, str(t.dtype), list(t.shape)) for n, t in program.tensors.items()),
+        sorted(program.parameters),
+        sorted(program.aliases.items()),
+        sorted(program.metadata.get(ZEROED, ())),
+        [
+            [
+                name,
+                [[n.name, n.op, str(n.target), str(n.args), str(n.kwargs)] for n in e.graph.nodes],
+            ]
+            for name, e in sorted(program.entries.items())
+        ],
+    ]
+    return hashlib.sha256(json.dumps(data).encode()).hexdigest()
+
+
+def write(path: Path, checkpoint: Checkpoint, identity: str, settings: Mapping[str, JSON]) -> None:
+    """Write a checkpoint in place of the one that is there, or not at all.
+
+    Raises:
+        ExportError: the folder is not ours, or cannot be written.
+    """
+    check_target(path, is_checkpoint)
+    with whole_folder(path) as folder:
+        save_files(checkpoint.program, folder)
+        write_tensors(checkpoint.tensors, folder / TENSORS)
+        data = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "of": identity,
+            "settings": dict(settings),
+            "place": dict(checkpoint.place),
+            "sha256": {TENSORS: sha256(folder / TENSORS)},
+        }
+        text = json.dumps(data, indent=1, allow_nan=False)
+        (folder / STATE).write_text(text, encoding="utf-8")
+
+
+def read(path: Path, identity: str, settings: Mapping[str, JSON]) -> Checkpoint | None:
+    """The checkpoint of a training with this identity and these settings; None where none is.
+
+    Raises:
+        TrainingError: it is of another model, or was made with other settings.
+        ArtifactError: it is corrupt, or not ours.
+    """
+    if not path.exists():
+        return None
+    data = read_json(path / STATE)
+    if not isinstance(data, dict) or data.get("format") != _FORMAT:
+        raise ArtifactError(f"{str(path / STATE)!r} is not a checkpoint that graphprune wrote")
+    if data.get("version") != _VERSION:
+        raise ArtifactError(
+            f"{str(path / STATE)!r} has version {data.get('version')!r}, this graphprune reads "
+            f"{_VERSION}; install the graphprune that wrote it"
+        )
+    if data.get("of") != identity:
+        raise TrainingError(
+            f"the checkpoint {str(path)!r} is of another model, or of this one after other passes; "
+            "choose another folder for checkpoints, or train without resume=True"
+        )
+    _check_settings(path, data.get("settings"), settings)
+    try:
+        tensors = read_tensors(path / TENSORS, data["sha256"][TENSORS])
+        place = dict(data["place"])
+    except (KeyError, TypeError, ValueError) as e:
+        raise ArtifactError(f"{str(path / STATE)!r} is corrupt: {type(e).__name__}: {e}") from e
+    return Checkpoint(load(path), tensors, place)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder looks like a checkpoint of ours."""
+    return (path / STATE).is_file()
+
+
+def _check_settings(path: Path, found: Any, wanted: Mapping[str, JSON]) -> None:
+    found = found if isinstance(found, dict) else {}
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            raise TrainingError(
+                f"the checkpoint {str(path)!r} was made with {name}={found.get(name)!r}, now it is "
+                f"{value!r}: give what it was made with, or another folder for checkpoints"
+            )

@@ -1,0 +1,568 @@
+"""The training loop: epochs over batches, on a program that may lose structure on the way.
+
+    program --own copies--> module --epoch--> module --after_epoch--> program --shrink--> module ...
+
+Weights, moments and masks are known by tensor names; after a cut they are cut alike, and training
+goes on as if the units had only been masked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from graphprune.checkpoint import Checkpoint, fingerprint, is_checkpoint, read, write
+from graphprune.errors import GraphPruneError, RecipeError, TrainingError
+from graphprune.files import check_target
+from graphprune.graph import bound_arguments, is_op
+from graphprune.losses import Score, check_labels, labels_of, logits_of, metric_name
+from graphprune.objective import Distillation, Objective, inputs_of, refuse_unknown
+from graphprune.optimiser import Optimiser, Plan, cut_state, zero_masks
+from graphprune.passbase import Context, Keep
+from graphprune.program import JSON, Program, ProgramModule
+from graphprune.quantized import refuse_quantised
+from graphprune.rewrite import shrink, take
+from graphprune.stream import flat_batch
+from graphprune.training import Training, check_batch
+from graphprune.workers import Feed, Workers, seed_from
+
+Penalty = Callable[[Mapping[str, Tensor]], Tensor]
+AfterEpoch = Callable[[Program, int], tuple[Program, Keep | None]]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """What training gives: the program with other weights, and JSON about the way there."""
+
+    program: Program
+    report: Mapping[str, JSON]
+
+
+def fit(
+    program: Program,
+    training: Training | None,
+    ctx: Context,
+    *,
+    epochs: int,
+    lr: float,
+    weight_decay: float = 0.01,
+    warmup: float = 0.1,
+    schedule: str = "linear",
+    clip: float = 1.0,
+    penalty: Penalty | None = None,
+    distillation: Distillation | None = None,
+    after_epoch: AfterEpoch | None = None,
+    bind: Callable[[Program], None] | None = None,
+    settings: Mapping[str, JSON] | None = None,
+) -> Fitted:
+    """Train a program; the one given stays as it is.
+
+    Weights that a pass zeroed stay zero. Everything random comes from the context's seed, so equal
+    calls give equal bits.
+
+    Args:
+        program: what to train; bfloat16 and float16 train in float32 and come back.
+        training: data, loss, evaluation, checkpoints.
+        ctx: of the running pass; its reference is the teacher.
+        epochs, lr, weight_decay, warmup, schedule, clip: see `Plan`.
+        penalty: of the parameters by name, added to the loss.
+        distillation: learn from `ctx.reference` too.
+        after_epoch: (program, epoch from 0) -> (program, keep): other values for weights, and
+            units to remove for good: axis group -> kept indices. It also runs after the last one.
+        bind: told of every new structure before it trains: the first, and after each cut.
+        settings: further options that a checkpoint to resume from must agree with, as JSON.
+
+    Raises:
+        TrainingError: data or labels do not fit, the checkpoint is of another model, or the loss is
+            not finite; its `program` holds the last good weights.
+    """
+    plan = Plan(epochs, lr, weight_decay, warmup, schedule, clip)
+    if training is None:
+        raise RecipeError(
+            f"pass {ctx.running!r} trains and needs data and a loss: give compile(..., "
+            "training=Training(batches, loss=...))"
+        )
+    refuse_quantised(program, ctx.running)
+    if distillation is not None and ctx.reference is None:
+        raise RecipeError(f"pass {ctx.running!r} needs a teacher, and the context has no reference")
+    name = f"{ctx.fits}-{ctx.running or 'fit'}"
+    ctx.fits += 1
+    with _own_randomness():
+        run = _Run(program, training, ctx, plan, penalty, distillation, after_epoch, bind, name)
+        run.more_settings = dict(settings or {})
+        return run.train()
+
+
+@contextlib.contextmanager
+def _own_randomness() -> Iterator[None]:
+    """Whatever is drawn inside, the caller's generators go on as if nothing had been."""
+    devices = range(torch.cuda.device_count())
+    with (
+        torch.random.fork_rng(devices),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
+        yield
+
+
+@final
+@dataclass(slots=True)
+class _Place:
+    """Where training is: what a checkpoint has to say beside tensors."""
+
+    step: int = 0
+    epoch: int = 0
+    round: int = 0
+    sums: dict[str, list[float]] = field(default_factory=dict)
+    log: list[dict[str, JSON]] = field(default_factory=list)
+    cuts: list[dict[str, list[int]]] = field(default_factory=list)
+    checks: list[dict[str, JSON]] = field(default_factory=list)
+    metric_before: float | None = None
+    best: float | None = None
+    best_epoch: int | None = None
+    seconds: float = 0.0
+    done: bool = False
+
+    def to_json(self) -> dict[str, JSON]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+@final
+class _Run:
+    """One training, from the first look at the data to the last epoch."""
+
+    def __init__(
+        self,
+        program: Program,
+        training: Training,
+        ctx: Context,
+        plan: Plan,
+        penalty: Penalty | None,
+        distillation: Distillation | None,
+        after_epoch: AfterEpoch | None,
+        bind: Callable[[Program], None] | None,
+        name: str,
+    ) -> None:
+        self.source, self.training, self.ctx, self.plan = program, training, ctx, plan
+        self.penalty, self.after_epoch, self.bind = penalty, after_epoch, bind
+        self.more_settings: dict[str, JSON] = {}
+        self.start = time.perf_counter()
+        self.folder = training.folder(name)
+        self.workers = Workers(training.device)
+        # By position in the pipeline: the generator was seeded for this pass.
+        self.seed = int(torch.randint(2**62, (), generator=ctx.generator))
+        self.identity = fingerprint(program)
+        if self.folder is not None:
+            self._check_folder()
+        wide = program.in_float32()
+        self.is_half = wide is not program
+        working = wide.on(self.workers.device)
+        self.program = working.with_tensors(_owned(working))
+        self.feed = Feed(training.data, self.seed, self.workers)
+        has_labels = self._look_at_data(distillation)
+        teacher = None
+        if distillation is not None:
+            assert ctx.reference is not None
+            teacher = ctx.reference.in_float32().on(self.workers.device)
+        self.objective = Objective(self.program, training.loss, teacher, distillation, has_labels)
+        self.place = _Place()
+        self.best: dict[str, Tensor] = {}
+        self._begin(self.program, zero_masks(self.program), None)
+        self.workers.spread(self.optimiser.parameters.values())
+        self.good = self._snapshot()
+
+    # --- before ----------------------------------------------------------------------------------
+
+    def _check_folder(self) -> None:
+        assert self.folder is not None
+        check_target(self.folder, is_checkpoint)
+        if self.folder.exists() and not self.training.resume:
+            raise TrainingError(
+                f"{str(self.folder)!r} holds a checkpoint of an earlier run: go on from it with "
+                "resume=True, remove it, or choose another folder for checkpoints"
+            )
+
+    def _look_at_data(self, distillation: Distillation | None) -> bool:
+        """Check the first batch, and all of them where they are at hand; whether there are labels.
+
+        Raises:
+            TrainingError: a batch does not fit the model, or its labels the head.
+        """
+        first = self.feed.first()
+        self._check_batch(first, 0)
+        has_labels = "labels" in first or not isinstance(self.training.loss, str)
+        if distillation is not None and not has_labels:
+            return False
+        with torch.no_grad():
+            outputs = ProgramModule(self.program)(**inputs_of(self.program, self._moved(first)))
+        if not isinstance(self.training.loss, str):
+            return True
+        shape = logits_of(outputs).shape
+        data = self.training.data
+        for i, batch in enumerate(data if isinstance(data, Sequence) else [first]):
+            self._check_batch(batch, i)
+            with _named_batch(i):
+                labels = labels_of(batch)
+                scores = shape[1:] if self.training.loss == "regression" else shape[-1:]
+                lead = labels.shape[:1] if self.training.loss == "regression" else labels.shape
+                if i == 0:
+                    check_labels(self.training.loss, shape, labels)
+                check_labels(self.training.loss, torch.Size([*lead, *scores]), labels)
+        return True
+
+    def _check_batch(self, batch: Any, number: int, kind: str = "training") -> None:
+        check_batch(batch, f"{kind} batch {number}")
+        with _named_batch(number, kind):
+            refuse_unknown(self.program, batch, self.training.loss)
+        try:
+            flat_batch(self.program.forward, inputs_of(self.program, batch), number)
+        except GraphPruneError as e:
+            raise TrainingError(f"{kind} {str(e).removeprefix('calibration ')}") from e
+
+    def _moved(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        device = self.workers.device
+        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+    def _begin(
+        self, program: Program, masks: Mapping[str, Tensor], state: Mapping[str, Tensor] | None
+    ) -> None:
+        """Take up a program whose tensors are ours to write to."""
+        self.program = program
+        self.module = self.objective.module(program)
+        self.module.train()
+        if self.bind is not None:
+            self.bind(program)
+        self.optimiser = Optimiser(self.module, program, self.plan, masks, state)
+
+    # --- the loop --------------------------------------------------------------------------------
+
+    def train(self) -> Fitted:
+        if self.training.resume:
+            self._resume()
+        if self.training.eval is not None and self.place.metric_before is None:
+            self.place.metric_before = self._metric()
+        while self.place.epoch < self.plan.epochs and not self.place.done:
+            self._epoch()
+        return self._finish()
+
+    def _epoch(self) -> None:
+        place, start = self.place, time.perf_counter()
+        for number, batch in self.feed.rounds(place.epoch, place.round):
+            self._step(number, batch)
+            if self.training.every and place.step % self.training.every == 0:
+                self._save()
+        self.workers.spread(t for t in self.module.buffers() if t.is_floating_point())
+        self._change_structure(place.epoch)
+        record: dict[str, JSON] = {"epoch": place.epoch + 1, **self._means()}
+        if self.training.eval is not None:
+            record["metric"] = self._metric()
+        record["seconds"] = time.perf_counter() - start
+        place.log.append(record)
+        place.epoch, place.round, place.sums = place.epoch + 1, 0, {}
+        self._keep_best(record.get("metric"))
+        self.good = self._snapshot()
+        place.done |= place.epoch == self.plan.epochs
+        self._save()
+        self._progress(record["loss"])
+
+    def _step(self, number: int, batch: Any) -> None:
+        """One step of all processes together."""
+        place = self.place
+        torch.manual_seed(seed_from(self.seed, "step", place.step, self.workers.rank))
+        if batch is not None:
+            self._check_batch(batch, number)
+        loss = self._gradients(number, batch)
+        if not math.isfinite(loss):
+            raise self._astray(f"the loss is {loss}")
+        total = self.feed.rounds_an_epoch * self.plan.epochs
+        norm = self.optimiser.step(self.plan.rate(place.step, total))
+        if not math.isfinite(norm):
+            raise self._astray("the loss is finite and its gradient is not")
+        place.step += 1
+        place.round += 1
+        self._progress(loss)
+
+    def _gradients(self, number: int, batch: Any) -> float:
+        """Leave the gradient of the loss over all processes' batches; return that loss."""
+        found = {}
+        if batch is not None:
+            with self.workers.autocast(), _named_batch(number):
+                found = self.objective.terms(self.module, self.program, self._moved(batch))
+        names = list(self.objective.weights)
+        numbers = torch.zeros(2, len(names), dtype=torch.float64, device=self.workers.device)
+        for i, name in enumerate(names):
+            if name in found:
+                numbers[0, i] = found[name].total.detach()
+                numbers[1, i] = found[name].count
+        sums, counts = self.workers.summed(numbers).tolist()
+        total, value = torch.zeros((), device=self.workers.device), 0.0
+        for name, part, count in zip(names, sums, counts, strict=True):
+            weight = self.objective.weights[name]
+            if count:
+                value += weight * part / count
+                if name in found:
+                    total = total + found[name].total * (weight / count)
+            self._add(name, part, count)
+        if self.penalty is not None:
+            # The same in every process; gradients are summed over processes.
+            extra = self.penalty(self.optimiser.parameters)
+            total = total + extra / self.workers.count
+            value += float(extra.detach())
+            self._add("penalty", float(extra.detach()), 1)
+        if (found or self.penalty) and not total.requires_grad:
+            raise TrainingError("the loss does not depend on the model's weights")
+        if math.isfinite(value):
+            if total.requires_grad:
+                self.workers.backward(total)
+            self.workers.share_gradients(self.optimiser.parameters)
+        self._add("loss", value, 1)
+        return value
+
+    def _add(self, name: str, total: float, count: float) -> None:
+        held = self.place.sums.setdefault(name, [0.0, 0.0])
+        held[0] += total
+        held[1] += count
+
+    def _means(self) -> dict[str, float]:
+        means = {name: total / count for name, (total, count) in self.place.sums.items() if count}
+        # One term alone is the loss itself.
+        return means if len(means) > 2 else {"loss": means.get("loss", 0.0)}
+
+    def _astray(self, what: str) -> TrainingError:
+        place = self.place
+        kept = f"from the end of epoch {place.epoch}" if place.epoch else "from before training"
+        if self.folder is not None and self.folder.exists():
+            kept = f"in the last good checkpoint, {str(self.folder)!r},"
+        return TrainingError(
+            f"pass {self.ctx.running!r}: {what} at step {place.step + 1}, in epoch "
+            f"{place.epoch + 1}; training stopped before that step, and the weights {kept} "
+            "are kept: lower lr, lengthen warmup, or look at that batch",
+            self._returned(self.good),
+        )
+
+    def _progress(self, loss: float) -> None:
+        total = self.feed.rounds_an_epoch * self.plan.epochs
+        values = {"loss": float(loss)}
+        if self.place.log and "metric" in self.place.log[-1]:
+            values["metric"] = float(self.place.log[-1]["metric"])
+        self.ctx.progress(self.place.step, total, "steps", **values)
+
+    # --- structure -------------------------------------------------------------------------------
+
+    def _change_structure(self, epoch: int) -> None:
+        """Let the pass change weights and remove units; moments and masks lose the same ones."""
+        if self.after_epoch is None:
+            return
+        before = self._snapshot()
+        after, keep = self.after_epoch(before, epoch)
+        if after is before and not keep:
+            return
+        state = self.optimiser.state()
+        masks = zero_masks(after)
+        if keep:
+            state = cut_state(after, keep, state)
+            masks = take(after, keep, masks)
+            units = {n: [int(i) for i in indices] for n, indices in keep.items()}
+            after, check = self.ctx.shrink(before, keep, after)
+            self.place.checks.append(check)
+            self.place.cuts.append(units)
+            # Later epochs are of another model: none of the earlier ones can be gone back to.
+            self.place.best, self.best = None, {}
+        self.objective.bind(after)
+        self._begin(after.with_tensors(_owned(after)), masks, state)
+
+    # --- judging, and going back ----------------------------------------------------------
+
+    def _metric(self) -> float:
+        judge = self.training.eval
+        assert judge is not None
+
+        def measured() -> float:
+            if callable(judge):
+                with torch.no_grad():
+                    return float(judge(self._returned(self._snapshot())))
+            score = Score(self.training.loss)
+            self.module.eval()
+            try:
+                with torch.no_grad():
+                    for i, batch in enumerate(judge):
+                        self._check_batch(batch, i, "eval")
+                        moved = self._moved(batch)
+                        with _named_batch(i, "eval"):
+                            score.add(self.module(**inputs_of(self.program, moved)), moved)
+            finally:
+                self.module.train()
+            return score.value()
+
+        value = self.workers.told(measured)
+        if math.isnan(value):
+            raise TrainingError("eval gives NaN: it must return a number, higher is better")
+        return value
+
+    def _keep_best(self, metric: JSON) -> None:
+        """Remember the best epoch, and stop when none has been better for long enough."""
+        place, patience = self.place, self.training.patience
+        if patience is None or metric is None:
+            return
+        if place.best is None or metric > place.best:
+            place.best, place.best_epoch = metric, place.epoch
+            self.best = {n: t.clone() for n, t in self.module.program().tensors.items()}
+        elif place.best_epoch is not None and place.epoch - place.best_epoch >= patience:
+            place.done = True
+
+    def _snapshot(self) -> Program:
+        """The program as it is now, which later steps do not change."""
+        program = self.module.program()
+        return program.with_tensors(_owned(program))
+
+    def _returned(self, program: Program) -> Program:
+        """A program of ours as the caller's: its device, its types, and shared what is the same."""
+        first = next(iter(self.source.tensors.values()))
+        moved = program.on(first.device)
+        if self.is_half:
+            # Graphs in float32 do not become the caller's again; the same cuts make them.
+            graphs = self.source
+            for units in self.place.cuts:
+                graphs = shrink(graphs, units)
+            tensors = {n: t.to(graphs.tensors[n].dtype) for n, t in moved.tensors.items()}
+            moved = replace(graphs, metadata=moved.metadata).with_tensors(tensors)
+        return moved.with_tensors(
+            {
+                name: old
+                for name, old in self.source.tensors.items()
+                if name in moved.tensors and torch.equal(moved.tensors[name], old)
+            }
+        )
+
+    # --- checkpoints ----------------------------------------------------------------------
+
+    @property
+    def _settings(self) -> dict[str, JSON]:
+        plan = {name: getattr(self.plan, name) for name in self.plan.__slots__}
+        loss = self.training.loss
+        distillation = self.objective.distillation
+        return {
+            **plan,
+            **self.more_settings,
+            **({} if distillation is None else {"distillation": asdict(distillation)}),
+            "loss": loss if isinstance(loss, str) else "a function",
+            "batches": self.feed.batches,
+            "processes": self.workers.count,
+            "seed": self.seed,
+        }
+
+    def _save(self) -> None:
+        if self.folder is None:
+            return
+        if self.workers.is_main:
+            tensors = {
+                **self.optimiser.state(),
+                **{f"mask/{n}": t for n, t in self.optimiser.masks.items()},
+                **{f"best/{n}": t for n, t in self.best.items()},
+            }
+            self.place.seconds += time.perf_counter() - self.start
+            self.start = time.perf_counter()
+            checkpoint = Checkpoint(self._snapshot(), tensors, self.place.to_json())
+            write(self.folder, checkpoint, self.identity, self._settings)
+        self.workers.wait()
+
+    def _resume(self) -> None:
+        assert self.folder is not None
+        checkpoint = read(self.folder, self.identity, self._settings)
+        if checkpoint is None:
+            return
+        self.place = _Place(**checkpoint.place)
+        device = self.workers.device
+        parts: dict[str, dict[str, Tensor]] = {"mask": {}, "best": {}}
+        state: dict[str, Tensor] = {}
+        for name, tensor in checkpoint.tensors.items():
+            kind, _, rest = name.partition("/")
+            # Adam counts its steps on the CPU.
+            moved = tensor if kind == "step" else tensor.to(device)
+            if kind in parts:
+                parts[kind][rest] = moved
+            else:
+                state[name] = moved
+        self.best = parts["best"]
+        read_back = checkpoint.program.on(device)
+        # Files sort tensors by name, and a group's id is its first tensor's.
+        names = (n for n in self.program.tensors if n in read_back.tensors)
+        program = replace(read_back, tensors={n: read_back.tensors[n] for n in names})
+        self.objective.bind(program)
+        self._begin(program, parts["mask"], state)
+        self.good = self._snapshot()
+
+    # --- the end --------------------------------------------------------------------------
+
+    def _finish(self) -> Fitted:
+        place = self.place
+        program = self.good
+        if self.best:
+            program = program.with_tensors(self.best)
+        result = self._returned(program)
+        metrics = [r["metric"] for r in place.log if "metric" in r]
+        after = place.best if self.best else (metrics[-1] if metrics else None)
+        report: dict[str, JSON] = {
+            "epochs": place.log,
+            "steps": place.step,
+            "processes": self.workers.count,
+            "metric": None if self.training.eval is None else self._metric_name(),
+            "metric_before": place.metric_before,
+            "metric_after": after,
+            "masked_weights": sum(int((~m).sum()) for m in self.optimiser.masks.values()),
+            "seconds": place.seconds + time.perf_counter() - self.start,
+            "notes": _notes(self.source),
+            "cuts": place.checks,
+            **self.objective.report(),
+        }
+        if self.best:
+            report["best_epoch"] = place.best_epoch
+            report["stopped_early"] = len(place.log) < self.plan.epochs
+        return Fitted(result, report)
+
+    def _metric_name(self) -> str:
+        return "eval" if callable(self.training.eval) else metric_name(self.training.loss)
+
+
+def _owned(program: Program) -> dict[str, Tensor]:
+    """Copies of what training may write to: floats; a batch norm's statistics are among them."""
+    return {
+        n: t.detach().clone() if t.is_floating_point() else t for n, t in program.tensors.items()
+    }
+
+
+@contextlib.contextmanager
+def _named_batch(number: int, kind: str = "training") -> Iterator[None]:
+    """Say which batch it was."""
+    try:
+        yield
+    except TrainingError as e:
+        raise TrainingError(f"{kind} batch {number}: {e}", e.program) from e
+
+
+def _notes(program: Program) -> list[str]:
+    """What a user should know about the graph in training."""
+    nodes = list(program.forward.graph.nodes)
+    notes = []
+    dropouts = [n for n in nodes if is_op(n, "dropout")]
+    if not dropouts:
+        notes.append("the graph has no dropout: it was captured without, or a pass removed it")
+    silent = [
+        n
+        for n in nodes
+        if is_op(n, "scaled_dot_product_attention") and not bound_arguments(n).get("dropout_p")
+    ]
+    if silent:
+        notes.append(
+            "attention weights train without dropout: capture in eval mode leaves none inside "
+            "scaled_dot_product_attention"
+        )
+    return notes

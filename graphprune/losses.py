@@ -1,0 +1,202 @@
+"""Losses by name, as sums with their counts, and the metric that belongs to each.
+
+A sum and a count, because a mean of means is wrong where batches differ in size: processes add both
+and divide once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch.nn import functional as F
+
+from graphprune.errors import TrainingError
+
+LossFunction = Callable[[Any, Mapping[str, Any]], Tensor]
+Loss = str | LossFunction
+
+IGNORED = -100  # a label that counts for nothing
+
+# name -> the metric of an evaluation; higher is better in each
+LOSSES: Mapping[str, str] = {
+    "classification": "accuracy",
+    "regression": "Spearman",
+    "causal-lm": "negative loss",
+}
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Summed:
+    """A loss summed over what it counts; their quotient is the mean."""
+
+    total: Tensor
+    count: int
+
+
+def metric_name(loss: Loss) -> str:
+    """What an evaluation on batches measures."""
+    return LOSSES[loss] if isinstance(loss, str) else "negative loss"
+
+
+def logits_of(outputs: Any) -> Tensor:
+    """The scores among a model's outputs: `logits` where it is called so, else the first floats.
+
+    Raises:
+        TrainingError: there are none.
+    """
+    named = outputs.get("logits") if isinstance(outputs, Mapping) else None
+    if named is None:
+        named = getattr(outputs, "logits", None)
+    if isinstance(named, Tensor):
+        return named
+    for leaf in pytree.tree_leaves(outputs):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim():
+            return leaf
+    raise TrainingError("the model returns no tensor of floats, so there is no loss to compute")
+
+
+def labels_of(batch: Mapping[str, Any]) -> Tensor:
+    """The labels of a batch.
+
+    Raises:
+        TrainingError: it has none.
+    """
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor):
+        raise TrainingError(
+            f"the batch has no tensor 'labels', only {sorted(batch)}; a loss by name needs them "
+            "(for a language model: the token ids, -100 where a token does not count)"
+        )
+    return labels
+
+
+def check_labels(loss: str, shape: torch.Size, labels: Tensor) -> None:
+    """Whether labels fit logits of this shape.
+
+    Raises:
+        TrainingError: another shape or type, or a class that the head does not have.
+    """
+    if loss == "regression":
+        if shape.numel() != labels.numel():
+            raise TrainingError(
+                f"labels of shape {list(labels.shape)} do not fit scores of shape {list(shape)}: "
+                "regression has one score an example"
+            )
+        if not bool(labels.isfinite().all()):
+            raise TrainingError("the labels hold NaN or infinity")
+        return
+    if labels.is_floating_point() or labels.dtype is torch.bool:
+        raise TrainingError(f"labels are class numbers (int64), got {labels.dtype}")
+    if shape[:-1] != labels.shape:
+        raise TrainingError(
+            f"labels of shape {list(labels.shape)} do not fit logits of shape {list(shape)}: "
+            "there is one label for each row of logits"
+        )
+    counted = labels[labels != IGNORED]
+    outside = counted[(counted < 0) | (counted >= shape[-1])]
+    if outside.numel():
+        raise TrainingError(
+            f"label {int(outside[0])} is outside the head's range: it has classes 0 to "
+            f"{shape[-1] - 1} ({IGNORED} for what does not count)"
+        )
+
+
+def loss_of(loss: Loss, outputs: Any, batch: Mapping[str, Any]) -> Summed:
+    """The loss of a batch, differentiable.
+
+    1. "classification": cross entropy; labels int64, one for each row of logits.
+    2. "regression": squared error of a single score; labels float.
+    3. "causal-lm": cross entropy of the next token; labels are the tokens themselves.
+    4. A function of (outputs, batch): the mean over the batch, counted as one.
+
+    Raises:
+        TrainingError: labels are missing or do not fit.
+    """
+    if not isinstance(loss, str):
+        value = loss(outputs, batch)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            raise TrainingError(
+                f"the loss must return a tensor with one number, got {_words(value)}"
+            )
+        return Summed(value.reshape(()), 1)
+    logits, labels = logits_of(outputs), labels_of(batch)
+    check_labels(loss, logits.shape, labels)
+    if loss == "regression":
+        wanted = labels.reshape(logits.shape).to(logits.dtype)
+        return Summed((logits - wanted).square().sum(), labels.numel())
+    logits, labels = _aligned(loss, logits, labels)
+    rows = logits.reshape(-1, logits.shape[-1])
+    total = F.cross_entropy(rows, labels.reshape(-1), ignore_index=IGNORED, reduction="sum")
+    return Summed(total, int((labels != IGNORED).sum()))
+
+
+@final
+class Score:
+    """An evaluation in progress: batches go in, one number comes out, higher is better."""
+
+    def __init__(self, loss: Loss) -> None:
+        self.loss = loss
+        self.total, self.count = 0.0, 0
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, outputs: Any, batch: Mapping[str, Any]) -> None:
+        """Count one batch."""
+        if self.loss == "classification":
+            logits, labels = logits_of(outputs), labels_of(batch)
+            check_labels("classification", logits.shape, labels)
+            counted = labels != IGNORED
+            self.total += int((logits.argmax(-1) == labels)[counted].sum())
+            self.count += int(counted.sum())
+        elif self.loss == "regression":
+            logits, labels = logits_of(outputs), labels_of(batch)
+            check_labels("regression", logits.shape, labels)
+            self.pairs.append((logits.flatten().double().cpu(), labels.flatten().double().cpu()))
+            self.count += labels.numel()
+        else:
+            summed = loss_of(self.loss, outputs, batch)
+            self.total -= float(summed.total)
+            self.count += summed.count
+
+    def value(self) -> float:
+        """The metric over all batches.
+
+        Raises:
+            TrainingError: nothing was counted.
+        """
+        if not self.count:
+            raise TrainingError("eval yields nothing to measure: no batch, or no label that counts")
+        if self.pairs:
+            scores, labels = (torch.cat(part) for part in zip(*self.pairs, strict=True))
+            return spearman(scores, labels)
+        return self.total / self.count
+
+
+def spearman(a: Tensor, b: Tensor) -> float:
+    """The rank correlation of two vectors, ties at their mean rank; 0 where one is constant."""
+    x, y = _ranks(a), _ranks(b)
+    x, y = x - x.mean(), y - y.mean()
+    size = float(x.norm() * y.norm())
+    return float(x @ y) / size if size else 0.0
+
+
+def _ranks(values: Tensor) -> Tensor:
+    _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
+    ends = counts.cumsum(0).double()
+    return (ends - (counts - 1) / 2)[inverse]
+
+
+def _aligned(loss: str, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """A language model's logits at a token are for the token after it."""
+    return (logits[:, :-1], labels[:, 1:]) if loss == "causal-lm" else (logits, labels)
+
+
+def _words(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {list(value.shape)}"
+    return f"a {type(value).__name__}"

@@ -1,0 +1,82 @@
+"""Finetune: train the pruned model on, with its own loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+from graphprune.fit import Fitted, fit
+from graphprune.optimiser import Plan
+from graphprune.passbase import Context, Invariant, Pass, PassResult
+from graphprune.program import JSON, Program
+from graphprune.registry import register
+
+
+@register
+@final
+@dataclass(frozen=True, slots=True)
+class Finetune(Pass):
+    """Train all weights on the loss that `compile(..., training=...)` was given.
+
+    1. Weights that a pass before has zeroed stay zero.
+    2. Structure stays as it is; tied and shared parameters are trained once.
+    3. Dropout and batch norm are in training mode meanwhile, and back in eval mode afterwards.
+
+    Attributes:
+        epochs: passes over the data.
+        lr: the highest learning rate of AdamW.
+        weight_decay: AdamW's, on tensors of two and more dimensions.
+        warmup: part of all steps in which the rate rises from zero.
+        schedule: what it does then: "linear" or "cosine" to zero, or "constant".
+        clip: the largest norm of all gradients together; 0 for none.
+    """
+
+    name: ClassVar[str] = "finetune"
+    preserves: ClassVar[Invariant] = Invariant.INTERFACE | Invariant.SHAPES
+
+    epochs: int = 2
+    lr: float = 5e-5
+    weight_decay: float = 0.01
+    warmup: float = 0.1
+    schedule: str = "linear"
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        Plan(self.epochs, self.lr, self.weight_decay, self.warmup, self.schedule, self.clip)
+
+    @property
+    def needs_training(self) -> bool:
+        return True
+
+    def run(self, program: Program, ctx: Context) -> PassResult:
+        fitted = fit(
+            program,
+            ctx.training,
+            ctx,
+            epochs=self.epochs,
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            warmup=self.warmup,
+            schedule=self.schedule,
+            clip=self.clip,
+        )
+        return PassResult(fitted.program, True, trained_report(fitted))
+
+
+def trained_report(fitted: Fitted) -> dict[str, JSON]:
+    """What training reports, with a sentence for the table and what was checked."""
+    told = dict(fitted.report)
+    losses = [record["loss"] for record in told["epochs"]]
+    words = f"trained {told['steps']:,} steps, loss {losses[0]:.3g}"
+    if len(losses) > 1:
+        words += f" to {losses[-1]:.3g}"
+    if told["metric_after"] is not None:
+        words += f", {told['metric']} {told['metric_before']:.4g} to {told['metric_after']:.4g}"
+    checked = f"nothing to compare: weights were trained; {told['masked_weights']:,} stayed zero"
+    return {"summary": words, **told, "verification": {"checked": checked, **_proof(told)}}
+
+
+def _proof(told: dict[str, JSON]) -> dict[str, JSON]:
+    """The largest difference that removing units on the way made from masking them."""
+    errors = [cut["max_error"] for cut in told["cuts"] if "max_error" in cut]
+    return {"max_error": max(errors), "cuts": len(errors)} if errors else {}

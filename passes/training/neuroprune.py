@@ -1,0 +1,232 @@
+"""NeuroPrune: train so that connections, features and heads that are not needed die."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, final
+
+from torch import Tensor
+
+from graphprune.axes import axis_groups
+from graphprune.errors import RecipeError, UnsupportedError
+from graphprune.fit import fit
+from graphprune.optimiser import Plan, check_number
+from graphprune.passbase import Context, Invariant, Keep, Pass, PassResult
+from graphprune.passes.training.finetune import trained_report
+from graphprune.passes.training.merge import merge_units, plan_merge
+from graphprune.passes.training.regularise import (
+    Parts,
+    attachment_penalty,
+    find_parts,
+    group_penalty,
+    views,
+)
+from graphprune.passes.training.sparse import sparsity_of, topology, zero_small
+from graphprune.program import JSON, Program
+from graphprune.registry import register, suggest
+
+CONTRACTING = ("rows", "columns")
+
+
+@register
+@final
+@dataclass(frozen=True, slots=True)
+class NeuroPrune(Pass):
+    """Train with penalties that wire the network sparsely, and merge heads that do alike.
+
+    loss = task + alpha · feed-forward + beta · attention         (arXiv 2404.01306)
+
+    1. Feed-forward: l1 weighted by preferential attachment. Each unit's weights are divided by the
+       part of its connections that is alive, so that poor units die whole.
+    2. Attention: the square root of each input feature's l1 norm over query, key and value.
+    3. After every epoch, heads whose incoming weights differ by at most theta from another's are
+       merged into it: their outgoing weights are added, and they are removed, verified. The last
+       head stays; grouped-query attention merges whole groups. Position biases must match too.
+    4. After the last epoch small weights become zero for good. Zeros alone make nothing faster.
+
+    The source leaves open which of alpha and beta is which, the exact weights of case 1, how often
+    they are computed anew (here: every step), and the rule of case 4. What is done here is one
+    reading, with options where another one is as likely.
+
+    Attributes:
+        alpha: weight of the feed-forward penalty.
+        beta: weight of the attention penalty.
+        theta: largest difference of two heads that count as one; None merges none.
+        threshold: a connection below it counts as dead.
+        zero_below: case 4: weights of smaller magnitude become zero; 0 for none.
+        sparsity: case 4: instead, this part of all weights under penalty becomes zero.
+        contracting: units of the weights that read neurons: "rows" (outputs, as in the source), or
+            "columns" (the neurons, which then die from both sides).
+        epochs: passes over the data.
+        lr: the highest learning rate of AdamW.
+        weight_decay: AdamW's, on tensors of two and more dimensions.
+        warmup: part of all steps in which the rate rises from zero.
+        schedule: what it does then: "linear" or "cosine" to zero, or "constant".
+        clip: the largest norm of all gradients together; 0 for none.
+    """
+
+    name: ClassVar[str] = "neuroprune"
+    preserves: ClassVar[Invariant] = Invariant.INTERFACE
+
+    alpha: float = 1e-4
+    beta: float = 1e-4
+    theta: float | None = 0.15
+    threshold: float = 1e-4
+    zero_below: float = 1e-4
+    sparsity: float | None = None
+    contracting: str = "rows"
+    epochs: int = 3
+    lr: float = 5e-5
+    weight_decay: float = 0.01
+    warmup: float = 0.1
+    schedule: str = "linear"
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        Plan(self.epochs, self.lr, self.weight_decay, self.warmup, self.schedule, self.clip)
+        check_number("alpha", self.alpha, "0 or more", low=0)
+        check_number("beta", self.beta, "0 or more", low=0)
+        if self.theta is not None:
+            check_number("theta", self.theta, "0 or more, or null", low=0)
+        check_number("threshold", self.threshold, "a number above 0", low=0, open_low=True)
+        check_zeroing(self.zero_below, self.sparsity)
+        if self.contracting not in CONTRACTING:
+            raise RecipeError(
+                f"contracting is {self.contracting!r}; {suggest(self.contracting, CONTRACTING)}"
+            )
+
+    @property
+    def needs_training(self) -> bool:
+        return True
+
+    def run(self, program: Program, ctx: Context) -> PassResult:
+        parts = self.parts(program)
+        if not parts.all:
+            raise UnsupportedError(
+                f"pass {ctx.running!r} finds neither feed-forward nor attention weights that are "
+                "linear layers in this model"
+            )
+        heads = axis_groups(program).with_role("head", "kv_group")
+        state = _State(self, parts, {group.id: group.size for group in heads})
+        before = _wiring(program, parts, self.threshold)
+        fitted = fit(
+            program,
+            ctx.training,
+            ctx,
+            epochs=self.epochs,
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            warmup=self.warmup,
+            schedule=self.schedule,
+            clip=self.clip,
+            penalty=state.penalty,
+            after_epoch=state.after_epoch,
+            bind=state.bind,
+            settings={"alpha": self.alpha, "beta": self.beta, "theta": self.theta},
+        )
+        parts = self.parts(fitted.program)
+        # Early stopping may have gone back to an epoch before the last one.
+        result = self.zeroed(fitted.program, parts)
+        report = {
+            **trained_report(fitted),
+            "sparsity": sparsity_of(result, parts.all, 0.0),
+            "degrees": {"before": before, "after": _wiring(result, parts, self.threshold)},
+            "heads": state.heads(result),
+            "merges": state.merges,
+            "skipped": state.skipped,
+        }
+        return PassResult(result, True, report)
+
+    def parts(self, program: Program) -> Parts:
+        """What is under penalty."""
+        return find_parts(axis_groups(program), self.contracting == "columns")
+
+    def zeroed(self, program: Program, parts: Parts) -> Program:
+        """Case 4."""
+        if self.sparsity is None and not self.zero_below:
+            return program
+        return zero_small(program, parts.all, self.zero_below, self.sparsity)
+
+
+@dataclass(slots=True)
+class _State:
+    """What changes while the pass runs: the parts, as structure goes, and notes for the report."""
+
+    options: NeuroPrune
+    parts: Parts
+    sizes: Mapping[str, int]
+    merges: list[dict[str, JSON]] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def bind(self, program: Program) -> None:
+        """Positions of units are others once some are gone."""
+        self.parts = self.options.parts(program)
+
+    def penalty(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """alpha · feed-forward + beta · attention."""
+        some = next(iter(tensors.values()))
+        total = some.new_zeros(())
+        for view in views((*self.parts.expanding, *self.parts.contracting), tensors):
+            total = total + self.options.alpha * attachment_penalty(view, self.options.threshold)
+        for parts in self.parts.attention:
+            if seen := views(parts, tensors):
+                total = total + self.options.beta * group_penalty(seen)
+        return total
+
+    def after_epoch(self, program: Program, epoch: int) -> tuple[Program, Keep | None]:
+        merged, keep = self._merge(program, epoch)
+        if epoch == self.options.epochs - 1:
+            merged = self.options.zeroed(merged, self.parts)
+        return merged, keep or None
+
+    def _merge(self, program: Program, epoch: int) -> tuple[Program, dict[str, list[int]]]:
+        """Merge redundant heads, attention after attention."""
+        keep: dict[str, list[int]] = {}
+        if self.options.theta is None:
+            return program, keep
+        groups = axis_groups(program)
+        merged = program
+        for group in groups.with_role("head", "kv_group"):
+            plan = plan_merge(program, groups, group, self.options.theta)
+            if isinstance(plan, str):
+                self.skipped[group.id] = plan
+                continue
+            if len(plan.kept) == group.size:
+                continue
+            merged = merge_units(merged, groups, group, plan.into)
+            keep[group.id] = plan.kept
+            distances = [float(plan.distances[i, j]) for i, j in enumerate(plan.into) if i != j]
+            self.merges.append(
+                {
+                    "epoch": epoch + 1,
+                    "group": group.id,
+                    "into": list(plan.into),
+                    "largest_difference": max(distances),
+                }
+            )
+        return merged, keep
+
+    def heads(self, program: Program) -> dict[str, dict[str, int]]:
+        """Heads of each group before and after."""
+        groups = axis_groups(program)
+        now = {g.id: g.size for g in groups}
+        return {
+            # A group of one unit is no axis any more.
+            name: {"before": size, "after": now.get(name, 1)}
+            for name, size in self.sizes.items()
+        }
+
+
+def check_zeroing(zero_below: object, sparsity: object) -> None:
+    """Raise RecipeError for options of zeroing that are out of range."""
+    check_number("zero_below", zero_below, "0 or more", low=0)
+    if sparsity is not None:
+        check_number("sparsity", sparsity, "a part of all weights, 0 to 1", low=0, high=1)
+
+
+def _wiring(program: Program, parts: Parts, threshold: float) -> dict[str, JSON]:
+    return {
+        "expanding": topology(program, parts.expanding, threshold),
+        "contracting": topology(program, parts.contracting, threshold),
+    }

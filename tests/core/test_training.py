@@ -1,0 +1,686 @@
+"""Training on a program: identities, refusals, and that nothing depends on the road taken."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+import graphprune as gp
+from graphprune.axes import axis_groups
+from graphprune.capture import capture
+from graphprune.errors import RecipeError, TrainingError
+from graphprune.events import PassProgress
+from graphprune.fit import Fitted, fit
+from graphprune.losses import Score, loss_of, spearman
+from graphprune.models.tiny import tiny
+from graphprune.objective import Distillation
+from graphprune.optimiser import MOMENTS, Optimiser, Plan, zero_masks
+from graphprune.passbase import Context
+from graphprune.passes import Distill, Finetune, RemoveNoOps, Repeat
+from graphprune.program import Program, ProgramModule
+from graphprune.rewrite import mask, shrink
+from graphprune.sites import ZEROED
+from graphprune.training import Training
+
+Captured = Callable[[str], Program]
+Batch = dict[str, Tensor]
+
+
+def _batches(count: int, size: int = 3, dtype: torch.dtype = torch.float32) -> list[Batch]:
+    drawn = torch.Generator().manual_seed(7)
+    return [
+        {
+            "x": torch.randn(size, 12, generator=drawn, dtype=torch.float64).to(dtype),
+            "labels": torch.randint(0, 5, (size,), generator=drawn),
+        }
+        for _ in range(count)
+    ]
+
+
+def _fit(program: Program, data: Any = None, *, seed: int = 0, **options: Any) -> Fitted:
+    own = {"loss", "eval", "checkpoints", "every", "resume", "patience"}
+    training = Training(
+        _batches(4) if data is None else data,
+        **{k: v for k, v in options.items() if k in own},
+        device="cpu",
+    )
+    given = {"epochs": 2, "lr": 1e-2} | {k: v for k, v in options.items() if k not in own}
+    observers = given.pop("observers", ())
+    reference = given.pop("reference", None)
+    ctx = Context(seed=seed, observers=observers, reference=reference)
+    ctx.begin("finetune", 0)
+    return fit(program, training, ctx, **given)
+
+
+def _same(a: Program, b: Program) -> bool:
+    return all(t.equal(b.tensors[name]) for name, t in a.tensors.items())
+
+
+def _float64(program: Program) -> Program:
+    return program.cast(torch.float32, torch.float64)
+
+
+def _zeroed(program: Program, name: str, part: float = 0.5) -> Program:
+    """The program with a random part of a tensor zeroed, and that said."""
+    tensor = program.tensors[name]
+    gone = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(3)) < part
+    metadata = {**program.metadata, ZEROED: [name]}
+    changed = program.with_tensors({name: tensor.masked_fill(gone, 0)})
+    return replace(changed, metadata=metadata)
+
+
+# --- the loop is what it says ------------------------------------------------------------------
+
+
+def test_it_is_adamw_on_the_model_itself(captured: Captured) -> None:
+    """The same steps by torch on the original module, in float64."""
+    program = _float64(captured("tiny-mlp"))
+    data = _batches(3, dtype=torch.float64)
+    fitted = _fit(program, data, epochs=2, lr=3e-3, warmup=0.5, weight_decay=0.1, clip=0.5)
+
+    model = tiny("tiny-mlp")[0].double().train()
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups: Any = [{"params": matrices, "weight_decay": 0.1}]
+    adam = torch.optim.AdamW([*groups, {"params": vectors, "weight_decay": 0.0}])
+    rates = [1e-3, 2e-3, 3e-3, 3e-3, 2e-3, 1e-3]
+    for batch, rate in zip(data * 2, rates, strict=True):
+        for group in adam.param_groups:
+            group["lr"] = rate
+        adam.zero_grad()
+        torch.autograd.backward(F.cross_entropy(model(batch["x"]), batch["labels"]))
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        adam.step()
+    for name, expected in model.state_dict().items():
+        torch.testing.assert_close(fitted.program.tensors[name], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_rates_rise_and_fall(schedule: str) -> None:
+    rates = [Plan(1, 2.0, warmup=0.2, schedule=schedule).rate(i, 10) for i in range(11)]
+    assert rates[:3] == [1.0, 2.0, 2.0]
+    assert rates[10] == pytest.approx(2.0 if schedule == "constant" else 0.0)
+    assert rates[6] == pytest.approx(2.0 if schedule == "constant" else 1.0)
+
+
+def test_the_given_program_stays_and_the_loss_falls(captured: Captured) -> None:
+    program = captured("tiny-mlp")
+    before = {n: t.clone() for n, t in program.tensors.items()}
+    fitted = _fit(program, epochs=8)
+    assert all(t.equal(program.tensors[n]) for n, t in before.items())
+    losses = [record["loss"] for record in fitted.report["epochs"]]
+    assert losses[-1] < 0.8 * losses[0]
+    assert fitted.report["steps"] == 32
+
+
+def test_equal_seeds_give_equal_bits_and_others_do_not(captured: Captured) -> None:
+    """Dropout and a DataLoader's shuffling included, whatever was drawn before."""
+    program = captured("tiny-encoder")
+    entry = program.forward
+    rows: Any = [
+        {**{n: t[0] for n, t in zip(entry.input_names, entry.example, strict=True)}, "labels": i}
+        for i in range(5)
+    ]
+    loader: Any = DataLoader(rows, batch_size=2, shuffle=True)
+    first = _fit(program, loader).program
+    torch.rand(3)
+    state = torch.get_rng_state()
+    assert _same(first, _fit(program, loader).program)
+    assert torch.get_rng_state().equal(state), "the caller's generator was moved"
+    assert not _same(first, _fit(program, loader, seed=1).program)
+
+    own: Any = DataLoader(rows, batch_size=2, shuffle=True, generator=torch.Generator())
+    again = _fit(program, own).program
+    assert _same(again, _fit(program, own).program)
+
+
+def test_dropout_is_on_while_training_and_off_after(captured: Captured) -> None:
+    program = captured("tiny-encoder")
+    entry = program.forward
+    batch = dict(zip(entry.input_names, entry.example, strict=True))
+    seen: list[Tensor] = []
+
+    def loss(outputs: Tensor, batch: Any) -> Tensor:
+        seen.append(outputs.detach())
+        return 0 * outputs.sum()
+
+    fitted = _fit(program, [batch], loss=loss, weight_decay=0.0)
+    quiet = program(**batch)
+    assert not torch.allclose(seen[0], seen[1])
+    assert not any(torch.allclose(outputs, quiet) for outputs in seen)
+    assert torch.equal(fitted.program(**batch), quiet)
+
+
+def test_batch_norm_learns_its_statistics(captured: Captured) -> None:
+    program = captured("tiny-cnn")
+    data = [{"x": torch.randn(4, 3, 8, 8), "labels": torch.randint(0, 5, (4,))} for _ in range(2)]
+    before = program.tensors["stem_norm.running_mean"].clone()
+    fitted = _fit(program, data)
+    assert not fitted.program.tensors["stem_norm.running_mean"].equal(before)
+    assert program.tensors["stem_norm.running_mean"].equal(before)
+
+
+def test_tied_weights_are_one_parameter(captured: Captured) -> None:
+    program = captured("tiny-gpt2")
+    assert program.aliases
+    ids = program.forward.example[0]
+    batch = dict(zip(program.forward.input_names, program.forward.example, strict=True))
+    fitted = _fit(program, [{**batch, "labels": ids}], loss="causal-lm", epochs=5)
+    assert fitted.program.aliases == program.aliases
+    assert fitted.report["epochs"][-1]["loss"] < fitted.report["epochs"][0]["loss"]
+    # Through both uses: the gradient of the tied tensor is the sum of both.
+    fitted.program(**batch)
+
+
+def test_half_precision_trains_in_float32_and_comes_back(captured: Captured) -> None:
+    program = captured("tiny-mlp").cast(torch.float32, torch.bfloat16)
+    data = _batches(2)
+    fitted = _fit(program, data, epochs=1, lr=1e-4)
+    assert {t.dtype for t in fitted.program.tensors.values()} == {torch.bfloat16}
+    # A step of 1e-4 on weights near 1 is lost in bfloat16; in float32 twenty of them are not.
+    name = "layers.0.bias"
+    many = _fit(program, data, epochs=100, lr=1e-4)
+    assert not many.program.tensors[name].equal(program.tensors[name])
+
+
+# --- zeros that are meant ----------------------------------------------------------------------
+
+
+def test_zeroed_weights_stay_zero_and_others_move(captured: Captured) -> None:
+    program = _zeroed(captured("tiny-mlp"), "layers.2.weight")
+    weight = program.tensors["layers.2.weight"]
+    fitted = _fit(program, epochs=3, weight_decay=0.1)
+    after = fitted.program.tensors["layers.2.weight"]
+    assert (after[weight == 0] == 0).all()
+    assert (after[weight != 0] != weight[weight != 0]).all()
+    assert fitted.report["masked_weights"] == int((weight == 0).sum())
+    assert fitted.program.metadata[ZEROED] == ["layers.2.weight"]
+
+
+def test_zeros_train_as_if_they_were_not_there(captured: Captured) -> None:
+    """Masking equals multiplying by the mask inside the model: gradients, moments and clipping."""
+    program = _float64(_zeroed(captured("tiny-mlp"), "layers.2.weight"))
+    data = _batches(3, dtype=torch.float64)
+    fitted = _fit(program, data, epochs=2, clip=0.1)
+    keep = (program.tensors["layers.2.weight"] != 0).double()
+
+    model: Any = tiny("tiny-mlp")[0].double()
+    torch.nn.utils.parametrize.register_parametrization(model.layers[2], "weight", _Times(keep))
+    model.layers[2].parametrizations.weight.original.data *= keep
+    plan = Plan(2, 1e-2, clip=0.1)
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups: Any = [{"params": matrices, "weight_decay": 0.01}]
+    adam = torch.optim.AdamW([*groups, {"params": vectors, "weight_decay": 0.0}])
+    for i, batch in enumerate(data * 2):
+        for group in adam.param_groups:
+            group["lr"] = plan.rate(i, 6)
+        adam.zero_grad()
+        torch.autograd.backward(F.cross_entropy(model(batch["x"]), batch["labels"]))
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        adam.step()
+    actual = fitted.program.tensors["layers.2.weight"]
+    torch.testing.assert_close(actual, model.layers[2].weight.detach(), rtol=1e-11, atol=1e-12)
+
+
+def test_zeros_that_come_on_the_way_stay_zero_at_once(captured: Captured) -> None:
+    """What Adam had gathered for them would move them on."""
+    program = captured("tiny-mlp")
+    name = "layers.2.weight"
+
+    def zero(now: Program, epoch: int) -> tuple[Program, Any]:
+        return (_zeroed(now, name) if epoch == 0 else now), None
+
+    fitted = _fit(program, epochs=3, after_epoch=zero)
+    gone = _zeroed(program, name).tensors[name] == 0
+    assert not fitted.program.tensors[name][gone].any()
+    assert fitted.report["masked_weights"] == int(gone.sum())
+
+
+def test_what_adam_gathered_for_a_zero_is_forgotten(captured: Captured) -> None:
+    program = captured("tiny-mlp")
+    name = "layers.2.weight"
+    module = ProgramModule(program.with_tensors({n: t.clone() for n, t in program.tensors.items()}))
+    state = {f"{m}/{n}": torch.ones_like(program.tensors[n]) for m in MOMENTS for n in [name]}
+    masks = zero_masks(_zeroed(program, name))
+    given = {**state, f"step/{name}": torch.tensor(1.0)}
+    kept = Optimiser(module, program, Plan(1, 1e-3), masks, given).state()
+    assert set(kept) == set(given)
+    for moment in MOMENTS:
+        assert kept[f"{moment}/{name}"].bool().equal(masks[name])
+    weight = dict(module.named_parameters())[name]
+    assert (weight != 0).equal(masks[name])
+
+
+class _Times(nn.Module):
+    def __init__(self, keep: Tensor) -> None:
+        super().__init__()
+        self.keep = keep
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.keep
+
+
+# --- structure that goes on the way ------------------------------------------------------------
+
+
+def test_a_cut_in_the_middle_equals_masking(captured: Captured) -> None:
+    """Cut weights, moments and masks go on as the masked model's: float64, to rounding."""
+    program = _float64(_zeroed(captured("tiny-mlp"), "layers.2.weight"))
+    group = axis_groups(program).with_role("neuron")[0]
+    kept = {group.id: [i for i in range(group.size) if i % 3]}
+    data = _batches(4, dtype=torch.float64)
+
+    def cut(now: Program, epoch: int) -> tuple[Program, Any]:
+        return now, kept if epoch == 1 else None
+
+    def masked(now: Program, epoch: int) -> tuple[Program, Any]:
+        return (mask(now, kept) if epoch == 1 else now), None
+
+    small = _fit(program, data, epochs=4, after_epoch=cut)
+    large = _fit(program, data, epochs=4, after_epoch=masked)
+    expected = shrink(_unmasked(large.program, program), kept)
+    plain = shrink(_fit(program, data, epochs=4).program, kept)
+    moved = 0.0
+    for name, tensor in small.program.tensors.items():
+        assert tensor.shape == expected.tensors[name].shape
+        torch.testing.assert_close(tensor, expected.tensors[name], rtol=1e-9, atol=1e-11)
+        moved = max(moved, float((tensor - plain.tensors[name]).abs().max()))
+    assert moved > 1e-4  # the cut is felt by what is left
+    assert any("removed" in line for line in small.program.history)
+
+
+def test_moments_that_were_lost_would_be_seen(
+    captured: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The identity above is not blind to the optimiser's state."""
+    program = _float64(captured("tiny-mlp"))
+    group = axis_groups(program).with_role("neuron")[0]
+    kept = {group.id: list(range(5, group.size))}
+    data = _batches(4, dtype=torch.float64)
+
+    def cut(now: Program, epoch: int) -> tuple[Program, Any]:
+        return now, kept if epoch == 0 else None
+
+    right = _fit(program, data, after_epoch=cut)
+    monkeypatch.setattr("graphprune.fit.cut_state", lambda *_: {})
+    wrong = _fit(program, data, after_epoch=cut)
+    name = "layers.0.weight"
+    assert (right.program.tensors[name] - wrong.program.tensors[name]).abs().max() > 1e-4
+
+
+def _unmasked(program: Program, source: Program) -> Program:
+    """The trained values of a masked program in the graphs of the one that it came from."""
+    return source.with_tensors({name: program.tensors[name] for name in source.tensors})
+
+
+def test_values_may_change_and_heads_may_go_in_half_precision(captured: Captured) -> None:
+    program = captured("tiny-encoder").cast(torch.float32, torch.bfloat16)
+    group = axis_groups(program).with_role("head")[0]
+    batch = dict(zip(program.forward.input_names, program.forward.example, strict=True))
+    data = [{**batch, "labels": torch.tensor([1, 2])[: len(batch["input_ids"])]}]
+
+    def cut(now: Program, epoch: int) -> tuple[Program, Any]:
+        return now, {group.id: [0, 2]} if epoch == 0 else None
+
+    fitted = _fit(program, data, after_epoch=cut)
+    assert axis_groups(fitted.program)[group.id].size == 2
+    floats = {t.dtype for t in fitted.program.tensors.values() if t.is_floating_point()}
+    assert floats == {torch.bfloat16}
+    assert fitted.program(**batch).isfinite().all()
+
+
+def test_a_penalty_is_added_to_the_loss(captured: Captured) -> None:
+    """Adam's first step is lr · sign of the gradient, whatever its size."""
+    program = captured("tiny-mlp")
+    name = "layers.0.weight"
+    fitted = _fit(
+        program,
+        [{"x": torch.ones(2, 12)}],
+        loss=lambda outputs, batch: 0 * outputs.sum(),
+        penalty=lambda tensors: 3 * tensors[name].abs().sum(),
+        epochs=1,
+        lr=1e-3,
+        warmup=0.0,
+        weight_decay=0.0,
+        clip=0.0,
+    )
+    before = program.tensors[name]
+    expected = before - 1e-3 * before.sign()
+    torch.testing.assert_close(fitted.program.tensors[name], expected, rtol=1e-5, atol=1e-6)
+    other = "layers.2.weight"
+    assert fitted.program.tensors[other].equal(program.tensors[other])
+    assert fitted.report["epochs"][0]["penalty"] == pytest.approx(float(3 * before.abs().sum()))
+
+
+# --- losses and metrics ------------------------------------------------------------------------
+
+
+def test_losses_are_those_of_torch() -> None:
+    logits, labels = torch.randn(2, 4, 6), torch.randint(0, 6, (2, 4))
+    labels[0, :3] = -100
+    found = loss_of("classification", {"logits": logits}, {"labels": labels})
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    torch.testing.assert_close(found.total / found.count, expected)
+    found = loss_of("causal-lm", (None, logits), {"labels": labels})
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    torch.testing.assert_close(found.total / found.count, expected)
+    scores, wanted = torch.randn(5, 1), torch.randn(5)
+    found = loss_of("regression", scores, {"labels": wanted})
+    torch.testing.assert_close(found.total / found.count, F.mse_loss(scores[:, 0], wanted))
+
+
+def test_spearman_is_that_of_scipy() -> None:
+    from scipy.stats import spearmanr
+
+    a, b = torch.randint(0, 6, (40,)).double(), torch.randint(0, 9, (40,)).double()
+    assert spearman(a, b) == pytest.approx(spearmanr(a, b).statistic, abs=1e-12)
+    assert spearman(a, torch.ones(40).double()) == 0
+
+
+def test_a_metric_counts_examples_not_batches() -> None:
+    score = Score("classification")
+    logits = torch.eye(3)
+    score.add(logits, {"labels": torch.tensor([0, 1, 0])})
+    score.add(logits[:1], {"labels": torch.tensor([0])})
+    assert score.value() == 3 / 4
+    with pytest.raises(TrainingError, match="nothing to measure"):
+        Score("classification").value()
+
+
+# --- judging, stopping, progress ---------------------------------------------------------------
+
+
+def test_patience_keeps_the_best_epoch(captured: Captured) -> None:
+    program = captured("tiny-mlp")
+    judged: list[Program] = []
+    scores = [0.1, 0.3, 0.9, 0.5, 0.8, 1.0]
+
+    def judge(now: Program) -> float:
+        judged.append(now)
+        return scores[len(judged) - 1]
+
+    fitted = _fit(program, eval=judge, epochs=6, patience=2)
+    assert len(judged) == 5  # before, and four epochs: the last two were no better
+    assert fitted.report["best_epoch"] == 2
+    assert fitted.report["stopped_early"]
+    assert (fitted.report["metric_before"], fitted.report["metric_after"]) == (0.1, 0.9)
+    # What was judged stayed as it was, and is what comes back.
+    assert _same(judged[2], fitted.program)
+    assert not _same(judged[4], fitted.program)
+
+
+def test_progress_tells_loss_and_metric(captured: Captured) -> None:
+    seen: list[Any] = []
+    _fit(captured("tiny-mlp"), eval=_batches(2), observers=[seen.append])
+    steps = [event for event in seen if isinstance(event, PassProgress)]
+    assert [e.done for e in steps if e.unit == "steps"] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
+    assert all(math.isfinite(e.values["loss"]) and e.total == 8 for e in steps)
+    assert "metric" not in steps[0].values
+    assert 0 <= steps[-1].values["metric"] <= 1
+
+
+# --- checkpoints -------------------------------------------------------------------------------
+
+
+class _Stops(Exception):
+    pass
+
+
+class _Breaks:
+    """Batches that stop the run at one of them, once."""
+
+    def __init__(self, data: list[Batch], at: int) -> None:
+        self.data, self.left = data, at
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.data:
+            if self.left == 0:
+                raise _Stops
+            self.left -= 1
+            yield batch
+
+
+@pytest.mark.parametrize("at", [4, 8, 10], ids=lambda at: f"batch {at}")
+def test_resumed_is_as_if_never_stopped(at: int, captured: Captured, tmp_path: Path) -> None:
+    """In the middle of an epoch, with dropout, a metric, masks and a cut before and after."""
+    program = _zeroed(captured("tiny-mlp"), "layers.4.weight")
+    group = axis_groups(program).with_role("neuron")[0]
+
+    def cut(now: Program, epoch: int) -> tuple[Program, Any]:
+        return now, {group.id: range(1, axis_groups(now)[group.id].size)}
+
+    options: Any = {"epochs": 3, "after_epoch": cut, "eval": _batches(1), "every": 2}
+    whole = _fit(program, **options, checkpoints=tmp_path / "a")
+    folder: Any = {"checkpoints": tmp_path / "b"}
+    with pytest.raises(_Stops):
+        # The first look reads a batch too.
+        _fit(program, _Breaks(_batches(4), at + 1), **options, **folder)
+    resumed = _fit(program, **options, **folder, resume=True)
+    assert _same(whole.program, resumed.program)
+    assert resumed.program.history == whole.program.history
+    names = ("loss", "metric")
+    assert [[r[n] for n in names] for r in resumed.report["epochs"]] == [
+        [r[n] for n in names] for r in whole.report["epochs"]
+    ]
+    # What is finished is only read.
+    assert _same(whole.program, _fit(program, **options, **folder, resume=True).program)
+
+
+def test_no_pickle_is_in_a_checkpoint(captured: Captured, tmp_path: Path) -> None:
+    _fit(captured("tiny-mlp"), checkpoints=tmp_path)
+    names = {p.name for p in (tmp_path / "0-finetune").iterdir()}
+    assert names == {
+        "examples.safetensors", "optimiser.safetensors", "program.json", "tensors.safetensors",
+        "training.json",
+    }  # fmt: skip
+
+
+def test_a_checkpoint_of_something_else_is_refused(captured: Captured, tmp_path: Path) -> None:
+    program = captured("tiny-mlp")
+    _fit(program, checkpoints=tmp_path)
+    with pytest.raises(TrainingError, match=r"holds a checkpoint of an earlier run.*resume=True"):
+        _fit(program, checkpoints=tmp_path)
+    group = axis_groups(program).with_role("neuron")[0]
+    other = shrink(program, {group.id: [0, 1, 2]})
+    for different in (other, _zeroed(program, "layers.2.weight")):
+        with pytest.raises(TrainingError, match="is of another model"):
+            _fit(different, checkpoints=tmp_path, resume=True)
+    with pytest.raises(TrainingError, match=r"was made with lr=0.01, now it is 0.02"):
+        _fit(program, checkpoints=tmp_path, resume=True, lr=0.02)
+    with pytest.raises(TrainingError, match=r"was made with alpha=None, now it is 0.5"):
+        _fit(program, checkpoints=tmp_path, resume=True, settings={"alpha": 0.5})
+    with pytest.raises(TrainingError, match=r"was made with distillation=None, now it is"):
+        _fit(
+            program,
+            checkpoints=tmp_path,
+            resume=True,
+            reference=program,
+            distillation=Distillation(),
+        )
+    state = tmp_path / "0-finetune" / "optimiser.safetensors"
+    state.write_bytes(state.read_bytes()[:-1] + b"x")
+    with pytest.raises(gp.GraphPruneError, match=r"optimiser\.safetensors"):
+        _fit(program, checkpoints=tmp_path, resume=True)
+
+
+def test_a_foreign_folder_is_left_alone(captured: Captured, tmp_path: Path) -> None:
+    (tmp_path / "0-finetune").mkdir()
+    (tmp_path / "0-finetune" / "thesis.txt").write_text("mine")
+    with pytest.raises(gp.GraphPruneError, match="graphprune did not write it"):
+        _fit(captured("tiny-mlp"), checkpoints=tmp_path)
+    assert (tmp_path / "0-finetune" / "thesis.txt").read_text() == "mine"
+
+
+# --- what is refused ---------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_nan_stops_and_keeps_the_last_good_weights(
+    captured: Captured, tmp_path: Path
+) -> None:
+    program = captured("tiny-mlp")
+    data = _batches(4)
+    calls: list[int] = []
+
+    def loss(outputs: Tensor, batch: Any) -> Tensor:
+        calls.append(1)
+        value = outputs.square().mean()
+        return value * math.nan if len(calls) == 6 else value
+
+    with pytest.raises(TrainingError, match=r"loss is nan at step 6, in epoch 2;.*0-finetune") as e:
+        _fit(program, data, loss=loss, checkpoints=tmp_path, every=1, epochs=3, lr=1e-3)
+    expected = _fit(
+        program, data, loss=lambda o, _: o.square().mean(), epochs=3, lr=1e-3, eval=None
+    )
+    kept = e.value.program
+    assert isinstance(kept, Program)
+    assert all(t.isfinite().all() for t in kept.tensors.values())
+    assert not _same(kept, program)
+    # The checkpoint is of the step before, and from there it goes on.
+    resumed = _fit(
+        program, data, loss=loss, checkpoints=tmp_path, every=1, epochs=3, lr=1e-3, resume=True
+    )
+    assert _same(resumed.program, expected.program)
+
+
+def test_a_gradient_that_is_nan_stops_too(captured: Captured) -> None:
+    def loss(outputs: Tensor, batch: Any) -> Tensor:
+        return (outputs * 0).sum().sqrt()  # zero, with an infinite slope times zero
+
+    with pytest.raises(TrainingError, match="gradient is not at step 1, in epoch 1"):
+        _fit(captured("tiny-mlp"), loss=loss)
+
+
+def _changed(**changes: Any) -> list[Batch]:
+    batch = {**_batches(1)[0], **changes}
+    return [*_batches(2), {k: v for k, v in batch.items() if v is not None}]
+
+
+def _loader(data: Any) -> Any:
+    return DataLoader(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "says"),
+    [
+        (_changed(labels=torch.tensor([0, 5, 1])), {}, r"batch 2: label 5 .* classes 0 to 4"),
+        (_changed(labels=torch.tensor([0, -1, 1])), {}, r"batch 2: label -1 is outside"),
+        (_changed(labels=None), {}, r"batch 2: the batch has no tensor 'labels', only \['x'\]"),
+        (_changed(labels=torch.ones(3)), {}, r"class numbers \(int64\), got torch.float32"),
+        (_changed(labels=torch.ones(2)), {"loss": "regression"}, "one score an example"),
+        (_changed(x=None), {}, "input 'x' is missing"),
+        (_changed(x=torch.ones(3, 11)), {}, r"batch 2: input 'x' has shape \[3, 11\]"),
+        (_changed(weight=torch.ones(3)), {}, r"batch 2: the batch has \['weight'\]"),
+        (_loader([]), {}, "yield no batch"),
+        (_loader([torch.ones(12)]), {}, "batch 0 is a Tensor"),
+        (None, {"loss": lambda o, b: o}, r"a tensor with one number, got a tensor of shape"),
+        (None, {"loss": lambda o, b: 1.0}, "got a float"),
+        (None, {"loss": lambda o, b: torch.ones(())}, "does not depend on the model's weights"),
+        (None, {"eval": lambda program: math.nan}, "eval gives NaN"),
+        (None, {"eval": [{"x": torch.ones(3, 12)}]}, "eval batch 0: .*no tensor 'labels'"),
+    ],
+)
+def test_data_that_do_not_fit(data: Any, options: Any, says: str, captured: Captured) -> None:
+    with pytest.raises(TrainingError, match=says):
+        _fit(captured("tiny-mlp"), data, **options)
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "says"),
+    [
+        ([], {}, "data is empty"),
+        (iter([1]), {}, "ends after one"),
+        ({"x": torch.ones(2)}, {}, r"got a dict.*data=\[batch\]"),
+        (3, {}, "got a int"),
+        ([torch.ones(2)], {}, r"data\[0\] is a Tensor"),
+        ([{}], {"loss": "clasification"}, "did you mean 'classification'"),
+        ([{}], {"loss": 3}, "got a int"),
+        ([{}], {"eval": []}, "eval is empty"),
+        ([{}], {"every": -1}, "every must be"),
+        ([{}], {"every": 2}, "give checkpoints=FOLDER"),
+        ([{}], {"resume": True}, "give checkpoints=FOLDER"),
+        ([{}], {"patience": 0}, "at least 1"),
+        ([{}], {"patience": 1}, "give eval="),
+        ([{}], {"device": "tpu!"}, "there is no device 'tpu!'"),
+    ],
+)
+def test_what_is_no_training_is_refused_at_once(data: Any, options: Any, says: str) -> None:
+    with pytest.raises(TrainingError, match=says):
+        Training(data, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"epochs": 0}, "epochs must be"),
+        ({"lr": 0}, "lr must be a number above 0"),
+        ({"lr": math.nan}, "lr must be"),
+        ({"warmup": 1.5}, "warmup must be"),
+        ({"schedule": "cosin"}, "did you mean 'cosine'"),
+        ({"clip": -1}, "clip must be"),
+    ],
+)
+def test_options_out_of_range(options: Any, says: str) -> None:
+    for cls in (Finetune, Distill):
+        with pytest.raises(RecipeError, match=says):
+            cls(**options)
+
+
+class _Explodes(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        raise AssertionError("captured")
+
+
+def test_a_pass_that_trains_is_refused_without_data_before_capture() -> None:
+    inputs = (torch.ones(2),)
+    with pytest.raises(RecipeError, match=r"train finetune and distill with: .*training=Training"):
+        gp.compile(_Explodes(), [Finetune(), Distill()], example_inputs=inputs)
+    with pytest.raises(RecipeError, match="to train repeat with"):
+        gp.compile(_Explodes(), [Repeat((Finetune(), RemoveNoOps()))], example_inputs=inputs)
+    with pytest.raises(RecipeError, match=r"graphprune.Training\(.*got a list"):
+        gp.compile(_Explodes(), [Finetune()], example_inputs=inputs, training=[1])  # type: ignore[arg-type]
+
+
+def test_recording_nodes_leaves_the_outputs_alone(captured: Captured) -> None:
+    program = captured("tiny-encoder")
+    names = [n.name for n in program.forward.graph.nodes if n.op == "call_function"][:3]
+    module = ProgramModule(program, record=names)
+    flat = dict(zip(program.forward.input_names, program.forward.example, strict=True))
+    assert torch.equal(module(**flat), program(**flat))
+    assert list(module.recorded) == names
+
+
+def test_what_cannot_be_trained_says_so() -> None:
+    class Frozen(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + 1
+
+    program = capture(Frozen(), {"x": torch.ones(2, 3)})
+    with pytest.raises(TrainingError, match="no parameter of floats"):
+        _fit(program, [{"x": torch.ones(2, 3)}], loss=lambda o, b: o.sum())
+
+
+def test_a_program_moves_with_every_device_in_its_graphs(captured: Captured) -> None:
+    """Where there is no other device, "meta" stands for one: it has shapes and no values."""
+    program = captured("tiny-llama")
+    meta = torch.device("meta")
+    moved = program.on(meta)
+    assert {t.device for t in (*moved.tensors.values(), *moved.forward.example)} == {meta}
+    for node in moved.forward.graph.nodes:
+        value = node.meta.get("val")
+        assert not isinstance(value, Tensor) or value.device == meta, node
+        assert torch.device("cpu") not in pytree.tree_leaves((node.args, node.kwargs))
+    assert program.on(torch.device("cpu")) is program
