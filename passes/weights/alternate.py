@@ -28,7 +28,8 @@ from graphprune.passes.weights.solve import Inputs
 from graphprune.program import Program
 from graphprune.sites import LinearSite
 
-CHUNK = 2048  # rows at a time: what an elementwise step writes stays in the cache
+CHUNK = 512  # rows at a time: what an elementwise step writes stays in the cache
+_LONG = 2048  # rows at a time where there is only a product
 
 
 @final
@@ -212,6 +213,6 @@ def _product(site: LinearSite, program: Program, rows: Tensor) -> Tensor:
 def _cross(left: Tensor, right: Tensor) -> Tensor:
     """leftᵀ right, float64, summed over chunks of rows."""
     total = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float64)
-    for i in range(0, len(left), CHUNK):
-        total += left[i : i + CHUNK].T @ right[i : i + CHUNK]
+    for i in range(0, len(left), _LONG):
+        total += left[i : i + _LONG].T @ right[i : i + _LONG]
     return total
