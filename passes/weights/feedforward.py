@@ -72,7 +72,7 @@ class FeedForward:
     @property
     def is_relu(self) -> bool:
         """Whether φ is ReLU of a single product."""
-        steps = [n for n in self.nodes if not is_op(n, *_RESHAPES, "dropout", "clone")]
+        steps = [n for n in self.nodes if not is_op(n, *_RESHAPES, *_CASTS, "dropout", "clone")]
         return len(self.segments) == 1 and len(steps) == 1 and is_op(steps[0], "relu")
 
 
