@@ -74,11 +74,10 @@ def _sizes(program: Program, batches: list[dict[str, Tensor]]) -> tuple[float, f
     """MB that all batches hold between the first two regions, and that all sites' inputs have."""
     sites = [s for s in linear_sites(axis_groups(program)) if not is_output_head(s, program)]
     stream = Stream(program, batches)
-    second = stream.regions(sites)[1]
-    stream.collect(program, second, lambda site, rows: None)
-    alive = sum(
-        value.nbytes for state in stream.states for value in state.values() if value.dim() > 0
-    )
+    for region in stream.regions(sites)[:2]:
+        stream.collect(program, region, lambda site, rows: None)
+    values = [value for state in stream.states for value in state.values()]
+    alive = sum(value.nbytes for value in values if isinstance(value, Tensor))
     rows = sum(batch["input_ids"].numel() for batch in batches)
     return alive / 1e6, sum(4 * rows * s.matrix(program).shape[1] for s in sites) / 1e6
 

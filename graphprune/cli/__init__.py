@@ -554,7 +554,8 @@ def _present(summary: Summary, as_json: bool) -> None:
         _print_json(summary.to_json())
         return
     console = _console()
-    console.print(passes_table(summary.report))
+    if summary.report.passes:
+        console.print(passes_table(summary.report))
     for line in summary.report.skipped_lines():
         console.print(f"  skipped  {line}", style="dim", markup=False, soft_wrap=True)
     console.print(comparison_table(summary.rows()))
