@@ -10,7 +10,7 @@ from axis groups and linear sites: fused, transposed and gated weights alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from graphprune.axes import AxisGroup, AxisGroups
 from graphprune.program import Program
-from graphprune.sites import LinearSite, sites_of
+from graphprune.sites import LinearSite, linear_sites
 
 DELTA = 1e-8  # under the root: the slope at a dead group stays finite
 
@@ -85,7 +85,9 @@ def find_parts(groups: AxisGroups, columns: bool = False) -> Parts:
     expanding: dict[Part, None] = {}
     contracting: dict[Part, None] = {}
     attention: dict[tuple[Part, ...], None] = {}
-    sites = list(all_sites(groups))
+    # Experts share a tensor, which counts once.
+    every = [s for entry in groups.program.entries for s in linear_sites(groups, entry)]
+    sites = [site for site in every if site.expert in (None, 0)]
     for group in groups.with_role("neuron"):
         for site in sites:
             row, column = site_dims(site)
@@ -109,17 +111,6 @@ def find_parts(groups: AxisGroups, columns: bool = False) -> Parts:
         for parts in inputs.values():
             attention.setdefault(tuple(parts))
     return Parts(tuple(expanding), tuple(contracting), tuple(attention))
-
-
-def all_sites(groups: AxisGroups) -> Iterator[LinearSite]:
-    """Every linear site of every entry, those of experts once a weight."""
-    seen = set()
-    for entry, facts in groups.axes.facts.items():
-        for contraction in facts.contractions:
-            for site in sites_of(entry, contraction, groups.program):
-                if (site.node, site.tensor) not in seen:
-                    seen.add((site.node, site.tensor))
-                    yield site
 
 
 def connectivity(weight: Tensor, threshold: float) -> Tensor:

@@ -56,7 +56,7 @@ class SparseLLM(Pass):
         rounds: how often the weights are pruned; 1 is SparseGPT.
         alpha: weight of the fit of the products before the activation. Only the ratios of the three
             matter. The paper takes them equal; a smaller alpha leaves the hidden values freer, and
-            lowered the blocks' errors on unseen text by another 8 % in a language model.
+            gave smaller block errors, on unseen text too.
         beta: weight of the fit of the block's output.
         gamma: weight of the agreement of hidden values and products through the activation.
     """
