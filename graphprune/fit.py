@@ -13,10 +13,10 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, final
+from typing import Any, Protocol, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from graphprune.checkpoint import Checkpoint, fingerprint, is_checkpoint, read, write
 from graphprune.errors import GraphPruneError, RecipeError, TrainingError
@@ -35,6 +35,35 @@ from graphprune.workers import Feed, Workers, seed_from
 
 Penalty = Callable[[Mapping[str, Tensor]], Tensor]
 AfterEpoch = Callable[[Program, int], tuple[Program, Keep | None]]
+
+
+class Masking(Protocol):
+    """Chooses, step after step, which weights may live; what it has zeroed stays zero.
+
+    Attributes:
+        scored: terms of the loss whose gradients it looks at; others are added afterwards. None
+            where it needs no gradients.
+    """
+
+    scored: Sequence[str] | None
+
+    def choose(
+        self, parameters: Mapping[str, nn.Parameter], step: int, total: int
+    ) -> Mapping[str, Tensor] | None:
+        """By tensor name, true where weights may live; None where nothing is new.
+
+        Called before each optimiser step, `step` from 0 of `total`, with the scored terms'
+        gradients, summed over processes, in `.grad`. It must not draw lots: every process calls it.
+        """
+
+    def settled(self, step: int, total: int) -> bool:
+        """Whether it will choose no more: only then one epoch compares with another."""
+
+    def state(self) -> Mapping[str, Tensor]:
+        """What it remembers, for a checkpoint."""
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Remember that again."""
 
 
 @final
@@ -59,6 +88,7 @@ def fit(
     clip: float = 1.0,
     penalty: Penalty | None = None,
     distillation: Distillation | None = None,
+    masking: Masking | None = None,
     after_epoch: AfterEpoch | None = None,
     bind: Callable[[Program], None] | None = None,
     settings: Mapping[str, JSON] | None = None,
@@ -75,6 +105,7 @@ def fit(
         epochs, lr, weight_decay, warmup, schedule, clip: see `Plan`.
         penalty: of the parameters by name, added to the loss.
         distillation: learn from `ctx.reference` too.
+        masking: chooses weights to zero while training; early stopping waits until it has settled.
         after_epoch: (program, epoch from 0) -> (program, keep): other values for weights, and
             units to remove for good: axis group -> kept indices. It also runs after the last one.
         bind: told of every new structure before it trains: the first, and after each cut.
@@ -96,7 +127,9 @@ def fit(
     name = f"{ctx.fits}-{ctx.running or 'fit'}"
     ctx.fits += 1
     with _own_randomness():
-        run = _Run(program, training, ctx, plan, penalty, distillation, after_epoch, bind, name)
+        run = _Run(
+            program, training, ctx, plan, penalty, distillation, masking, after_epoch, bind, name
+        )
         run.more_settings = dict(settings or {})
         return run.train()
 
@@ -147,12 +180,14 @@ class _Run:
         plan: Plan,
         penalty: Penalty | None,
         distillation: Distillation | None,
+        masking: Masking | None,
         after_epoch: AfterEpoch | None,
         bind: Callable[[Program], None] | None,
         name: str,
     ) -> None:
         self.source, self.training, self.ctx, self.plan = program, training, ctx, plan
-        self.penalty, self.after_epoch, self.bind = penalty, after_epoch, bind
+        self.penalty, self.masking = penalty, masking
+        self.after_epoch, self.bind = after_epoch, bind
         self.more_settings: dict[str, JSON] = {}
         self.start = time.perf_counter()
         self.folder = training.folder(name)
@@ -303,28 +338,51 @@ class _Run:
                 numbers[0, i] = found[name].total.detach()
                 numbers[1, i] = found[name].count
         sums, counts = self.workers.summed(numbers).tolist()
-        total, value = torch.zeros((), device=self.workers.device), 0.0
+        scored = () if self.masking is None else self.masking.scored or ()
+        first = torch.zeros((), device=self.workers.device)
+        rest, value = first, 0.0
         for name, part, count in zip(names, sums, counts, strict=True):
             weight = self.objective.weights[name]
             if count:
                 value += weight * part / count
                 if name in found:
-                    total = total + found[name].total * (weight / count)
+                    term = found[name].total * (weight / count)
+                    first, rest = (first + term, rest) if name in scored else (first, rest + term)
             self._add(name, part, count)
         if self.penalty is not None:
             # The same in every process; gradients are summed over processes.
             extra = self.penalty(self.optimiser.parameters)
-            total = total + extra / self.workers.count
+            rest = rest + extra / self.workers.count
             value += float(extra.detach())
             self._add("penalty", float(extra.detach()), 1)
-        if (found or self.penalty) and not total.requires_grad:
+        if (found or self.penalty) and not (first.requires_grad or rest.requires_grad):
             raise TrainingError("the loss does not depend on the model's weights")
         if math.isfinite(value):
-            if total.requires_grad:
-                self.workers.backward(total)
-            self.workers.share_gradients(self.optimiser.parameters)
+            self._backward(first, rest)
         self._add("loss", value, 1)
         return value
+
+    def _backward(self, scored: Tensor, rest: Tensor) -> None:
+        """Leave the gradient of both; in between, let masks be chosen by the first one's."""
+        parameters = self.optimiser.parameters
+        if scored.requires_grad:
+            self.workers.backward(scored, retain_graph=rest.requires_grad)
+            self.workers.share_gradients(parameters)
+        chosen = None
+        if self.masking is not None:
+            total = self.feed.rounds_an_epoch * self.plan.epochs
+            with torch.no_grad():
+                chosen = self.masking.choose(parameters, self.place.step, total)
+        held = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+        self.optimiser.forget_gradients()
+        if rest.requires_grad:
+            self.workers.backward(rest)
+        self.workers.share_gradients(parameters)
+        for name, gradient in held.items():
+            parameter = parameters[name]
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        if chosen is not None:
+            self.optimiser.restrict(chosen)
 
     def _add(self, name: str, total: float, count: float) -> None:
         held = self.place.sums.setdefault(name, [0.0, 0.0])
@@ -412,6 +470,9 @@ class _Run:
         place, patience = self.place, self.training.patience
         if patience is None or metric is None:
             return
+        total = self.feed.rounds_an_epoch * self.plan.epochs
+        if self.masking is not None and not self.masking.settled(place.step, total):
+            return
         if place.best is None or metric > place.best:
             place.best, place.best_epoch = metric, place.epoch
             self.best = {n: t.clone() for n, t in self.module.program().tensors.items()}
@@ -468,6 +529,8 @@ class _Run:
                 **{f"mask/{n}": t for n, t in self.optimiser.masks.items()},
                 **{f"best/{n}": t for n, t in self.best.items()},
             }
+            if self.masking is not None:
+                tensors |= {f"masking/{n}": t for n, t in self.masking.state().items()}
             self.place.seconds += time.perf_counter() - self.start
             self.start = time.perf_counter()
             checkpoint = Checkpoint(self._snapshot(), tensors, self.place.to_json())
@@ -481,7 +544,7 @@ class _Run:
             return
         self.place = _Place(**checkpoint.place)
         device = self.workers.device
-        parts: dict[str, dict[str, Tensor]] = {"mask": {}, "best": {}}
+        parts: dict[str, dict[str, Tensor]] = {"mask": {}, "best": {}, "masking": {}}
         state: dict[str, Tensor] = {}
         for name, tensor in checkpoint.tensors.items():
             kind, _, rest = name.partition("/")
@@ -498,6 +561,8 @@ class _Run:
         program = replace(read_back, tensors={n: read_back.tensors[n] for n in names})
         self.objective.bind(program)
         self._begin(program, parts["mask"], state)
+        if self.masking is not None:
+            self.masking.load(parts["masking"])
         self.good = self._snapshot()
 
     # --- the end --------------------------------------------------------------------------

@@ -149,8 +149,18 @@ class Optimiser:
                 group["lr"] = rate
             self.adam.step()
             self._apply_masks()
-        self.adam.zero_grad(set_to_none=True)
+        self.forget_gradients()
         return norm
+
+    def forget_gradients(self) -> None:
+        self.adam.zero_grad(set_to_none=True)
+
+    def restrict(self, masks: Mapping[str, Tensor]) -> None:
+        """Zero what these masks leave out too, by tensor name, and keep it zero."""
+        for name, mask in masks.items():
+            held = self.masks.get(name)
+            self.masks[name] = mask if held is None else held & mask
+        self._apply_masks()
 
     def state(self) -> dict[str, Tensor]:
         """Adam's moments and counts: "exp_avg/NAME", "exp_avg_sq/NAME", "step/NAME"."""

@@ -62,8 +62,8 @@ class Workers:
         """Mixed precision, where `accelerate launch` was told so."""
         return self._accelerator.autocast()
 
-    def backward(self, loss: Tensor) -> None:
-        self._accelerator.backward(loss)
+    def backward(self, loss: Tensor, *, retain_graph: bool = False) -> None:
+        self._accelerator.backward(loss, retain_graph=retain_graph)
 
     def wait(self) -> None:
         """Until all processes are here."""

@@ -363,6 +363,86 @@ def test_a_penalty_is_added_to_the_loss(captured: Captured) -> None:
     assert fitted.report["epochs"][0]["penalty"] == pytest.approx(float(3 * before.abs().sum()))
 
 
+# --- masks that are chosen while training ---------------------------------------------------------
+
+
+class _Smallest:
+    """At one step, zeroes the weights with the smallest products with their gradients."""
+
+    def __init__(self, at: int, scored: tuple[str, ...] | None = ("labels",)) -> None:
+        self.at, self.scored = at, scored
+        self.seen = torch.zeros(())
+        self.gradients: list[Tensor] = []
+
+    def choose(self, parameters: Any, step: int, total: int) -> dict[str, Tensor] | None:
+        weight = parameters["layers.2.weight"]
+        self.gradients.append(torch.zeros(()) if weight.grad is None else weight.grad.clone())
+        self.seen = self.seen + self.gradients[-1].abs().sum()
+        if step != self.at:
+            return None
+        return {"layers.2.weight": weight.detach().abs() > weight.detach().abs().median()}
+
+    def settled(self, step: int, total: int) -> bool:
+        return step > self.at
+
+    def state(self) -> dict[str, Tensor]:
+        return {"seen": self.seen}
+
+    def load(self, state: Any) -> None:
+        self.seen = state["seen"]
+
+
+def test_masks_chosen_on_the_way_stay(captured: Captured) -> None:
+    program = captured("tiny-mlp")
+    weight = program.tensors["layers.2.weight"]
+    alive = weight.abs() > weight.abs().median()
+    trained = _fit(program, masking=_Smallest(0, None)).program.tensors["layers.2.weight"]
+    assert torch.equal(trained == 0, ~alive)
+    assert not torch.equal(trained[alive], weight[alive])
+
+
+def test_scored_terms_alone_are_in_the_gradient_that_is_shown(captured: Captured) -> None:
+    program = _float64(captured("tiny-mlp"))
+    data = _batches(1, dtype=torch.float64)
+
+    def penalty(tensors: Any) -> Tensor:
+        return tensors["layers.2.weight"].square().sum()
+
+    alone, both = _Smallest(9), _Smallest(9)
+    _fit(program, data, epochs=1, masking=alone)
+    with_penalty = _fit(program, data, epochs=1, masking=both, penalty=penalty)
+    assert float(alone.gradients[0].abs().sum()) > 0
+    torch.testing.assert_close(both.gradients[0], alone.gradients[0])
+    # And nothing of either is lost: the step is that of both together.
+    plain = _fit(program, data, epochs=1, penalty=penalty)
+    for tensor, other in zip(
+        with_penalty.program.tensors.values(), plain.program.tensors.values(), strict=True
+    ):
+        torch.testing.assert_close(tensor, other, rtol=1e-9, atol=1e-12)
+
+
+def test_what_masking_remembers_is_resumed(captured: Captured, tmp_path: Path) -> None:
+    program = captured("tiny-mlp")
+    whole, first, second = _Smallest(9), _Smallest(9), _Smallest(9)
+    options: Any = {"epochs": 3, "every": 2}
+    result = _fit(program, **options, masking=whole, checkpoints=tmp_path / "a")
+    folder: Any = {"checkpoints": tmp_path / "b"}
+    with pytest.raises(_Stops):
+        _fit(program, _Breaks(_batches(4), 7), **options, masking=first, **folder)
+    resumed = _fit(program, **options, masking=second, **folder, resume=True)
+    assert _same(result.program, resumed.program)
+    assert torch.equal(whole.seen, second.seen)
+
+
+def test_patience_waits_until_masks_have_settled(captured: Captured) -> None:
+    told = iter([9.0, 8.0, 1.0, 2.0, 1.5, 1.4, 1.3])
+    options: Any = {"epochs": 6, "patience": 2, "eval": lambda program: next(told)}
+    fitted = _fit(captured("tiny-mlp"), **options, masking=_Smallest(6))
+    # Before training 9; the first epoch is before the masks, so that its 8 does not count.
+    assert fitted.report["best_epoch"] == 3 and fitted.report["metric_after"] == 2.0
+    assert int((fitted.program.tensors["layers.2.weight"] == 0).sum()) > 0
+
+
 # --- losses and metrics ------------------------------------------------------------------------
 
 
