@@ -439,7 +439,8 @@ def test_patience_waits_until_masks_have_settled(captured: Captured) -> None:
     options: Any = {"epochs": 6, "patience": 2, "eval": lambda program: next(told)}
     fitted = _fit(captured("tiny-mlp"), **options, masking=_Smallest(6))
     # Before training 9; the first epoch is before the masks, so that its 8 does not count.
-    assert fitted.report["best_epoch"] == 3 and fitted.report["metric_after"] == 2.0
+    assert fitted.report["best_epoch"] == 3
+    assert fitted.report["metric_after"] == 2.0
     assert int((fitted.program.tensors["layers.2.weight"] == 0).sum()) > 0
 
 
