@@ -12,6 +12,7 @@ from graphprune.passes.repeat import Repeat as Repeat
 from graphprune.passes.structural.axis import PruneAxis as PruneAxis
 from graphprune.passes.structural.heads import PruneHeads as PruneHeads
 from graphprune.passes.structural.neurons import PruneNeurons as PruneNeurons
+from graphprune.passes.structural.shrink import Shrink as Shrink
 from graphprune.passes.training.distill import Distill as Distill
 from graphprune.passes.training.finetune import Finetune as Finetune
 from graphprune.passes.training.l1 import L1 as L1
@@ -36,6 +37,7 @@ __all__ = [
     "RemoveDeadNodes",
     "RemoveNoOps",
     "Repeat",
+    "Shrink",
     "SparseGPT",
     "SparseLLM",
     "Wanda",

@@ -1,0 +1,261 @@
+"""Shrink: turn zeros into structure, exactly."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor, fx
+
+from graphprune.axes import AxisGroup, AxisGroups, algebra, axis_groups
+from graphprune.axes.rules._base import Contraction
+from graphprune.dependence import PRODUCTS, Known, dependence
+from graphprune.events import JSON
+from graphprune.graph import bound_arguments, is_op, op_name, tensor_nodes
+from graphprune.passbase import Context, Invariant, Pass, PassResult
+from graphprune.program import Program
+from graphprune.quantized import refuse_quantised
+from graphprune.registry import register
+from graphprune.sites import LinearSite, contractions, linear_sites, sites_of
+
+_AT_MOST = 8  # rounds; each can only free units that the one before made needless
+
+Place = tuple[str, Contraction]
+
+
+@register
+@final
+@dataclass(frozen=True, slots=True)
+class Shrink(Pass):
+    """Remove the units that zeros in the weights have made needless; the outputs stay.
+
+    y = W φ(U x + b) + c,  row j of U zero    ->    c += W[:, j] φ(b[j]), neuron j goes
+
+    1. A unit that nothing reads goes: its column is zero in every weight that reads it.
+    2. A unit that is zero whatever the inputs are goes: a head whose values are zero, a gated
+       neuron whose gate or product is, a query and key dimension where either is.
+    3. A unit that is another constant is folded into the bias of what reads it, and goes. Without
+       a bias there it stays.
+    4. At least one unit of each axis stays. Zeros count where they are in whole rows or columns;
+       others stay as they are.
+    5. Features of frozen and normalised axes stay, and so do those that only some readers need;
+       the report counts them.
+
+    What is constant is found by following zeros through the graph, not by looking at activations.
+    """
+
+    name: ClassVar[str] = "shrink"
+    preserves: ClassVar[Invariant] = Invariant.INTERFACE | Invariant.NUMERICS
+    idempotent: ClassVar[bool] = True
+
+    def run(self, program: Program, ctx: Context) -> PassResult:
+        refuse_quantised(program, ctx.running)
+        current, proofs = program, []
+        sizes: dict[str, tuple[str, int]] = {}
+        gone: Counter[str] = Counter()
+        folded: Counter[str] = Counter()
+        while True:  # every round removes a unit, or is the last
+            ctx.progress(len(proofs), len(proofs) + 1, "rounds")
+            groups = ctx.get(axis_groups, current)
+            found = _Findings(current, groups)
+            keep = {g.id: found.kept(g) for g in groups if g.id in found.needless}
+            if not keep:
+                break
+            for name, units in keep.items():
+                sizes.setdefault(name, (groups[name].role, groups[name].size))
+                gone[name] += groups[name].size - len(units)
+                folded[name] += int(found.folds[name].sum())
+            current, proof = ctx.shrink(current, keep, found.folded(keep))
+            proofs.append(proof)
+        ctx.progress(len(proofs) + 1, len(proofs) + 1, "rounds")
+        report: dict[str, JSON] = {
+            "groups": [
+                {"id": name, "role": role, "before": size, "after": size - gone[name]}
+                for name, (role, size) in sizes.items()
+            ],
+            "folded": dict(+folded),
+            "skipped": found.skipped,
+            "unread": found.unread(),
+            "parameters_before": program.num_parameters(),
+            "parameters_after": current.num_parameters(),
+        }
+        if not proofs:
+            return PassResult(program, False, report)
+        errors = [p["max_error"] for p in proofs if "max_error" in p]
+        report["verification"] = {**proofs[-1], **({"max_error": max(errors)} if errors else {})}
+        return PassResult(current, True, report)
+
+
+class _Findings:
+    """What is needless in a program.
+
+    Attributes:
+        needless: group id -> units that can go, bool [size]; only groups with some.
+        folds: group id -> those of them that are a constant other than zero, bool [size].
+        skipped: units that would go but for their axis, as JSON.
+    """
+
+    def __init__(self, program: Program, groups: AxisGroups) -> None:
+        self.program, self.groups = program, groups
+        self.readers = _bias_readers(program)
+        self.places = {g.id: contractions(groups, g) for g in groups}
+        self.known: dict[tuple[str, str], Known] = {}
+        for entry in program.entries:
+            here = [c for places in self.places.values() for e, c in places if e == entry]
+            # The weights of linear sites are read where they are.
+            opaque = [c for c in here if not sites_of(entry, c, program)]
+            others = [other[0] for c in opaque if (other := _other_factor(c)) is not None]
+            nodes = {*(c.operand for c in here), *others}
+            found = dependence(program, entry, nodes)
+            self.known |= {(entry, node.name): known for node, known in found.items()}
+        self.shifts: dict[str, dict[str, Tensor]] = {}
+        self.needless: dict[str, Tensor] = {}
+        self.folds: dict[str, Tensor] = {}
+        self.skipped: list[dict[str, JSON]] = []
+        for group in groups:
+            self._look_at(group)
+
+    def kept(self, group: AxisGroup) -> Tensor:
+        """The units that stay, at least one."""
+        return (~self.needless[group.id]).nonzero().flatten()
+
+    def folded(self, keep: Mapping[str, Tensor]) -> Program:
+        """The program with the constants of what goes in the biases."""
+        biases: dict[str, Tensor] = {}
+        for name in keep:
+            for bias, shift in self.shifts.get(name, {}).items():
+                old = biases.get(bias, self.program.tensors[bias])
+                biases[bias] = (old.double() + shift.to(old.device)).to(old.dtype)
+        return self.program.with_tensors(biases)
+
+    def unread(self) -> list[dict[str, JSON]]:
+        """Input features that none of the weights behind one value reads, but others do."""
+        behind: dict[tuple[str, str], list[LinearSite]] = {}
+        for entry in self.program.entries:
+            for site in linear_sites(self.groups, entry):
+                if site.expert is None:
+                    behind.setdefault((entry, site.operand.name), []).append(site)
+        found = []
+        for sites in behind.values():
+            dead = torch.stack([_is_zero(s.matrix(self.program)) for s in sites]).all(0)
+            if bool(dead.any()):
+                names = [site.name for site in sites]
+                found.append({"read_by": names, "features": int(dead.sum()), "of": len(dead)})
+        return found
+
+    def _look_at(self, group: AxisGroup) -> None:
+        places = self.places[group.id]
+        if not places:
+            return
+        free = torch.ones(group.size, dtype=torch.bool)
+        constant = torch.zeros(group.size, dtype=torch.bool)
+        for entry, contraction in places:
+            silent, folds = self._at(group, entry, contraction)
+            free &= silent | folds
+            constant |= folds & ~silent
+        if not bool(free.any()):
+            return
+        if group.frozen or group.normalised:
+            why = group.frozen[0] if group.frozen else "a normalisation counts its units"
+            skipped = {"id": group.id, "role": group.role, "size": group.size, "reason": why}
+            self.skipped.append({**skipped, "units": int(free.sum())})
+            return
+        if bool(free.all()):
+            free[0] = False
+        folds = constant & free
+        if bool(folds.any()) and not self._shift(group, folds):
+            free &= ~folds
+            folds &= free
+        if bool(free.any()):
+            self.needless[group.id], self.folds[group.id] = free, folds
+
+    def _at(self, group: AxisGroup, entry: str, contraction: Contraction) -> tuple[Tensor, Tensor]:
+        """Units that add nothing at a node, and those that add a constant; bool [size] each."""
+        folds = torch.zeros(group.size, dtype=torch.bool)
+        sites = sites_of(entry, contraction, self.program)
+        zero, constant = self._constants(entry, contraction.operand, contraction.dim)
+        if sites:
+            columns = [_is_zero(site.matrix(self.program)).cpu() for site in sites]
+            zero = zero | torch.stack(columns).all(0)
+        elif (other := _other_factor(contraction)) is not None:
+            zero = zero | self._constants(entry, *other)[0]
+        positions = algebra.unit_labels(contraction.axis, algebra.find(group.axis))
+        if len(sites) == 1 and sites[0].bias is not None and sites[0].expert is None:
+            folds = _units(zero | constant, positions, group.size)
+        return _units(zero, positions, group.size), folds
+
+    def _constants(self, entry: str, node: fx.Node, dim: int) -> tuple[Tensor, Tensor]:
+        """Positions along a dimension of a value that are zero, and that are some constant."""
+        known = self.known[entry, node.name]
+        value = known.value.movedim(dim, -1).flatten(0, -2)
+        varies = known.varies.movedim(dim, -1).flatten(0, -2).any(0)
+        if not len(value):
+            return torch.zeros_like(varies), torch.zeros_like(varies)
+        constant = ~varies & (value == value[:1]).all(0)
+        return (constant & (value[0] == 0)).cpu(), constant.cpu()
+
+    def _shift(self, group: AxisGroup, folds: Tensor) -> bool:
+        """Work out what biases gain when units are folded; whether that can be.
+
+        A bias that is added at several places must gain the same at each of them.
+        """
+        gains: dict[str, list[Tensor]] = {}
+        for entry, contraction in self.places[group.id]:
+            for site in sites_of(entry, contraction, self.program):
+                if site.bias is None or site.expert is not None:
+                    continue
+                units = algebra.unit_labels(contraction.axis, algebra.find(group.axis))
+                chosen = (units >= 0) & folds[units.clamp_min(0)]
+                known = self.known[entry, site.operand.name].value
+                constants = known.reshape(-1, known.shape[-1])[0].double().cpu()
+                matrix = site.matrix(self.program).double().cpu()
+                gain = matrix[:, chosen] @ constants[chosen]
+                gains.setdefault(site.bias, []).append(gain)
+        self.shifts[group.id] = {bias: found[0] for bias, found in gains.items()}
+        return all(
+            len(found) == self.readers[bias] and all(torch.equal(found[0], f) for f in found)
+            for bias, found in gains.items()
+            if any(bool(f.any()) for f in found)
+        )
+
+
+def _other_factor(contraction: Contraction) -> tuple[fx.Node, int] | None:
+    """What a summed dimension is multiplied with there, and the dimension of that; else None."""
+    node, bound = contraction.node, bound_arguments(contraction.node)
+    if is_op(node, "scaled_dot_product_attention"):
+        other, from_end = bound["key"], 1
+    elif op_name(node) in PRODUCTS and contraction.slot == PRODUCTS[op_name(node)][0]:
+        if bound.get("groups", 1) != 1:
+            return None
+        other = bound[PRODUCTS[op_name(node)][1]]
+        rank = other.meta["val"].dim()
+        weighs = op_name(node) == "linear" or op_name(node).startswith("conv")
+        from_end = rank - 1 if weighs else min(rank, 2)
+    else:
+        return None
+    return other, other.meta["val"].dim() - from_end
+
+
+def _units(positions: Tensor, labels: Tensor, size: int) -> Tensor:
+    """Units all of whose positions are true; those without a position too; bool [size]."""
+    result = torch.ones(size, dtype=torch.bool)
+    result[labels[(labels >= 0) & ~positions]] = False
+    return result
+
+
+def _is_zero(matrix: Tensor) -> Tensor:
+    """Columns of a matrix that are zero."""
+    return (matrix == 0).all(0)
+
+
+def _bias_readers(program: Program) -> Counter[str]:
+    """How many operators read each tensor."""
+    return Counter(
+        str(node.target)
+        for entry in program.entries.values()
+        for node in tensor_nodes(entry.graph)
+        for _ in node.users
+    )
