@@ -6,7 +6,7 @@ import json
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -48,6 +48,7 @@ from graphprune.files import check_target, sha256, whole_folder
 from graphprune.program import Program
 from graphprune.quantized import SCHEMES, Mark, mark_of
 from graphprune.report import Report
+from graphprune.rewrite import kept_indices
 from graphprune.serialize import MANIFEST, save_files
 from graphprune.stream import flat_batch
 
@@ -289,30 +290,6 @@ def _versions() -> dict[str, str]:
     packages = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "safetensors", "numpy")
     found = {name: version(name) for name in packages}
     return {"python": platform.python_version(), "platform": platform.platform(), **found}
-
-
-def kept_indices(history: Any) -> dict[str, list[int]]:
-    """For each axis that was cut: which of its original indices are left."""
-    kept: dict[str, list[int]] = {}
-    for name, indices in _cuts(history):
-        before = kept.get(name)
-        kept[name] = indices if before is None else [before[i] for i in indices]
-    return kept
-
-
-def _cuts(record: Any) -> Iterator[tuple[str, list[int]]]:
-    """Every {"removed": {axis: {"kept": [...]}}} in the history, in order."""
-    if isinstance(record, list | tuple):
-        for item in record:
-            yield from _cuts(item)
-    elif isinstance(record, dict):
-        for key, value in record.items():
-            if key == "removed" and isinstance(value, dict):
-                for name, cut in value.items():
-                    if isinstance(cut, dict) and "kept" in cut:
-                        yield name, list(cut["kept"])
-            else:
-                yield from _cuts(value)
 
 
 def _report(program: Program) -> str:

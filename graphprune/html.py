@@ -53,6 +53,7 @@ def report_page(report: Report, manifest: Mapping[str, Any]) -> str:
         errors=[(name, f"{error:.4f}") for name, error in errors.items()],
         error_charts=_error_charts(report, errors),
         matrices=_matrices(report),
+        trainings=_trainings(report),
         pass_header=HEADER,
         passes=report.rows(),
         skipped=report.skipped_lines(),
@@ -333,6 +334,81 @@ def _without_number(name: str) -> tuple[str, int | None]:
         if part.isdigit():
             return ".".join(parts[i + 1 :]).removesuffix(".weight"), int(part)
     return name.removesuffix(".weight"), None
+
+
+def _trainings(report: Report) -> list[dict[str, Any]]:
+    """For each pass that trained: its epochs, and how connections are spread over units."""
+    found = []
+    for done in report.passes:
+        epochs = done.details.get("epochs")
+        if not isinstance(epochs, list | tuple) or not epochs:
+            continue
+        columns = list(dict.fromkeys(key for epoch in epochs for key in epoch))
+        rows = [[_number(epoch.get(key)) for key in columns] for epoch in epochs]
+        lines = {
+            key: [(epoch["epoch"], epoch[key]) for epoch in epochs if key in epoch]
+            for key in columns
+            if key not in ("epoch", "seconds", "metric")
+        }
+        charts: list[Chart] = []
+        if len(epochs) > 1:
+            charts += _lines(f"{done.name}: loss by epoch", lines)
+            metric = [(e["epoch"], e["metric"]) for e in epochs if "metric" in e]
+            told = done.details.get("metric")
+            charts += _lines(f"{done.name}: {told} by epoch", {str(told): metric} if metric else {})
+        degrees = done.details.get("degrees") or {}
+        wirings = _wirings(degrees)
+        for name, (before, after) in wirings.items():
+            charts += _degree_chart(f"{name}: units by living connections", before, after)
+        spread = [
+            (f"{name}, {when}", f"{told['units']:,}", f"{told['dead']:,}",
+             f"{told['mean']:.1f}", f"{told['sd']:.2f}")
+            for name, (before, after) in wirings.items()
+            for when, told in (("before", before), ("after", after))
+        ]  # fmt: skip
+        found.append(
+            {
+                "title": done.name,
+                "header": [_metric_word(key, done.details) for key in columns],
+                "rows": rows,
+                "charts": charts,
+                "degrees": spread,
+            }
+        )
+    return found
+
+
+def _wirings(degrees: Mapping[str, Any]) -> dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """Kind of weights -> topology before and after; one without a name has one kind only."""
+    before, after = degrees.get("before") or {}, degrees.get("after") or {}
+    if "histogram" in before and "histogram" in after:
+        return {"weights into neurons": (before, after)}
+    names = {"expanding": "weights into neurons", "contracting": "weights out of neurons"}
+    return {
+        names.get(kind, kind): (before[kind], after[kind])
+        for kind in before
+        if before[kind] and after.get(kind)
+    }
+
+
+def _degree_chart(caption: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Chart]:
+    old, new = before["histogram"], after["histogram"]
+    if (old["from"], old["to"]) != (new["from"], new["to"]):
+        return []  # units have other widths by now
+    bins = len(old["counts"])
+    step = (old["to"] - old["from"]) / bins
+    labels = [f"{old['from'] + i * step:.0f}" for i in range(bins)]
+    return _bars(caption, labels, {"before": old["counts"], "after": new["counts"]})
+
+
+def _metric_word(key: str, details: Mapping[str, Any]) -> str:
+    return str(details.get("metric") or key) if key == "metric" else key
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def _sensitivity_charts(costs: Sequence[Cost]) -> list[Chart]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from graphprune.axes.rules import REWRITERS
 from graphprune.axes.rules._base import Contraction, Facts, RewriteContext, size_of
 from graphprune.errors import VerificationError
 from graphprune.graph import bound_arguments, flat_outputs, op_name, output_node, set_bound
-from graphprune.program import Entry, Program
+from graphprune.program import JSON, Entry, Program
 
 MASK = "graphprune_mask_"  # name prefix of the tensors that `mask` adds
 
@@ -165,6 +165,52 @@ def _mask_operand(
         )
     else:
         set_bound(contraction.node, {argument: masked})
+
+
+def kept_indices(history: Any) -> dict[str, list[int]]:
+    """For each axis that was cut: which of its original indices are left."""
+    kept: dict[str, list[int]] = {}
+    for name, indices in _cuts(history):
+        before = kept.get(name)
+        kept[name] = indices if before is None else [before[i] for i in indices]
+    return kept
+
+
+def _cuts(record: Any) -> Iterator[tuple[str, list[int]]]:
+    """Every {"removed": {axis: {"kept": [...]}}} in the history, in order."""
+    if isinstance(record, list | tuple):
+        for item in record:
+            yield from _cuts(item)
+    elif isinstance(record, dict):
+        for key, value in record.items():
+            if key == "removed" and isinstance(value, dict):
+                for name, cut in value.items():
+                    if isinstance(cut, dict) and "kept" in cut:
+                        yield name, list(cut["kept"])
+            else:
+                yield from _cuts(value)
+
+
+def removed_since(before: Program, after: Program) -> dict[str, JSON]:
+    """What a pass that removed units, in one go or in several, says of it in its report.
+
+    Returns:
+        "groups": id, role and size before and after of each; "kept": the original indices left.
+    """
+    kept = kept_indices(after.history[len(before.history) :])
+    groups = axis_groups(before)
+    return {
+        "groups": [
+            {
+                "id": name,
+                "role": groups[name].role,
+                "before": groups[name].size,
+                "after": len(indices),
+            }
+            for name, indices in kept.items()
+        ],
+        "kept": kept,
+    }
 
 
 class _Symbols:

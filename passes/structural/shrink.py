@@ -19,6 +19,7 @@ from graphprune.passbase import Context, Invariant, Pass, PassResult
 from graphprune.program import Program
 from graphprune.quantized import refuse_quantised
 from graphprune.registry import register
+from graphprune.rewrite import removed_since
 from graphprune.sites import LinearSite, contractions, linear_sites, sites_of
 
 _AT_MOST = 8  # rounds; each can only free units that the one before made needless
@@ -53,9 +54,8 @@ class Shrink(Pass):
 
     def run(self, program: Program, ctx: Context) -> PassResult:
         refuse_quantised(program, ctx.running)
-        current, proofs = program, []
-        sizes: dict[str, tuple[str, int]] = {}
-        gone: Counter[str] = Counter()
+        current = program
+        proofs: list[dict[str, JSON]] = []
         folded: Counter[str] = Counter()
         while True:  # every round removes a unit, or is the last
             ctx.progress(len(proofs), len(proofs) + 1, "rounds")
@@ -64,18 +64,12 @@ class Shrink(Pass):
             keep = {g.id: found.kept(g) for g in groups if g.id in found.needless}
             if not keep:
                 break
-            for name, units in keep.items():
-                sizes.setdefault(name, (groups[name].role, groups[name].size))
-                gone[name] += groups[name].size - len(units)
-                folded[name] += int(found.folds[name].sum())
+            folded.update({name: int(found.folds[name].sum()) for name in keep})
             current, proof = ctx.shrink(current, keep, found.folded(keep))
             proofs.append(proof)
         ctx.progress(len(proofs) + 1, len(proofs) + 1, "rounds")
         report: dict[str, JSON] = {
-            "groups": [
-                {"id": name, "role": role, "before": size, "after": size - gone[name]}
-                for name, (role, size) in sizes.items()
-            ],
+            **removed_since(program, current),
             "folded": dict(+folded),
             "skipped": found.skipped,
             "unread": found.unread(),

@@ -25,6 +25,7 @@ from graphprune.passes.training.regularise import (
 from graphprune.passes.training.sparse import sparsity_of, topology, zero_small
 from graphprune.program import JSON, Program
 from graphprune.registry import register, suggest
+from graphprune.rewrite import removed_since
 
 CONTRACTING = ("rows", "columns")
 
@@ -130,6 +131,7 @@ class NeuroPrune(Pass):
         result = self.zeroed(fitted.program, parts)
         report = {
             **trained_report(fitted),
+            **removed_since(program, result),
             "sparsity": sparsity_of(result, parts.all, 0.0),
             "degrees": {"before": before, "after": _wiring(result, parts, self.threshold)},
             "heads": state.heads(result),

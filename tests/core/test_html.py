@@ -155,6 +155,27 @@ def test_heads_stay_where_two_passes_leave_them() -> None:
     assert role["layers"][1]["count"] == "4 of 4"
 
 
+def test_training_is_told_epoch_by_epoch_and_connections_before_and_after(charts: bool) -> None:
+    def wiring(dead: int, counts: list[int]) -> dict[str, Any]:
+        histogram = {"from": 0, "to": 12, "counts": counts}
+        return {"units": 8, "mean": 9.5, "sd": 1.25, "dead": dead, "histogram": histogram}
+
+    epochs = [
+        {"epoch": 1, "loss": 0.71, "penalty": 0.2, "metric": 0.8125, "seconds": 3.0},
+        {"epoch": 2, "loss": 0.55, "penalty": 0.1, "metric": 0.875, "seconds": 3.0},
+    ]
+    degrees = {
+        "before": {"expanding": wiring(0, [0, 8]), "contracting": {}},
+        "after": {"expanding": wiring(3, [3, 5]), "contracting": {}},
+    }
+    page = html.report_page(report(epochs=epochs, metric="accuracy", degrees=degrees), {})
+    text = read(page)
+    for word in ("Training", "accuracy", "0.875", "0.55", "weights into neurons, after", "1.25"):
+        assert word in text
+    assert "weights out of neurons" not in text
+    assert (page.count("<svg") == 3) == charts  # loss, accuracy, connections
+
+
 def test_short_names_tell_apart_or_stay_whole() -> None:
     assert html.short_names(["a.0.x", "a.1.x"]) == {"a.0.x": "a 0", "a.1.x": "a 1"}
     assert html.short_names(["a.0.x", "a.0.y"]) == {"a.0.x": "a.0.x", "a.0.y": "a.0.y"}

@@ -14,10 +14,9 @@ import torch
 
 from graphprune.errors import ArtifactError, ExportError, GraphPruneError
 from graphprune.exporters import Artifact, export, measure, open_artifact
-from graphprune.exporters.write import kept_indices
 from graphprune.files import sha256
 from graphprune.program import Program
-from graphprune.rewrite import shrink
+from graphprune.rewrite import kept_indices, shrink
 from graphprune.serialize import load
 
 Captured = Callable[[str], Program]
