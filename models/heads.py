@@ -111,7 +111,7 @@ def _inputs(loaded: LoadedModel, encoder: Any, pairs: bool) -> dict[str, Tensor]
     ids = loaded.example_inputs["input_ids"]
     mask = loaded.example_inputs.get("attention_mask", torch.ones_like(ids))
     inputs = {"input_ids": ids, "attention_mask": mask}
-    if pairs and getattr(encoder.config, "type_vocab_size", 0) > 1:
+    if pairs and getattr(getattr(encoder, "config", None), "type_vocab_size", 0) > 1:
         types = torch.zeros_like(ids)
         types[:, ids.shape[1] // 2 :] = 1
         inputs["token_type_ids"] = types

@@ -153,11 +153,17 @@ def _quality_rows(quality: Mapping[str, JSON]) -> list[tuple[str, str, str, str]
     if pruned is None:
         return []
     change = "" if dense is None else f"{pruned['value'] - dense['value']:+.3f}"
-    left = "" if dense is None else f"{dense['value']:.3f}"
+    left = "" if dense is None else _value_text(dense)
     title = f"{pruned['task']}: {pruned['metric']}"
     if not pruned.get("higher_is_better", True):
         title += ", lower is better"
-    return [(title, left, f"{pruned['value']:.3f}", change)]
+    return [(title, left, _value_text(pruned), change)]
+
+
+def _value_text(result: Mapping[str, JSON]) -> str:
+    """A task's figure, with one standard error where it has one."""
+    error = result.get("standard_error")
+    return f"{result['value']:.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
 def steps_of(

@@ -69,10 +69,14 @@ def test_the_order_comes_from_the_seed_and_the_epoch_alone() -> None:
     assert _orders(plain, 0, 0) == _orders(plain, 1, 3)
 
 
-def test_batches_are_not_read_from_short_to_long() -> None:
-    lengths = [batch["input_ids"].shape[1] for batch in _text(2000, 10)]
+def test_batches_are_not_read_from_short_to_long_nor_made_of_the_same_examples() -> None:
+    # Fewer batches than a pool has.
+    data = _text(400, 10)
+    lengths = [batch["input_ids"].shape[1] for batch in data]
     assert lengths != sorted(lengths)
-    plain = [batch["input_ids"].shape[1] for batch in _text(2000, 10, shuffle=False)]
+    first, second = ({frozenset(b["labels"].tolist()) for b in data} for _ in range(2))
+    assert len(first & second) < 10
+    plain = [batch["input_ids"].shape[1] for batch in _text(400, 10, shuffle=False)]
     assert plain == sorted(plain)
 
 

@@ -135,6 +135,19 @@ def test_any_other_head_is_replaced_on_the_same_encoder(
         assert head(**made.example_inputs)["logits"].isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["tiny-gpt2", "tiny-encoder"])
+def test_models_without_segments_take_pairs_too(name: str) -> None:
+    loaded = load_model(name)
+    made, head = _fresh(loaded, replace(BINARY, text=("a", "b")))
+    assert set(made.example_inputs) == {"input_ids", "attention_mask"}
+    encoder: Any = getattr(loaded.module, "base_model", loaded.module)
+    mask = made.example_inputs["attention_mask"]
+    with torch.no_grad():
+        hidden = encoder(**made.example_inputs)[0] * mask[..., None]
+        wanted = hidden.sum(1) / mask.sum(1, keepdim=True) @ head.head.weight.T
+        torch.testing.assert_close(head(**made.example_inputs)["logits"], wanted)
+
+
 def test_models_of_something_else_than_text_are_refused() -> None:
     for name in ("tiny-vit", "tiny-t5"):
         with pytest.raises(GraphPruneError, match="goes on a text encoder"):
