@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,8 @@ def sentence(result: Result) -> str:
     return errors
 
 
-LEARN = ("--task", "classification", "--train", "train.tsv", "--lr", "0.005", "--batch-size", "16")
+TASK = ("--task", "classification")
+LEARN = (*TASK, "--train", "train.tsv", "--lr", "0.005", "--batch-size", "16")
 CUT = ("compile", "m", "--neurons", "0.5", "--heads", "0.5", "--no-measure")
 
 
@@ -195,6 +197,31 @@ def test_compile_goes_on_from_an_artifact_with_its_head(run: Run, folder: Path, 
     ).read_bytes()
 
 
+def test_a_trained_head_is_judged_and_pruned_as_it_is(run: Run, folder: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig.from_pretrained(folder / "m", id2label={0: "yes", 1: "no"})
+    model = transformers.BertForSequenceClassification(config)
+    model.classifier.weight.data.normal_()
+    model.save_pretrained(folder / "c")
+    for file in (folder / "m").glob("tokenizer*"):
+        shutil.copy(file, folder / "c")
+    judge = (*TASK, "--data", "dev.tsv", "--json")
+    dense = json.loads(run("eval", "c", *judge).stdout)["dense"]
+    arguments = ("compile", "c", "--heads", "0.25", "--score", "magnitude", "--no-measure")
+    result = run(*arguments, *TASK, "--eval", "dev.tsv", "-o", "kept-head", "--json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["trained"] is None
+    assert found["quality"]["dense"] == dense
+    assert Schema.from_file(folder / "kept-head" / "task.json").classes == ("yes", "no")
+    header, *rows = (folder / "dev.tsv").read_text().splitlines()
+    opposite = {"yes": "no", "no": "yes"}
+    turned = [[text, opposite[label]] for text, label in (row.split("\t") for row in rows)]
+    _write(folder / "turned.tsv", header, turned)
+    wrong = json.loads(run("eval", "c", *TASK, "--data", "turned.tsv", "--json").stdout)["dense"]
+    assert wrong["value"] == pytest.approx(1 - dense["value"])
+
+
 def test_pairs_are_trained_on_their_scores(run: Run, folder: Path) -> None:
     arguments = (*CUT, "--task", "regression", "--train", "pairs.tsv", "--eval", "pairs.tsv")
     more = ("--lr", "0.005", "--batch-size", "16", "--epochs", "4", "--finetune", "2")
@@ -257,7 +284,6 @@ def test_the_digits_bring_their_own_data() -> None:
 
 
 RECOVER = ("compile", "m", "--neurons", "0.5", "-o", "no")
-TASK = ("--task", "classification")
 
 
 @pytest.mark.parametrize(
