@@ -158,6 +158,7 @@ def _row(case: Case, amount: Amount) -> Row:
             compiled.module,
             tokenizer_dir=loaded.tokenizer_dir,
             data=data / ("wikitext2/test.raw.txt" if task == "perplexity" else task),
+            schema=None,
             progress=lambda done, total: None,
             **extent.get(task, {"limit": amount.limit}),
         )

@@ -10,7 +10,11 @@ from typing import final
 
 from torch import Tensor, nn
 
+from graphprune.models.tables import Schema
+
 TOKENIZER = "tokenizer"  # the folder in an artifact
+SCHEMA = "task.json"  # the file in an artifact
+LABELS = "labels.json"
 
 
 @final
@@ -25,6 +29,8 @@ class LoadedModel:
         name: what the user called it.
         tokenizer_dir: a folder with the tokenizer's files, or None.
         task: the task that judges it when the user names none, or None.
+        schema: what its head answers, where a labelled file said so; else None.
+        trained: False where its head was drawn at random.
     """
 
     module: nn.Module
@@ -32,11 +38,14 @@ class LoadedModel:
     name: str
     tokenizer_dir: Path | None = None
     task: str | None = None
+    schema: Schema | None = None
+    trained: bool = True
 
     def files(self) -> dict[str, Path | bytes]:
         """What an artifact should carry beside the model (for `Compiled.files`), by name.
 
-        The tokenizer's files, and for a classifier labels.json with the names of its classes.
+        The tokenizer's files; for a classifier labels.json with the names of its classes; and
+        task.json where the model was given a task.
         """
         from graphprune.models.loading import tokenizer_files
 
@@ -49,6 +58,9 @@ class LoadedModel:
             if generation.is_file():
                 files[f"{TOKENIZER}/{generation.name}"] = generation
         labels = getattr(getattr(self.module, "config", None), "id2label", None)
-        if labels and not all(str(v).startswith("LABEL_") for v in labels.values()):
-            files["labels.json"] = json.dumps(labels, indent=1, ensure_ascii=False).encode()
+        if self.schema is not None:
+            files[SCHEMA] = self.schema.to_bytes()
+            labels = dict(enumerate(self.schema.classes))
+        if labels and not all(str(v) in (str(k), f"LABEL_{k}") for k, v in labels.items()):
+            files[LABELS] = json.dumps(labels, indent=1, ensure_ascii=False).encode()
         return files

@@ -12,12 +12,16 @@ from torch import Tensor
 
 from graphprune.errors import GraphPruneError
 
-Tokenize = Callable[[Sequence[str], int], dict[str, Tensor]]
+Texts = Sequence[str] | Sequence[tuple[str, str]]
+Tokenize = Callable[[Texts, int], dict[str, Tensor]]
 Encode = Callable[[Sequence[str]], list[list[int]]]
 
 
 def tokenizer(folder: Path) -> Tokenize:
     """A function from sentences and a maximum length to padded tensors [n, tokens] by name.
+
+    Pairs of sentences are joined as the tokenizer joins two segments; of those too long the longer
+    one is cut. How a folder is read:
 
     1. tokenizer.json: read by the `tokenizers` library.
     2. older formats: read by transformers.
@@ -72,7 +76,7 @@ def _fast(folder: Path) -> Tokenize:
     number, text = _padding(folder, loaded)
     loaded.enable_padding(pad_id=number, pad_token=text)
 
-    def tokenize(sentences: Sequence[str], length: int) -> dict[str, Tensor]:
+    def tokenize(sentences: Texts, length: int) -> dict[str, Tensor]:
         loaded.enable_truncation(length)
         encoded = loaded.encode_batch(list(sentences))
         return {
@@ -121,9 +125,10 @@ def _with_transformers(folder: Path) -> Tokenize:
     if loaded.pad_token is None:
         loaded.pad_token = loaded.eos_token
 
-    def tokenize(sentences: Sequence[str], length: int) -> dict[str, Tensor]:
+    def tokenize(sentences: Texts, length: int) -> dict[str, Tensor]:
+        parts = zip(*((s,) if isinstance(s, str) else s for s in sentences), strict=True)
         made = loaded(
-            list(sentences), padding=True, truncation=True, max_length=length, return_tensors="pt"
+            *map(list, parts), padding=True, truncation=True, max_length=length, return_tensors="pt"
         )
         types = made.get("token_type_ids", torch.zeros_like(made["input_ids"]))
         return {

@@ -65,6 +65,14 @@ Calibration = Annotated[
     ),
 ]
 
+TextColumn = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME", help="A labelled file's column of text; twice for pairs."),
+]
+LabelColumn = Annotated[
+    str, typer.Option(metavar="NAME", help="Its column of labels; the usual names are recognised.")
+]
+
 DEMO_MODEL = "minilm"
 
 
@@ -181,18 +189,52 @@ def compile_command(
         float | None, typer.Option(metavar="RATIO", help="Part of the hidden neurons to remove.")
     ] = None,
     score: Annotated[
-        str, typer.Option(help="For --heads and --neurons; default obs with --calibration.")
+        str, typer.Option(help="For --heads and --neurons; default obs where there are data.")
     ] = "",
     allocation: Annotated[str, typer.Option(help="For --heads and --neurons.")] = "uniform",
     round_to: Annotated[int, typer.Option(help="Kept neurons round up to a multiple of it.")] = 1,
     quantize: Annotated[
         str, typer.Option(metavar="SCHEME", help="After pruning: int8-dynamic and others.")
     ] = "",
+    task: Annotated[
+        str,
+        typer.Option(help="What a head is trained for: classification, regression or digits."),
+    ] = "",
+    train: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Labelled examples: TABs and a header line, no quotes."),
+    ] = None,
+    eval_file: Annotated[
+        Path | None,
+        typer.Option("--eval", metavar="FILE", help="Others, to judge by after every epoch."),
+    ] = None,
+    finetune: Annotated[
+        int | None, typer.Option(metavar="EPOCHS", help="After pruning: train on the labels.")
+    ] = None,
+    distill: Annotated[
+        int | None,
+        typer.Option(metavar="EPOCHS", help="After pruning: train towards the dense model too."),
+    ] = None,
+    epochs: Annotated[
+        int, typer.Option(help="Of the dense model before pruning, where its head is new.")
+    ] = 2,
+    lr: Annotated[
+        float | None,
+        typer.Option(help="Highest learning rate of these three. Default 5e-5, for digits 1e-3."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Examples of a training batch.")] = 32,
+    checkpoints: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Write one after every epoch.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from those in there.")] = False,
+    text_column: TextColumn = None,
+    label_column: LabelColumn = "",
     calibration: Calibration = None,
     calibration_lines: Annotated[
         int,
         typer.Option(
-            help="At most so many sentences or samples of it; of running text, 32 tokens each."
+            help="At most so many sentences or samples of it; of running text, 32 tokens each. "
+            "Without --calibration they are drawn from the training data."
         ),
     ] = 1024,
     ignore: Annotated[
@@ -220,20 +262,37 @@ def compile_command(
     allow_pickle: Pickle = False,
 ) -> None:
     """Prune MODEL, prove it, write the ONNX artifact, and show before and after."""
+    from graphprune.cli.training import DIGITS, Wish, lesson_of
     from graphprune.cli.workflow import Options, check_calibration, parse_batch, steps_of
 
-    score = score or ("magnitude" if calibration is None else "obs")
+    wish = Wish(
+        task,
+        train,
+        eval_file,
+        tuple(text_column or ()),
+        label_column,
+        epochs,
+        lr,
+        batch_size,
+        checkpoints,
+        resume,
+    )
+    has_data = calibration is not None or train is not None or task == DIGITS
+    score = score or ("obs" if has_data else "magnitude")
     common = {"score": score, "allocation": allocation, "ignore": ignore or []}
     steps = steps_of(
         recipe,
         {
             "prune-neurons": _flag(neurons, common, round_to=round_to),
             "prune-heads": _flag(heads, common),
+            "finetune": None if finetune is None else {"epochs": finetune, "lr": wish.rate},
+            "distill": None if distill is None else {"epochs": distill, "lr": wish.rate},
             "quantize": {"scheme": quantize} if quantize else None,
         },
         none=cache,
     )
-    check_calibration(steps, calibration)
+    lesson = lesson_of(wish, steps)
+    check_calibration(steps, calibration, trains=lesson is not None and lesson.trains)
     options = Options(
         baseline,
         verify,
@@ -245,6 +304,7 @@ def compile_command(
         calibration,
         calibration_lines,
         cache,
+        lesson,
     )
     summary = _run(model, steps, out, options, allow_pickle)
     _present(summary, as_json)
@@ -332,7 +392,10 @@ def eval_command(
         str, typer.Argument(metavar="OUT_OR_MODEL", help="An artifact's folder, or a model.")
     ],
     task: Annotated[
-        str, typer.Option(help="sts, neighbours, digits, perplexity, piqa or lambada.")
+        str,
+        typer.Option(
+            help="sts, neighbours, digits, perplexity, piqa, lambada, classification or regression."
+        ),
     ],
     data: Annotated[
         Path | None,
@@ -348,6 +411,8 @@ def eval_command(
         int | None,
         typer.Option(min=0, help="piqa, lambada: so many examples from the start. Default all."),
     ] = None,
+    text_column: TextColumn = None,
+    label_column: LabelColumn = "",
     as_json: Json = False,
     allow_pickle: Pickle = False,
 ) -> None:
@@ -362,7 +427,8 @@ def eval_command(
         with display.step(f"load {model}") as advance:
             subject = open_subject(model, allow_pickle, advance)
         with display.step(f"task {task}") as advance:
-            results = judged(subject, task, data, advance, options)
+            columns = (tuple(text_column or ()), label_column)
+            results = judged(subject, task, data, advance, options, columns)
     if as_json:
         _print_json({"model": model, **results})
     else:
@@ -559,6 +625,12 @@ def _present(summary: Summary, as_json: bool) -> None:
     for line in summary.report.skipped_lines():
         console.print(f"  skipped  {line}", style="dim", markup=False, soft_wrap=True)
     console.print(comparison_table(summary.rows()))
+    if summary.trained is not None:
+        console.print(
+            f"the head was new, so the dense model was {summary.trained['summary']}",
+            soft_wrap=True,
+            markup=False,
+        )
     if summary.calibrated_on():
         console.print(f"calibrated on {summary.calibrated_on()}")
     console.print(f"written to {summary.path}/", soft_wrap=True, markup=False)

@@ -76,6 +76,10 @@ class Display:
                 self._pass, completed=event.done, total=event.total, unit=_unit(event)
             )
         elif self._pass is not None and isinstance(event, PassFinished):
+            # What was trained cannot be compared: its last loss and metric stay.
+            if "metric_after" in event.report:
+                self._progress.update(self._pass, total=1, completed=1)
+                return
             checked = "verified" if "verification" in event.report else ""
             self._progress.update(self._pass, total=1, completed=1, unit=checked)
 

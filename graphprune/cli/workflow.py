@@ -7,10 +7,18 @@ import inspect
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
+from graphprune.cli.training import (
+    Lesson,
+    calibration_from,
+    schema_of,
+    taught,
+    trained_first,
+    training_of,
+)
 from graphprune.errors import GraphPruneError, RecipeError
 from graphprune.events import JSON, Observer
 from graphprune.passbase import Pass
@@ -31,6 +39,9 @@ if TYPE_CHECKING:
 Advance = Callable[[int, int], None]
 Step = Callable[[str], "AbstractContextManager[Advance]"]
 
+Columns = tuple[tuple[str, ...], str]
+
+NO_COLUMNS: Columns = ((), "")
 _SEQUENCE = 128
 LINES = 1024  # calibration sentences or samples, at most
 SENSITIVITY_LINES = 256
@@ -51,6 +62,7 @@ class Options:
     calibration: Path | None = None
     lines: int = LINES
     cache: bool = False
+    lesson: Lesson | None = None
 
 
 @final
@@ -66,6 +78,7 @@ class Summary:
         timing: what the benchmark measured, or None.
         quality: task results of "pruned" and "dense", or none.
         calibration: "samples" and, for text, "tokens" of what calibrated it; None without.
+        trained: what the training of the dense model reports, where its head was fresh.
     """
 
     model: str
@@ -75,6 +88,7 @@ class Summary:
     timing: Mapping[str, JSON] | None
     quality: Mapping[str, JSON]
     calibration: Mapping[str, int] | None = None
+    trained: Mapping[str, JSON] | None = None
 
     def to_json(self) -> JSON:
         """Plain data."""
@@ -86,6 +100,7 @@ class Summary:
             "timing": self.timing,
             "quality": dict(self.quality),
             "calibration": None if self.calibration is None else dict(self.calibration),
+            "trained": None if self.trained is None else dict(self.trained),
         }
 
     def calibrated_on(self) -> str:
@@ -138,11 +153,17 @@ def _quality_rows(quality: Mapping[str, JSON]) -> list[tuple[str, str, str, str]
     if pruned is None:
         return []
     change = "" if dense is None else f"{pruned['value'] - dense['value']:+.3f}"
-    left = "" if dense is None else f"{dense['value']:.3f}"
+    left = "" if dense is None else _value_text(dense)
     title = f"{pruned['task']}: {pruned['metric']}"
     if not pruned.get("higher_is_better", True):
         title += ", lower is better"
-    return [(title, left, f"{pruned['value']:.3f}", change)]
+    return [(title, left, _value_text(pruned), change)]
+
+
+def _value_text(result: Mapping[str, JSON]) -> str:
+    """A task's figure, with one standard error where it has one."""
+    error = result.get("standard_error")
+    return f"{result['value']:.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
 def steps_of(
@@ -162,7 +183,7 @@ def steps_of(
 
     wanted = [{name: options} for name, options in flags.items() if options is not None]
     if recipe is not None and wanted:
-        raise RecipeError("give either --recipe or --heads/--neurons, not both")
+        raise RecipeError("give either --recipe or flags such as --heads and --distill, not both")
     if recipe is None and not wanted and not none:
         raise RecipeError(
             "nothing to do: give --recipe NAME|FILE, --heads RATIO or --neurons RATIO; "
@@ -393,18 +414,30 @@ def compiled_and_measured(
     from graphprune.models import LoadedModel
     from graphprune.models.calibration import count_tokens
 
+    lesson = options.lesson
+    if lesson is not None:
+        subject, lesson = taught(subject, lesson, tokenizer_dir(subject), options.seed)
     with step("capture"):
         start = captured(subject, options.cache)
         # Sizes that the model refuses are refused before the work.
         inputs = timed_inputs(start.program, options.sizes) if options.measure else {}
+    training = first = None
+    if lesson is not None and lesson.trains:
+        with step("training data"):
+            training = training_of(lesson, input_names(start.program), tokenizer_dir(subject))
+        if isinstance(subject, LoadedModel) and not subject.trained:
+            start, first = trained_first(start, training, lesson.wish, options.seed, observer)
     batches = None
     if options.calibration is not None:
         with step("calibration"):
             batches = calibration(subject, start.program, options.calibration, options.lines)
+    elif training is not None and any(p.needs_calibration for p in passes):
+        batches = calibration_from(training, options.lines)
     compiled = compile(
         start,
         passes,
         calibration=batches,
+        training=training,
         verify=options.verify,
         seed=options.seed,
         observers=[observer],
@@ -416,16 +449,32 @@ def compiled_and_measured(
         with step("measure"):
             timing = _timing(artifact, start.program, inputs, options.threads, "dense")
     quality: Mapping[str, JSON] = {}
-    task = subject.task if isinstance(subject, LoadedModel) else None
-    if options.quality and task is not None and artifact.has_baseline:
-        with step(f"task {task}") as advance:
-            quality = judged(artifact, task, None, advance)
+    if options.quality and artifact.has_baseline:
+        quality = _quality(artifact, subject, lesson, step)
     if timing is not None or quality:
         artifact = _noted(artifact, compiled.report, timing, quality)
     name = subject.name if isinstance(subject, LoadedModel) else str(subject.path)
     calibrated = None if batches is None else count_tokens(batches)
     megabytes = _megabytes(artifact)
-    return Summary(name, path, compiled.report, megabytes, timing, quality, calibrated)
+    return Summary(name, path, compiled.report, megabytes, timing, quality, calibrated, first)
+
+
+def _quality(
+    artifact: Artifact, subject: LoadedModel | Artifact, lesson: Lesson | None, step: Step
+) -> dict[str, JSON]:
+    """The artifact judged by the lesson, or by the model's own task; nothing where it has none."""
+    from graphprune.models import LoadedModel
+
+    task = subject.task if isinstance(subject, LoadedModel) else None
+    data, columns = None, NO_COLUMNS
+    if lesson is not None and lesson.judges:
+        task, data = lesson.wish.task, lesson.wish.eval
+        if lesson.schema is not None:
+            columns = (lesson.schema.text, lesson.schema.label)
+    if task is None:
+        return {}
+    with step(f"task {task}") as advance:
+        return judged(artifact, task, data, advance, columns=columns)
 
 
 def _noted(
@@ -463,12 +512,7 @@ def calibration(
     """
     from graphprune.models.calibration import SEGMENT, calibration_batches, predicts_tokens
 
-    names = [
-        argument.name
-        for argument in program.forward.arguments
-        # What capture baked in (a flag, a None) is no input.
-        if any(isinstance(leaf, str) for leaf in argument.leaves)
-    ]
+    names = input_names(program)
     segment = SEGMENT if predicts_tokens(program) else 0
     # A model with learned positions has only so many.
     while segment > 1 and _problem(program, _resized(program, (1, segment))):
@@ -476,8 +520,23 @@ def calibration(
     return calibration_batches(source, names, tokenizer_dir(subject), lines, segment=segment)
 
 
-def check_calibration(steps: Sequence[Pass], source: Path | None) -> None:
+def input_names(program: Program) -> list[str]:
+    """The names of what a program takes as tensors."""
+    return [
+        argument.name
+        for argument in program.forward.arguments
+        # What capture baked in (a flag, a None) is no input.
+        if any(isinstance(leaf, str) for leaf in argument.leaves)
+    ]
+
+
+def check_calibration(steps: Sequence[Pass], source: Path | None, *, trains: bool = False) -> None:
     """Refuse, before a model is loaded, passes that need data without any, or a missing file.
+
+    Args:
+        steps: the passes.
+        source: the file, or None.
+        trains: whether there are training data, which calibrate too.
 
     Raises:
         GraphPruneError: so it is.
@@ -485,7 +544,7 @@ def check_calibration(steps: Sequence[Pass], source: Path | None) -> None:
     from graphprune.api import calibration_for
 
     if source is None:
-        calibration_for(steps, None)
+        calibration_for([] if trains else steps, None)
     elif not source.exists():
         raise GraphPruneError(f"there is no calibration file {str(source)!r}")
 
@@ -590,6 +649,7 @@ def judged(
     data: Path | None,
     advance: Advance,
     options: Mapping[str, int] | None = None,
+    columns: Columns = NO_COLUMNS,
 ) -> dict[str, JSON]:
     """Task results by "pruned" and "dense"; a model that is no artifact has only the latter.
 
@@ -599,11 +659,20 @@ def judged(
         data: the task's file or folder, or None for the usual place.
         advance: told of the progress, anew for each of the two models.
         options: the task's own options.
+        columns: a labelled file's columns of text, and of labels; by default those that the subject
+            was trained on.
 
     Raises:
         GraphPruneError: the task needs what the subject does not have.
     """
-    common = {"data": data, "tokenizer_dir": tokenizer_dir(subject), **(options or {})}
+    from graphprune.models.tasks import LABELLED
+
+    common: dict[str, Any] = {"data": data, "tokenizer_dir": tokenizer_dir(subject)}
+    common |= options or {}
+    if task in LABELLED:
+        schema = schema_of(subject, task)
+        text, label = columns
+        common["schema"] = replace(schema, text=text or schema.text, label=label or schema.label)
     try:
         return _results(subject, task, common, advance)
     except GraphPruneError:
@@ -732,11 +801,17 @@ def describe_recipes() -> list[dict[str, str]]:
     return [
         {
             "recipe": name,
-            "needs": "--calibration" if any(p.needs_calibration for p in load(name)) else "",
+            "needs": _needs(load(name)),
             "what it does": text,
         }
         for name, text in builtin_recipes().items()
     ]
+
+
+def _needs(steps: Sequence[Pass]) -> str:
+    if any(step.needs_training for step in steps):
+        return "--task and --train"
+    return "--calibration" if any(step.needs_calibration for step in steps) else ""
 
 
 def describe_passes() -> list[dict[str, JSON]]:

@@ -8,12 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from graphprune.errors import GraphPruneError
+from graphprune.models.tables import Schema
 from graphprune.models.tasks.base import DATA
 from graphprune.models.tasks.base import TaskResult as TaskResult
 from graphprune.models.tasks.base import find_data as find_data
 from graphprune.models.tasks.base import runner as runner
 
-__all__ = ["TASKS", "TaskResult", "check", "evaluate", "find_data", "runner", "unknown_task"]
+__all__ = [
+    "LABELLED",
+    "TASKS",
+    "TaskResult",
+    "check",
+    "evaluate",
+    "find_data",
+    "runner",
+    "unknown_task",
+]
 
 # name -> one line for the help page
 TASKS = {
@@ -23,7 +33,12 @@ TASKS = {
     "perplexity": "of a language model on a text, in windows (WikiText-2; needs --data)",
     "piqa": "zero-shot accuracy of a language model on PIQA (needs --data)",
     "lambada": "last-word accuracy of a language model on LAMBADA (needs --data)",
+    "classification": "accuracy of a classifier of text on a labelled file (needs --data)",
+    "regression": "Spearman of one score a text and the labels of a file (needs --data)",
 }
+
+# Their data are files of texts and labels, which can train a model too.
+LABELLED = ("classification", "regression")
 
 # task -> its options beside the data
 OPTIONS = {
@@ -40,6 +55,7 @@ def evaluate(
     tokenizer_dir: Path | None = None,
     dense: Any = None,
     data: Path | None = None,
+    schema: Schema | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     **options: int,
 ) -> TaskResult:
@@ -51,6 +67,8 @@ def evaluate(
         tokenizer_dir: where the model's tokenizer is, for text.
         dense: the unpruned model, for "neighbours".
         data: the task's file or folder; also found through $GRAPHPRUNE_DATA.
+        schema: for "classification" and "regression": the columns, and the classes in the order of
+            the model's scores. Without it columns are recognised, and classes are 0, 1 and so on.
         progress: called with (done, total) batches.
         options: "window" and "windows" of "perplexity", "limit" of "piqa" and "lambada".
 
@@ -81,6 +99,10 @@ def evaluate(
         from graphprune.models.tasks.lambada import lambada
 
         return lambada(model, tokenizer_dir, data, progress=progress, **options)
+    if task in LABELLED:
+        from graphprune.models.tasks.labelled import judge
+
+        return judge(model, tokenizer_dir, find_data(task, data), schema or Schema(task), progress)
     if dense is None:
         raise GraphPruneError(
             "the task 'neighbours' compares with the dense model, and none was given"

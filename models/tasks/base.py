@@ -54,6 +54,8 @@ DATA = {
     "perplexity": ("wikitext2/test.raw.txt", "WikiText-2, or any text in UTF-8"),
     "piqa": ("piqa/valid.jsonl", "PIQA"),
     "lambada": ("lambada/test.jsonl", "LAMBADA"),
+    "classification": ("sst2/test.tsv", "SST-2, or any file of texts and labels"),
+    "regression": ("stsb/test.tsv", "the STS Benchmark, or any file of texts and scores"),
 }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from graphprune.errors import GraphPruneError
+from graphprune.models.tables import read_table
 from graphprune.models.tasks.base import TaskResult, embed, find_data
 
 
@@ -36,27 +36,9 @@ def read_pairs(file: Path) -> tuple[list[str], list[str], list[float]]:
     Raises:
         GraphPruneError: a column is missing or a row is broken; the line is named.
     """
-    try:
-        # The sentences hold bare quotation marks, so this is not CSV.
-        header, *rows = file.read_text("utf-8").splitlines()
-    except (UnicodeDecodeError, ValueError) as e:
-        raise GraphPruneError(f"{str(file)!r} is no UTF-8 text file with a header line") from e
-    columns = header.split("\t")
-    missing = [c for c in ("score", "sentence1", "sentence2") if c not in columns]
-    if missing:
-        raise GraphPruneError(
-            f"{str(file)!r} lacks the columns {missing}; its header line has {columns}"
-        )
-    first, second, scores = [], [], []
-    for number, row in enumerate(rows, 2):
-        cells = dict(zip(columns, row.split("\t"), strict=False))
-        try:
-            scores.append(float(cells["score"]))
-            first.append(cells["sentence1"])
-            second.append(cells["sentence2"])
-        except (KeyError, ValueError) as e:
-            raise GraphPruneError(f"{str(file)!r}, line {number}: {row[:60]!r} is no pair") from e
-    return first, second, scores
+    table = read_table(file, "regression", ("sentence1", "sentence2"), "score")
+    first, second = (list(part) for part in zip(*table.texts, strict=True))
+    return first, second, table.scores()
 
 
 def spearman(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float:

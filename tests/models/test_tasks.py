@@ -85,7 +85,10 @@ def test_text_tasks_need_a_tokenizer_and_neighbours_a_dense_model(tmp_path: Path
         evaluate("neighbours", None)
     with pytest.raises(GraphPruneError, match="dense"):
         evaluate("neighbours", None, tokenizer_dir=tmp_path)
-    assert set(TASKS) == {"neighbours", "sts", "digits", "perplexity", "piqa", "lambada"}
+    with pytest.raises(GraphPruneError, match="tokenizer"):
+        evaluate("classification", None)
+    language = {"perplexity", "piqa", "lambada"}
+    assert set(TASKS) == {"neighbours", "sts", "digits", "classification", "regression"} | language
 
 
 def test_a_runner_gives_a_session_only_the_inputs_that_it_has() -> None:

@@ -1,0 +1,94 @@
+"""Labelled files: accuracy of a classifier, or rank correlation of a score with the labels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphprune.errors import GraphPruneError
+from graphprune.losses import spearman
+from graphprune.models.batches import table_batches
+from graphprune.models.tables import Schema, Table
+from graphprune.models.tasks.base import TaskResult, runner
+
+# A model takes those that it has.
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+def judge(
+    model: Any,
+    tokenizer_dir: Path,
+    file: Path,
+    schema: Schema,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> TaskResult:
+    """Judge scores by a file's labels.
+
+    1. "classification": accuracy, with one standard error sqrt(p (1 - p) / n).
+    2. "regression": Spearman's rank correlation; `more` has Pearson's.
+
+    Args:
+        model: a torch module, a Program or a session whose first output is [batch, scores].
+        tokenizer_dir: where the tokenizer's files are.
+        file: texts and labels.
+        schema: columns and classes; without classes they are the integers from 0.
+        progress: called with (done, total) batches.
+
+    Raises:
+        GraphPruneError: the file is broken, a label is not the head's, or the model gives something
+            else than scores.
+    """
+    table = schema.read(file)
+    if schema.task == "classification" and not schema.classes:
+        schema = replace(schema, classes=_integers(table))
+    batches = table_batches(table, schema, _INPUTS, tokenizer_dir, shuffle=False)
+    run = runner(model)
+    parts, labels = [], []
+    for done, batch in enumerate(batches, 1):
+        labels.append(batch.pop("labels"))
+        parts.append(run(batch))
+        _check(parts[-1], labels[-1], schema)
+        progress(done, len(batches))
+    scores, wanted = torch.cat(parts).float(), torch.cat(labels)
+    count = len(wanted)
+    if schema.task == "regression":
+        scores, wanted = scores.flatten().double(), wanted.double()
+        pearson = float(torch.corrcoef(torch.stack([scores, wanted]))[0, 1])
+        return TaskResult(
+            schema.task, "Spearman", spearman(scores, wanted), count, more={"Pearson": pearson}
+        )
+    share = float((scores.argmax(dim=-1) == wanted).double().mean())
+    error = math.sqrt(share * (1 - share) / count)
+    return TaskResult(schema.task, "accuracy", share, count, standard_error=error)
+
+
+def _integers(table: Table) -> tuple[str, ...]:
+    """The names 0 to the highest label of a file whose labels are the numbers of the classes."""
+    for row, label in enumerate(table.labels):
+        if not label.isdecimal():
+            raise GraphPruneError(
+                f"{table.line(row)}: the label {label!r} is a word, and the model does not say "
+                "which of its classes that is; give their numbers, from 0"
+            )
+    return tuple(map(str, range(max(map(int, table.labels)) + 1)))
+
+
+def _check(scores: Tensor, labels: Tensor, schema: Schema) -> None:
+    """Refuse outputs that are no scores for these labels."""
+    if schema.task == "regression":
+        if scores.numel() != len(labels):
+            raise GraphPruneError(
+                f"the model's first output has shape {list(scores.shape)}; a regression has one "
+                "score a text"
+            )
+    elif scores.dim() != 2 or int(labels.max()) >= scores.shape[1]:
+        raise GraphPruneError(
+            f"label {schema.classes[int(labels.max())]!r} is outside the head's range: the model's "
+            f"first output has shape {list(scores.shape)}, [texts, classes] is wanted"
+        )
