@@ -179,7 +179,7 @@ class Ledger:
         return 1 - self.removed / self.total
 
     def drain(self) -> Ledger:
-        """Let every unit go but the first of each axis, and of each head's; returns itself."""
+        """Of a new ledger: let all units go but the first of each axis, and of each head."""
         chosen = {name: torch.ones_like(gone) for name, gone in self.gone.items()}
         for units in chosen.values():
             units[:, 0] = False
