@@ -229,7 +229,8 @@ class _State:
         self.observe(parameters)
         options = self.options
         progress = (step + 1) / total
-        self._finish(self.settled(step + 1, total))
+        if self.settled(step + 1, total):
+            self._finish()
         density = scheduled(
             progress, options.begin, options.end, 1.0, options.density, options.schedule
         )
@@ -293,14 +294,15 @@ class _State:
     def load(self, state: Mapping[str, Tensor]) -> None:
         steps, finished, cut = state["place"].tolist()
         self.steps, self.cut = steps, bool(cut)
-        self._finish(bool(finished))
+        if finished:
+            self._finish()
         self.reached = state["reached"].tolist()
         self.means = {name: state[f"mean/{name}"].cpu() for name in self.means}
         self.ledger.load({name: state[f"gone/{name}"] for name in self.means})
 
-    def _finish(self, finished: bool) -> None:
-        self.finished = finished
-        self.scored = None if finished else ("labels", "outputs")
+    def _finish(self) -> None:
+        # Later steps need no gradients of their own for scores.
+        self.finished, self.scored = True, None
 
     def summary(self) -> dict[str, JSON]:
         """Scores of the units that are left, when the last one went."""

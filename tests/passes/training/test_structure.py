@@ -195,19 +195,19 @@ def test_a_head_alone_counts_by_its_own_slope(captured: Captured) -> None:
 
 def test_value_dims_count_less_where_few_are_left(captured: Captured) -> None:
     program = _float64(captured("tiny-gpt2"))
-    with_it, without = (_state(program, smoothing=0.0, regularise=r) for r in (0.3, 0))
-    for state in (with_it, without):
-        (name,) = [u.id for u in state.ledger.units.values() if u.role == "v_dim"][:1]
-        gone = torch.zeros(4, 8, dtype=torch.bool)
-        gone[:, 2:] = True
-        state.ledger.load({name: gone})
+    units = _units(program, "v_dim")
+    gone = torch.zeros(4, 8, dtype=torch.bool)
+    gone[:, 2:] = True
+    means = []
+    for regularise in (0.3, 0):
+        state = _state(program, smoothing=0.0, regularise=regularise)
+        state.ledger.load({units[0].id: gone})
         state.observe(_given(program, 0))
-    for name, unit in with_it.ledger.units.items():
-        left = 0.25 if unit.id == next(u.id for u in _units(program) if u.role == "v_dim") else 1.0
-        factor = math.tanh(left / 0.3) if unit.role == "v_dim" else 1.0
-        torch.testing.assert_close(
-            with_it.means[name], factor * without.means[name], rtol=1e-12, atol=0
-        )
+        means.append(state.means)
+    factors = {units[0].id: math.tanh(0.25 / 0.3), units[1].id: math.tanh(1 / 0.3)}
+    for name, mean in means[1].items():
+        expected = factors.get(name, 1.0) * mean
+        torch.testing.assert_close(means[0][name], expected, rtol=1e-12, atol=0)
 
 
 # --- what it costs, and what goes ----------------------------------------------------------------
@@ -252,10 +252,10 @@ def test_the_ranking_is_that_of_brute_force(captured: Captured) -> None:
     units = _units(program, "neuron")
     costs = {group.id: group.cost for group in groups.with_role("neuron")}
     assert len(set(costs.values())) == 2
-    for seed, part in itertools.product(range(3), (0.0, 0.05, 0.2, 0.35, 0.6, 0.9)):
+    for seed, part in itertools.product(range(2), range(0, 20_000, 1_300)):
         ledger = Ledger(program, units)
         scores = _random_scores(ledger, seed)
-        budget = part * ledger.total
+        budget = part / 20_000 * ledger.total
         order = sorted(
             (float(scores[name][0, u]) / costs[name], name, u)
             for name in costs
@@ -457,7 +457,8 @@ def test_hidden_states_move_no_scores(captured: Captured) -> None:
     dense = program
     pruned = Pipeline([PruneNeurons(0.25)]).run(dense).program
     scores = []
-    for options in ({"hidden_weight": 0.0}, {"hidden_weight": 5.0}, {"alpha": 0.0}):
+    cases: list[dict[str, Any]] = [{"hidden_weight": 0.0}, {"hidden_weight": 5.0}, {"alpha": 0.0}]
+    for options in cases:
         step = GradualStructure(1.0, epochs=1, end=0.2, **options)
         training = Training(_data(program, 1), loss=_squares)
         ctx = Context(training=training, reference=dense)
