@@ -157,12 +157,6 @@ class GradualStructure(Pass):
             },
         )
         told = trained_report(fitted)
-        sizes = {group.id: group.size for group in axis_groups(fitted.program)}
-        groups = [
-            # A group of one unit is no axis any more.
-            {"id": u.id, "role": u.role, "before": u.size, "after": sizes.get(u.id, 1)}
-            for u in units
-        ]
         report = {
             **told,
             "summary": f"density {ledger.density:.1%} of {len(units)} axes, {told['summary']}",
@@ -171,7 +165,10 @@ class GradualStructure(Pass):
                 for record, density in zip(told["epochs"], state.reached, strict=True)
             ],
             "density": ledger.density,
-            "groups": groups,
+            "groups": [
+                {"id": u.id, "role": u.role, "before": u.size, "after": ledger.left(u)}
+                for u in units
+            ],
             "scores": state.summary(),
             "skipped": {**told.get("skipped", {}), **skipped},
             "parameters_before": program.num_parameters(),

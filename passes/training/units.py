@@ -226,7 +226,7 @@ class Ledger:
         gone = self.gone[unit.id]
         rows = self.living_rows(unit)
         order = scores.masked_fill(gone, math.inf)[rows].sort(dim=1, stable=True)
-        count = int((~gone[rows[0]]).sum()) - 1
+        count = self.left(unit) - 1
         numbers = rows[:, None] * unit.size + order.indices[:, :count]
         if not count:
             return scores.new_zeros(0), numbers
@@ -235,6 +235,10 @@ class Ledger:
         # Units of one axis are alike: what the first one costs, the others cost.
         cost = max(self._cost([(unit, chosen)]), 1)
         return order.values[:, :count].sum(0) / cost, numbers
+
+    def left(self, unit: Units) -> int:
+        """How many units of an axis are left: of each head the same number."""
+        return int((~self.gone[unit.id][self.living_rows(unit)[0]]).sum())
 
     def living_rows(self, unit: Units) -> Tensor:
         """The heads whose dims count: those that are not gone; int64."""

@@ -403,9 +403,11 @@ def test_the_density_is_reached_and_cut(density: float, model: str, captured: Ca
         for group in axis_groups(program).with_role(*ROLES)
     )
     assert density <= report["density"] < density + largest / total
-    sizes = {group.id: group.size for group in axis_groups(result.program)}
+    (step_of_history,) = result.program.history[-1]["steps"]
+    kept = {name: len(cut["kept"]) for name, cut in step_of_history["removed"].items()}
     assert report["groups"] == [
-        {"id": u.id, "role": u.role, "before": u.size, "after": sizes.get(u.id, 1)} for u in units
+        {"id": u.id, "role": u.role, "before": u.size, "after": kept.get(u.id, u.size)}
+        for u in units
     ]
     # Three epochs at the old shapes, zeros growing; then the small model trains.
     counts = [p.num_parameters() for p in seen]
@@ -426,6 +428,20 @@ def test_the_density_is_reached_and_cut(density: float, model: str, captured: Ca
     assert report["verification"]["cuts"] == 1
     assert report["verification"]["max_error"] < 1e-5
     assert set(report["scores"]) == {unit.id for unit in units}
+
+
+def test_neurons_that_nothing_reads_go_first(captured: Captured) -> None:
+    program = captured("tiny-mlp")
+    unread = {"layers.2.weight": range(3, 17), "layers.4.weight": range(0, 24, 2)}
+    changed = {name: program.tensors[name].clone() for name in unread}
+    for name, neurons in unread.items():
+        changed[name][:, list(neurons)] = 0
+    program = program.with_tensors(changed)
+    dead = 14 * (12 + 1 + 24) + 12 * (32 + 1 + 5) - 14 * 12
+    step = GradualStructure(1 - (dead + 5) / 1328, epochs=1, begin=0, end=0, distill=False)
+    report = _run(program, step).results[0].report
+    assert [group["after"] for group in report["groups"]] == [32 - 14, 24 - 12]
+    assert report["density"] == pytest.approx(1 - dead / 1328)
 
 
 def test_training_after_the_cut_is_training_the_zeroed_model(
