@@ -20,6 +20,7 @@ from graphprune.axes import axis_groups
 from graphprune.capture import capture
 from graphprune.errors import RecipeError, UnsupportedError
 from graphprune.losses import logits_of
+from graphprune.models.tiny import tiny
 from graphprune.passbase import Context
 from graphprune.passes import GradualStructure, PruneNeurons, Quantize
 from graphprune.passes.training.schedule import scheduled
@@ -549,6 +550,16 @@ def test_what_is_left_exports(model: str, captured: Captured, tmp_path: Path) ->
     )
 
 
+def test_the_cached_form_is_cut_alike() -> None:
+    model, inputs = tiny("tiny-gpt2")
+    program = gp.compile(model, [], example_inputs=inputs, cache=True).program
+    result = _run(program, GradualStructure(0.4, epochs=2))
+    assert set(result.program.entries) == {"forward", "decode"}
+    report = result.results[0].report
+    assert {g["role"] for g in report["groups"] if g["after"] < g["before"]} >= {"qk_dim", "v_dim"}
+    assert report["verification"]["max_error"] < 1e-5
+
+
 # --- refusals ------------------------------------------------------------------------------------
 
 
@@ -585,6 +596,28 @@ def test_refusals(captured: Captured) -> None:
     marked = Pipeline([Quantize("int8-dynamic")]).run(program).program
     with pytest.raises(UnsupportedError, match="quantis"):
         _run(marked, GradualStructure())
+
+
+class _Normed(nn.Module):
+    """Two feed-forward layers, with a norm over the neurons of the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inward, self.norm, self.outward = nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 8)
+        self.plain = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.outward(F.relu(self.norm(self.inward(x))))
+        return x + self.plain(x)
+
+
+def test_what_cannot_go_is_left_and_said() -> None:
+    program = capture(_Normed(), {"x": torch.randn(3, 8)})
+    result = _run(program, GradualStructure(0.5, epochs=1, distill=False))
+    report = result.results[0].report
+    assert [group["id"] for group in report["groups"]] == ["plain.0.weight[0]"]
+    assert "normalisation" in report["skipped"]["inward.weight[0]"]
+    assert result.program.tensors["inward.weight"].shape == (16, 8)
 
 
 class _Shifted(nn.Module):
