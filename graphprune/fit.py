@@ -35,6 +35,7 @@ from graphprune.workers import Feed, Workers, seed_from
 
 Penalty = Callable[[Mapping[str, Tensor]], Tensor]
 AfterEpoch = Callable[[Program, int], tuple[Program, Keep | None]]
+Arrange = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 
 class Masking(Protocol):
@@ -90,6 +91,7 @@ def fit(
     distillation: Distillation | None = None,
     masking: Masking | None = None,
     after_epoch: AfterEpoch | None = None,
+    arrange: Arrange | None = None,
     bind: Callable[[Program], None] | None = None,
     settings: Mapping[str, JSON] | None = None,
 ) -> Fitted:
@@ -108,6 +110,8 @@ def fit(
         masking: chooses weights to zero while training; early stopping waits until it has settled.
         after_epoch: (program, epoch from 0) -> (program, keep): other values for weights, and
             units to remove for good: axis group -> kept indices. It also runs after the last one.
+        arrange: where after_epoch has put units in another order before it removes some, the same
+            for tensors of the same names and shapes: the optimiser's moments follow.
         bind: told of every new structure before it trains: the first, and after each cut.
         settings: further options that a checkpoint to resume from must agree with, as JSON.
 
@@ -131,6 +135,7 @@ def fit(
             program, training, ctx, plan, penalty, distillation, masking, after_epoch, bind, name
         )
         run.more_settings = dict(settings or {})
+        run.arrange = arrange
         return run.train()
 
 
@@ -189,6 +194,7 @@ class _Run:
         self.penalty, self.masking = penalty, masking
         self.after_epoch, self.bind = after_epoch, bind
         self.more_settings: dict[str, JSON] = {}
+        self.arrange: Arrange | None = None
         self.start = time.perf_counter()
         self.folder = training.folder(name)
         self.workers = Workers(training.device)
@@ -426,7 +432,7 @@ class _Run:
         state = self.optimiser.state()
         masks = zero_masks(after)
         if keep:
-            state = cut_state(after, keep, state)
+            state = cut_state(after, keep, state, self.arrange)
             masks = take(after, keep, masks)
             units = {n: [int(i) for i in indices] for n, indices in keep.items()}
             after, check = self.ctx.shrink(before, keep, after)

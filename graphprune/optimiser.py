@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import final
 
@@ -182,12 +182,19 @@ class Optimiser:
 
 
 def cut_state(
-    program: Program, keep: Mapping[str, object], state: Mapping[str, Tensor]
+    program: Program,
+    keep: Mapping[str, object],
+    state: Mapping[str, Tensor],
+    arrange: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None,
 ) -> dict[str, Tensor]:
-    """Adam's moments once the program's groups keep these units, cut exactly like the weights."""
+    """Adam's moments once the program's groups keep these units, cut exactly like the weights.
+
+    `arrange` puts them first in the order that the weights' units have been put in.
+    """
     result = {name: tensor for name, tensor in state.items() if name.startswith("step/")}
     for moment in MOMENTS:
         prefix = f"{moment}/"
         named = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+        named = named if arrange is None else dict(arrange(named))
         result |= {prefix + n: t for n, t in take(program, keep, named).items()}
     return result

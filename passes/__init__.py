@@ -17,6 +17,7 @@ from graphprune.passes.training.distill import Distill as Distill
 from graphprune.passes.training.finetune import Finetune as Finetune
 from graphprune.passes.training.l1 import L1 as L1
 from graphprune.passes.training.neuroprune import NeuroPrune as NeuroPrune
+from graphprune.passes.training.structure import GradualStructure as GradualStructure
 from graphprune.passes.weights.magnitude import Magnitude as Magnitude
 from graphprune.passes.weights.sparsegpt import SparseGPT as SparseGPT
 from graphprune.passes.weights.sparsellm import SparseLLM as SparseLLM
@@ -28,6 +29,7 @@ __all__ = [
     "Finetune",
     "FoldBatchNorm",
     "FoldConstants",
+    "GradualStructure",
     "Magnitude",
     "NeuroPrune",
     "PruneAxis",

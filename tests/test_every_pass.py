@@ -23,6 +23,7 @@ from graphprune.passes import (
     Finetune,
     FoldBatchNorm,
     FoldConstants,
+    GradualStructure,
     Magnitude,
     NeuroPrune,
     PruneAxis,
@@ -52,6 +53,10 @@ EXAMPLES: dict[str, list[Pass]] = {
     "finetune": [Finetune(), Finetune(1, schedule="cosine", clip=0)],
     "fold-batch-norm": [FoldBatchNorm()],
     "fold-constants": [FoldConstants(), FoldConstants(parameters=True)],
+    "gradual-structure": [
+        GradualStructure(0.5, epochs=1),
+        GradualStructure(0.6, "taylor", roles=("head", "kv_group", "neuron"), distill=False),
+    ],
     "l1": [L1(epochs=1, sparsity=0.5)],
     "neuroprune": [
         NeuroPrune(epochs=1, lr=1e-3),

@@ -300,6 +300,38 @@ def test_a_cut_in_the_middle_equals_masking(captured: Captured) -> None:
     assert any("removed" in line for line in small.program.history)
 
 
+def test_moments_follow_units_that_were_reordered(captured: Captured) -> None:
+    """Putting neurons in another order before a cut gives what cutting in their order gives."""
+    program = _float64(captured("tiny-mlp"))
+    group = axis_groups(program).with_role("neuron")[0]
+    kept = [i for i in range(group.size) if i % 3]
+    order = torch.tensor([*kept, *range(0, group.size, 3)])
+    data = _batches(4, dtype=torch.float64)
+
+    def arrange(tensors: Any) -> dict[str, Tensor]:
+        places = {o.tensor: o.dim for o in group.occurrences}
+        return {
+            n: t.index_select(places[n], order) if n in places else t for n, t in tensors.items()
+        }
+
+    def plain(now: Program, epoch: int) -> tuple[Program, Any]:
+        return now, {group.id: kept} if epoch == 0 else None
+
+    def reordered(now: Program, epoch: int) -> tuple[Program, Any]:
+        if epoch:
+            return now, None
+        return now.with_tensors(arrange(now.tensors)), {group.id: list(range(len(kept)))}
+
+    expected = _fit(program, data, epochs=3, after_epoch=plain).program
+    found = _fit(program, data, epochs=3, after_epoch=reordered, arrange=arrange).program
+    lost = _fit(program, data, epochs=3, after_epoch=reordered).program
+    moved = 0.0
+    for name, tensor in expected.tensors.items():
+        torch.testing.assert_close(found.tensors[name], tensor, rtol=1e-9, atol=1e-11)
+        moved = max(moved, float((lost.tensors[name] - tensor).abs().max()))
+    assert moved > 1e-5  # moments in the old order would be seen
+
+
 def test_moments_that_were_lost_would_be_seen(
     captured: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:

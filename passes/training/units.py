@@ -1,0 +1,322 @@
+"""Units that compete while a model trains: where they are, what they cost, which go first.
+
+    neuron, head    one unit for each index of the axis
+    dims of heads   one for each index under each head: the r-th weakest of every head go together
+
+Heads then keep equally many dims, each its own ones: where no tensor is shared between heads, the
+positions inside a head are in any order that we like (GRAIN's ragged heads, arXiv 2212.07634).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from graphprune.axes import AxisGroup, AxisGroups
+from graphprune.passes.training.regularise import site_dims
+from graphprune.program import Program
+from graphprune.sites import consumers, contractions
+
+HEADS = ("head", "kv_group")
+DIMS = ("qk_dim", "v_dim")
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A dimension of a tensor with units along it.
+
+    Attributes:
+        tensor: its name.
+        dim: the dimension.
+        units: for each position its unit, or -1; int64.
+    """
+
+    tensor: str
+    dim: int
+    units: Tensor = field(repr=False, compare=False)
+
+    def marked(self, chosen: Tensor) -> Tensor:
+        """Which positions are of chosen units; from bool [units] to bool [positions]."""
+        return torch.cat([chosen, chosen.new_zeros(1)])[self.units]  # -1 is the last one
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Units:
+    """The units of an axis group.
+
+    Attributes:
+        id: of the group.
+        role: of the group.
+        heads: id of the group of heads under which each has its own units; None where not.
+        rows: number of heads, or 1.
+        size: units of each; unit u of head h is number h · size + u.
+        places: everything that goes with a unit.
+        read: where Σ g·w is taken, each once.
+        share: what that sum is multiplied by.
+        values: whether they are what a head gives, so that its density counts.
+    """
+
+    id: str
+    role: str
+    heads: str | None
+    rows: int
+    size: int
+    places: tuple[Place, ...]
+    read: tuple[Place, ...]
+    share: float
+    values: bool
+
+    def slopes(self, sums: Mapping[tuple[str, int], Tensor]) -> Tensor:
+        """Σ g·w of each unit, from the sums at each position; float64 [rows, size].
+
+        1. Over what reads a unit it is the derivative of the loss by a gate on it (section 8 of
+           Michel et al., arXiv 1905.10650, for heads; likewise for neurons and value dims).
+        2. A query/key dim has a gate on the product q·k. Σ g·w over the query's rows is its
+           derivative, and so it is over the key's: half of both needs not know which is which.
+           Where value dims are the same axis, half of all is the sum of both gates' derivatives.
+        """
+        found = torch.zeros(self.rows * self.size + 1, dtype=torch.float64)
+        for place in self.read:
+            if (place.tensor, place.dim) in sums:
+                units = place.units % len(found)  # -1 goes to the last one
+                found.index_add_(0, units, sums[place.tensor, place.dim])
+        return self.share * found[:-1].view(self.rows, self.size)
+
+
+def find_units(groups: AxisGroups, group: AxisGroup) -> Units | str:
+    """The units of a group that may go while a model trains; or why they may not."""
+    columns = {(s.tensor, site_dims(s)[1]) for s, _ in consumers(groups, group)}
+    sites = {site.node for site, _ in consumers(groups, group)}
+    is_dim = group.role in DIMS
+    if not is_dim and any(c.node not in sites for _, c in contractions(groups, group)):
+        return "its output is read by something that is no linear layer"
+    if not columns and group.role != "qk_dim":
+        return "no linear layer reads it"
+    heads = _heads_above(groups, group) if is_dim else None
+    rows = 1 if heads is None else heads.size
+    places = []
+    for o in group.occurrences:
+        units = groups.units(group, o.tensor, o.dim)
+        if heads is not None:
+            above = groups.units(heads, o.tensor, o.dim)
+            units = torch.where(units >= 0, above * group.size + units, -1)
+        places.append(Place(o.tensor, o.dim, units))
+    read = [p for p in places if group.role == "qk_dim" or (p.tensor, p.dim) in columns]
+    return Units(
+        group.id,
+        group.role,
+        None if heads is None else heads.id,
+        rows,
+        group.size,
+        tuple(places),
+        tuple(read),
+        0.5 if group.role == "qk_dim" else 1.0,
+        is_dim and bool(columns),
+    )
+
+
+def _heads_above(groups: AxisGroups, group: AxisGroup) -> AxisGroup | None:
+    """The heads that each have all of a group's units for themselves, in every tensor."""
+    for heads in groups.with_role(*HEADS):
+        if all(
+            bool((groups.units(heads, o.tensor, o.dim)[inside] >= 0).all())
+            for o in group.occurrences
+            for inside in [groups.units(group, o.tensor, o.dim) >= 0]
+        ):
+            return heads
+    return None
+
+
+def position_sums(
+    units: Sequence[Units], parameters: Mapping[str, nn.Parameter]
+) -> dict[tuple[str, int], Tensor]:
+    """Σ g·w at each position of each dimension that is read; float64 on the CPU."""
+    found: dict[tuple[str, int], Tensor] = {}
+    for place in (p for u in units for p in u.read):
+        parameter = parameters.get(place.tensor)
+        key = place.tensor, place.dim
+        if key in found or parameter is None or parameter.grad is None:
+            continue
+        product = parameter.grad * parameter.detach()
+        others = [d for d in range(product.dim()) if d != place.dim]
+        found[key] = (product.sum(others) if others else product).double().cpu()
+    return found
+
+
+@final
+class Ledger:
+    """Which units are gone, and how many parameters with them, each counted once.
+
+    Attributes:
+        units: by group id.
+        gone: by group id, bool [rows, size].
+        total: parameters that belong to any unit.
+        removed: those of them that are gone.
+    """
+
+    def __init__(self, program: Program, units: Sequence[Units]) -> None:
+        self.units = {u.id: u for u in units}
+        self.gone = {u.id: torch.zeros(u.rows, u.size, dtype=torch.bool) for u in units}
+        names = {p.tensor for u in units for p in u.places if p.tensor in program.parameters}
+        self._alive = {
+            name: [torch.ones(n, dtype=torch.bool) for n in program.tensors[name].shape]
+            for name in sorted(names)
+        }
+        every = [(u, torch.ones(u.rows * u.size, dtype=torch.bool)) for u in units]
+        self.total = self._cost(every)
+        self.removed = 0
+
+    @property
+    def density(self) -> float:
+        """The part of all parameters of units that is left."""
+        return 1 - self.removed / self.total
+
+    def drain(self) -> Ledger:
+        """Of a new ledger: let all units go but the first of each axis, and of each head."""
+        chosen = {name: torch.ones_like(gone) for name, gone in self.gone.items()}
+        for units in chosen.values():
+            units[:, 0] = False
+        self.load(chosen)
+        return self
+
+    def load(self, gone: Mapping[str, Tensor]) -> None:
+        """Take these as gone, by group id."""
+        self._remove([(self.units[name], chosen.flatten().cpu()) for name, chosen in gone.items()])
+
+    def remove(self, scores: Mapping[str, Tensor], budget: float) -> bool:
+        """Let the units with the lowest score for their cost go, until the next one costs too much.
+
+        Waiting for that one, instead of going on to cheaper ones, gives large units their turn. The
+        last unit of an axis, and the last dim of a head, stay.
+
+        Args:
+            scores: by group id, [rows, size].
+            budget: parameters that may be gone, all together.
+
+        Returns:
+            Whether any went.
+        """
+        if budget <= self.removed:
+            return False
+        ranked = [(u, *self._ranked(u, scores[u.id])) for u in self.units.values()]
+        values = [value for _, value, _ in ranked]
+        lengths = torch.tensor([len(value) for value in values])
+        owners = torch.repeat_interleave(torch.arange(len(values)), lengths)
+        ranks = torch.cat([torch.arange(len(value)) for value in values])
+        before = self.removed
+        for position in torch.argsort(torch.cat(values), stable=True):
+            unit, _, numbers = ranked[int(owners[position])]
+            k = int(ranks[position])
+            chosen = torch.zeros(unit.rows * unit.size, dtype=torch.bool)
+            chosen[numbers[:, k]] = True
+            if self.removed + self._cost([(unit, chosen)]) > budget:
+                break
+            self._remove([(unit, chosen)])
+        return self.removed > before
+
+    def _ranked(self, unit: Units, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores for their cost, ascending, [n], and the units' numbers, [rows that live, n]."""
+        gone = self.gone[unit.id]
+        rows = self.living_rows(unit)
+        order = scores.masked_fill(gone, math.inf)[rows].sort(dim=1, stable=True)
+        count = self.left(unit) - 1
+        numbers = rows[:, None] * unit.size + order.indices[:, :count]
+        if not count:
+            return scores.new_zeros(0), numbers
+        chosen = torch.zeros(unit.rows * unit.size, dtype=torch.bool)
+        chosen[numbers[:, 0]] = True
+        # Units of one axis are alike: what the first one costs, the others cost.
+        cost = max(self._cost([(unit, chosen)]), 1)
+        return order.values[:, :count].sum(0) / cost, numbers
+
+    def left(self, unit: Units) -> int:
+        """How many units of an axis are left: of each head the same number."""
+        return int((~self.gone[unit.id][self.living_rows(unit)[0]]).sum())
+
+    def living_rows(self, unit: Units) -> Tensor:
+        """The heads whose dims count: those that are not gone; int64."""
+        heads = self.gone.get(unit.heads) if unit.heads is not None else None
+        return torch.arange(unit.rows) if heads is None else (~heads[0]).nonzero().flatten()
+
+    def _cost(self, removals: Sequence[tuple[Units, Tensor]]) -> int:
+        """Parameters that would go with these units, beside those that are gone."""
+        return sum(
+            math.prod(int(d.sum()) for d in self._alive[name])
+            - math.prod(int(d.sum()) for d in dims)
+            for name, dims in self._without(removals).items()
+        )
+
+    def _remove(self, removals: Sequence[tuple[Units, Tensor]]) -> None:
+        self.removed += self._cost(removals)
+        self._alive |= self._without(removals)
+        for unit, chosen in removals:
+            self.gone[unit.id] |= chosen.view(unit.rows, unit.size)
+
+    def _without(self, removals: Sequence[tuple[Units, Tensor]]) -> dict[str, list[Tensor]]:
+        """What would live along each dimension of the tensors that lose something."""
+        found: dict[str, list[Tensor]] = {}
+        for unit, chosen in removals:
+            for place in unit.places:
+                if place.tensor in self._alive:
+                    dims = found.setdefault(place.tensor, list(self._alive[place.tensor]))
+                    dims[place.dim] = dims[place.dim] & ~place.marked(chosen)
+        return found
+
+    def masks(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """By tensor name, true where weights may live."""
+        found = {}
+        for name, dims in self._alive.items():
+            parameter = parameters.get(name)
+            if parameter is None or all(bool(d.all()) for d in dims):
+                continue
+            mask = torch.ones((), dtype=torch.bool, device=parameter.device)
+            for dim in dims:
+                mask = mask.unsqueeze(-1) & dim.to(parameter.device)
+            found[name] = mask
+        return found
+
+    def keep(self) -> dict[str, Tensor]:
+        """By group id, the units that stay once tensors are `arranged`; groups that lose some."""
+        found = {}
+        for unit in self.units.values():
+            alive = ~self.gone[unit.id][self.living_rows(unit)[0]]
+            if not bool(alive.all()):
+                kept = alive.nonzero().flatten()
+                found[unit.id] = kept if unit.heads is None else torch.arange(len(kept))
+        return found
+
+    def arranged(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors shaped like the program's, the dims of each head that are gone at its end.
+
+        The same order in everything that has the axis, so that all sums are over the same things.
+        """
+        found = dict(tensors)
+        for unit in self.units.values():
+            gone = self.gone[unit.id]
+            if unit.heads is None or not bool(gone.any()):
+                continue
+            order = gone.int().argsort(dim=1, stable=True)
+            numbers = (order + torch.arange(unit.rows)[:, None] * unit.size).flatten()
+            for place in unit.places:
+                if place.tensor in found:
+                    index = _moved(place.units, numbers)
+                    tensor = found[place.tensor]
+                    found[place.tensor] = tensor.index_select(place.dim, index.to(tensor.device))
+        return found
+
+
+def _moved(units: Tensor, numbers: Tensor) -> Tensor:
+    """Positions to take from, so that unit `numbers[i]` comes where unit i was; int64."""
+    inside = (units >= 0).nonzero().flatten()
+    # All positions of a unit, in their order: as many for each.
+    positions = inside[units[inside].argsort(stable=True)].view(len(numbers), -1)
+    index = torch.arange(len(units))
+    index[positions] = positions[numbers]
+    return index
