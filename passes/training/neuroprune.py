@@ -129,12 +129,13 @@ class NeuroPrune(Pass):
         parts = self.parts(fitted.program)
         # Early stopping may have gone back to an epoch before the last one.
         result = self.zeroed(fitted.program, parts)
+        removed = removed_since(program, result)
         report = {
             **trained_report(fitted),
-            **removed_since(program, result),
+            **removed,
             "sparsity": sparsity_of(result, parts.all, 0.0),
             "degrees": {"before": before, "after": _wiring(result, parts, self.threshold)},
-            "heads": state.heads(result),
+            "heads": state.heads(removed["kept"]),
             "merges": state.merges,
             "skipped": state.skipped,
         }
@@ -209,13 +210,10 @@ class _State:
             )
         return merged, keep
 
-    def heads(self, program: Program) -> dict[str, dict[str, int]]:
-        """Heads of each group before and after."""
-        groups = axis_groups(program)
-        now = {g.id: g.size for g in groups}
+    def heads(self, kept: Mapping[str, list[int]]) -> dict[str, dict[str, int]]:
+        """Heads of each group before and after, from the units that were kept of some."""
         return {
-            # A group of one unit is no axis any more.
-            name: {"before": size, "after": now.get(name, 1)}
+            name: {"before": size, "after": len(kept.get(name, range(size)))}
             for name, size in self.sizes.items()
         }
 
