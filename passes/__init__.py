@@ -14,6 +14,7 @@ from graphprune.passes.structural.heads import PruneHeads as PruneHeads
 from graphprune.passes.structural.neurons import PruneNeurons as PruneNeurons
 from graphprune.passes.training.distill import Distill as Distill
 from graphprune.passes.training.finetune import Finetune as Finetune
+from graphprune.passes.training.gradual import GradualMagnitude as GradualMagnitude
 from graphprune.passes.training.l1 import L1 as L1
 from graphprune.passes.training.neuroprune import NeuroPrune as NeuroPrune
 from graphprune.passes.weights.magnitude import Magnitude as Magnitude
@@ -27,6 +28,7 @@ __all__ = [
     "Finetune",
     "FoldBatchNorm",
     "FoldConstants",
+    "GradualMagnitude",
     "Magnitude",
     "NeuroPrune",
     "PruneAxis",

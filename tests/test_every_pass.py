@@ -23,6 +23,7 @@ from graphprune.passes import (
     Finetune,
     FoldBatchNorm,
     FoldConstants,
+    GradualMagnitude,
     Magnitude,
     NeuroPrune,
     PruneAxis,
@@ -51,6 +52,10 @@ EXAMPLES: dict[str, list[Pass]] = {
     "finetune": [Finetune(), Finetune(1, schedule="cosine", clip=0)],
     "fold-batch-norm": [FoldBatchNorm()],
     "fold-constants": [FoldConstants(), FoldConstants(parameters=True)],
+    "gradual-magnitude": [
+        GradualMagnitude(0.8, epochs=2, distill=True),
+        GradualMagnitude(pattern="2:4", schedule="linear", end=0.5),
+    ],
     "l1": [L1(epochs=1, sparsity=0.5)],
     "neuroprune": [
         NeuroPrune(epochs=1, lr=1e-3),
