@@ -16,6 +16,7 @@ from graphprune.passes.training.distill import Distill as Distill
 from graphprune.passes.training.finetune import Finetune as Finetune
 from graphprune.passes.training.gradual import GradualMagnitude as GradualMagnitude
 from graphprune.passes.training.l1 import L1 as L1
+from graphprune.passes.training.least_squares import LeastSquares as LeastSquares
 from graphprune.passes.training.neuroprune import NeuroPrune as NeuroPrune
 from graphprune.passes.weights.magnitude import Magnitude as Magnitude
 from graphprune.passes.weights.sparsegpt import SparseGPT as SparseGPT
@@ -29,6 +30,7 @@ __all__ = [
     "FoldBatchNorm",
     "FoldConstants",
     "GradualMagnitude",
+    "LeastSquares",
     "Magnitude",
     "NeuroPrune",
     "PruneAxis",

@@ -24,6 +24,7 @@ from graphprune.passes import (
     FoldBatchNorm,
     FoldConstants,
     GradualMagnitude,
+    LeastSquares,
     Magnitude,
     NeuroPrune,
     PruneAxis,
@@ -57,6 +58,7 @@ EXAMPLES: dict[str, list[Pass]] = {
         GradualMagnitude(pattern="2:4", schedule="linear", end=0.5),
     ],
     "l1": [L1(epochs=1, sparsity=0.5)],
+    "least-squares": [LeastSquares(), LeastSquares(0.1)],
     "neuroprune": [
         NeuroPrune(epochs=1, lr=1e-3),
         NeuroPrune(epochs=2, theta=1.2, sparsity=0.5, contracting="columns"),

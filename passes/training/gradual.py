@@ -195,7 +195,7 @@ class _Growing:
     sites: Sequence[LinearSite]
     last: float
     reached: list[float] = field(default_factory=list)
-    scored: None = None
+    scored: Sequence[str] | None = None
 
     def choose(
         self, parameters: Mapping[str, nn.Parameter], step: int, total: int
