@@ -8,6 +8,7 @@ from graphprune.passes.cleanup.constants import FoldConstants as FoldConstants
 from graphprune.passes.cleanup.dead import RemoveDeadNodes as RemoveDeadNodes
 from graphprune.passes.cleanup.noops import RemoveNoOps as RemoveNoOps
 from graphprune.passes.quantize.quantize import Quantize as Quantize
+from graphprune.passes.recover import PruneRecover as PruneRecover
 from graphprune.passes.repeat import Repeat as Repeat
 from graphprune.passes.structural.axis import PruneAxis as PruneAxis
 from graphprune.passes.structural.heads import PruneHeads as PruneHeads
@@ -36,6 +37,7 @@ __all__ = [
     "PruneAxis",
     "PruneHeads",
     "PruneNeurons",
+    "PruneRecover",
     "Quantize",
     "RemoveDeadNodes",
     "RemoveNoOps",

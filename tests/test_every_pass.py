@@ -30,6 +30,7 @@ from graphprune.passes import (
     PruneAxis,
     PruneHeads,
     PruneNeurons,
+    PruneRecover,
     Quantize,
     RemoveDeadNodes,
     RemoveNoOps,
@@ -71,6 +72,10 @@ EXAMPLES: dict[str, list[Pass]] = {
     ],
     "prune-heads": [PruneHeads(0.5), PruneHeads(0.25, allocation="global")],
     "prune-neurons": [PruneNeurons(0.5), PruneNeurons(0.3, score="random", round_to=8)],
+    "prune-recover": [
+        PruneRecover((PruneNeurons(0.5), LeastSquares()), rounds=2),
+        PruneRecover((Magnitude(0.5), Finetune(1)), rounds=2),
+    ],
     "quantize": [Quantize("int8-dynamic"), Quantize("int4-weights", embeddings=False)],
     "remove-dead-nodes": [RemoveDeadNodes()],
     "remove-no-ops": [RemoveNoOps()],
