@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, final
@@ -9,7 +10,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor, nn
 
-from graphprune.errors import RecipeError
+from graphprune.errors import RecipeError, UnsupportedError
 from graphprune.fit import fit
 from graphprune.objective import Distillation
 from graphprune.optimiser import Plan, check_number
@@ -98,8 +99,19 @@ class GradualMagnitude(Pass):
                 f"there is no allocation {self.allocation!r}; "
                 f"{suggest(str(self.allocation), ALLOCATIONS)}"
             )
-        if self.final is None and parse_pattern(self.pattern).sparsity is None:
-            raise RecipeError(f"pattern {self.pattern!r} needs a final sparsity, such as final=0.8")
+        pattern = parse_pattern(self.pattern)
+        if pattern.sparsity is not None and self.final not in (None, pattern.sparsity):
+            raise RecipeError(
+                f"pattern {self.pattern!r} keeps {pattern.keep} of {pattern.of}, which is a "
+                f"sparsity of {pattern.sparsity:g}, not {self.final!r}: leave final out"
+            )
+        if pattern.sparsity is None:
+            if self.final is None:
+                raise RecipeError(
+                    f"pattern {self.pattern!r} needs a final sparsity, such as final=0.8"
+                )
+            check_number("final", self.final, "the part of the weights that is zero in the end, at "
+                         "least 0 and below 1", low=0, high=math.nextafter(1, 0))  # fmt: skip
         self._zeroing()
         check_schedule(self.schedule, self.begin, self.end)
         check_number("initial", self.initial, "a part of the weights, 0 to final",
@@ -120,6 +132,11 @@ class GradualMagnitude(Pass):
             if site.tensor not in program.parameters:
                 skipped.append((site.name, "it is no parameter of the model, and does not train"))
         sites = [site for site in sites if site.tensor in program.parameters]
+        if not sites:
+            raise UnsupportedError(
+                f"pass {ctx.running!r} zeroes weights while they train, and none of those it may "
+                "take is a parameter of the model; magnitude zeroes them without training"
+            )
         masking = _Growing(self, program, sites, self._last())
         teacher = Distillation(self.temperature, self.alpha, self.hidden_weight)
         fitted = fit(
@@ -154,14 +171,22 @@ class GradualMagnitude(Pass):
             "summary": f"{part:.1%} of the weights in {len(sites)} matrices, {told['summary']}",
             "epochs": epochs,
             "sparsity": part,
-            "sites": [{"name": site.name, "sparsity": _sparsity(result, [site])} for site in sites],
+            # Not under "sites": a page of matrices wants more of each than there is to say here.
+            "matrices": [
+                {
+                    "name": site.name,
+                    "shape": list(site.matrix(result).shape),
+                    "sparsity": _sparsity(result, [site]),
+                }
+                for site in sites
+            ],
             "skipped": {**told.get("skipped", {}), **dict(skipped)},
         }
         return PassResult(result, True, report)
 
     def _zeroing(self) -> Zeroing:
         return Zeroing(
-            self.final,
+            self._last(),
             self.pattern,
             self.allocation,
             self.targets,

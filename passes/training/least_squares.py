@@ -40,7 +40,7 @@ from graphprune.stream import Stream
 log = logging.getLogger(__name__)
 
 _PRECISE = 1e-6  # of the first residual: conjugate gradients stop there
-_AT_MOST = 200  # or after so many steps; each of them lowers the error
+_AT_MOST = 100  # or after so many steps, each of which lowers the error
 
 
 @register

@@ -378,7 +378,7 @@ class Zeroing:
             if names.match(site.tensor, self.ignore):
                 skipped.append((site.name, "ignored on request"))
             elif is_output_head(site, program) and not named:
-                skipped.append((site.name, "an output head; name it in targets to prune it"))
+                skipped.append((site.name, "an output head: left alone unless targets names it"))
             elif len(ways[site.name]) > 1:
                 skipped.append((site.name, "it is multiplied both as it is and transposed"))
             elif obstacle and self.indivisible == "skip":

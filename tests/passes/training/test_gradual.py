@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def _example(program: Program, **options: Any) -> Training:
 
 def _counts(program: Program, result: Any) -> list[tuple[int, int]]:
     """(zeros, size) of every site that was pruned."""
-    names = {site["name"] for site in result.results[0].report["sites"]}
+    names = {site["name"] for site in result.results[0].report["matrices"]}
     sites = {s.name: s for s in linear_sites(axis_groups(program)) if s.name in names}
     matrices = [site.matrix(result.program) for site in sites.values()]
     return [(int((m == 0).sum()), m.numel()) for m in matrices]
@@ -258,8 +259,8 @@ def test_distilling_brings_it_nearer_to_the_dense_model(captured: Captured) -> N
     ("options", "says"),
     [
         ({}, "needs a final sparsity, such as final=0.8"),
-        ({"final": 1.0}, "sparsity must be the part"),
-        ({"final": 0.8, "pattern": "2:4"}, "leave sparsity out"),
+        ({"final": 1.0}, "final must be the part of the weights"),
+        ({"final": 0.8, "pattern": "2:4"}, "not 0.8: leave final out"),
         ({"final": 0.8, "schedule": "cubik"}, "did you mean 'cubic'"),
         ({"final": 0.8, "lr_schedule": "cubic"}, "there is no schedule 'cubic'"),
         ({"final": 0.8, "initial": 0.9}, "initial must be"),
@@ -278,3 +279,9 @@ def test_options_out_of_range(options: Any, says: str) -> None:
 def test_a_pattern_that_does_not_fit_is_refused_before_training(captured: Captured) -> None:
     with pytest.raises(UnsupportedError, match="does not fit 'layers"):
         _run(captured("tiny-mlp"), GradualMagnitude(0.5, pattern="5x7"))
+
+
+def test_weights_that_do_not_train_are_refused(captured: Captured) -> None:
+    frozen = replace(captured("tiny-mlp"), parameters=frozenset({"layers.4.bias"}))
+    with pytest.raises(UnsupportedError, match="none of those it may take is a parameter"):
+        _run(frozen, GradualMagnitude(0.5))
