@@ -9,7 +9,7 @@ such place. Peak memory is what is alive at a cut, times the batches, plus one r
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -80,6 +80,21 @@ class Stream:
         Raises:
             GraphPruneError: an input is NaN or infinite; site and batch are named.
         """
+        before = -1
+        for i, site, rows in self.visit(program, sites):
+            if i > before:
+                progress(i, len(self.states))
+                before = i
+            observe(site, rows)
+        progress(len(self.states), len(self.states))
+
+    def visit(
+        self, program: Program, sites: Sequence[LinearSite]
+    ) -> Iterator[tuple[int, LinearSite, Tensor]]:
+        """The same one by one: number of the batch, site, its input rows. To be read to the end.
+
+        For two streams that go side by side.
+        """
         wanted: dict[fx.Node, list[LinearSite]] = {}
         for site in sites:
             wanted.setdefault(site.node, []).append(site)
@@ -87,16 +102,14 @@ class Stream:
         last = max(self.number[node] for node in wanted)
         self.advance(program, self._cheapest(min(max(self.position, self.done), first), first))
         for i, state in enumerate(self.states):
-            progress(i, len(self.states))
             values = dict(state)
             for j in range(self.position, last + 1):
                 node = self.nodes[j]
                 for site in wanted.get(node, ()):
-                    observe(site, self._input(site, values, i))
+                    yield i, site, self._input(site, values, i)
                 if j < last:
                     self._step(program, values, j)
         self.done = last
-        progress(len(self.states), len(self.states))
 
     def advance(self, program: Program, position: int) -> None:
         """Run every batch on to a node's place in the graph and keep only what is alive there."""

@@ -8,6 +8,7 @@ from graphprune.passes.cleanup.constants import FoldConstants as FoldConstants
 from graphprune.passes.cleanup.dead import RemoveDeadNodes as RemoveDeadNodes
 from graphprune.passes.cleanup.noops import RemoveNoOps as RemoveNoOps
 from graphprune.passes.quantize.quantize import Quantize as Quantize
+from graphprune.passes.recover import PruneRecover as PruneRecover
 from graphprune.passes.repeat import Repeat as Repeat
 from graphprune.passes.structural.axis import PruneAxis as PruneAxis
 from graphprune.passes.structural.heads import PruneHeads as PruneHeads
@@ -15,7 +16,9 @@ from graphprune.passes.structural.neurons import PruneNeurons as PruneNeurons
 from graphprune.passes.structural.shrink import Shrink as Shrink
 from graphprune.passes.training.distill import Distill as Distill
 from graphprune.passes.training.finetune import Finetune as Finetune
+from graphprune.passes.training.gradual import GradualMagnitude as GradualMagnitude
 from graphprune.passes.training.l1 import L1 as L1
+from graphprune.passes.training.least_squares import LeastSquares as LeastSquares
 from graphprune.passes.training.neuroprune import NeuroPrune as NeuroPrune
 from graphprune.passes.training.structure import GradualStructure as GradualStructure
 from graphprune.passes.weights.magnitude import Magnitude as Magnitude
@@ -29,12 +32,15 @@ __all__ = [
     "Finetune",
     "FoldBatchNorm",
     "FoldConstants",
+    "GradualMagnitude",
     "GradualStructure",
+    "LeastSquares",
     "Magnitude",
     "NeuroPrune",
     "PruneAxis",
     "PruneHeads",
     "PruneNeurons",
+    "PruneRecover",
     "Quantize",
     "RemoveDeadNodes",
     "RemoveNoOps",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, final
 
@@ -49,11 +50,7 @@ class Repeat(Pass):
         current, settled = program, False
         rounds: list[list[dict[str, JSON]]] = []
         while len(rounds) < self.at_most and not settled:
-            reports: list[dict[str, JSON]] = []
-            for index, step in enumerate(self.passes):
-                current, finished = run_pass(step, current, ctx, self.passes, index, record=False)
-                said = {"pass": step.name, "modified": finished.modified}
-                reports.append({**finished.report, **said})
+            current, reports = run_round(self.passes, current, ctx)
             settled = not any(report["modified"] for report in reports)
             rounds.append(reports)
         report = {
@@ -62,3 +59,16 @@ class Repeat(Pass):
             "verification": {"checked": "after each inner pass"},
         }
         return PassResult(current, current is not program, report)
+
+
+def run_round(
+    passes: Sequence[Pass], program: Program, ctx: Context
+) -> tuple[Program, list[dict[str, JSON]]]:
+    """Run passes inside another one, each verified like any other; what each of them reports."""
+    reports: list[dict[str, JSON]] = []
+    for index, step in enumerate(passes):
+        program, finished = run_pass(step, program, ctx, passes, index, record=False)
+        # Else the weights of every step would stay in memory.
+        ctx.forget(program)
+        reports.append({**finished.report, "pass": step.name, "modified": finished.modified})
+    return program, reports

@@ -45,22 +45,27 @@ class Wanted:
         round_to: the kept count rounds up to a multiple of this.
         floor: part of each group's units that stays whatever the ranking says.
         costs: parameters that go with one unit, by group; equal where nothing is said.
+        sizes: units that `ratio` and `floor` are parts of, by group: those in the dense model. What
+            is gone already counts as removed. The units there are where nothing is said.
     """
 
     ratio: float
     round_to: int = 1
     floor: float = 0.0
     costs: Mapping[str, int] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+    def kept(self, group: str, size: int) -> int:
+        """How many of a group's `size` units stay if the ratio is each group's own."""
+        whole = self.sizes.get(group, size)
+        return min(kept_count(removed_count(self.ratio, whole), whole, self.round_to), size)
 
 
 def uniform(scores: Mapping[str, Tensor], wanted: Wanted) -> Keep:
     """The same ratio from every group: the lowest scores of each go."""
-    keep = {}
-    for group, values in scores.items():
-        size = len(values)
-        count = kept_count(removed_count(wanted.ratio, size), size, wanted.round_to)
-        keep[group] = best(values, count)
-    return keep
+    return {
+        group: best(values, wanted.kept(group, len(values))) for group, values in scores.items()
+    }
 
 
 def global_ranking(scores: Mapping[str, Tensor], wanted: Wanted) -> Keep:
@@ -84,12 +89,23 @@ def global_ranking(scores: Mapping[str, Tensor], wanted: Wanted) -> Keep:
     )
     flat = torch.cat([_relative(scores[name]) for name in names])
     flat = flat / (costs / costs.mean())
-    flat[torch.cat([_protected(scores[name], wanted.floor) for name in names])] = math.inf
+    whole = [wanted.sizes.get(name, n) for name, n in zip(names, sizes, strict=True)]
+    protected = [
+        _protected(scores[name], math.ceil(wanted.floor * n))
+        for name, n in zip(names, whole, strict=True)
+    ]
+    flat[torch.cat(protected)] = math.inf
     # Of equal scores the last ones go, as in `best`, so flip before the stable sort.
     order = len(flat) - 1 - torch.argsort(flat.flip(0), stable=True)
     order = order[flat[order].isfinite()]
     # In units of mean cost, so that equal costs count units.
-    budget = removed_count(wanted.ratio, len(flat)) * float(costs.mean())
+    mean = float(costs.mean())
+    gone_before = sum(
+        (n - len(scores[name])) * max(wanted.costs.get(name, 1), 1)
+        for name, n in zip(names, whole, strict=True)
+    )
+    every = len(flat) + gone_before / mean
+    budget = math.floor(wanted.ratio * every + 0.5) * mean - gone_before
     gone = torch.zeros(len(flat), dtype=torch.bool)
     gone[order[costs[order].cumsum(0) <= budget * (1 + 1e-12)]] = True
     keep = {}
@@ -99,10 +115,10 @@ def global_ranking(scores: Mapping[str, Tensor], wanted: Wanted) -> Keep:
     return keep
 
 
-def _protected(scores: Tensor, floor: float) -> Tensor:
-    """Whether each unit is among the best that always stay; bool [size]."""
+def _protected(scores: Tensor, count: int) -> Tensor:
+    """Whether each unit is among the best that always stay, one at least; bool [size]."""
     stays = torch.zeros(len(scores), dtype=torch.bool)
-    stays[best(scores, max(1, math.ceil(floor * len(scores))))] = True
+    stays[best(scores, max(1, count))] = True
     return stays
 
 

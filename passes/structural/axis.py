@@ -42,6 +42,8 @@ class PruneAxis(Pass):
             or "re:" and a regular expression.
         ignore: name patterns to leave alone.
         normalised: see case 3.
+        of: what ratio is a part of: the units there are "now", or those of the "dense" model, of
+            which some may be gone already.
     """
 
     name: ClassVar[str] = "prune-axis"
@@ -59,6 +61,7 @@ class PruneAxis(Pass):
     targets: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
     normalised: bool = False
+    of: str = "now"
 
     def __post_init__(self) -> None:
         for role in self._roles():
@@ -94,4 +97,5 @@ class PruneAxis(Pass):
             self.compensate,
             self.damping,
             self.floor,
+            self.of,
         )

@@ -38,6 +38,8 @@ class PruneHeads(Pass):
             module, or "re:" and a regular expression.
         ignore: name patterns to leave alone.
         queries_per_group: see case 2.
+        of: what ratio is a part of: the units there are "now", or those of the "dense" model, of
+            which some may be gone already.
     """
 
     name: ClassVar[str] = "prune-heads"
@@ -53,6 +55,7 @@ class PruneHeads(Pass):
     targets: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
     queries_per_group: bool = False
+    of: str = "now"
 
     def __post_init__(self) -> None:
         self._removal()
@@ -76,4 +79,5 @@ class PruneHeads(Pass):
             self.compensate,
             self.damping,
             self.floor,
+            self.of,
         )

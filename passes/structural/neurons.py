@@ -40,6 +40,8 @@ class PruneNeurons(Pass):
         targets: name patterns; only groups that reach such a tensor. Globs for a name or a module,
             or "re:" and a regular expression.
         ignore: name patterns to leave alone.
+        of: what ratio is a part of: the units there are "now", or those of the "dense" model, of
+            which some may be gone already.
     """
 
     name: ClassVar[str] = "prune-neurons"
@@ -54,6 +56,7 @@ class PruneNeurons(Pass):
     floor: float = 0.0
     targets: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
+    of: str = "now"
 
     def __post_init__(self) -> None:
         self._removal()
@@ -76,4 +79,5 @@ class PruneNeurons(Pass):
             self.compensate,
             self.damping,
             self.floor,
+            self.of,
         )

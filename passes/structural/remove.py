@@ -19,8 +19,6 @@ from graphprune.passes.structural.allocate import (
     Wanted,
     allocation_named,
     best,
-    kept_count,
-    removed_count,
 )
 from graphprune.passes.structural.calibrated import (
     DATA_SCORES,
@@ -46,6 +44,7 @@ log = logging.getLogger(__name__)
 
 # Scores that activations decide; they compensate unless told otherwise.
 DATA_CHOICES = ("obs", "taylor", *DATA_SCORES)
+OF = ("now", "dense")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +59,7 @@ class Removal:
     compensate: str = "auto"
     damping: float = 0.01
     floor: float = 0.0
+    of: str = "now"
 
     def __post_init__(self) -> None:
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float):
@@ -78,6 +78,8 @@ class Removal:
             raise RecipeError(
                 f"floor is the part of each group that stays, 0 to 1, got {self.floor!r}"
             )
+        if self.of not in OF:
+            raise RecipeError(f"ratio is a part of the units 'now' or 'dense', got of={self.of!r}")
         known = (*SCORES, *DATA_CHOICES)
         if self.score not in known:
             raise RecipeError(f"there is no score {self.score!r}; {suggest(self.score, known)}")
@@ -194,11 +196,9 @@ class Removal:
         ctx: Context,
     ) -> dict[str, int]:
         """How many units of each group stay. Only "global" has to look at all groups first."""
+        wanted = self._wanted(order, ctx)
         if self.allocation == "uniform":
-            return {
-                g.id: kept_count(removed_count(self.ratio, g.size), g.size, self.round_to)
-                for g in order
-            }
+            return {g.id: wanted.kept(g.id, g.size) for g in order}
         assert ctx.calibration is not None
         stream = Stream(program, ctx.calibration)
         scores: dict[str, Tensor] = {}
@@ -208,7 +208,7 @@ class Removal:
                 scores[group.id] = marginal_costs(program, group, parts, self.damping)
             else:
                 scores[group.id] = self._scores(program, group, parts, slopes, ctx)
-        keep = allocation_named(self.allocation)(scores, self._wanted(order))
+        keep = allocation_named(self.allocation)(scores, wanted)
         return {name: len(units) for name, units in keep.items()}
 
     def _keep(self, program: Program, selection: Selection, ctx: Context) -> dict[str, Tensor]:
@@ -218,11 +218,19 @@ class Removal:
             ctx.progress(i, len(selection.groups), "groups")
             scores[group.id] = _finite(score(program, group, ctx), group, self.score)
         ctx.progress(len(selection.groups), len(selection.groups), "groups")
-        return allocation_named(self.allocation)(scores, self._wanted(selection.groups))
+        return allocation_named(self.allocation)(scores, self._wanted(selection.groups, ctx))
 
-    def _wanted(self, groups: Sequence[AxisGroup]) -> Wanted:
+    def _wanted(self, groups: Sequence[AxisGroup], ctx: Context) -> Wanted:
         costs = {group.id: group.cost for group in groups}
-        return Wanted(self.ratio, self.round_to, self.floor, costs)
+        sizes = {}
+        if self.of == "dense" and ctx.reference is not None:
+            dense = {g.id: g for g in ctx.get(axis_groups, ctx.reference)}
+            sizes = {
+                g.id: dense[g.id].size
+                for g in groups
+                if g.id in dense and dense[g.id].role == g.role and dense[g.id].size >= g.size
+            }
+        return Wanted(self.ratio, self.round_to, self.floor, costs, sizes)
 
 
 def _without_zeros(program: Program, refitted: set[str], warnings: list[JSON]) -> Program:

@@ -310,7 +310,7 @@ class Zeroing:
             ctx.running,
         )
         began = time.perf_counter()
-        sites, skipped = self._sites(program, ctx)
+        sites, skipped = self.sites(program, ctx)
         shares = self._shares(program, sites, ctx, data)
         planned = time.perf_counter()
         done = Done(program, warnings=_extremes(shares, self.allocation))
@@ -326,7 +326,7 @@ class Zeroing:
         tensors = {site.tensor for site in sites}
         if all(torch.equal(done.program.tensors[t], program.tensors[t]) for t in tensors):
             return PassResult(program, False, report)
-        return PassResult(_noted(done.program, sites), True, report)
+        return PassResult(noted(done.program, sites), True, report)
 
     def _stream(
         self,
@@ -355,7 +355,7 @@ class Zeroing:
             done.visit(method, visit)
         ctx.progress(len(regions), len(regions), "regions")
 
-    def _sites(self, program: Program, ctx: Context) -> tuple[list[LinearSite], Skipped]:
+    def sites(self, program: Program, ctx: Context) -> tuple[list[LinearSite], Skipped]:
         """The sites to prune, each tensor once, and what is left out and why."""
         names = TensorNames(program)
         for option in ("targets", "ignore"):
@@ -378,7 +378,7 @@ class Zeroing:
             if names.match(site.tensor, self.ignore):
                 skipped.append((site.name, "ignored on request"))
             elif is_output_head(site, program) and not named:
-                skipped.append((site.name, "an output head; name it in targets to prune it"))
+                skipped.append((site.name, "an output head: left alone unless targets names it"))
             elif len(ways[site.name]) > 1:
                 skipped.append((site.name, "it is multiplied both as it is and transposed"))
             elif obstacle and self.indivisible == "skip":
@@ -472,7 +472,7 @@ def _extremes(shares: Mapping[str, Share], allocation: str) -> list[str]:
     return [sentence]
 
 
-def _noted(program: Program, sites: Sequence[LinearSite]) -> Program:
+def noted(program: Program, sites: Sequence[LinearSite]) -> Program:
     """The program with the names of its zeroed tensors, for passes that train: zeros stay zero."""
     names = {*program.metadata.get(ZEROED, ()), *(site.tensor for site in sites)}
     return replace(program, metadata={**program.metadata, ZEROED: sorted(names)})

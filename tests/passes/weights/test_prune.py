@@ -92,7 +92,7 @@ def test_output_heads_are_left_alone_unless_named(captured: Captured) -> None:
     program = captured("tiny-bert")
     plain = gp.compile(program, [Magnitude(0.5)])
     assert skipped_of(plain) == {
-        "pooler.dense.weight": "an output head; name it in targets to prune it"
+        "pooler.dense.weight": "an output head: left alone unless targets names it"
     }
     assert len(sites_of(plain)) == 12
     named = gp.compile(program, [Magnitude(0.5, targets=("pooler",))])
