@@ -1,0 +1,289 @@
+"""Accuracy against sparsity, size and time: MiniLM-L6 on SST-2, trained sparse, or pruned and trained.
+
+Every row begins with the same dense model: all-MiniLM-L6-v2 with a fresh head, fine-tuned for two
+epochs on the 6,920 training sentences. Accuracy is on the 1,821 test sentences, one standard error
+of a single run 0.75 points; with several seeds, mean and range over them. $GRAPHPRUNE_DATA names the
+folder that holds sst2/.
+
+    python -m benchmarks.sparse_training [--quick] [--json FILE] [--only TEXT] [--seeds N]
+                                         [--threads N] [--folder DIR]
+
+- zeros: a part of all weights of the encoder's linear layers, the smallest over all of them, set to
+  zero after three epochs of training with a penalty (NeuroPrune, L1) or without; then one epoch
+  more, the zeros held. Gradual magnitude zeroes on the way. Four epochs each.
+- removed: a part of the encoder's weights removed with whole heads and neurons, by Taylor scores
+  while training for four epochs with distillation.
+- structure: heads and neurons removed until the encoder has a half or a quarter of its FLOPs at 128
+  tokens, then four epochs of distillation; with the time of ONNX Runtime for one sentence of 128
+  tokens, one thread, against the dense model in the same run.
+- heads: how many NeuroPrune merges at some theta, and what that costs.
+- epoch: the time of an epoch of NeuroPrune against one of plain fine-tuning, in turns.
+
+--folder keeps what was trained, by seed and passes, so that a run can be continued.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import torch
+
+import graphprune
+from benchmarks.common import Row, Settings, main
+from graphprune.api import Compiled
+from graphprune.axes import axis_groups
+from graphprune.cost import flops
+from graphprune.errors import GraphPruneError
+from graphprune.exporters import export
+from graphprune.models import load_model
+from graphprune.models.batches import Batches, table_batches
+from graphprune.models.heads import with_head
+from graphprune.models.tables import Schema
+from graphprune.models.tasks.labelled import judge
+from graphprune.passbase import Pass
+from graphprune.passes import (
+    L1,
+    Distill,
+    Finetune,
+    GradualMagnitude,
+    GradualStructure,
+    Magnitude,
+    NeuroPrune,
+    PruneHeads,
+    PruneNeurons,
+)
+from graphprune.program import Program
+from graphprune.recipe import dump
+from graphprune.sites import is_output_head, linear_sites
+
+TOKENS = 128
+LR = 2e-4  # of all sparse training; the penalties need steps as long as the weights are large
+# Chosen on the development sentences, by accuracy at 80 % zeros.
+ALPHA, BETA, L1_ALPHA = 1e-4, 1e-4, 1e-4
+SPARSITIES = (0.5, 0.7, 0.8, 0.9)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One row: what is done in stages; equal beginnings are trained once."""
+
+    kind: str
+    name: str
+    amount: str
+    stages: tuple[tuple[Pass, ...], ...]
+
+
+def cases() -> list[Case]:
+    """All rows, without the timing of an epoch."""
+    penalised: dict[str, tuple[Pass, ...]] = {
+        "NeuroPrune": (
+            NeuroPrune(ALPHA, BETA, None, zero_below=0, epochs=3, lr=LR, schedule="constant"),
+        ),
+        "L1": (L1(L1_ALPHA, zero_below=0, epochs=3, lr=LR, schedule="constant"),),
+        "fine-tuning": (Finetune(3, lr=LR, schedule="constant"),),
+    }
+    found = [Case("", "dense", "", ())]
+    for sparsity in SPARSITIES:
+        amount = f"{100 * sparsity:.0f} %"
+        zero = Magnitude(sparsity, allocation="global")
+        found += [
+            Case("zeros", f"{name}, then magnitude", amount, (first, (zero, Finetune(1, lr=LR))))
+            for name, first in penalised.items()
+        ]
+        gradual = GradualMagnitude(sparsity, allocation="global", end=0.75, epochs=4, lr=LR)
+        found.append(Case("zeros", "gradual magnitude", amount, ((gradual,),)))
+        structure = GradualStructure(1 - sparsity, roles=("head", "neuron"), score="taylor",
+                                     epochs=4, lr=1e-4)  # fmt: skip
+        found.append(Case("removed", "taylor + distillation", amount, ((structure,),)))
+    for amount, part in (("1/2 of the FLOPs", 0.5), ("1/4 of the FLOPs", 0.75)):
+        cut = (PruneNeurons(part, score="obs"), PruneHeads(part, score="obs"))
+        found.append(
+            Case("structure", "obs + distillation", amount, ((*cut, Distill(epochs=4, lr=1e-4)),))
+        )
+    for theta in (0.15, 0.2, 0.25):
+        step = NeuroPrune(ALPHA, BETA, theta, zero_below=0, epochs=3, lr=LR, schedule="constant")
+        found.append(Case("heads", "NeuroPrune", f"theta {theta}", ((step,), (Finetune(1, lr=LR),))))
+    return found
+
+
+class Bench:
+    """One seed: data, the untrained model, and what has been trained from it."""
+
+    def __init__(self, seed: int, folder: Path, quick: bool) -> None:
+        self.seed, self.folder, self.quick = seed, folder, quick
+        self.data = _data()
+        loaded = load_model("minilm")
+        assert loaded.tokenizer_dir is not None
+        self.tokenizer: Path = loaded.tokenizer_dir
+        table = Schema("classification").read(self.data / "train.tsv")
+        self.schema = Schema("classification", table.text, table.label, table.classes())
+        self.model = with_head(loaded, self.schema, seed=seed)
+        ids = torch.randint(1000, 30000, (2, TOKENS), generator=torch.Generator().manual_seed(0))
+        self.inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def batches(self, name: str, shuffle: bool = False) -> Batches:
+        """A file's sentences with their labels."""
+        table = self.schema.read(self.data / f"{name}.tsv")
+        names = list(self.inputs)
+        return table_batches(table, self.schema, names, self.tokenizer, shuffle=shuffle)
+
+    @cached_property
+    def training(self) -> graphprune.Training:
+        data: Any = self.batches("train", shuffle=True)
+        if self.quick:
+            data = list(data)[:8]
+        return graphprune.Training(data)
+
+    @cached_property
+    def calibration(self) -> list[Any]:
+        return self.batches("train").unlabelled(256)
+
+    @cached_property
+    def dense(self) -> Program:
+        return self.after(self._captured(), "", [(Finetune(2),)])
+
+    def reach(self, stages: Sequence[Sequence[Pass]]) -> Program:
+        """The dense model after these stages."""
+        return self.after(self.dense, "dense", stages)
+
+    def after(self, program: Program, key: str, stages: Sequence[Sequence[Pass]]) -> Program:
+        for stage in stages:
+            key += dump(list(stage))
+            name = hashlib.blake2b(f"{self.seed} {self.quick} {key}".encode(), digest_size=8)
+            path = self.folder / name.hexdigest()
+            if not path.exists():
+                self._compiled(program, stage).save(path)
+            program = graphprune.load(path).program
+        return program
+
+    def accuracy(self, program: Program) -> float:
+        """On the test sentences."""
+        file = self.data / ("dev.tsv" if self.quick else "test.tsv")
+        return judge(program, self.tokenizer, file, self.schema).value
+
+    def _captured(self) -> Program:
+        return graphprune.compile(self.model.module, [], example_inputs=self.inputs).program
+
+    def _compiled(self, program: Program, stage: Sequence[Pass]) -> Compiled:
+        return graphprune.compile(
+            program,
+            list(stage),
+            training=self.training,
+            calibration=self.calibration,
+            seed=self.seed,
+        )
+
+    def epochs(self) -> Iterator[tuple[float, float]]:
+        """Seconds of an epoch of plain fine-tuning, and of NeuroPrune, in turns."""
+        while True:
+            times = []
+            for step in (Finetune(1), NeuroPrune(ALPHA, BETA, epochs=1, lr=5e-5)):
+                compiled = self._compiled(self.dense, [step])
+                times.append(compiled.report.passes[0].details["epochs"][0]["seconds"])
+            yield times[0], times[1]
+
+
+def measure(settings: Settings, only: str, seeds: int, folder: Path) -> Iterator[Row]:
+    """Every row, over all seeds."""
+    benches = [Bench(seed, folder, settings.quick) for seed in range(seeds)]
+    chosen = [c for c in cases() if only in f"{c.kind} {c.name} {c.amount}"]
+    for case in chosen:
+        start = time.perf_counter()
+        programs = [bench.reach(case.stages) for bench in benches]
+        found = [100 * b.accuracy(p) for b, p in zip(benches, programs, strict=True)]
+        row: Row = {
+            "what": case.kind,
+            "how": case.name,
+            "amount": case.amount,
+            "accuracy": mean(found),
+            "range": f"{min(found):.2f}-{max(found):.2f}",
+            "dense": mean(100 * b.accuracy(b.dense) for b in benches),
+            "zeros": f"{_zeros(programs[0]):.1%}",
+            "heads": sum(g.size for g in axis_groups(programs[0]).with_role("head")),
+            "neurons": sum(g.size for g in axis_groups(programs[0]).with_role("neuron")),
+            "FLOPs": flops(benches[0].dense) / flops(programs[0]),
+        }
+        if case.kind == "structure":
+            row |= _timed(benches[0].dense, programs[0], settings)
+        row["seconds"] = time.perf_counter() - start
+        print(row, file=sys.stderr, flush=True)
+        yield row
+    if only in "epoch":
+        yield _epoch_times(benches[0], 1 if settings.quick else 3)
+
+
+def _epoch_times(bench: Bench, rounds: int) -> Row:
+    times = [pair for pair, _ in zip(bench.epochs(), range(rounds), strict=False)]
+    ratios = [sparse / plain for plain, sparse in times]
+    row: Row = {
+        "what": "epoch",
+        "how": "NeuroPrune / fine-tuning",
+        "amount": f"{len(times)} of each",
+        "ratio": median(ratios),
+        "spread": f"{min(ratios):.2f}-{max(ratios):.2f}",
+        "seconds": median(sparse for _, sparse in times),
+    }
+    print(row, file=sys.stderr, flush=True)
+    return row
+
+
+def _zeros(program: Program) -> float:
+    """The part of the encoder's linear weights that is zero."""
+    sites = {s.tensor: s for s in linear_sites(axis_groups(program))}
+    weights = [s.matrix(program) for s in sites.values() if not is_output_head(s, program)]
+    return sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
+
+
+def _timed(dense: Program, program: Program, settings: Settings) -> Row:
+    with tempfile.TemporaryDirectory() as folder:
+        artifact = export(program, Path(folder) / "artifact", baseline=dense)
+        batch = {n: t[:1] for n, t in zip(dense.forward.input_names, dense.forward.example,
+                                          strict=True)}  # fmt: skip
+        found = artifact.benchmark(batch, threads=1, repeats=settings.repeats, clock="cpu")
+    return {
+        "ratio": found.ratio,
+        "spread": f"{found.ratio_low:.2f}-{found.ratio_high:.2f}",
+        "ms": found.model.ms,
+    }
+
+
+def _data() -> Path:
+    root = os.environ.get("GRAPHPRUNE_DATA")
+    folder = Path(root) / "sst2" if root else None
+    if folder is None or not (folder / "train.tsv").is_file():
+        raise GraphPruneError(
+            "this benchmark reads sst2/train.tsv and sst2/test.tsv: set GRAPHPRUNE_DATA to the "
+            "folder that holds them"
+        )
+    return folder
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--only", default="", metavar="TEXT")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--folder", type=Path)
+    options, sys.argv[1:] = parser.parse_known_args()
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as temporary:
+        main(
+            "sparse_training",
+            partial(
+                measure,
+                only=options.only,
+                seeds=options.seeds,
+                folder=options.folder or Path(temporary),
+            ),
+        )
