@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from graphprune.errors import UnsupportedError
+from graphprune.html import report_page
 from graphprune.losses import logits_of
 from graphprune.passbase import Context, Invariant, Pass
 from graphprune.passes import (
@@ -45,6 +46,7 @@ from graphprune.pipeline import Pipeline, fingerprint
 from graphprune.program import Program
 from graphprune.recipe import dump, loads
 from graphprune.registry import options, registered
+from graphprune.report import PassReport, Report, Size
 from graphprune.training import Training
 from graphprune.verify import verify_rewrite
 
@@ -184,6 +186,10 @@ def test_contract(step: Pass, model: str, captured: Captured) -> None:
     (finished,) = result.results
     json.dumps(finished.report)
     json.dumps(result.program.history)
+    size = Size(program.num_parameters(), 0, 0)
+    told = Report("model", size, size, (PassReport.of(finished, step.name, None),))
+    assert step.name in str(told)
+    assert step.name in report_page(told, {})
     assert finished.modified is (result.program is not program)
     if not finished.modified:
         return
