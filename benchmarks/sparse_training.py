@@ -1,9 +1,9 @@
-"""Accuracy against sparsity, size and time: MiniLM-L6 on SST-2, trained sparse, or pruned and trained.
+"""Accuracy against sparsity, size and time: MiniLM-L6 on SST-2, sparse by training or pruning.
 
 Every row begins with the same dense model: all-MiniLM-L6-v2 with a fresh head, fine-tuned for two
 epochs on the 6,920 training sentences. Accuracy is on the 1,821 test sentences, one standard error
-of a single run 0.75 points; with several seeds, mean and range over them. $GRAPHPRUNE_DATA names the
-folder that holds sst2/.
+of a single run 0.75 points; with several seeds, mean and range over them. $GRAPHPRUNE_DATA names
+the folder that holds sst2/.
 
     python -m benchmarks.sparse_training [--quick] [--json FILE] [--only TEXT] [--seeds N]
                                          [--threads N] [--folder DIR]
