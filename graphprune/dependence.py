@@ -28,6 +28,8 @@ _MOVES = {
     "split", "split_with_sizes", "chunk", "slice", "select", "unbind", "narrow", "cat", "stack",
     "contiguous", "clone", "detach", "alias", "getitem", "flip",
 }  # fmt: skip
+# Those that take a part; which one may hang on the sizes of the inputs.
+_CUTS = {"slice", "select", "narrow", "split", "split_with_sizes", "chunk", "unbind"}
 # Linear in each of two tensors; name -> those two, and what is added.
 PRODUCTS = {
     "linear": ("input", "weight", "bias"),
@@ -59,13 +61,13 @@ class Known:
     varies: Tensor
 
 
-def dependence(program: Program, entry: str, wanted: Collection[fx.Node]) -> dict[fx.Node, Known]:
+def dependence(program: Program, entry: str, wanted: Collection[str]) -> dict[str, Known]:
     """Walk an entry graph on its example inputs, and say of some nodes what depends on inputs.
 
     Args:
         program: whose tensors are constants.
         entry: name of the entry graph.
-        wanted: nodes of it that compute one tensor each.
+        wanted: names of nodes of it that compute one tensor each.
     """
     graph = program.entries[entry].graph
     nodes = list(graph.nodes)
@@ -83,11 +85,11 @@ def dependence(program: Program, entry: str, wanted: Collection[fx.Node]) -> dic
             varying[node] = torch.zeros_like(values[node], dtype=torch.bool)
         elif node.op == "call_function":
             with torch.no_grad():
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+                args, kwargs = _resolved((node.args, node.kwargs), values)
                 values[node] = node.target(*args, **kwargs)
                 varying[node] = _shaped(_varies(node, values, varying), values[node])
-        if node in wanted:
-            found[node] = Known(values[node].clone(), varying[node].clone())
+        if node.name in wanted:
+            found[node.name] = Known(values[node].clone(), varying[node].clone())
         for source in node.all_input_nodes:
             if last[source] <= i:
                 values.pop(source, None)
@@ -100,9 +102,13 @@ def _varies(node: fx.Node, values: dict[fx.Node, Any], varying: dict[fx.Node, An
     name = op_name(node)
     bound = bound_arguments(node)
     if name in _FILLS:
-        return False
+        return isinstance(bound.get("fill_value"), fx.Node)
     if name == "sym_size":
         return True  # a size is another one on other inputs
+    if name in _CUTS and _is_movable(node, bound):
+        whole = _unlike(values[bound["self"]], varying[bound["self"]], bound["dim"])
+        rest, kwargs = _resolved((node.args[1:], node.kwargs), values)
+        return node.target(whole, *rest, **kwargs)  # type: ignore[operator]
     if name in _MOVES:
         args, kwargs = fx.node.map_arg(
             (node.args, node.kwargs),
@@ -111,6 +117,8 @@ def _varies(node: fx.Node, values: dict[fx.Node, Any], varying: dict[fx.Node, An
         return node.target(*args, **kwargs)  # type: ignore[operator]
     if name in ("to", "_to_copy", "type_as", "expand_as", "dropout"):
         return varying[node.all_input_nodes[0]]
+    if name == "batch_norm" and not bound["training"]:
+        return varying[bound["input"]]
     if any(varying[n] is True for n in node.all_input_nodes):
         return True
     if name in PRODUCTS:
@@ -126,6 +134,23 @@ def _varies(node: fx.Node, values: dict[fx.Node, Any], varying: dict[fx.Node, An
     # A sum over ones tells how long the inputs are.
     fakes = pytree.tree_leaves([n.meta["val"] for n in sources])
     return any(_is_symbolic(f.shape) for f in fakes if isinstance(f, Tensor))
+
+
+def _is_movable(node: fx.Node, bound: dict[str, Any]) -> bool:
+    """Whether another part would be taken of inputs of another length."""
+    size = bound["self"].meta["val"].shape[bound["dim"]]
+    return _is_symbolic([size]) or len(node.all_input_nodes) > 1
+
+
+def _unlike(value: Tensor, varies: Tensor, dim: int) -> Tensor:
+    """Where a value varies, or is not one and the same all along a dimension."""
+    first = value.narrow(dim, 0, 1)
+    unlike = varies.any(dim, keepdim=True) | (value != first).any(dim, keepdim=True)
+    return unlike.expand_as(value)
+
+
+def _resolved(arguments: Any, values: dict[fx.Node, Any]) -> Any:
+    return fx.node.map_arg(arguments, values.__getitem__)
 
 
 def _product(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, overload
 
 import torch
@@ -15,6 +15,8 @@ from graphprune.axes.analysis import Axes, infer_axes
 from graphprune.axes.roles import roles
 from graphprune.errors import UnsupportedError
 from graphprune.program import Program
+
+NAMES = "axis_names"  # in a program's metadata: id by position -> id to go by
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,8 @@ class AxisGroup:
     """One axis with everything that has it: removing a unit removes a slice of each.
 
     Attributes:
-        id: its first occurrence, "tensor[dim]" or "tensor[dim].k" for the k-th part of a dimension.
+        id: its first occurrence, "tensor[dim]" or "tensor[dim].k" for the k-th part of a dimension;
+            it stays the same when other parts go.
         size: number of units.
         role: what it is for, one of `graphprune.axes.ROLES`.
         occurrences: every tensor dimension that it is, or is a part of.
@@ -167,9 +170,10 @@ def _groups(axes: Axes) -> list[AxisGroup]:
                     found.append(Occurrence(tensor, dim))
                 names.setdefault(leaf, f"{tensor}[{dim}]" + (f".{k}" if len(parts) > 1 else ""))
     known = roles(axes)
+    former = axes.program.metadata.get(NAMES, {})
     return [
         AxisGroup(
-            id=names[leaf],
+            id=former.get(names[leaf], names[leaf]),
             size=int(leaf.size),
             role=known.get(leaf, "other"),
             occurrences=tuple(places),
@@ -181,6 +185,42 @@ def _groups(axes: Axes) -> list[AxisGroup]:
         for leaf, places in occurrences.items()
         if leaf.size > 1
     ]
+
+
+def names_after(before: AxisGroups, keep: Mapping[Axis, Tensor], after: Program) -> dict[str, str]:
+    """What to call the groups of a program that lost units, so that each keeps its name.
+
+    An axis that is down to one unit is none any more, and those beside it in a dimension would be
+    counted anew: "w[0].1" would become "w[0]".
+
+    Args:
+        before: the groups before, with their names.
+        keep: leaves with the units that stay.
+        after: the program with those units alone; names it has are left out of account.
+
+    Returns:
+        for `Program.metadata[NAMES]`: name by position -> name before, where they differ.
+    """
+    old = {algebra.find(group.axis): group.id for group in before}
+    found = {}
+    plain = AxisGroups(infer_axes(replace(after, metadata={**after.metadata, NAMES: {}})))
+    for group in plain:
+        place = group.occurrences[0]
+        new_parts = _parts(plain, place, {})
+        old_parts = _parts(before, place, keep)
+        if len(new_parts) == len(old_parts):
+            leaf = algebra.find(group.axis)
+            # It may be there twice, in both halves of a concatenation.
+            former = next(o for n, o in zip(new_parts, old_parts, strict=True) if n is leaf)
+            if former in old and old[former] != group.id:
+                found[group.id] = old[former]
+    return found
+
+
+def _parts(groups: AxisGroups, place: Occurrence, keep: Mapping[Axis, Tensor]) -> list[Axis]:
+    """The parts of a tensor's dimension that have several units left."""
+    parts = algebra.leaves(groups.axes.tensors[place.tensor][place.dim])
+    return [part for part in parts if algebra.new_size(part, keep) > 1]
 
 
 def _checked_indices(group: AxisGroup, indices: Any) -> Tensor:

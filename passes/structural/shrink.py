@@ -22,9 +22,7 @@ from graphprune.registry import register
 from graphprune.rewrite import removed_since
 from graphprune.sites import LinearSite, contractions, linear_sites, sites_of
 
-_AT_MOST = 8  # rounds; each can only free units that the one before made needless
-
-Place = tuple[str, Contraction]
+_ROUNDING = 1e-5  # of a constant; attention's weights do not sum to one exactly
 
 
 @register
@@ -39,7 +37,7 @@ class Shrink(Pass):
     2. A unit that is zero whatever the inputs are goes: a head whose values are zero, a gated
        neuron whose gate or product is, a query and key dimension where either is.
     3. A unit that is another constant is folded into the bias of what reads it, and goes. Without
-       a bias there it stays.
+       a bias there, or with one in half precision that would round the sum, it stays.
     4. At least one unit of each axis stays. Zeros count where they are in whole rows or columns;
        others stay as they are.
     5. Features of frozen and normalised axes stay, and so do those that only some readers need;
@@ -97,14 +95,16 @@ class _Findings:
         self.readers = _bias_readers(program)
         self.places = {g.id: contractions(groups, g) for g in groups}
         self.known: dict[tuple[str, str], Known] = {}
+        self.folding: set[tuple[str, str]] = set()
+        wide = program.in_float32()  # constants are to be exact
         for entry in program.entries:
             here = [c for places in self.places.values() for e, c in places if e == entry]
             # The weights of linear sites are read where they are.
             opaque = [c for c in here if not sites_of(entry, c, program)]
             others = [other[0] for c in opaque if (other := _other_factor(c)) is not None]
             nodes = {*(c.operand for c in here), *others}
-            found = dependence(program, entry, nodes)
-            self.known |= {(entry, node.name): known for node, known in found.items()}
+            found = dependence(wide, entry, {node.name for node in nodes})
+            self.known |= {(entry, name): known for name, known in found.items()}
         self.shifts: dict[str, dict[str, Tensor]] = {}
         self.needless: dict[str, Tensor] = {}
         self.folds: dict[str, Tensor] = {}
@@ -144,59 +144,77 @@ class _Findings:
         places = self.places[group.id]
         if not places:
             return
-        free = torch.ones(group.size, dtype=torch.bool)
-        constant = torch.zeros(group.size, dtype=torch.bool)
+        silent = torch.ones(group.size, dtype=torch.bool)
+        free, constant = silent.clone(), silent.clone()
         for entry, contraction in places:
-            silent, folds = self._at(group, entry, contraction)
-            free &= silent | folds
-            constant |= folds & ~silent
-        if not bool(free.any()):
+            adds_nothing, is_constant, is_taken = self._at(group, entry, contraction)
+            silent &= adds_nothing
+            constant &= adds_nothing | is_constant
+            free &= adds_nothing | (is_constant & is_taken)
+        if not bool(constant.any()):
             return
         if group.frozen or group.normalised:
             why = group.frozen[0] if group.frozen else "a normalisation counts its units"
-            skipped = {"id": group.id, "role": group.role, "size": group.size, "reason": why}
-            self.skipped.append({**skipped, "units": int(free.sum())})
+            self._skip(group, free, why)
             return
+        self._skip(group, constant & ~free, "constants, and what reads them has no bias for them")
         if bool(free.all()):
             free[0] = False
-        folds = constant & free
-        if bool(folds.any()) and not self._shift(group, folds):
+        folds = free & ~silent
+        if bool(folds.any()) and (why := self._shift(group, folds)):
+            self._skip(group, folds, why)
             free &= ~folds
             folds &= free
         if bool(free.any()):
             self.needless[group.id], self.folds[group.id] = free, folds
 
-    def _at(self, group: AxisGroup, entry: str, contraction: Contraction) -> tuple[Tensor, Tensor]:
-        """Units that add nothing at a node, and those that add a constant; bool [size] each."""
-        folds = torch.zeros(group.size, dtype=torch.bool)
+    def _skip(self, group: AxisGroup, units: Tensor, why: str) -> None:
+        if bool(units.any()):
+            skipped = {"id": group.id, "role": group.role, "size": group.size, "reason": why}
+            self.skipped.append({**skipped, "units": int(units.sum())})
+
+    def _at(
+        self, group: AxisGroup, entry: str, contraction: Contraction
+    ) -> tuple[Tensor, Tensor, bool]:
+        """Units that add nothing at a node, those that are constant, and whether a bias is there.
+
+        Both bool [size].
+        """
         sites = sites_of(entry, contraction, self.program)
-        zero, constant = self._constants(entry, contraction.operand, contraction.dim)
+        zero, constant = self._constants(entry, contraction.operand.name, contraction.dim)
         if sites:
             columns = [_is_zero(site.matrix(self.program)).cpu() for site in sites]
             zero = zero | torch.stack(columns).all(0)
         elif (other := _other_factor(contraction)) is not None:
-            zero = zero | self._constants(entry, *other)[0]
+            zero = zero | self._constants(entry, other[0].name, other[1])[0]
         positions = algebra.unit_labels(contraction.axis, algebra.find(group.axis))
-        if len(sites) == 1 and sites[0].bias is not None and sites[0].expert is None:
-            folds = _units(zero | constant, positions, group.size)
-        return _units(zero, positions, group.size), folds
+        takes = len(sites) == 1 and sites[0].bias is not None and sites[0].expert is None
+        return (
+            _units(zero, positions, group.size),
+            _units(zero | constant, positions, group.size),
+            takes,
+        )
 
-    def _constants(self, entry: str, node: fx.Node, dim: int) -> tuple[Tensor, Tensor]:
+    def _constants(self, entry: str, name: str, dim: int) -> tuple[Tensor, Tensor]:
         """Positions along a dimension of a value that are zero, and that are some constant."""
-        known = self.known[entry, node.name]
+        known = self.known[entry, name]
         value = known.value.movedim(dim, -1).flatten(0, -2)
         varies = known.varies.movedim(dim, -1).flatten(0, -2).any(0)
         if not len(value):
             return torch.zeros_like(varies), torch.zeros_like(varies)
-        constant = ~varies & (value == value[:1]).all(0)
-        return (constant & (value[0] == 0)).cpu(), constant.cpu()
+        same = (value - value[:1]).abs().amax(0) <= _ROUNDING * value[0].abs()
+        zero = ~varies & (value == 0).all(0)
+        return zero.cpu(), (~varies & same).cpu()
 
-    def _shift(self, group: AxisGroup, folds: Tensor) -> bool:
-        """Work out what biases gain when units are folded; whether that can be.
+    def _shift(self, group: AxisGroup, folds: Tensor) -> str:
+        """Work out what biases gain when units are folded; if that cannot be, why.
 
-        A bias that is added at several places must gain the same at each of them.
+        1. A bias that is added at several places must gain the same at each of them.
+        2. A sum that half precision would round is not the same any more.
+        3. A feature may belong to two groups; what two groups fold is folded one after the other.
         """
         gains: dict[str, list[Tensor]] = {}
+        nodes = set()
         for entry, contraction in self.places[group.id]:
             for site in sites_of(entry, contraction, self.program):
                 if site.bias is None or site.expert is not None:
@@ -208,12 +226,21 @@ class _Findings:
                 matrix = site.matrix(self.program).double().cpu()
                 gain = matrix[:, chosen] @ constants[chosen]
                 gains.setdefault(site.bias, []).append(gain)
-        self.shifts[group.id] = {bias: found[0] for bias, found in gains.items()}
-        return all(
-            len(found) == self.readers[bias] and all(torch.equal(found[0], f) for f in found)
-            for bias, found in gains.items()
-            if any(bool(f.any()) for f in found)
-        )
+                nodes.add((entry, site.node.name))
+        gaining = {b: found for b, found in gains.items() if any(bool(f.any()) for f in found)}
+        for bias, found in gaining.items():
+            alike = all(torch.allclose(found[0], f, _ROUNDING, 0) for f in found)
+            if not alike or len(found) != self.readers[bias]:
+                return f"constants, and their bias {bias!r} is added in other places too"
+            whole = self.program.tensors[bias].double().cpu() + found[0]
+            rounded = whole.to(self.program.tensors[bias].dtype).double()
+            if bool(((rounded - whole).abs() > _ROUNDING * whole.abs()).any()):
+                return f"constants, and the bias {bias!r} is too coarse for them"
+        if self.folding & nodes:
+            return "constants, and so are others at the same place: they go first"
+        self.folding |= nodes
+        self.shifts[group.id] = {bias: found[0] for bias, found in gaining.items()}
+        return ""
 
 
 def _other_factor(contraction: Contraction) -> tuple[fx.Node, int] | None:

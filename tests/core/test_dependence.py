@@ -7,19 +7,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from graphprune.capture import capture
 from graphprune.dependence import Known, dependence
+from graphprune.graph import flat_outputs
 from graphprune.models.tiny import tiny
 from graphprune.program import Program
 
 Captured = Callable[[str], Program]
 
 
-def _walk(program: Program) -> dict[fx.Node, Known]:
+def _walk(program: Program) -> dict[str, Known]:
     nodes = [
-        n
+        n.name
         for n in program.forward.graph.nodes
         if n.op == "call_function" and isinstance(n.meta["val"], Tensor)
     ]
@@ -29,8 +30,8 @@ def _walk(program: Program) -> dict[fx.Node, Known]:
 def _of(module: nn.Module, *inputs: Tensor) -> Known:
     """What is said of the output."""
     program = capture(module, inputs)
-    output = program.forward.graph.output_node().args[0][0]  # type: ignore[index]
-    return dependence(program, "forward", [output])[output]  # type: ignore[list-item,index]
+    output = flat_outputs(program.forward.graph)[0].name
+    return dependence(program, "forward", [output])[output]
 
 
 def _thinned(program: Program, part: float, seed: int) -> Program:
@@ -68,9 +69,9 @@ def test_what_is_called_constant_does_not_change(name: str, captured: Captured) 
         entry = replace(program.forward, example=example)
         other = replace(program, entries={"forward": entry})
         again = dependence(other, "forward", list(known))
-        for node, k in known.items():
-            a, b = k.value[~k.varies], again[node].value[~k.varies]
-            torch.testing.assert_close(a, b, equal_nan=True, msg=node.name)
+        for name, k in known.items():
+            a, b = k.value[~k.varies], again[name].value[~k.varies]
+            torch.testing.assert_close(a, b, equal_nan=True, msg=name)
 
 
 class _Product(nn.Module):
@@ -121,6 +122,49 @@ def test_a_sum_whose_length_is_the_inputs_is_no_constant() -> None:
     assert not _of(_Product(lambda x, w: torch.ones_like(x) * w, w=torch.ones(4)), X).varies.any()
 
 
+def test_what_is_cut_to_the_inputs_length_counts_if_it_is_the_same_everywhere() -> None:
+    """Rows 0 to 7 of a table say nothing of those that longer inputs would read."""
+    table = torch.zeros(40, 4)
+    table[10:, 3] = 1
+    table[:, 1] = 5
+
+    class Reads(nn.Module):
+        def __init__(self, how: Callable[[Tensor, Tensor], Tensor]) -> None:
+            super().__init__()
+            self.register_buffer("table", table)
+            self.how = how
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.zeros_like(x) + self.how(x, self.table)  # type: ignore[arg-type]
+
+    x = torch.randn(2, 8, 4)
+    cuts: list[Callable[[Tensor, Tensor], Tensor]] = [
+        lambda x, t: t[: x.shape[1]],
+        lambda x, t: t.narrow(0, 0, x.shape[1]),
+        lambda x, t: t[: x.shape[1]][-1],
+    ]
+    for cut in cuts:
+        assert _of(Reads(cut), x).varies[0, 0].tolist() == [False, False, False, True]
+    # A part that is the same for all lengths is what it is.
+    assert not _of(Reads(lambda x, t: t[:1]), x).varies.any()
+
+
+def test_a_fill_with_a_size_is_no_constant() -> None:
+    class Fills(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.zeros_like(x) + torch.full((4,), x.shape[1])
+
+    assert _of(Fills(), torch.randn(2, 8, 4)).varies.all()
+
+
+def test_batch_norm_keeps_channels_apart() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
+    with torch.no_grad():
+        model[0].weight[2] = 0  # type: ignore[operator]
+    known = _of(model, torch.randn(2, 3, 5, 5))
+    assert known.varies.any(dim=(0, 2, 3)).tolist() == [True, True, False, True]
+
+
 def test_attention_hands_on_what_all_keys_share() -> None:
     class Attends(nn.Module):
         def __init__(self, masked: bool) -> None:
@@ -143,4 +187,4 @@ def test_only_what_is_asked_for_is_kept() -> None:
     model, inputs = tiny("tiny-mlp")
     program = capture(model, inputs)
     node = next(n for n in program.forward.graph.nodes if n.op == "call_function")
-    assert list(dependence(program, "forward", [node])) == [node]
+    assert list(dependence(program, "forward", [node.name])) == [node.name]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import graphprune as gp
 from graphprune.axes import axis_groups
 from graphprune.capture import capture
+from graphprune.models.tiny import tiny
 from graphprune.passbase import Context
 from graphprune.passes import Magnitude, Shrink
 from graphprune.passes.quantize.quantize import Quantize
@@ -307,6 +308,114 @@ def test_a_bias_that_something_else_reads_too_takes_nothing() -> None:
         model.one.weight[0] = 0
     program = capture(model, (torch.randn(3, 4),))
     assert _shrunk(program)[0] is program
+
+
+class _Attention(nn.Module):
+    """Attention without a mask; 4 heads of 3 dims."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(12, 12) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            part(x).unflatten(-1, (4, 3)).transpose(1, 2)
+            for part in (self.query, self.key, self.value)
+        )
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        result: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        return result
+
+
+def _attention(change: Callable[[_Attention], None]) -> Program:
+    model = _Attention()
+    with torch.no_grad():
+        change(model)
+    return _wide(capture(model, (torch.randn(2, 5, 12),)))
+
+
+def _sizes(report: dict[str, Any]) -> dict[str, int]:
+    return {g["role"]: g["after"] for g in report["groups"]}
+
+
+def test_a_heads_constant_goes_into_the_output_bias() -> None:
+    """Weights of attention sum to one, so values that all keys share come out as they are."""
+
+    def change(model: _Attention) -> None:
+        model.value.weight[3:6] = 0  # head 1: its bias alone
+
+    program = _attention(change)
+    smaller, report = _shrunk(program)
+    assert _sizes(report) == {"head": 3}
+    assert report["folded"]
+    torch.testing.assert_close(_output(smaller), _output(program), rtol=1e-11, atol=1e-12)
+
+
+def test_what_two_groups_share_is_folded_once() -> None:
+    """Head 0 is constant, and so is value dim 1 of all heads: one feature belongs to both."""
+
+    def change(model: _Attention) -> None:
+        model.value.weight[:3] = 0
+        model.value.weight[1::3] = 0
+
+    program = _attention(change)
+    smaller, report = _shrunk(program)
+    assert _sizes(report) == {"head": 3, "v_dim": 2}
+    torch.testing.assert_close(_output(smaller), _output(program), rtol=1e-11, atol=1e-12)
+
+
+def test_axes_keep_their_names_when_one_beside_them_is_down_to_a_unit() -> None:
+    def change(model: _Attention) -> None:
+        model.out.weight[:, 3:] = 0  # only head 0 is read
+        model.query.weight[2] = 0
+        model.query.bias[2] = 0
+        model.value.weight[1] = 0
+        model.value.bias[1] = 0
+
+    program = _attention(change)
+    smaller, report = _shrunk(program)
+    before = {g.id: g for g in axis_groups(program)}
+    for group in report["groups"]:
+        assert before[group["id"]].role == group["role"]
+        assert before[group["id"]].size == group["before"]
+    assert _sizes(report) == {"head": 1, "qk_dim": 2, "v_dim": 2}
+    left = {g.id: g.role for g in axis_groups(smaller) if g.role in ("qk_dim", "v_dim")}
+    assert left == {g.id: g.role for g in before.values() if g.role in ("qk_dim", "v_dim")}
+    torch.testing.assert_close(_output(smaller), _output(program), rtol=1e-11, atol=1e-12)
+
+
+def test_half_precision_takes_no_constants_but_loses_what_is_silent() -> None:
+    model = _Mlp(nn.functional.gelu).to(torch.bfloat16)
+    with torch.no_grad():
+        model.first.weight[2] = 0
+        model.second.weight[:, 4] = 0
+    program = capture(model, (torch.randn(4, 5, dtype=torch.bfloat16),))
+    smaller, report = _shrunk(program)
+    assert smaller.tensors["first.weight"].shape == (6, 5)
+    assert smaller.tensors["first.weight"].dtype is torch.bfloat16
+    assert ["too coarse" in entry["reason"] for entry in report["skipped"]] == [True]
+
+
+def test_key_value_groups_go_from_a_cache_too() -> None:
+    module, inputs = tiny("tiny-llama")
+    cached = gp.compile(module, [], example_inputs=inputs, cache=True).program
+    groups = axis_groups(cached)
+    group = next(g for g in groups.with_role("kv_group") if not g.frozen)
+    for site, units in consumers(groups, group):
+        if site.entry == "forward":
+            matrix = site.matrix(cached).clone()
+            matrix[:, units == 0] = 0
+            cached = site.with_matrix(cached, matrix)
+    compiled = gp.compile(cached, [Shrink()])  # the pipeline compares both entries
+    after = {g["id"]: g["after"] for g in compiled.report.passes[-1].details["groups"]}
+    assert after == {group.id: group.size - 1}
+
+
+def test_constants_that_stay_are_told() -> None:
+    report = _shrunk(_mlp(bias=False, first=[2]))[1]
+    (told,) = report["skipped"]
+    assert told["units"] == 1
+    assert "no bias" in told["reason"]
 
 
 def test_what_cannot_go_is_reported(captured: Captured) -> None:
