@@ -517,7 +517,9 @@ class _Run:
             for units in self.place.cuts:
                 graphs = shrink(graphs, units)
             tensors = {n: t.to(graphs.tensors[n].dtype) for n, t in moved.tensors.items()}
-            moved = replace(graphs, metadata=moved.metadata).with_tensors(tensors)
+            moved = replace(graphs, metadata=moved.metadata, history=moved.history).with_tensors(
+                tensors
+            )
         return moved.with_tensors(
             {
                 name: old

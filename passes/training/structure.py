@@ -22,7 +22,7 @@ from graphprune.passes.training.units import DIMS, HEADS, Ledger, Units, find_un
 from graphprune.program import JSON, Program
 from graphprune.quantized import refuse_quantised
 from graphprune.registry import register, suggest
-from graphprune.rewrite import mask
+from graphprune.rewrite import kept_indices, mask
 from graphprune.verify import verify_rewrite
 
 ROLES = (*HEADS, "neuron", *DIMS)
@@ -169,6 +169,8 @@ class GradualStructure(Pass):
                 {"id": u.id, "role": u.role, "before": u.size, "after": ledger.left(u)}
                 for u in units
             ],
+            # Not of dims that each head has its own of.
+            "kept": kept_indices(fitted.program.history[len(program.history) :]),
             "scores": state.summary(),
             "skipped": {**told.get("skipped", {}), **skipped},
             "parameters_before": program.num_parameters(),
@@ -278,7 +280,9 @@ class _State:
         arranged = program.with_tensors(self.ledger.arranged(program.tensors))
         if self.ctx.verify:
             _compare(program, mask(arranged, keep))
-        return arranged, keep
+        # Which dims a head has kept is its own matter: the record of the cut cannot say it.
+        moved = [name for name in keep if self.ledger.units[name].heads is not None]
+        return arranged.record({"rearranged": moved}) if moved else arranged, keep
 
     def state(self) -> Mapping[str, Tensor]:
         return {

@@ -25,10 +25,10 @@ from graphprune.passbase import Context
 from graphprune.passes import GradualStructure, PruneNeurons, Quantize
 from graphprune.passes.training.schedule import scheduled
 from graphprune.passes.training.structure import ROLES, _State
-from graphprune.passes.training.units import Ledger, Units, find_units, position_sums
+from graphprune.passes.training.units import DIMS, Ledger, Units, find_units, position_sums
 from graphprune.pipeline import Pipeline
 from graphprune.program import Program, graph_module
-from graphprune.rewrite import MASK, mask, shrink
+from graphprune.rewrite import MASK, kept_indices, mask, shrink
 from graphprune.sites import consumers
 from graphprune.training import Training
 
@@ -404,7 +404,10 @@ def test_the_density_is_reached_and_cut(density: float, model: str, captured: Ca
         for group in axis_groups(program).with_role(*ROLES)
     )
     assert density <= report["density"] < density + largest / total
-    (step_of_history,) = result.program.history[-1]["steps"]
+    *order, step_of_history = result.program.history[-1]["steps"]
+    own = {unit.id for unit in units if unit.heads is not None}
+    dims = [name for name in step_of_history["removed"] if name in own]
+    assert order == ([{"rearranged": dims}] if dims else [])
     kept = {name: len(cut["kept"]) for name, cut in step_of_history["removed"].items()}
     assert report["groups"] == [
         {"id": u.id, "role": u.role, "before": u.size, "after": kept.get(u.id, u.size)}
@@ -429,6 +432,28 @@ def test_the_density_is_reached_and_cut(density: float, model: str, captured: Ca
     assert report["verification"]["cuts"] == 1
     assert report["verification"]["max_error"] < 1e-5
     assert set(report["scores"]) == {unit.id for unit in units}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_was_kept_is_told_where_it_is_the_same_in_all_heads(
+    dtype: torch.dtype, captured: Captured
+) -> None:
+    """With tiny steps weights are still those of the kept units; dims of heads have none to tell."""
+    program = captured("tiny-encoder").cast(torch.float32, dtype)
+    result = _run(program, GradualStructure(0.4, epochs=2, lr=1e-6, weight_decay=0.0))
+    report = result.results[0].report
+    cut = {g["id"]: g for g in report["groups"] if g["after"] < g["before"]}
+    told = {name for name, g in cut.items() if g["role"] not in DIMS}
+    assert told
+    assert cut.keys() - told
+    assert report["kept"].keys() == told
+    assert report["kept"] == kept_indices(result.program.history)
+    for name, kept in report["kept"].items():
+        assert len(kept) == cut[name]["after"]
+        if cut[name]["role"] == "neuron":
+            weight = name.removesuffix("[0]")
+            expected = program.tensors[weight][kept]
+            torch.testing.assert_close(result.program.tensors[weight], expected, rtol=0, atol=1e-3)
 
 
 def test_neurons_that_nothing_reads_go_first(captured: Captured) -> None:
