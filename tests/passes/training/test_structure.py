@@ -438,7 +438,7 @@ def test_the_density_is_reached_and_cut(density: float, model: str, captured: Ca
 def test_what_was_kept_is_told_where_it_is_the_same_in_all_heads(
     dtype: torch.dtype, captured: Captured
 ) -> None:
-    """With tiny steps weights are still those of the kept units; dims of heads have none to tell."""
+    """With tiny steps weights are still those of the kept units; dims of heads are not told."""
     program = captured("tiny-encoder").cast(torch.float32, dtype)
     result = _run(program, GradualStructure(0.4, epochs=2, lr=1e-6, weight_decay=0.0))
     report = result.results[0].report
