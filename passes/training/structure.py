@@ -46,7 +46,8 @@ class GradualStructure(Pass):
     3. A head whose dims compete too counts as the sum of its dims: else by its own slope.
     4. Before each step those with the lowest score for the parameters that go with them are
        zeroed, as many as the schedule's density allows. What is gone does not come back; the last
-       unit of an axis stays. A parameter of two units counts once.
+       unit of an axis stays. A parameter of two units counts once. A unit that costs too much is
+       waited for; the last time cheaper ones go instead, as long as one fits.
     5. Every head of a layer loses equally many dims, each its own weakest ones, where no tensor is
        shared between heads; else (rotary tables) all heads lose the same ones.
     6. At the end of the epoch in which the schedule ends, zeroed units are cut, verified, and the
@@ -235,7 +236,7 @@ class _State:
         )
         # A product that rounds down must not keep what exactly fits.
         budget = (1 - density) * self.ledger.total + 1e-6
-        if not self.ledger.remove(self.scores(), budget):
+        if not self.ledger.remove(self.scores(), budget, fill=self.finished):
             return None
         return self.ledger.masks(parameters)
 
