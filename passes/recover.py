@@ -13,7 +13,7 @@ from graphprune.losses import Score
 from graphprune.objective import inputs_of
 from graphprune.optimiser import check_number
 from graphprune.passbase import Context, Invariant, Pass, PassResult
-from graphprune.passes.repeat import inner_proof, run_round
+from graphprune.passes.repeat import inner_passes, inner_proof, run_round
 from graphprune.program import Program, ProgramModule
 from graphprune.registry import options, register
 from graphprune.training import Training
@@ -50,7 +50,7 @@ class PruneRecover(Pass):
     tolerance: float | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "passes", tuple(self.passes))
+        object.__setattr__(self, "passes", inner_passes(self.name, self.passes))
         if isinstance(self.rounds, bool) or not isinstance(self.rounds, int) or self.rounds < 1:
             raise RecipeError(f"rounds must be a whole number of at least 1, got {self.rounds!r}")
         if self.tolerance is not None:

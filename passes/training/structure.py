@@ -114,6 +114,8 @@ class GradualStructure(Pass):
         for role in self.roles:
             if role not in ROLES:
                 raise RecipeError(f"there is no role {role!r} here; {suggest(str(role), ROLES)}")
+        if len(set(self.roles)) < len(self.roles):
+            raise RecipeError(f"roles names one twice: {list(self.roles)}; give each once")
         if not isinstance(self.distill, bool):
             raise RecipeError(f"distill is true or false, got {self.distill!r}")
         Distillation(self.temperature, self.alpha, self.hidden_weight)

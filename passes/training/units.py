@@ -204,32 +204,28 @@ class Ledger:
         Returns:
             Whether any went.
         """
-        before, again = self.removed, budget > self.removed
-        while again:
-            # What went makes others cheaper: they may fit now.
-            again = self._sweep(scores, budget, fill) and fill
-        return self.removed > before
-
-    def _sweep(self, scores: Mapping[str, Tensor], budget: float, fill: bool) -> bool:
-        """Go once through all units in the order of their scores; whether any went."""
+        if budget <= self.removed:
+            return False
         ranked = [(u, *self._ranked(u, scores[u.id])) for u in self.units.values()]
         values = [value for _, value, _ in ranked]
         lengths = torch.tensor([len(value) for value in values])
         owners = torch.repeat_interleave(torch.arange(len(values)), lengths)
         ranks = torch.cat([torch.arange(len(value)) for value in values])
         before = self.removed
-        waiting: set[str] = set()
+        too_dear: set[str] = set()
         for position in torch.argsort(torch.cat(values), stable=True):
             unit, _, numbers = ranked[int(owners[position])]
-            if unit.id in waiting:
-                continue  # none of an axis overtakes a weaker one
+            if unit.id in too_dear:
+                continue
             k = int(ranks[position])
             chosen = torch.zeros(unit.rows * unit.size, dtype=torch.bool)
             chosen[numbers[:, k]] = True
             if self.removed + self._cost([(unit, chosen)]) <= budget:
                 self._remove([(unit, chosen)])
             elif fill:
-                waiting.add(unit.id)
+                # So are all of its axis, for good: what goes takes as much from the budget as it
+                # makes others cheaper, or more.
+                too_dear.add(unit.id)
             else:
                 break
         return self.removed > before

@@ -197,6 +197,17 @@ def test_options_out_of_range(options: Any, says: str) -> None:
         PruneRecover(**options)
 
 
+@pytest.mark.parametrize("wrap", [PruneRecover, Repeat])
+@pytest.mark.parametrize(
+    "passes", [PruneNeurons(0.5), "finetune", ({"prune-neurons": {}},), {"finetune": {}}]
+)
+def test_what_is_no_list_of_passes_is_refused(passes: Any, wrap: Any) -> None:
+    with pytest.raises(RecipeError, match=rf"^{wrap.name} takes a list of passes, got "):
+        wrap(passes)
+    kept: Any = (PruneNeurons(0.5), Finetune())
+    assert wrap(list(kept)).passes == kept
+
+
 def test_a_tolerance_without_eval_is_refused_before_work(captured: Captured) -> None:
     program = captured("tiny-mlp")
     step = PruneRecover((PruneNeurons(0.5),), tolerance=0.1)

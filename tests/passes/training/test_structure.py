@@ -634,6 +634,7 @@ def test_refusals(captured: Captured) -> None:
         ({"lr_schedule": "linar"}, "did you mean 'linear'"),
         ({"roles": ()}, "roles is a list of some of"),
         ({"roles": "head"}, "roles is a list of some of"),
+        ({"roles": ("head", "neuron", "head")}, "roles names one twice"),
         ({"roles": ("residual",)}, "there is no role 'residual' here"),
         ({"distill": 1}, "distill is true or false"),
         ({"temperature": 0}, "temperature must be"),
