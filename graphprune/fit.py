@@ -80,13 +80,8 @@ def fit(
     program: Program,
     training: Training | None,
     ctx: Context,
+    plan: Plan,
     *,
-    epochs: int,
-    lr: float,
-    weight_decay: float = 0.01,
-    warmup: float = 0.1,
-    schedule: str = "linear",
-    clip: float = 1.0,
     penalty: Penalty | None = None,
     distillation: Distillation | None = None,
     masking: Masking | None = None,
@@ -104,7 +99,7 @@ def fit(
         program: what to train; bfloat16 and float16 train in float32 and come back.
         training: data, loss, evaluation, checkpoints.
         ctx: of the running pass; its reference is the teacher.
-        epochs, lr, weight_decay, warmup, schedule, clip: see `Plan`.
+        plan: how long, and with which steps.
         penalty: of the parameters by name, added to the loss.
         distillation: learn from `ctx.reference` too.
         masking: chooses weights to zero while training; early stopping waits until it has settled.
@@ -119,7 +114,6 @@ def fit(
         TrainingError: data or labels do not fit, the checkpoint is of another model, or the loss is
             not finite; its `program` holds the last good weights.
     """
-    plan = Plan(epochs, lr, weight_decay, warmup, schedule, clip)
     if training is None:
         raise RecipeError(
             f"pass {ctx.running!r} trains and needs data and a loss: give compile(..., "

@@ -42,24 +42,14 @@ class Finetune(Pass):
     clip: float = 1.0
 
     def __post_init__(self) -> None:
-        Plan(self.epochs, self.lr, self.weight_decay, self.warmup, self.schedule, self.clip)
+        Plan.of(self)
 
     @property
     def needs_training(self) -> bool:
         return True
 
     def run(self, program: Program, ctx: Context) -> PassResult:
-        fitted = fit(
-            program,
-            ctx.training,
-            ctx,
-            epochs=self.epochs,
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-            warmup=self.warmup,
-            schedule=self.schedule,
-            clip=self.clip,
-        )
+        fitted = fit(program, ctx.training, ctx, Plan.of(self))
         return PassResult(fitted.program, True, trained_report(fitted))
 
 

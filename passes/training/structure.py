@@ -97,7 +97,7 @@ class GradualStructure(Pass):
     clip: float = 1.0
 
     def __post_init__(self) -> None:
-        Plan(self.epochs, self.lr, self.weight_decay, self.warmup, self.lr_schedule, self.clip)
+        Plan.of(self)
         check_number("density", self.density, "a part above 0, at most 1", low=0, high=1,
                      open_low=True)  # fmt: skip
         if self.score not in SCORES:
@@ -142,12 +142,7 @@ class GradualStructure(Pass):
             program,
             ctx.training,
             ctx,
-            epochs=self.epochs,
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-            warmup=self.warmup,
-            schedule=self.lr_schedule,
-            clip=self.clip,
+            Plan.of(self),
             distillation=teacher if self.distill else None,
             masking=state,
             after_epoch=state.after_epoch,

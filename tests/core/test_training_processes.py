@@ -17,6 +17,7 @@ from graphprune.axes import axis_groups
 from graphprune.capture import capture
 from graphprune.fit import Fitted, fit
 from graphprune.models.tiny import tiny
+from graphprune.optimiser import Plan
 from graphprune.passbase import Context, Keep, PassResult
 from graphprune.passes import GradualStructure
 from graphprune.program import Program
@@ -76,8 +77,7 @@ def train(batches: list[dict[str, torch.Tensor]], checkpoints: Path | None = Non
         start,
         training,
         Context(),
-        epochs=3,
-        lr=1e-2,
+        Plan(3, 1e-2),
         penalty=lambda tensors: 1e-3 * torch.stack([t.abs().sum() for t in tensors.values()]).sum(),
         after_epoch=after,
     )
