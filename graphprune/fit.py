@@ -80,13 +80,8 @@ def fit(
     program: Program,
     training: Training | None,
     ctx: Context,
+    plan: Plan,
     *,
-    epochs: int,
-    lr: float,
-    weight_decay: float = 0.01,
-    warmup: float = 0.1,
-    schedule: str = "linear",
-    clip: float = 1.0,
     penalty: Penalty | None = None,
     distillation: Distillation | None = None,
     masking: Masking | None = None,
@@ -104,7 +99,7 @@ def fit(
         program: what to train; bfloat16 and float16 train in float32 and come back.
         training: data, loss, evaluation, checkpoints.
         ctx: of the running pass; its reference is the teacher.
-        epochs, lr, weight_decay, warmup, schedule, clip: see `Plan`.
+        plan: how long, and with which steps.
         penalty: of the parameters by name, added to the loss.
         distillation: learn from `ctx.reference` too.
         masking: chooses weights to zero while training; early stopping waits until it has settled.
@@ -119,7 +114,6 @@ def fit(
         TrainingError: data or labels do not fit, the checkpoint is of another model, or the loss is
             not finite; its `program` holds the last good weights.
     """
-    plan = Plan(epochs, lr, weight_decay, warmup, schedule, clip)
     if training is None:
         raise RecipeError(
             f"pass {ctx.running!r} trains and needs data and a loss: give compile(..., "
@@ -131,12 +125,20 @@ def fit(
     name = f"{ctx.fits}-{ctx.running or 'fit'}"
     ctx.fits += 1
     with _own_randomness():
-        run = _Run(
-            program, training, ctx, plan, penalty, distillation, masking, after_epoch, bind, name
-        )
-        run.more_settings = dict(settings or {})
-        run.arrange = arrange
-        return run.train()
+        return _Run(
+            program,
+            training,
+            ctx,
+            plan,
+            penalty,
+            distillation,
+            masking,
+            after_epoch,
+            arrange,
+            bind,
+            settings or {},
+            name,
+        ).train()
 
 
 @contextlib.contextmanager
@@ -187,14 +189,15 @@ class _Run:
         distillation: Distillation | None,
         masking: Masking | None,
         after_epoch: AfterEpoch | None,
+        arrange: Arrange | None,
         bind: Callable[[Program], None] | None,
+        more_settings: Mapping[str, JSON],
         name: str,
     ) -> None:
         self.source, self.training, self.ctx, self.plan = program, training, ctx, plan
         self.penalty, self.masking = penalty, masking
-        self.after_epoch, self.bind = after_epoch, bind
-        self.more_settings: dict[str, JSON] = {}
-        self.arrange: Arrange | None = None
+        self.after_epoch, self.arrange, self.bind = after_epoch, arrange, bind
+        self.more_settings = more_settings
         self.start = time.perf_counter()
         self.folder = training.folder(name)
         self.workers = Workers(training.device)
@@ -364,15 +367,23 @@ class _Run:
         if (found or self.penalty) and not (first.requires_grad or rest.requires_grad):
             raise TrainingError("the loss does not depend on the model's weights")
         if math.isfinite(value):
-            self._backward(first, rest)
+            # By the counts, which all processes know: one without a batch has nothing of its own.
+            any_scored = any(
+                count and name in scored for name, count in zip(names, counts, strict=True)
+            )
+            self._backward(first, rest, any_scored)
         self._add("loss", value, 1)
         return value
 
-    def _backward(self, scored: Tensor, rest: Tensor) -> None:
-        """Leave the gradient of both; in between, let masks be chosen by the first one's."""
+    def _backward(self, scored: Tensor, rest: Tensor, any_scored: bool) -> None:
+        """Leave the gradient of both; in between, let masks be chosen by the first one's.
+
+        `any_scored` is whether a process has the first one: then all of them share its gradient.
+        """
         parameters = self.optimiser.parameters
         if scored.requires_grad:
             self.workers.backward(scored, retain_graph=rest.requires_grad)
+        if any_scored:
             self.workers.share_gradients(parameters)
         chosen = None
         if self.masking is not None:
@@ -500,7 +511,9 @@ class _Run:
             for units in self.place.cuts:
                 graphs = shrink(graphs, units)
             tensors = {n: t.to(graphs.tensors[n].dtype) for n, t in moved.tensors.items()}
-            moved = replace(graphs, metadata=moved.metadata).with_tensors(tensors)
+            moved = replace(graphs, metadata=moved.metadata, history=moved.history).with_tensors(
+                tensors
+            )
         return moved.with_tensors(
             {
                 name: old

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 Rows = list[Sequence[str]]
 Chart = dict[str, Any]
 
-# Groups with at most so many units are drawn unit by unit, wider ones as a bar.
+# Groups with at most so many units are drawn unit by unit; as a bar wider ones, and those of which
+# it is not told what stayed.
 _DRAWN = 64
 _COLOURS = (
     *("#2f6fb3", "#d9822b", "#3f9b6c", "#8a5fb0", "#c04b5a"),
@@ -57,7 +58,9 @@ def report_page(report: Report, manifest: Mapping[str, Any]) -> str:
         pass_header=HEADER,
         passes=report.rows(),
         skipped=report.skipped_lines(),
-        warnings=[w for p in report.passes for w in p.details.get("warnings") or ()],
+        warnings=list(
+            dict.fromkeys(w for _, details in report.steps() for w in details.get("warnings") or ())
+        ),
         recipe=_recipe(report),
         verification=[
             report.verification() + ".",
@@ -215,34 +218,43 @@ def _timing(manifest: Mapping[str, Any]) -> tuple[str, float, float] | None:
 def _roles(report: Report) -> list[dict[str, Any]]:
     """For each role: its groups with what stayed of them, through all passes."""
     layers: dict[str, dict[str, dict[str, Any]]] = {}
-    for done in report.passes:
-        for group in _entries(done.details.get("groups")):
+    for _, details in report.steps():
+        for group in _entries(details.get("groups")):
             layer = layers.setdefault(str(group["role"]), {}).setdefault(
-                str(group["id"]), {"size": int(group["before"]), "kept": None}
+                str(group["id"]), _whole(int(group["before"]))
             )
-            kept = (done.details.get("kept") or {}).get(group["id"])
-            layer["kept"] = _composed(layer["kept"], kept, int(group["after"]))
-        for group in _entries(done.details.get("skipped")):
+            told = (details.get("kept") or {}).get(group["id"])
+            layer["kept"] = _composed(layer["kept"], told, group)
+            layer["left"], layer["cut"] = int(group["after"]), True
+        for group in _entries(details.get("skipped")):
             if group.get("size"):
                 layers.setdefault(str(group["role"]), {}).setdefault(
-                    str(group["id"]), {"size": int(group["size"]), "kept": None}
+                    str(group["id"]), _whole(int(group["size"]))
                 )
     # A role of which nothing was cut has nothing to show.
     return [
         {"title": _TITLES.get(role, role), "layers": _drawn(groups)}
         for role, groups in layers.items()
-        if any(layer["kept"] is not None for layer in groups.values())
+        if any(layer["cut"] for layer in groups.values())
     ]
+
+
+def _whole(size: int) -> dict[str, Any]:
+    return {"size": size, "left": size, "kept": list(range(size)), "cut": False}
 
 
 def _entries(groups: JSON) -> list[Mapping[str, Any]]:
     return [g for g in groups or () if isinstance(g, Mapping) and "id" in g and "role" in g]
 
 
-def _composed(before: list[int] | None, kept: Any, count: int) -> list[int]:
-    """Original indices that are left, after a pass that kept these of those before it."""
-    chosen = list(range(count)) if kept is None else list(kept)
-    return chosen if before is None else [before[i] for i in chosen]
+def _composed(before: list[int] | None, told: Any, group: Mapping[str, Any]) -> list[int] | None:
+    """Original indices that are left, after a pass that kept these of those before it.
+
+    None where no record says which ones: each head may have lost others.
+    """
+    if told is None:
+        return before if group["after"] == group["before"] else None
+    return None if before is None else [before[i] for i in told]
 
 
 def _drawn(groups: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -250,16 +262,16 @@ def _drawn(groups: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     ordered = sorted(groups, key=lambda name: _natural(names[name]))
     rows = []
     for name in ordered:
-        size = groups[name]["size"]
-        kept = range(size) if groups[name]["kept"] is None else groups[name]["kept"]
-        alive = set(kept)
+        size, left, kept = (groups[name][key] for key in ("size", "left", "kept"))
+        alive = set(kept or ())
+        by_unit = kept is not None and size <= _DRAWN
         rows.append(
             {
                 "id": name,
                 "name": names[name],
-                "units": [i in alive for i in range(size)] if size <= _DRAWN else [],
-                "percent": f"{100 * len(kept) / size:.1f}",
-                "count": f"{len(kept):,} of {size:,}",
+                "units": [i in alive for i in range(size)] if by_unit else [],
+                "percent": f"{100 * left / size:.1f}",
+                "count": f"{left:,} of {size:,}",
             }
         )
     return rows
@@ -277,8 +289,8 @@ def _natural(name: str) -> list[tuple[int, int, str]]:
 def _output_errors(report: Report) -> dict[str, float]:
     """Group id -> output error, of all passes; a group cut twice has its last."""
     found: dict[str, float] = {}
-    for done in report.passes:
-        errors = done.details.get("output_error")
+    for _, details in report.steps():
+        errors = details.get("output_error")
         if isinstance(errors, Mapping):
             found |= {str(name): float(value) for name, value in errors.items()}
     return found
@@ -287,23 +299,23 @@ def _output_errors(report: Report) -> dict[str, float]:
 def _error_charts(report: Report, errors: Mapping[str, float]) -> list[Chart]:
     """One chart a pass."""
     charts: list[Chart] = []
-    for done in report.passes:
-        mine = done.details.get("output_error")
+    for title, details in report.steps():
+        mine = details.get("output_error")
         if isinstance(mine, Mapping) and mine:
             names = short_names(list(mine))
             bars = {names[name]: errors[name] for name in sorted(mine, key=lambda n: _natural(n))}
-            charts += _bars(done.name, list(bars), {"error": list(bars.values())})
-        curves = done.details.get("score_curves")
+            charts += _bars(title, list(bars), {"error": list(bars.values())})
+        curves = details.get("score_curves")
         if isinstance(curves, Mapping) and curves:
-            charts += _curves(f"{done.name}: cost of the units, in order of removal", curves)
+            charts += _curves(f"{title}: cost of the units, in order of removal", curves)
     return charts
 
 
 def _matrices(report: Report) -> list[dict[str, Any]]:
     """For each pass that zeroed weights: what was reached and lost in every matrix."""
     found = []
-    for done in report.passes:
-        sites = [s for s in done.details.get("sites") or () if "sparsity" in s]
+    for title, details in report.steps():
+        sites = [s for s in details.get("sites") or () if "sparsity" in s]
         if not sites:
             continue
         rows = [
@@ -322,8 +334,8 @@ def _matrices(report: Report) -> list[dict[str, Any]]:
             kind, layer = _without_number(s["name"])
             if "error" in s:
                 layers.setdefault(kind, []).append((i if layer is None else layer, s["error"]))
-        charts = _lines(f"{done.name}: output error of each matrix, by layer", layers)
-        found.append({"title": done.name, "rows": rows, "charts": charts})
+        charts = _lines(f"{title}: output error of each matrix, by layer", layers)
+        found.append({"title": title, "rows": rows, "charts": charts})
     return found
 
 
@@ -339,8 +351,8 @@ def _without_number(name: str) -> tuple[str, int | None]:
 def _trainings(report: Report) -> list[dict[str, Any]]:
     """For each pass that trained: its epochs, and how connections are spread over units."""
     found = []
-    for done in report.passes:
-        epochs = done.details.get("epochs")
+    for title, details in report.steps():
+        epochs = details.get("epochs")
         if not isinstance(epochs, list | tuple) or not epochs:
             continue
         columns = list(dict.fromkeys(key for epoch in epochs for key in epoch))
@@ -352,11 +364,11 @@ def _trainings(report: Report) -> list[dict[str, Any]]:
         }
         charts: list[Chart] = []
         if len(epochs) > 1:
-            charts += _lines(f"{done.name}: loss by epoch", lines)
+            charts += _lines(f"{title}: loss by epoch", lines)
             metric = [(e["epoch"], e["metric"]) for e in epochs if "metric" in e]
-            told = done.details.get("metric")
-            charts += _lines(f"{done.name}: {told} by epoch", {str(told): metric} if metric else {})
-        degrees = done.details.get("degrees") or {}
+            told = details.get("metric")
+            charts += _lines(f"{title}: {told} by epoch", {str(told): metric} if metric else {})
+        degrees = details.get("degrees") or {}
         wirings = _wirings(degrees)
         for name, (before, after) in wirings.items():
             charts += _degree_chart(f"{name}: units by living connections", before, after)
@@ -368,8 +380,8 @@ def _trainings(report: Report) -> list[dict[str, Any]]:
         ]  # fmt: skip
         found.append(
             {
-                "title": done.name,
-                "header": [_metric_word(key, done.details) for key in columns],
+                "title": title,
+                "header": [_metric_word(key, details) for key in columns],
                 "rows": rows,
                 "charts": charts,
                 "degrees": spread,

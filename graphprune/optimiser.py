@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,16 @@ class Plan:
     warmup: float = 0.1
     schedule: str = "linear"
     clip: float = 1.0
+
+    @classmethod
+    def of(cls, step: Any) -> Plan:
+        """The options that a pass has under these names; `lr_schedule` where it has two schedules.
+
+        Raises:
+            RecipeError: one of them has no meaning.
+        """
+        schedule = step.lr_schedule if hasattr(step, "lr_schedule") else step.schedule
+        return cls(step.epochs, step.lr, step.weight_decay, step.warmup, schedule, step.clip)
 
     def __post_init__(self) -> None:
         if isinstance(self.epochs, bool) or not isinstance(self.epochs, int) or self.epochs < 1:

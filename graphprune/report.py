@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, final
 
@@ -73,9 +73,19 @@ class PassReport:
             parameters=sizes,
             max_error=None if error is None else float(error),
             seconds=finished.seconds + finished.verify_seconds,
-            skipped=_skipped(details.get("skipped")),
+            skipped=_all_skipped(details),
             details=details,
         )
+
+    def steps(self) -> Iterator[tuple[str, Mapping[str, JSON]]]:
+        """Title and report of this pass, and of each that it ran inside: "round 2: finetune"."""
+        yield self.name, self.details
+        yield from _inner(self.details)
+
+    @property
+    def resized(self) -> bool:
+        """Whether parameters went or came."""
+        return self.parameters is not None and self.parameters[0] != self.parameters[1]
 
 
 @final
@@ -104,6 +114,11 @@ class Report:
         return replace(
             self, after=after, passes=(*self.passes, *passes), seconds=self.seconds + seconds
         )
+
+    def steps(self) -> Iterator[tuple[str, Mapping[str, JSON]]]:
+        """Title and report of every pass, and of those that ran inside one, in order."""
+        for done in self.passes:
+            yield from done.steps()
 
     @property
     def max_error(self) -> float | None:
@@ -213,8 +228,22 @@ class Report:
         if not any(p.modified for p in self.passes):
             return "nothing was changed"
         changed = [p for p in self.passes if p.modified]
-        if all("sites" in p.details or "epochs" in p.details for p in changed):
+        told = [
+            details
+            for p in changed
+            for _, details in p.steps()
+            if "rounds" not in details and details.get("modified", True)
+        ]
+        if not any(p.resized for p in changed) and all(
+            "sites" in details or "epochs" in details for details in told
+        ):
             return "no shape was changed, only values: nothing to prove"
+        drifts = [check["drift"] for d in told if "drift" in (check := d.get("verification", {}))]
+        if drifts:
+            return (
+                "a norm is over units that went, which equals no masking; largest drift "
+                f"{max(drifts):.1e} of the largest output"
+            )
         return "not done (verify=False)"
 
     def skipped_lines(self) -> list[str]:
@@ -278,6 +307,24 @@ def _count_by_role(groups: JSON) -> dict[str, tuple[int, int, int]]:
         before, after = int(group["before"]), int(group["after"])
         counted[str(group.get("role", ""))] = (gone + before - after, total + before, count + 1)
     return counted
+
+
+def _inner(details: Mapping[str, JSON]) -> Iterator[tuple[str, Mapping[str, JSON]]]:
+    """Title and report of the passes that one ran in rounds; not of a round that was given up."""
+    rounds = details.get("rounds") or ()
+    for number, done in enumerate(rounds[: details.get("taken", len(rounds))], 1):
+        for told in done["passes"] if isinstance(done, Mapping) else done:
+            title = f"round {number}: {told['pass']}"
+            yield title, told
+            yield from ((f"{title}, {deeper}", inner) for deeper, inner in _inner(told))
+
+
+def _all_skipped(details: Mapping[str, JSON]) -> tuple[str, ...]:
+    """What a pass skipped, and those that it ran inside; what each round skips, once."""
+    inner = (
+        f"{d['pass']}: {line}" for _, d in _inner(details) for line in _skipped(d.get("skipped"))
+    )
+    return tuple(dict.fromkeys([*_skipped(details.get("skipped")), *inner]))
 
 
 def _skipped(entries: JSON) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -170,28 +170,34 @@ def _mask_operand(
         set_bound(contraction.node, {argument: masked})
 
 
-def kept_indices(history: Any) -> dict[str, list[int]]:
-    """For each axis that was cut: which of its original indices are left."""
+def kept_indices(history: Sequence[JSON]) -> dict[str, list[int]]:
+    """For each axis that was cut: which of its original indices are left.
+
+    An axis whose units were put in another order is not among them: each head may have kept others.
+    """
     kept: dict[str, list[int]] = {}
-    for name, indices in _cuts(history):
-        before = kept.get(name)
-        kept[name] = indices if before is None else [before[i] for i in indices]
-    return kept
+    lost: set[str] = set()
+    for cut, rearranged in removals(history):
+        lost |= rearranged
+        for name, indices in cut.items():
+            before = kept.get(name)
+            kept[name] = indices if before is None else [before[i] for i in indices]
+    return {name: indices for name, indices in kept.items() if name not in lost}
 
 
-def _cuts(record: Any) -> Iterator[tuple[str, list[int]]]:
-    """Every {"removed": {axis: {"kept": [...]}}} in the history, in order."""
-    if isinstance(record, list | tuple):
-        for item in record:
-            yield from _cuts(item)
-    elif isinstance(record, dict):
-        for key, value in record.items():
-            if key == "removed" and isinstance(value, dict):
-                for name, cut in value.items():
-                    if isinstance(cut, dict) and "kept" in cut:
-                        yield name, list(cut["kept"])
-            else:
-                yield from _cuts(value)
+def removals(history: Sequence[JSON]) -> Iterator[tuple[dict[str, list[int]], set[str]]]:
+    """What was removed, oldest first: axis group -> units that stay, and groups put in order.
+
+    The units of those were in another order by then, the removed ones last: a line "rearranged" of
+    the history, before the line "removed", says which they are.
+    """
+    rearranged: set[str] = set()
+    for record in history:
+        rearranged |= set(record.get("rearranged", ()))
+        if "removed" in record:
+            yield {name: list(cut["kept"]) for name, cut in record["removed"].items()}, rearranged
+            rearranged = set()
+        yield from removals(record.get("steps", ()))
 
 
 def removed_since(before: Program, after: Program) -> dict[str, JSON]:

@@ -13,7 +13,7 @@ from graphprune.losses import Score
 from graphprune.objective import inputs_of
 from graphprune.optimiser import check_number
 from graphprune.passbase import Context, Invariant, Pass, PassResult
-from graphprune.passes.repeat import run_round
+from graphprune.passes.repeat import inner_passes, inner_proof, run_round
 from graphprune.program import Program, ProgramModule
 from graphprune.registry import options, register
 from graphprune.training import Training
@@ -50,7 +50,7 @@ class PruneRecover(Pass):
     tolerance: float | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "passes", tuple(self.passes))
+        object.__setattr__(self, "passes", inner_passes(self.name, self.passes))
         if isinstance(self.rounds, bool) or not isinstance(self.rounds, int) or self.rounds < 1:
             raise RecipeError(f"rounds must be a whole number of at least 1, got {self.rounds!r}")
         if self.tolerance is not None:
@@ -90,27 +90,22 @@ class PruneRecover(Pass):
                 stopped = self.tolerance is not None and not metric >= dense - self.tolerance
             rounds.append(record)
             good = good if stopped else current
-        return PassResult(good, good is not program, self._report(rounds, dense, stopped))
+        return PassResult(good, good is not program, self._report(rounds, dense, stopped, ctx))
 
     def _report(
-        self, rounds: list[dict[str, JSON]], dense: float | None, stopped: bool
+        self, rounds: list[dict[str, JSON]], dense: float | None, stopped: bool, ctx: Context
     ) -> dict[str, JSON]:
         taken = rounds[:-1] if stopped else rounds
         words = f"{len(taken)} of {self.rounds} rounds"
         if taken and dense is not None:
             words += f", eval {taken[-1]['metric']:.4g} (dense {dense:.4g})"
-        checks = [told.get("verification", {}) for record in taken for told in record["passes"]]
-        errors = [check["max_error"] for check in checks if "max_error" in check]
         return {
             "summary": words,
             "rounds": rounds,
             "taken": len(taken),
             "stopped": stopped,
             "metric_dense": dense,
-            "verification": {
-                "checked": "after each inner pass",
-                **({"max_error": max(errors)} if errors else {}),
-            },
+            "verification": inner_proof([t for record in taken for t in record["passes"]], ctx),
         }
 
 

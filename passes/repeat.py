@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 from graphprune.errors import RecipeError
 from graphprune.events import JSON
@@ -32,7 +32,7 @@ class Repeat(Pass):
     at_most: int = 8
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "passes", tuple(self.passes))
+        object.__setattr__(self, "passes", inner_passes(self.name, self.passes))
         if not self.passes:
             raise RecipeError("repeat needs at least one pass")
         if not isinstance(self.at_most, int) or self.at_most < 1:
@@ -56,9 +56,22 @@ class Repeat(Pass):
         report = {
             "rounds": rounds,
             "settled": settled,
-            "verification": {"checked": "after each inner pass"},
+            "verification": inner_proof([told for reports in rounds for told in reports], ctx),
         }
         return PassResult(current, current is not program, report)
+
+
+def inner_passes(name: str, passes: Any) -> tuple[Pass, ...]:
+    """The passes that another one runs, as a tuple.
+
+    Raises:
+        RecipeError: it is no list of passes.
+    """
+    listed = isinstance(passes, Iterable)
+    steps = tuple(passes) if listed else ()
+    if not listed or not all(isinstance(step, Pass) for step in steps):
+        raise RecipeError(f"{name} takes a list of passes, got {passes!r}")
+    return steps
 
 
 def run_round(
@@ -72,3 +85,12 @@ def run_round(
         ctx.forget(program)
         reports.append({**finished.report, "pass": step.name, "modified": finished.modified})
     return program, reports
+
+
+def inner_proof(reports: Sequence[Mapping[str, JSON]], ctx: Context) -> dict[str, JSON]:
+    """What a pass that runs others says of verification, from the reports of those."""
+    if not ctx.verify:
+        return {"skipped": "verification was switched off"}
+    checks = [told.get("verification", {}) for told in reports]
+    errors = [check["max_error"] for check in checks if "max_error" in check]
+    return {"checked": "after each inner pass", **({"max_error": max(errors)} if errors else {})}

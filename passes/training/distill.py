@@ -59,7 +59,7 @@ class Distill(Pass):
     clip: float = 1.0
 
     def __post_init__(self) -> None:
-        Plan(self.epochs, self.lr, self.weight_decay, self.warmup, self.schedule, self.clip)
+        Plan.of(self)
         if not isinstance(self.hidden, bool):
             raise RecipeError(f"hidden is true or false, got {self.hidden!r}")
         self._distillation()
@@ -73,12 +73,7 @@ class Distill(Pass):
             program,
             ctx.training,
             ctx,
-            epochs=self.epochs,
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-            warmup=self.warmup,
-            schedule=self.schedule,
-            clip=self.clip,
+            Plan.of(self),
             distillation=self._distillation(),
         )
         return PassResult(fitted.program, True, trained_report(fitted))

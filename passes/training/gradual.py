@@ -93,7 +93,7 @@ class GradualMagnitude(Pass):
     clip: float = 1.0
 
     def __post_init__(self) -> None:
-        Plan(self.epochs, self.lr, self.weight_decay, self.warmup, self.lr_schedule, self.clip)
+        Plan.of(self)
         if self.allocation not in ALLOCATIONS:
             raise RecipeError(
                 f"there is no allocation {self.allocation!r}; "
@@ -143,12 +143,7 @@ class GradualMagnitude(Pass):
             program,
             ctx.training,
             ctx,
-            epochs=self.epochs,
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-            warmup=self.warmup,
-            schedule=self.lr_schedule,
-            clip=self.clip,
+            Plan.of(self),
             distillation=teacher if self.distill else None,
             masking=masking,
             after_epoch=masking.after_epoch,

@@ -53,7 +53,7 @@ class L1(Pass):
     clip: float = 1.0
 
     def __post_init__(self) -> None:
-        Plan(self.epochs, self.lr, self.weight_decay, self.warmup, self.schedule, self.clip)
+        Plan.of(self)
         check_number("alpha", self.alpha, "0 or more", low=0)
         check_zeroing(self.zero_below, self.sparsity)
 
@@ -85,12 +85,7 @@ class L1(Pass):
             program,
             ctx.training,
             ctx,
-            epochs=self.epochs,
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-            warmup=self.warmup,
-            schedule=self.schedule,
-            clip=self.clip,
+            Plan.of(self),
             penalty=penalty,
             after_epoch=after_epoch,
             settings={"alpha": self.alpha},

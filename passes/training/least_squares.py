@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, final
 
@@ -32,7 +32,7 @@ from graphprune.passes.weights.prune import Skipped, Zeroing
 from graphprune.program import Program
 from graphprune.quantized import refuse_quantised
 from graphprune.registry import register
-from graphprune.rewrite import shrink
+from graphprune.rewrite import removals, shrink
 from graphprune.sites import LinearSite, linear_sites
 from graphprune.statistics import Gram
 from graphprune.stream import Stream
@@ -53,7 +53,8 @@ class LeastSquares(Pass):
     after layer, and each layer is fitted to the inputs that the refitted ones before it make.
 
     1. Weights that a pass has zeroed stay zero; a bias is fitted too.
-    2. Where output units are gone, those that are left do as their own did in the dense model.
+    2. Where output units are gone, those that are left do as their own did in the dense model. A
+       layer is left alone where each head lost other dims: which ones is not on record.
     3. A weight that is used at several places is fitted once for all of them, before the others.
     4. A layer whose error on the calibration rows does not get smaller stays as it is.
     5. Experts are left alone: the dense model may route other rows to them.
@@ -387,7 +388,10 @@ def _tables(program: Program) -> set[str]:
 
 
 def _kept_rows(program: Program, dense: Program, sites: Sequence[LinearSite]) -> dict[str, Tensor]:
-    """Output units of the dense model that are left at these sites, by doing all removals again."""
+    """Output units of the dense model that are left at these sites, by doing all removals again.
+
+    Without those whose units were put in another order on the way.
+    """
     if not sites:
         return {}
     rows = {
@@ -396,20 +400,16 @@ def _kept_rows(program: Program, dense: Program, sites: Sequence[LinearSite]) ->
     }
     current = dense
     try:
-        for kept in _removals(program.history[len(dense.history) :]):
+        for kept, rearranged in removals(program.history[len(dense.history) :]):
             groups = axis_groups(current)
+            moved = {(o.tensor, o.dim) for name in rearranged for o in groups[name].occurrences}
             for site in sites:
-                at = groups.indices(site.tensor, site_dims(site)[0], kept)
-                rows[site.name] = rows[site.name][at]
+                place = site.tensor, site_dims(site)[0]
+                if place in moved:
+                    rows.pop(site.name, None)
+                elif site.name in rows:
+                    rows[site.name] = rows[site.name][groups.indices(*place, kept)]
             current = shrink(current, kept)
     except UnsupportedError:
         return {}  # a pass in between has renamed what the record speaks of
     return rows
-
-
-def _removals(history: Sequence[JSON]) -> Iterator[dict[str, list[int]]]:
-    """What was removed, oldest first: axis group -> units that stay."""
-    for record in history:
-        if "removed" in record:
-            yield {name: said["kept"] for name, said in record["removed"].items()}
-        yield from _removals(record.get("steps", ()))

@@ -85,7 +85,7 @@ class NeuroPrune(Pass):
     clip: float = 1.0
 
     def __post_init__(self) -> None:
-        Plan(self.epochs, self.lr, self.weight_decay, self.warmup, self.schedule, self.clip)
+        Plan.of(self)
         check_number("alpha", self.alpha, "0 or more", low=0)
         check_number("beta", self.beta, "0 or more", low=0)
         if self.theta is not None:
@@ -115,12 +115,7 @@ class NeuroPrune(Pass):
             program,
             ctx.training,
             ctx,
-            epochs=self.epochs,
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-            warmup=self.warmup,
-            schedule=self.schedule,
-            clip=self.clip,
+            Plan.of(self),
             penalty=state.penalty,
             after_epoch=state.after_epoch,
             bind=state.bind,

@@ -22,7 +22,7 @@ from graphprune.passes.training.units import DIMS, HEADS, Ledger, Units, find_un
 from graphprune.program import JSON, Program
 from graphprune.quantized import refuse_quantised
 from graphprune.registry import register, suggest
-from graphprune.rewrite import mask
+from graphprune.rewrite import kept_indices, mask
 from graphprune.verify import verify_rewrite
 
 ROLES = (*HEADS, "neuron", *DIMS)
@@ -46,7 +46,8 @@ class GradualStructure(Pass):
     3. A head whose dims compete too counts as the sum of its dims: else by its own slope.
     4. Before each step those with the lowest score for the parameters that go with them are
        zeroed, as many as the schedule's density allows. What is gone does not come back; the last
-       unit of an axis stays. A parameter of two units counts once.
+       unit of an axis stays. A parameter of two units counts once. A unit that costs too much is
+       waited for; the last time cheaper ones go instead, as long as one fits.
     5. Every head of a layer loses equally many dims, each its own weakest ones, where no tensor is
        shared between heads; else (rotary tables) all heads lose the same ones.
     6. At the end of the epoch in which the schedule ends, zeroed units are cut, verified, and the
@@ -96,7 +97,7 @@ class GradualStructure(Pass):
     clip: float = 1.0
 
     def __post_init__(self) -> None:
-        Plan(self.epochs, self.lr, self.weight_decay, self.warmup, self.lr_schedule, self.clip)
+        Plan.of(self)
         check_number("density", self.density, "a part above 0, at most 1", low=0, high=1,
                      open_low=True)  # fmt: skip
         if self.score not in SCORES:
@@ -113,6 +114,8 @@ class GradualStructure(Pass):
         for role in self.roles:
             if role not in ROLES:
                 raise RecipeError(f"there is no role {role!r} here; {suggest(str(role), ROLES)}")
+        if len(set(self.roles)) < len(self.roles):
+            raise RecipeError(f"roles names one twice: {list(self.roles)}; give each once")
         if not isinstance(self.distill, bool):
             raise RecipeError(f"distill is true or false, got {self.distill!r}")
         Distillation(self.temperature, self.alpha, self.hidden_weight)
@@ -139,12 +142,7 @@ class GradualStructure(Pass):
             program,
             ctx.training,
             ctx,
-            epochs=self.epochs,
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-            warmup=self.warmup,
-            schedule=self.lr_schedule,
-            clip=self.clip,
+            Plan.of(self),
             distillation=teacher if self.distill else None,
             masking=state,
             after_epoch=state.after_epoch,
@@ -169,6 +167,8 @@ class GradualStructure(Pass):
                 {"id": u.id, "role": u.role, "before": u.size, "after": ledger.left(u)}
                 for u in units
             ],
+            # Not of dims that each head has its own of.
+            "kept": kept_indices(fitted.program.history[len(program.history) :]),
             "scores": state.summary(),
             "skipped": {**told.get("skipped", {}), **skipped},
             "parameters_before": program.num_parameters(),
@@ -233,7 +233,7 @@ class _State:
         )
         # A product that rounds down must not keep what exactly fits.
         budget = (1 - density) * self.ledger.total + 1e-6
-        if not self.ledger.remove(self.scores(), budget):
+        if not self.ledger.remove(self.scores(), budget, fill=self.finished):
             return None
         return self.ledger.masks(parameters)
 
@@ -278,7 +278,9 @@ class _State:
         arranged = program.with_tensors(self.ledger.arranged(program.tensors))
         if self.ctx.verify:
             _compare(program, mask(arranged, keep))
-        return arranged, keep
+        # Which dims a head has kept is its own matter: the record of the cut cannot say it.
+        moved = [name for name in keep if self.ledger.units[name].heads is not None]
+        return arranged.record({"rearranged": moved}) if moved else arranged, keep
 
     def state(self) -> Mapping[str, Tensor]:
         return {

@@ -190,7 +190,7 @@ class Ledger:
         """Take these as gone, by group id."""
         self._remove([(self.units[name], chosen.flatten().cpu()) for name, chosen in gone.items()])
 
-    def remove(self, scores: Mapping[str, Tensor], budget: float) -> bool:
+    def remove(self, scores: Mapping[str, Tensor], budget: float, *, fill: bool = False) -> bool:
         """Let the units with the lowest score for their cost go, until the next one costs too much.
 
         Waiting for that one, instead of going on to cheaper ones, gives large units their turn. The
@@ -199,6 +199,7 @@ class Ledger:
         Args:
             scores: by group id, [rows, size].
             budget: parameters that may be gone, all together.
+            fill: there is no later turn: go on to cheaper ones until none fits.
 
         Returns:
             Whether any went.
@@ -211,14 +212,22 @@ class Ledger:
         owners = torch.repeat_interleave(torch.arange(len(values)), lengths)
         ranks = torch.cat([torch.arange(len(value)) for value in values])
         before = self.removed
+        too_dear: set[str] = set()
         for position in torch.argsort(torch.cat(values), stable=True):
             unit, _, numbers = ranked[int(owners[position])]
+            if unit.id in too_dear:
+                continue
             k = int(ranks[position])
             chosen = torch.zeros(unit.rows * unit.size, dtype=torch.bool)
             chosen[numbers[:, k]] = True
-            if self.removed + self._cost([(unit, chosen)]) > budget:
+            if self.removed + self._cost([(unit, chosen)]) <= budget:
+                self._remove([(unit, chosen)])
+            elif fill:
+                # So are all of its axis, for good: what goes takes as much from the budget as it
+                # makes others cheaper, or more.
+                too_dear.add(unit.id)
+            else:
                 break
-            self._remove([(unit, chosen)])
         return self.removed > before
 
     def _ranked(self, unit: Units, scores: Tensor) -> tuple[Tensor, Tensor]:

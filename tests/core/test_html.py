@@ -13,6 +13,7 @@ import pytest
 
 import graphprune as gp
 from graphprune import html
+from graphprune.events import PassFinished
 from graphprune.exporters import open_artifact
 from graphprune.exporters.results import add_results
 from graphprune.passes import PruneHeads, PruneNeurons, Quantize
@@ -153,6 +154,76 @@ def test_heads_stay_where_two_passes_leave_them() -> None:
     (role,) = html._roles(both)
     assert role["layers"][0]["units"] == [False, False, True, False]
     assert role["layers"][1]["count"] == "4 of 4"
+
+
+def test_units_are_drawn_only_where_it_is_told_which_stayed() -> None:
+    """Else a bar of the same length; and what a later pass kept of unknown ones is unknown."""
+    groups = [
+        {"id": "layer.0.q", "role": "qk_dim", "before": 8, "after": 6},
+        {"id": "layer.1.q", "role": "qk_dim", "before": 8, "after": 8},
+        {"id": "layer.2.q", "role": "qk_dim", "before": 8, "after": 2},
+    ]
+    first = report(groups=groups, kept={"layer.2.q": [1, 7]})
+    again = {"id": "layer.0.q", "role": "qk_dim", "before": 6, "after": 3}
+    second = report(groups=[again], kept={"layer.0.q": [0, 1, 2]})
+    both = Report(first.model, first.before, first.after, (*first.passes, *second.passes))
+    (role,) = html._roles(both)
+    assert [layer["units"] for layer in role["layers"]] == [
+        [],
+        [True] * 8,
+        [i in (1, 7) for i in range(8)],
+    ]
+    assert [layer["percent"] for layer in role["layers"]] == ["37.5", "100.0", "25.0"]
+    page = html.report_page(both, {})
+    assert "width: 37.5%" in page
+    assert page.count('<i class="gone"></i>') == 6
+
+
+def test_what_ran_in_rounds_is_on_the_page(charts: bool) -> None:
+    """Trainings, units, matrices and skipped things of inner passes; not of a round given up."""
+
+    def epochs(loss: float) -> list[dict[str, Any]]:
+        return [{"epoch": 1, "loss": loss, "metric": 0.5}, {"epoch": 2, "loss": loss / 2}]
+
+    def cut(before: int, kept: list[int]) -> dict[str, Any]:
+        group = {"id": "layer.0.w", "role": "neuron", "before": before, "after": len(kept)}
+        skipped = [{"id": "layer.1.w", "reason": "ignored on request"}]
+        return {
+            "pass": "prune-neurons",
+            "modified": True,
+            "groups": [group],
+            "kept": {"layer.0.w": kept},
+            "skipped": skipped,
+        }
+
+    def tuned(loss: float) -> dict[str, Any]:
+        return {"pass": "finetune", "modified": True, "epochs": epochs(loss), "metric": "accuracy"}
+
+    rounds = [
+        {"passes": [cut(4, [0, 2, 3]), tuned(0.8125)]},
+        {"passes": [cut(3, [1, 2]), tuned(0.6125)]},
+        {"passes": [cut(2, [0]), tuned(0.4375)]},
+    ]
+    finished = PassFinished(
+        "prune-recover", 0, 1, True, 0.0, 0.0, {"rounds": rounds, "taken": 2, "stopped": True}
+    )
+    size = Size(10, 40, 100)
+    found = Report("m", size, size, (PassReport.of(finished, "prune-recover", None),))
+    text = read(html.report_page(found, {}))
+    for part in ("round 1: finetune", "round 2: finetune", "accuracy", "0.8125", "0.6125"):
+        assert part in text
+    assert "round 3" not in text
+    assert "0.4375" not in text
+    (role,) = html._roles(found)
+    assert role["layers"][0]["units"] == [False, False, True, True]
+    assert found.skipped_lines() == ["prune-recover: prune-neurons: layer.1.w: ignored on request"]
+    # The rounds of repeat are plain lists, and a pass in it may have rounds of its own.
+    nested = {"rounds": [[{"pass": "prune-recover", "rounds": rounds}]]}
+    deep = PassReport.of(PassFinished("repeat", 0, 1, True, 0, 0, nested), "repeat", None)
+    titles = [title for title, _ in deep.steps()]
+    assert titles[:3] == ["repeat", "round 1: prune-recover", "round 1: prune-recover, "
+                          "round 1: prune-neurons"]  # fmt: skip
+    assert len(titles) == 2 + 6
 
 
 def test_training_is_told_epoch_by_epoch_and_connections_before_and_after(charts: bool) -> None:

@@ -55,11 +55,12 @@ def _fit(program: Program, data: Any = None, *, seed: int = 0, **options: Any) -
         device="cpu",
     )
     given = {"epochs": 2, "lr": 1e-2} | {k: v for k, v in options.items() if k not in own}
+    plan = Plan(**{k: given.pop(k) for k in Plan.__slots__ if k in given})
     observers = given.pop("observers", ())
     reference = given.pop("reference", None)
     ctx = Context(seed=seed, observers=observers, reference=reference)
     ctx.begin("finetune", 0)
-    return fit(program, training, ctx, **given)
+    return fit(program, training, ctx, plan, **given)
 
 
 def _same(a: Program, b: Program) -> bool:

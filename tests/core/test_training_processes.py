@@ -17,7 +17,9 @@ from graphprune.axes import axis_groups
 from graphprune.capture import capture
 from graphprune.fit import Fitted, fit
 from graphprune.models.tiny import tiny
-from graphprune.passbase import Context, Keep
+from graphprune.optimiser import Plan
+from graphprune.passbase import Context, Keep, PassResult
+from graphprune.passes import GradualStructure
 from graphprune.program import Program
 from graphprune.sites import ZEROED
 from graphprune.training import Training
@@ -27,13 +29,17 @@ import json, os, sys
 from pathlib import Path
 import torch.distributed
 from safetensors.torch import save_file
-from tests.core.test_training_processes import data, train
+from tests.core.test_training_processes import data, prune, train
 
 folder, rank = Path(sys.argv[1]), os.environ["RANK"]
 fitted = train(data(2), folder / "checkpoints")
-save_file({n: t.contiguous() for n, t in fitted.program.tensors.items()}, folder / f"{rank}.st")
+pruned = prune(data(2))
+for name, found in (("train", fitted), ("prune", pruned)):
+    tensors = {n: t.contiguous() for n, t in found.program.tensors.items()}
+    save_file(tensors, folder / f"{name}-{rank}.st")
 told = [fitted.report["processes"], fitted.report["steps"]]
 told.append([[r["loss"], r["metric"]] for r in fitted.report["epochs"]])
+told.append(pruned.report["groups"])
 (folder / f"{rank}.json").write_text(json.dumps(told))
 torch.distributed.destroy_process_group()
 """
@@ -71,11 +77,18 @@ def train(batches: list[dict[str, torch.Tensor]], checkpoints: Path | None = Non
         start,
         training,
         Context(),
-        epochs=3,
-        lr=1e-2,
+        Plan(3, 1e-2),
         penalty=lambda tensors: 1e-3 * torch.stack([t.abs().sum() for t in tensors.values()]).sum(),
         after_epoch=after,
     )
+
+
+def prune(batches: list[dict[str, torch.Tensor]]) -> PassResult:
+    """Neurons go by the gradients of all processes, also in the round that not all have a batch."""
+    start = program()
+    training = Training(batches, device="cpu")
+    step = GradualStructure(0.4, epochs=2, lr=1e-2, begin=0.0, end=0.8, distill=False)
+    return step.run(start, Context(training=training, reference=start))
 
 
 @pytest.mark.slow
@@ -102,15 +115,17 @@ def test_two_processes_equal_one_with_doubled_batches(tmp_path: Path) -> None:
     )
     assert run.returncode == 0, run.stderr[-3000:]
 
-    alone = train(data(4))
-    first, second = (load_file(tmp_path / f"{rank}.st") for rank in (0, 1))
+    alone, pruned = train(data(4)), prune(data(4))
     told, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert told == other
-    processes, steps, epochs = told
+    processes, steps, epochs, groups = told
     assert (processes, steps) == (2, alone.report["steps"])
-    for name, expected in alone.program.tensors.items():
-        assert first[name].equal(second[name]), "the ranks do not agree"
-        torch.testing.assert_close(first[name], expected, rtol=1e-9, atol=1e-11)
+    assert groups == pruned.report["groups"]
+    for which, single in (("train", alone.program), ("prune", pruned.program)):
+        first, second = (load_file(tmp_path / f"{which}-{rank}.st") for rank in (0, 1))
+        for name, expected in single.tensors.items():
+            assert first[name].equal(second[name]), "the ranks do not agree"
+            torch.testing.assert_close(first[name], expected, rtol=1e-9, atol=1e-11)
     for (_, metric), record in zip(epochs, alone.report["epochs"], strict=True):
         assert metric == record["metric"]
     assert (tmp_path / "checkpoints" / "0-fit" / "training.json").is_file()

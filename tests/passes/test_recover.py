@@ -9,17 +9,21 @@ import pytest
 import torch
 from torch import Tensor
 
+import graphprune as gp
 from graphprune.axes import axis_groups
 from graphprune.errors import RecipeError
 from graphprune.passbase import Context, Pass
 from graphprune.passes import (
     Finetune,
+    GradualStructure,
     LeastSquares,
     Magnitude,
+    PruneAxis,
     PruneHeads,
     PruneNeurons,
     PruneRecover,
     RemoveNoOps,
+    Repeat,
 )
 from graphprune.pipeline import Pipeline
 from graphprune.program import Program
@@ -193,6 +197,17 @@ def test_options_out_of_range(options: Any, says: str) -> None:
         PruneRecover(**options)
 
 
+@pytest.mark.parametrize("wrap", [PruneRecover, Repeat])
+@pytest.mark.parametrize(
+    "passes", [PruneNeurons(0.5), "finetune", ({"prune-neurons": {}},), {"finetune": {}}]
+)
+def test_what_is_no_list_of_passes_is_refused(passes: Any, wrap: Any) -> None:
+    with pytest.raises(RecipeError, match=rf"^{wrap.name} takes a list of passes, got "):
+        wrap(passes)
+    kept: Any = (PruneNeurons(0.5), Finetune())
+    assert wrap(list(kept)).passes == kept
+
+
 def test_a_tolerance_without_eval_is_refused_before_work(captured: Captured) -> None:
     program = captured("tiny-mlp")
     step = PruneRecover((PruneNeurons(0.5),), tolerance=0.1)
@@ -201,3 +216,39 @@ def test_a_tolerance_without_eval_is_refused_before_work(captured: Captured) -> 
         Pipeline([step]).run(program, _context(program))
     with pytest.raises(RecipeError, match="units 'now' or 'dense', got of='then'"):
         PruneNeurons(0.5, of="then")
+
+
+# --- what the report says of verification ------------------------------------------------------
+
+
+def _verification(program: Program, step: Pass, *, verify: bool) -> str:
+    training = Training(_data(), device="cpu")
+    return gp.compile(program, [step], training=training, verify=verify).report.verification()
+
+
+@pytest.mark.parametrize("wrap", [lambda p: PruneRecover(p, rounds=2), lambda p: Repeat(p, 1)])
+@pytest.mark.parametrize("verify", [True, False])
+def test_what_was_proven_is_looked_for_in_the_rounds(
+    verify: bool, wrap: Any, captured: Captured
+) -> None:
+    program = captured("tiny-mlp")
+    values = wrap((Magnitude(0.5), Finetune(1)))
+    told = _verification(program, values, verify=verify)
+    assert told == "no shape was changed, only values: nothing to prove"
+    told = _verification(program, wrap((PruneNeurons(0.5), Finetune(1))), verify=verify)
+    assert told.startswith("removing the units equals masking them") is verify
+    assert (told == "not done (verify=False)") is not verify
+
+
+def test_units_that_went_while_training_are_not_values_only(captured: Captured) -> None:
+    program = captured("tiny-mlp")
+    step = GradualStructure(0.5, epochs=1, begin=0, end=0.5, distill=False)
+    assert _verification(program, step, verify=False) == "not done (verify=False)"
+    assert "equals masking" in _verification(program, step, verify=True)
+
+
+def test_a_norm_over_the_units_is_told(captured: Captured) -> None:
+    step = PruneAxis(0.25, role="residual", normalised=True)
+    compiled = gp.compile(captured("tiny-gpt2"), [step])
+    drift = compiled.report.passes[0].details["verification"]["drift"]
+    assert f"largest drift {drift:.1e}" in compiled.report.verification()

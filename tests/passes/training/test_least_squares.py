@@ -17,6 +17,7 @@ from graphprune.errors import RecipeError, UnsupportedError
 from graphprune.losses import logits_of
 from graphprune.passbase import Context
 from graphprune.passes import (
+    GradualStructure,
     LeastSquares,
     Magnitude,
     PruneAxis,
@@ -26,9 +27,11 @@ from graphprune.passes import (
     Wanda,
 )
 from graphprune.passes.training.least_squares import solve
+from graphprune.passes.training.regularise import site_dims
 from graphprune.pipeline import Pipeline
 from graphprune.program import Program, ProgramModule
 from graphprune.sites import ZEROED, linear_sites
+from graphprune.training import Training
 
 Captured = Callable[[str], Program]
 
@@ -317,6 +320,38 @@ def test_what_is_left_alone_is_told(captured: Captured) -> None:
     named = _refitted(program, dense, batches, LeastSquares(ignore=("layers.2",)))
     reasons = {s["name"]: s["reason"] for s in named.results[0].report["skipped"]}
     assert reasons["layers.2.weight"] == "ignored on request"
+
+
+@pytest.mark.parametrize("model", ["tiny-encoder", "tiny-gpt2"])
+def test_dims_that_each_head_has_its_own_of_are_left_alone(model: str, captured: Captured) -> None:
+    """No record says which they are; the layers that read them are fitted like all others."""
+    dense = captured(model)
+    batches = _texts(dense, 0)
+    training = Training(batches, loss=lambda outputs, _: logits_of(outputs).square().mean())
+    step = GradualStructure(0.55, epochs=1, lr=1e-6, begin=0, end=0.5, roles=("qk_dim", "v_dim"))
+    context = Context(reference=dense, training=training)
+    program = Pipeline([step, PruneNeurons(0.25)]).run(dense, context).program
+    dims = axis_groups(dense).with_role("qk_dim", "v_dim")
+    places = {(o.tensor, o.dim) for group in dims for o in group.occurrences}
+    rows = {s.name: (s.tensor, site_dims(s)[0]) for s in linear_sites(axis_groups(dense))}
+    cut = {
+        name
+        for name, (tensor, dim) in rows.items()
+        if dense.tensors[tensor].shape[dim] != program.tensors[tensor].shape[dim]
+    }
+    silent = {name for name in cut if rows[name] in places}
+    assert silent
+    assert cut - silent
+    report = _refitted(program, dense, batches).results[0].report
+    reasons = {s["name"]: s["reason"] for s in report["skipped"]}
+    assert {reasons.get(name) for name in silent} == {
+        "which of its output units are left is not on record"
+    }
+    errors = {site["name"]: site["error_before"] for site in report["sites"]}
+    assert errors.keys() >= rows.keys() - silent - reasons.keys() >= cut - silent
+    assert not errors.keys() & silent
+    # The neurons that are left are compared with their own, not with the first ones.
+    assert max(errors[name] for name in cut - silent) < 0.1
 
 
 def test_experts_and_tied_tables_are_left_alone(captured: Captured) -> None:
