@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 from collections.abc import Sequence
@@ -206,13 +207,16 @@ def taught(
     return subject, replace(lesson, schema=known)
 
 
-def training_of(lesson: Lesson, inputs: Sequence[str], folder: Path | None) -> Training:
+def training_of(
+    lesson: Lesson, inputs: Sequence[str], folder: Path | None, length: int
+) -> Training:
     """Batches, loss and evaluation of a lesson.
 
     Args:
         lesson: as `taught` returned it; there is something to train on.
         inputs: names of the model's inputs.
         folder: the subject's tokenizer.
+        length: the most tokens of a text.
     """
     from graphprune.models.batches import Batches, table_batches
     from graphprune.training import Training
@@ -231,11 +235,17 @@ def training_of(lesson: Lesson, inputs: Sequence[str], folder: Path | None) -> T
         assert folder is not None
         assert lesson.train is not None
         loss = lesson.schema.task
-        data = table_batches(lesson.train, lesson.schema, inputs, folder, wish.batch)
+        batches = functools.partial(
+            table_batches,
+            schema=lesson.schema,
+            inputs=inputs,
+            tokenizer_dir=folder,
+            size=wish.batch,
+            length=length,
+        )
+        data = batches(lesson.train)
         if lesson.eval is not None:
-            judge = table_batches(
-                lesson.eval, lesson.schema, inputs, folder, wish.batch, shuffle=False
-            )
+            judge = batches(lesson.eval, shuffle=False)
     return Training(data, loss=loss, eval=judge, checkpoints=wish.checkpoints, resume=wish.resume)
 
 

@@ -413,6 +413,7 @@ def compiled_and_measured(
     from graphprune.api import compile
     from graphprune.models import LoadedModel
     from graphprune.models.calibration import count_tokens
+    from graphprune.models.tasks.base import longest
 
     lesson = options.lesson
     if lesson is not None:
@@ -424,7 +425,8 @@ def compiled_and_measured(
     training = first = None
     if lesson is not None and lesson.trains:
         with step("training data"):
-            training = training_of(lesson, input_names(start.program), tokenizer_dir(subject))
+            names, folder = input_names(start.program), tokenizer_dir(subject)
+            training = training_of(lesson, names, folder, longest(start.program))
         if isinstance(subject, LoadedModel) and not subject.trained:
             start, first = trained_first(start, training, lesson.wish, options.seed, observer)
     batches = None
@@ -511,13 +513,21 @@ def calibration(
         GraphPruneError: the file is missing, holds nothing usable, or the model takes no text.
     """
     from graphprune.models.calibration import SEGMENT, calibration_batches, predicts_tokens
+    from graphprune.models.tasks.base import longest
 
     names = input_names(program)
     segment = SEGMENT if predicts_tokens(program) else 0
     # A model with learned positions has only so many.
     while segment > 1 and _problem(program, _resized(program, (1, segment))):
         segment //= 2
-    return calibration_batches(source, names, tokenizer_dir(subject), lines, segment=segment)
+    return calibration_batches(
+        source,
+        names,
+        tokenizer_dir(subject),
+        lines,
+        segment=segment,
+        length=longest(program),
+    )
 
 
 def input_names(program: Program) -> list[str]:

@@ -146,7 +146,7 @@ def test_the_teacher_is_the_trained_model(folder: Path) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     start = captured(subject)
-    training = training_of(lesson, input_names(start.program), tokenizer)
+    training = training_of(lesson, input_names(start.program), tokenizer, 64)
     dense, _ = trained_first(start, training, wish, 0, lambda event: None)
     head = "head.weight"
     assert not torch.allclose(dense.program.tensors[head], start.program.tensors[head])
@@ -241,6 +241,28 @@ def test_pairs_are_trained_on_their_scores(run: Run, folder: Path) -> None:
     assert again["pruned"] == pruned
 
 
+def test_texts_longer_than_the_model_takes_are_cut_everywhere(run: Run, folder: Path) -> None:
+    # w1 is beyond the 64 positions of the model, and among them.
+    rows = [["w2 " * 70 + "w1", "no"], ["w1 " + "w2 " * 69, "yes"]] * 20
+    for name in ("long", "short"):
+        length = 100 if name == "long" else 64
+        cut = [[" ".join(text.split()[:length]), label] for text, label in rows]
+        _write(folder / f"{name}.tsv", "text\tlabel", cut)
+    found = []
+    for name in ("long", "short"):
+        file = f"{name}.tsv"
+        arguments = (*CUT, *TASK, "--train", file, "--eval", file, "--calibration", file)
+        result = run(*arguments, "--lr", "0.005", "--epochs", "1", "-o", name, "--json")
+        assert result.exit_code == 0, result.stderr
+        found.append(json.loads(result.stdout))
+        judge = ("eval", name, *TASK, "--data", file, "--json")
+        assert json.loads(run(*judge).stdout)["pruned"] == found[-1]["quality"]["pruned"]
+    assert found[0]["calibration"] == found[1]["calibration"] == {"samples": 2, "tokens": 128}
+    assert found[0]["quality"] == found[1]["quality"]
+    first, second = (f["trained"]["epochs"][0]["loss"] for f in found)
+    assert first == second
+
+
 @pytest.mark.slow
 def test_training_resumes_where_its_checkpoints_are(run: Run, folder: Path) -> None:
     arguments = (*CUT, *LEARN, "--epochs", "1", "--finetune", "1", "--no-baseline")
@@ -269,7 +291,7 @@ def test_the_digits_bring_their_own_data() -> None:
 
     lesson = lesson_of(Wish("digits", batch=100), [])
     assert lesson is not None
-    training = training_of(lesson, ["pixel_values"], None)
+    training = training_of(lesson, ["pixel_values"], None, 128)
     for split, batches in (("train", training.data), ("test", training.eval)):
         images, labels = digits(split)
         assert not callable(batches)
