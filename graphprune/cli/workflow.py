@@ -107,6 +107,17 @@ class Summary:
         """The calibration in words, such as "64 samples, 32,768 tokens"; empty without."""
         return ", ".join(f"{count:,} {what}" for what, count in (self.calibration or {}).items())
 
+    def trained_first(self) -> str:
+        """The dense model's training in words: "2 epochs, accuracy 0.505 -> 0.855"; or nothing."""
+        told = self.trained
+        if told is None:
+            return ""
+        losses = [epoch["loss"] for epoch in told["epochs"]]
+        name, first, last = told["metric"], told["metric_before"], told["metric_after"]
+        if last is None:
+            name, first, last = "loss", losses[0], losses[-1]
+        return f"{_plural(len(losses), 'epoch')}, {name} {first:.3f} -> {last:.3f}"
+
     def rows(self) -> list[tuple[str, str, str, str]]:
         """(what, dense, pruned, change) for a table."""
         before, after = self.report.before, self.report.after
@@ -167,7 +178,11 @@ def _value_text(result: Mapping[str, JSON]) -> str:
 
 
 def steps_of(
-    recipe: str | None, flags: Mapping[str, Mapping[str, Any] | None], *, none: bool = False
+    recipe: str | None,
+    flags: Mapping[str, Mapping[str, Any] | None],
+    *,
+    none: bool = False,
+    lr: float | None = None,
 ) -> list[Pass]:
     """The passes that the command line asks for: a recipe, or flags that stand for single passes.
 
@@ -175,6 +190,7 @@ def steps_of(
         recipe: its name or file.
         flags: options of passes by name; None for those that are not asked for.
         none: whether there may be none, because there is something else to do.
+        lr: learning rate of the passes that train and do not say theirs.
 
     Raises:
         RecipeError: neither or both are given, or one of them is not valid.
@@ -189,7 +205,7 @@ def steps_of(
             "nothing to do: give --recipe NAME|FILE, --heads RATIO or --neurons RATIO; "
             "`graphprune recipes` and `graphprune passes` list what there is"
         )
-    return load(wanted if recipe is None else recipe)
+    return load(wanted if recipe is None else recipe, lr)
 
 
 def parse_batch(text: str) -> tuple[int, ...]:
