@@ -112,11 +112,13 @@ class Summary:
         told = self.trained
         if told is None:
             return ""
-        losses = [epoch["loss"] for epoch in told["epochs"]]
-        name, first, last = told["metric"], told["metric_before"], told["metric_after"]
-        if last is None:
-            name, first, last = "loss", losses[0], losses[-1]
-        return f"{_plural(len(losses), 'epoch')}, {name} {first:.3f} -> {last:.3f}"
+        epochs = told["epochs"]
+        name, figures = told["metric"], [told["metric_before"], told["metric_after"]]
+        if told["metric_after"] is None:
+            name = "loss"
+            figures = [epochs[i]["loss"] for i in sorted({0, len(epochs) - 1})]
+        words = " -> ".join(f"{figure:.3f}" for figure in figures)
+        return f"{_plural(len(epochs), 'epoch')}, {name} {words}"
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """(what, dense, pruned, change) for a table."""

@@ -26,7 +26,7 @@ from graphprune.cli.training import (
     trained_first,
     training_of,
 )
-from graphprune.cli.workflow import captured, input_names, steps_of
+from graphprune.cli.workflow import Summary, captured, input_names, steps_of
 from graphprune.errors import RecipeError, TrainingError
 from graphprune.models import LoadedModel, load_model
 from graphprune.models.tables import Schema
@@ -273,14 +273,27 @@ def test_texts_longer_than_the_model_takes_are_cut_everywhere(run: Run, folder: 
     assert first == second
 
 
-def test_the_dense_model_s_training_is_told_in_a_line(made: Any, run: Run) -> None:
-    trained = made["trained"]
-    assert len(trained["epochs"]) == 4
-    arguments = (*CUT, *LEARN, "--eval", "dev.tsv", "--epochs", "4", "--no-baseline", "-o", "line")
-    shown = run(*arguments).stdout
-    first, last = trained["metric_before"], trained["metric_after"]
-    line = f"dense model trained first: 4 epochs, accuracy {first:.3f} -> {last:.3f}\n"
-    assert shown.count(line) == 1
+@pytest.mark.parametrize(
+    ("losses", "metrics", "words"),
+    [
+        ([0.7, 0.6, 0.5], (0.505, 0.855), "3 epochs, accuracy 0.505 -> 0.855"),
+        ([0.7, 0.6, 0.5], (None, None), "3 epochs, loss 0.700 -> 0.500"),
+        ([0.7], (None, None), "1 epoch, loss 0.700"),
+    ],
+)
+def test_the_dense_model_s_training_in_words(
+    losses: list[float], metrics: tuple[float | None, float | None], words: str
+) -> None:
+    told = {
+        "epochs": [{"loss": loss} for loss in losses],
+        "metric": None if metrics[0] is None else "accuracy",
+        "metric_before": metrics[0],
+        "metric_after": metrics[1],
+    }
+    none: Any = None
+    summary = Summary("m", Path("out"), none, {}, None, {}, trained=told)
+    assert summary.trained_first() == words
+    assert not Summary("m", Path("out"), none, {}, None, {}).trained_first()
 
 
 def test_epochs_without_a_new_head_are_refused_for_images_too() -> None:
