@@ -39,8 +39,13 @@ def builtin_recipes() -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def load(recipe: Recipe) -> list[Pass]:
+def load(recipe: Recipe, lr: float | None = None) -> list[Pass]:
     """Passes from a list of passes, plain data, a YAML file, or the name of a built-in recipe.
+
+    Args:
+        recipe: one of these.
+        lr: learning rate of the passes that train and for which the recipe gives none; None leaves
+            them their own.
 
     Raises:
         RecipeError: no such recipe, pass or option, or a value of the wrong type; near matches are
@@ -48,8 +53,8 @@ def load(recipe: Recipe) -> list[Pass]:
     """
     if isinstance(recipe, str | os.PathLike):
         text, where = _read(recipe)
-        return _from_data(_parse(text, where), where)
-    return _from_data(recipe, "recipe")
+        return _from_data(_parse(text, where), where, lr)
+    return _from_data(recipe, "recipe", lr)
 
 
 def loads(text: str) -> list[Pass]:
@@ -111,7 +116,7 @@ def _parse(text: str, where: str) -> Any:
         raise RecipeError(f"{where} is not valid YAML: {e}") from e
 
 
-def _from_data(data: Any, where: str) -> list[Pass]:
+def _from_data(data: Any, where: str, lr: float | None = None) -> list[Pass]:
     if isinstance(data, Pass):
         return [data]
     if isinstance(data, Mapping):
@@ -123,15 +128,15 @@ def _from_data(data: Any, where: str) -> list[Pass]:
         data = data.get("passes")
     if isinstance(data, str) or not isinstance(data, Sequence):
         raise RecipeError(f"{where} needs 'passes:' with a list of passes, got {data!r}")
-    return [_step(item, f"{where}, pass {i + 1}") for i, item in enumerate(data)]
+    return [_step(item, f"{where}, pass {i + 1}", lr) for i, item in enumerate(data)]
 
 
-def _step(item: Any, where: str) -> Pass:
+def _step(item: Any, where: str, lr: float | None) -> Pass:
     """One item of a recipe: a pass, its name, or {name: options}."""
     if isinstance(item, Pass):
         return item
     if isinstance(item, str):
-        return _build(item, {}, where)
+        return _build(item, {}, where, lr)
     if isinstance(item, Mapping) and len(item) == 1:
         ((name, given),) = item.items()
         if not isinstance(name, str):
@@ -140,11 +145,11 @@ def _step(item: Any, where: str) -> Pass:
             raise RecipeError(
                 f"{where}: {name!r} takes options such as {{ratio: 0.5}}, got {given!r}"
             )
-        return _build(name, given or {}, where)
+        return _build(name, given or {}, where, lr)
     raise RecipeError(f"{where} must be a pass name or {{name: options}}, got {item!r}")
 
 
-def _build(name: str, given: Mapping[Any, Any], where: str) -> Pass:
+def _build(name: str, given: Mapping[Any, Any], where: str, lr: float | None) -> Pass:
     try:
         cls = lookup(name)
     except RecipeError as e:
@@ -167,16 +172,19 @@ def _build(name: str, given: Mapping[Any, Any], where: str) -> Pass:
         raise RecipeError(f"{where}: pass {name!r} needs a value for {missing}")
     hints = typing.get_type_hints(cls)
     values = {
-        key: _convert(value, hints[key], f"{where}: option {key!r} of pass {name!r}")
+        key: _convert(value, hints[key], f"{where}: option {key!r} of pass {name!r}", lr)
         for key, value in given.items()
     }
     try:
-        return cls(**values)
+        built = cls(**values)
+        if lr is None or "lr" not in fields or "lr" in given or not built.needs_training:
+            return built
+        return cls(**(values | {"lr": lr}))
     except RecipeError as e:
         raise RecipeError(f"{where}: {e}") from e
 
 
-def _convert(value: Any, hint: Any, where: str) -> Any:
+def _convert(value: Any, hint: Any, where: str, lr: float | None) -> Any:
     """A value from YAML as the type that the field is annotated with.
 
     1. A union: the first member that takes the value.
@@ -188,7 +196,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         for member in arguments:
             try:
-                return _convert(value, member, where)
+                return _convert(value, member, where, lr)
             except RecipeError:
                 continue
     elif origin is typing.Literal:
@@ -197,9 +205,9 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         raise RecipeError(f"{where} must be one of {sorted(arguments)}, got {value!r}")
     elif origin is tuple:
         if isinstance(value, list | tuple):
-            return tuple(_convert(v, arguments[0], where) for v in value)
+            return tuple(_convert(v, arguments[0], where, lr) for v in value)
     elif isinstance(hint, type) and issubclass(hint, Pass):
-        return _step(value, where)
+        return _step(value, where, lr)
     elif hint is float:
         if isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from graphprune.errors import GraphPruneError
 from graphprune.models.tables import Schema, Table
-from graphprune.models.tokenize import tokenizer
+from graphprune.models.tokenize import TOKENS, tokenizer
 
 SIZE = 32
-TOKENS = 128
 _POOL = 50  # batches whose examples are sorted by length together
 
 
@@ -87,9 +86,10 @@ def table_batches(
     tokenizer_dir: Path,
     size: int = SIZE,
     *,
+    length: int = TOKENS,
     shuffle: bool = True,
 ) -> Batches:
-    """A table's rows, tokenised once, at most 128 tokens each; pairs are joined as two segments.
+    """A table's rows, tokenised once; pairs are joined as two segments.
 
     Args:
         table: texts and labels.
@@ -97,6 +97,7 @@ def table_batches(
         inputs: names of the model's inputs.
         tokenizer_dir: where the tokenizer's files are.
         size: rows of a batch.
+        length: the most tokens of a row; longer ones are cut.
         shuffle: see `Batches`.
 
     Raises:
@@ -105,7 +106,7 @@ def table_batches(
     """
     kind = torch.float32 if schema.task == "regression" else torch.int64
     labels = torch.tensor(schema.targets(table), dtype=kind)
-    made = tokenizer(tokenizer_dir)(_joined(table), TOKENS)
+    made = tokenizer(tokenizer_dir)(_joined(table), length)
     missing = [name for name in inputs if name not in made]
     if missing:
         raise GraphPruneError(

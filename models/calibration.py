@@ -15,14 +15,13 @@ from torch import Tensor, fx
 from graphprune.errors import GraphPruneError
 from graphprune.graph import is_op
 from graphprune.models import wikitext
-from graphprune.models.tokenize import encoder, tokenizer
+from graphprune.models.tokenize import TOKENS, encoder, tokenizer
 from graphprune.program import Program
 
 _log = logging.getLogger(__name__)
 
 LINES = 1024
 BATCH = 32
-TOKENS = 128
 # For language models: running text in segments, which one line of LINES stands for a part of.
 SEGMENTS = 64
 SEGMENT = 512
@@ -40,6 +39,7 @@ def calibration_batches(
     lines: int = LINES,
     *,
     segment: int = 0,
+    length: int = TOKENS,
 ) -> Batches:
     """Batches for `compile(..., calibration=...)`, of 32 samples.
 
@@ -61,6 +61,7 @@ def calibration_batches(
         tokenizer_dir: where the tokenizer's files are; for text.
         lines: the most sentences or samples to take.
         segment: tokens of a segment of running text; 0 for a sentence a row.
+        length: the most tokens of a sentence; longer ones are cut.
 
     Raises:
         GraphPruneError: nothing usable is there; the file, and what it lacks, are named.
@@ -84,10 +85,12 @@ def calibration_batches(
         segments = max(1, lines * _LINE // segment)
         return token_batches(files[0], inputs, tokenizer_dir, segments=segments, length=segment)
     sentences = _drawn(_sentences(files[0]), lines)
-    return text_batches(sentences, inputs, tokenizer_dir)
+    return text_batches(sentences, inputs, tokenizer_dir, length)
 
 
-def text_batches(sentences: Iterable[str], inputs: Sequence[str], tokenizer_dir: Path) -> Batches:
+def text_batches(
+    sentences: Iterable[str], inputs: Sequence[str], tokenizer_dir: Path, length: int = TOKENS
+) -> Batches:
     """Sentences as batches of 32, the short ones first, with the inputs that the model takes.
 
     Raises:
@@ -97,7 +100,7 @@ def text_batches(sentences: Iterable[str], inputs: Sequence[str], tokenizer_dir:
     ordered = sorted(sentences, key=len)
     batches = []
     for start in range(0, len(ordered), BATCH):
-        batches.append(_chosen(tokenize(ordered[start : start + BATCH], TOKENS), inputs))
+        batches.append(_chosen(tokenize(ordered[start : start + BATCH], length), inputs))
     return batches
 
 

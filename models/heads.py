@@ -55,8 +55,8 @@ def with_head(
 ) -> LoadedModel:
     """The model with a head for a task, and the schema that goes with it.
 
-    1. A head whose classes are the labels is kept, with their order: its names, or as many integers
-       from 0. So is a head of one score for a regression.
+    1. A head that knows all labels is kept, with the order of its classes: the labels are some of
+       its names, or of their numbers from 0. So is a head of one score for a regression.
     2. Any other text model gets a fresh head on its encoder, drawn from the seed; `trained` is
        False then.
 
@@ -96,7 +96,8 @@ def with_head(
 
 def _fits(own: tuple[str, ...], classes: tuple[str, ...]) -> bool:
     """Whether a head knows all classes of a file, or there is no file to say them."""
-    return set(classes) <= set(named_classes(own)) or classes == tuple(map(str, range(len(own))))
+    numbers = set(map(str, range(len(own))))
+    return set(classes) <= set(named_classes(own)) or set(classes) <= numbers
 
 
 def _encoder(module: Any) -> tuple[Any, str]:

@@ -48,18 +48,19 @@ class Table:
         return f"{str(self.file)!r}, line {row + 2}"
 
     def classes(self) -> tuple[str, ...]:
-        """The distinct labels, sorted: in numeric order where all of them are integers.
+        """The distinct labels, sorted; where all of them are integers by value: 01 and 1 are one.
 
         Raises:
             GraphPruneError: there is only one.
         """
-        found = sorted(set(self.labels))
+        whole = all(map(_is_whole, self.labels))
+        found = sorted(set(map(_by_value, self.labels) if whole else self.labels))
         if len(found) < 2:
             raise GraphPruneError(
                 f"every row of {str(self.file)!r} has the label {found[0]!r} in column "
                 f"{self.label!r}; a classifier is trained on two classes at least"
             )
-        return tuple(sorted(found, key=int) if all(map(_is_whole, found)) else found)
+        return tuple(sorted(found, key=int) if whole else found)
 
     def numbers(self, classes: Sequence[str]) -> list[int]:
         """The labels as positions in `classes`, written as their names or, of words, as numbers.
@@ -68,16 +69,21 @@ class Table:
             GraphPruneError: one is not among them; its line is named.
         """
         known = {name: i for i, name in enumerate(classes)}
-        if not any(map(_is_whole, classes)) and all(map(_is_whole, self.labels)):
+        labels = self.labels
+        if all(map(_is_whole, labels)) and not any(map(_is_whole, classes)):
             known = {str(i): i for i in range(len(classes))}
-        for row, label in enumerate(self.labels):
+            labels = tuple(map(_by_value, labels))
+        elif all(map(_is_whole, classes)):
+            known = {_by_value(name): i for name, i in known.items()}
+            labels = tuple(map(_by_value, labels))
+        for row, label in enumerate(labels):
             if label not in known:
                 raise GraphPruneError(
-                    f"{self.line(row)}: the label {label!r} is none of the model's {len(classes)} "
-                    f"classes, {_listed(classes)}; correct it, or give the right column with "
-                    "--label-column"
+                    f"{self.line(row)}: the label {self.labels[row]!r} is none of the model's "
+                    f"{len(classes)} classes, {_listed(classes)}; correct it, or give the right "
+                    "column with --label-column"
                 )
-        return [known[label] for label in self.labels]
+        return [known[label] for label in labels]
 
     def scores(self) -> list[float]:
         """The labels as numbers.
@@ -155,6 +161,7 @@ def read_table(
     1. text: the columns named; else the first of sentence1 + sentence2, question1 + question2,
        premise + hypothesis, question + sentence, sentence, text, question that the file has.
     2. label: the column named; else label, class or coarse, for a regression score or label.
+    3. Blank lines at the end are left away; in between they are refused.
 
     Args:
         file: in UTF-8; the first line names the columns.
@@ -181,6 +188,10 @@ def read_table(
     places = [header.index(name) for name in (*columns, named)]
     found = []
     for number, cells in enumerate(rows, 2):
+        if not "".join(cells).strip():
+            raise GraphPruneError(
+                f"{str(file)!r}, line {number} is blank, and there are rows below it: remove it"
+            )
         if len(cells) != len(header):
             raise GraphPruneError(
                 f"{str(file)!r}, line {number}: {_short(cells)!r} has {len(cells)} cells, the "
@@ -201,13 +212,16 @@ def read_table(
 def _cells(file: Path) -> tuple[list[str], list[list[str]]]:
     """The header's names, and the cells of every row below it."""
     try:
-        # Not splitlines: a sentence may hold characters that it takes for the end of a line.
-        lines = file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+        # Neither splitlines nor universal newlines: a sentence may hold what they end a line at.
+        with file.open(encoding="utf-8-sig", newline="\n") as opened:
+            lines = [line.removesuffix("\n").removesuffix("\r") for line in opened]
     except OSError as e:
         raise GraphPruneError(f"there is no file {str(file)!r}") from e
     except UnicodeDecodeError as e:
         raise GraphPruneError(f"{str(file)!r} is no UTF-8 text file with a header line") from e
-    if not lines[0].strip():
+    while lines and not lines[-1].strip():
+        lines.pop()
+    if not lines or not lines[0].strip():
         raise GraphPruneError(
             f"{str(file)!r} is empty: it needs a header line that names the columns, and rows"
         )
@@ -230,6 +244,11 @@ def _recognised(
 
 def _is_whole(label: str) -> bool:
     return label.removeprefix("-").isdecimal()
+
+
+def _by_value(label: str) -> str:
+    """An integer as it is usually written; anything else as it is."""
+    return str(int(label)) if _is_whole(label) else label
 
 
 def _listed(names: Sequence[str], at_most: int = 8) -> str:

@@ -16,12 +16,14 @@ Texts = Sequence[str] | Sequence[tuple[str, str]]
 Tokenize = Callable[[Texts, int], dict[str, Tensor]]
 Encode = Callable[[Sequence[str]], list[list[int]]]
 
+TOKENS = 128  # of a text, at most, where nothing else is said
+
 
 def tokenizer(folder: Path) -> Tokenize:
     """A function from sentences and a maximum length to padded tensors [n, tokens] by name.
 
     Pairs of sentences are joined as the tokenizer joins two segments; of those too long the longer
-    one is cut. How a folder is read:
+    one is cut. Nothing gets longer than the tokenizer's own model_max_length. How a folder is read:
 
     1. tokenizer.json: read by the `tokenizers` library.
     2. older formats: read by transformers.
@@ -73,11 +75,13 @@ def _read_fast(folder: Path) -> Any:
 
 def _fast(folder: Path) -> Tokenize:
     loaded = _read_fast(folder)
-    number, text = _padding(folder, loaded)
+    config = _config(folder)
+    number, text = _padding(config, loaded)
     loaded.enable_padding(pad_id=number, pad_token=text)
+    own = config.get("model_max_length")
 
     def tokenize(sentences: Texts, length: int) -> dict[str, Tensor]:
-        loaded.enable_truncation(length)
+        loaded.enable_truncation(_shorter(length, own))
         encoded = loaded.encode_batch(list(sentences))
         return {
             "input_ids": torch.tensor([e.ids for e in encoded]),
@@ -88,8 +92,13 @@ def _fast(folder: Path) -> Tokenize:
     return tokenize
 
 
-def _padding(folder: Path, loaded: Any) -> tuple[int, str]:
-    """The token that pads, and its id: the configured one, else the one that ends a text."""
+def _shorter(length: int, own: object) -> int:
+    """The length, or a tokenizer's own limit when that is less; without one files hold 1e30."""
+    return int(min(length, own)) if isinstance(own, int | float) and own > 0 else length
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """What the files beside tokenizer.json say."""
     config: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         try:
@@ -98,6 +107,11 @@ def _padding(folder: Path, loaded: Any) -> tuple[int, str]:
             continue
         except ValueError as e:
             raise unusable(folder) from e
+    return config
+
+
+def _padding(config: dict[str, Any], loaded: Any) -> tuple[int, str]:
+    """The token that pads, and its id: the configured one, else the one that ends a text."""
     for key in ("pad_token", "eos_token"):
         token = config.get(key)
         text = token.get("content") if isinstance(token, dict) else token
@@ -128,7 +142,11 @@ def _with_transformers(folder: Path) -> Tokenize:
     def tokenize(sentences: Texts, length: int) -> dict[str, Tensor]:
         parts = zip(*((s,) if isinstance(s, str) else s for s in sentences), strict=True)
         made = loaded(
-            *map(list, parts), padding=True, truncation=True, max_length=length, return_tensors="pt"
+            *map(list, parts),
+            padding=True,
+            truncation=True,
+            max_length=_shorter(length, loaded.model_max_length),
+            return_tensors="pt",
         )
         types = made.get("token_type_ids", torch.zeros_like(made["input_ids"]))
         return {

@@ -99,7 +99,9 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
             raise typer.Exit(0) from None
         except GraphPruneError as e:
             _debug()
-            _fail(str(e), 1 if isinstance(e, PassError | VerificationError) else 2)
+            # What Python calls by an argument.
+            sentence = str(e).replace("resume=True", "--resume")
+            _fail(sentence, 1 if isinstance(e, PassError | VerificationError) else 2)
         except Exception as e:
             _debug()
             _fail(
@@ -216,13 +218,19 @@ def compile_command(
         typer.Option(metavar="EPOCHS", help="After pruning: train towards the dense model too."),
     ] = None,
     epochs: Annotated[
-        int, typer.Option(help="Of the dense model before pruning, where its head is new.")
-    ] = 2,
+        int | None,
+        typer.Option(help="Of the dense model before pruning, where its head is new. Default 2."),
+    ] = None,
     lr: Annotated[
         float | None,
-        typer.Option(help="Highest learning rate of these three. Default 5e-5, for digits 1e-3."),
+        typer.Option(
+            help="Highest learning rate of all training for which the recipe says none. Default "
+            "5e-5, for digits 1e-3."
+        ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Examples of a training batch.")] = 32,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Examples of a training batch. Default 32.")
+    ] = None,
     checkpoints: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Write one after every epoch.")
     ] = None,
@@ -262,7 +270,7 @@ def compile_command(
     allow_pickle: Pickle = False,
 ) -> None:
     """Prune MODEL, prove it, write the ONNX artifact, and show before and after."""
-    from graphprune.cli.training import DIGITS, Wish, lesson_of
+    from graphprune.cli.training import DIGITS, Wish, check_wish, lesson_of
     from graphprune.cli.workflow import Options, check_calibration, parse_batch, steps_of
 
     wish = Wish(
@@ -277,6 +285,7 @@ def compile_command(
         checkpoints,
         resume,
     )
+    check_wish(wish)
     has_data = calibration is not None or train is not None or task == DIGITS
     score = score or ("obs" if has_data else "magnitude")
     common = {"score": score, "allocation": allocation, "ignore": ignore or []}
@@ -285,11 +294,12 @@ def compile_command(
         {
             "prune-neurons": _flag(neurons, common, round_to=round_to),
             "prune-heads": _flag(heads, common),
-            "finetune": None if finetune is None else {"epochs": finetune, "lr": wish.rate},
-            "distill": None if distill is None else {"epochs": distill, "lr": wish.rate},
+            "finetune": None if finetune is None else {"epochs": finetune},
+            "distill": None if distill is None else {"epochs": distill},
             "quantize": {"scheme": quantize} if quantize else None,
         },
         none=cache,
+        lr=wish.own_rate,
     )
     lesson = lesson_of(wish, steps)
     check_calibration(steps, calibration, trains=lesson is not None and lesson.trains)
@@ -620,17 +630,13 @@ def _present(summary: Summary, as_json: bool) -> None:
         _print_json(summary.to_json())
         return
     console = _console()
+    if summary.trained_first():
+        console.print(f"dense model trained first: {summary.trained_first()}", markup=False)
     if summary.report.passes:
         console.print(passes_table(summary.report))
     for line in summary.report.skipped_lines():
         console.print(f"  skipped  {line}", style="dim", markup=False, soft_wrap=True)
     console.print(comparison_table(summary.rows()))
-    if summary.trained is not None:
-        console.print(
-            f"the head was new, so the dense model was {summary.trained['summary']}",
-            soft_wrap=True,
-            markup=False,
-        )
     if summary.calibrated_on():
         console.print(f"calibrated on {summary.calibrated_on()}")
     console.print(f"written to {summary.path}/", soft_wrap=True, markup=False)

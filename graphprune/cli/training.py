@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
@@ -28,20 +29,22 @@ TASKS = ("classification", "regression", DIGITS)
 # A small network that was trained at a high rate does not move at the usual one.
 _RATES = {DIGITS: 1e-3}
 _RATE = 5e-5
+_EPOCHS = 2
+_BATCH = 32
 _DENSE = "dense"  # the folder of the dense model's checkpoints
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """The command line's options about training, as they were given.
+    """The command line's options about training, as they were given; None where they were not.
 
     Attributes:
         task: one of TASKS, or empty.
         train, eval: labelled files.
         text, label: names of their columns; recognised where empty.
         epochs: of the dense model, where its head is fresh.
-        lr: learning rate of that, and of --finetune and --distill; None for the task's usual one.
+        lr: learning rate of that, and of the passes for which a recipe gives none.
         batch: examples of a batch.
         checkpoints: a folder for checkpoints.
         resume: go on from those that are there.
@@ -52,16 +55,31 @@ class Wish:
     eval: Path | None = None
     text: tuple[str, ...] = ()
     label: str = ""
-    epochs: int = 2
+    epochs: int | None = None
     lr: float | None = None
-    batch: int = 32
+    batch: int | None = None
     checkpoints: Path | None = None
     resume: bool = False
 
     @property
+    def own_rate(self) -> float | None:
+        """The learning rate that was given or is the task's; None for that of each pass."""
+        return _RATES.get(self.task) if self.lr is None else self.lr
+
+    @property
     def rate(self) -> float:
-        """The learning rate."""
-        return _RATES.get(self.task, _RATE) if self.lr is None else self.lr
+        """The learning rate of the dense model."""
+        return _RATE if self.own_rate is None else self.own_rate
+
+    @property
+    def dense_epochs(self) -> int:
+        """How long the dense model is trained."""
+        return _EPOCHS if self.epochs is None else self.epochs
+
+    @property
+    def size(self) -> int:
+        """Examples of a batch."""
+        return _BATCH if self.batch is None else self.batch
 
 
 @final
@@ -73,12 +91,14 @@ class Lesson:
         wish: as it was given.
         schema: columns and classes; None for the digits, which bring their own data.
         train, eval: the rows, where a file was given.
+        recovers: whether a pass trains.
     """
 
     wish: Wish
     schema: Schema | None = None
     train: Table | None = None
     eval: Table | None = None
+    recovers: bool = False
 
     @property
     def trains(self) -> bool:
@@ -92,29 +112,24 @@ class Lesson:
 
 
 def lesson_of(wish: Wish, steps: Sequence[Pass]) -> Lesson | None:
-    """Check the options about training, and read their files, before a model is loaded.
+    """Read the files of a wish that `check_wish` let pass, before a model is loaded.
 
     Returns:
         None where the command line names no task.
 
     Raises:
-        GraphPruneError: options are missing or do not go together, or a file is broken.
+        GraphPruneError: there is nothing to train the passes on, or a file is broken.
     """
     training = " and ".join(dict.fromkeys(step.name for step in steps if step.needs_training))
     if not wish.task:
-        given = {"--train": wish.train, "--eval": wish.eval, "--checkpoints": wish.checkpoints}
-        alone = next((name for name, value in given.items() if value is not None), None)
-        if alone is not None:
-            raise RecipeError(f"{alone} needs --task: one of {', '.join(TASKS)}")
         if training:
             raise RecipeError(
                 f"{training} needs something to train on: give --task classification (or "
                 "regression) with --train FILE, a table with TABs and a header line"
             )
         return None
-    _check(wish)
     if wish.task == DIGITS:
-        return Lesson(wish)
+        return Lesson(wish, recovers=bool(training))
     if wish.train is None and (training or wish.eval is None):
         raise RecipeError(
             f"{training or f'--task {wish.task}'} needs --train FILE: a table with TABs and a "
@@ -137,27 +152,54 @@ def lesson_of(wish: Wish, steps: Sequence[Pass]) -> Lesson | None:
             schema = replace(schema, classes=train.classes())
         for table in (train, *([] if judged is None else [judged])):
             schema.targets(table)
-    return Lesson(wish, schema, train, judged)
+    return Lesson(wish, schema, train, judged, bool(training))
 
 
-def _check(wish: Wish) -> None:
+def check_wish(wish: Wish) -> None:
+    """Refuse options about training that are wrong, or that nothing would come of.
+
+    Raises:
+        RecipeError: so they are.
+    """
     from graphprune.optimiser import Plan
 
+    learning = {
+        "--epochs": wish.epochs,
+        "--lr": wish.lr,
+        "--batch-size": wish.batch,
+        "--checkpoints": wish.checkpoints,
+        "--resume": wish.resume or None,
+    }
+    files = {"--train": wish.train, "--eval": wish.eval}
+    columns = {"--text-column": wish.text or None, "--label-column": wish.label or None}
+    if not wish.task:
+        _refuse({**files, **columns, **learning}, f"needs --task: one of {', '.join(TASKS)}")
+        return
     if wish.task not in TASKS:
         raise RecipeError(
             f"there is no task {wish.task!r} to train for; {suggest(wish.task, TASKS)}"
         )
-    if wish.task == DIGITS and (wish.train is not None or wish.eval is not None):
-        raise RecipeError("the task 'digits' brings its own images: leave --train and --eval away")
+    if wish.task == DIGITS:
+        own = "is for a file of texts, and the task 'digits' brings its own images: leave it away"
+        _refuse({**files, **columns}, own)
+    elif wish.train is None:
+        _refuse(learning, "is about training: give --train FILE, or leave it away")
     if len(wish.text) > 2:
         raise RecipeError(
             f"--text-column is given once, or twice for pairs, not {len(wish.text)} times"
         )
-    if wish.batch < 1:
-        raise RecipeError(f"--batch-size must be at least 1, got {wish.batch}")
+    if wish.size < 1:
+        raise RecipeError(f"--batch-size must be at least 1, got {wish.size}")
     if wish.resume and wish.checkpoints is None:
         raise RecipeError("--resume goes on from checkpoints: give --checkpoints FOLDER")
-    Plan(epochs=wish.epochs, lr=wish.rate)
+    Plan(epochs=wish.dense_epochs, lr=wish.rate)
+
+
+def _refuse(options: Mapping[str, object], why: str) -> None:
+    """Refuse the first of some options that was given."""
+    for name, value in options.items():
+        if value is not None:
+            raise RecipeError(f"{name} {why}")
 
 
 def taught(
@@ -172,9 +214,29 @@ def taught(
         seed: for a fresh head.
 
     Raises:
-        GraphPruneError: there is no tokenizer, no head can be put on, or the head there is does not
-            know a label.
+        GraphPruneError: there is no tokenizer, no head can be put on, the head there is does not
+            know a label, or it is kept, and options about training have no effect.
     """
+    from graphprune.models import LoadedModel
+
+    subject, lesson = _headed(subject, lesson, folder, seed)
+    if isinstance(subject, LoadedModel) and not subject.trained:
+        return subject, lesson
+    wish = lesson.wish
+    idle: dict[str, object] = {"--epochs": wish.epochs}
+    if not lesson.recovers:
+        idle |= {"--lr": wish.lr, "--checkpoints": wish.checkpoints}
+    _refuse(
+        idle,
+        "has no effect: the model has a trained head, which is kept; leave it away, or train after "
+        "pruning with --finetune EPOCHS or --distill EPOCHS",
+    )
+    return subject, lesson
+
+
+def _headed(
+    subject: LoadedModel | Artifact, lesson: Lesson, folder: Path | None, seed: int
+) -> tuple[LoadedModel | Artifact, Lesson]:
     from graphprune.models import LoadedModel
     from graphprune.models.heads import with_head
 
@@ -206,13 +268,16 @@ def taught(
     return subject, replace(lesson, schema=known)
 
 
-def training_of(lesson: Lesson, inputs: Sequence[str], folder: Path | None) -> Training:
+def training_of(
+    lesson: Lesson, inputs: Sequence[str], folder: Path | None, length: int
+) -> Training:
     """Batches, loss and evaluation of a lesson.
 
     Args:
         lesson: as `taught` returned it; there is something to train on.
         inputs: names of the model's inputs.
         folder: the subject's tokenizer.
+        length: the most tokens of a text.
     """
     from graphprune.models.batches import Batches, table_batches
     from graphprune.training import Training
@@ -223,19 +288,25 @@ def training_of(lesson: Lesson, inputs: Sequence[str], folder: Path | None) -> T
         from graphprune.models.digits import digits
 
         images, labels = digits("train")
-        data = Batches({"pixel_values": images}, labels, wish.batch)
+        data = Batches({"pixel_values": images}, labels, wish.size)
         images, labels = digits("test")
-        judge = Batches({"pixel_values": images}, labels, wish.batch, shuffle=False)
+        judge = Batches({"pixel_values": images}, labels, wish.size, shuffle=False)
         loss = "classification"
     else:
         assert folder is not None
         assert lesson.train is not None
         loss = lesson.schema.task
-        data = table_batches(lesson.train, lesson.schema, inputs, folder, wish.batch)
+        batches = functools.partial(
+            table_batches,
+            schema=lesson.schema,
+            inputs=inputs,
+            tokenizer_dir=folder,
+            size=wish.size,
+            length=length,
+        )
+        data = batches(lesson.train)
         if lesson.eval is not None:
-            judge = table_batches(
-                lesson.eval, lesson.schema, inputs, folder, wish.batch, shuffle=False
-            )
+            judge = batches(lesson.eval, shuffle=False)
     return Training(data, loss=loss, eval=judge, checkpoints=wish.checkpoints, resume=wish.resume)
 
 
@@ -266,7 +337,8 @@ def trained_first(
     if training.checkpoints is not None:
         training = replace(training, checkpoints=Path(training.checkpoints) / _DENSE)
     context = Context(training=training, seed=seed, observers=[announced])
-    result = Pipeline([Finetune(epochs=wish.epochs, lr=wish.rate)]).run(start.program, context)
+    step = Finetune(epochs=wish.dense_epochs, lr=wish.rate)
+    result = Pipeline([step]).run(start.program, context)
     program = result.program
     # With the report of the untrained model it would count as compiled from that one.
     metadata = {key: value for key, value in program.metadata.items() if key != "report"}

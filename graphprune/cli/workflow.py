@@ -107,6 +107,19 @@ class Summary:
         """The calibration in words, such as "64 samples, 32,768 tokens"; empty without."""
         return ", ".join(f"{count:,} {what}" for what, count in (self.calibration or {}).items())
 
+    def trained_first(self) -> str:
+        """The dense model's training in words: "2 epochs, accuracy 0.505 -> 0.855"; or nothing."""
+        told = self.trained
+        if told is None:
+            return ""
+        epochs = told["epochs"]
+        name, figures = told["metric"], [told["metric_before"], told["metric_after"]]
+        if told["metric_after"] is None:
+            name = "loss"
+            figures = [epochs[i]["loss"] for i in sorted({0, len(epochs) - 1})]
+        words = " -> ".join(f"{figure:.3f}" for figure in figures)
+        return f"{_plural(len(epochs), 'epoch')}, {name} {words}"
+
     def rows(self) -> list[tuple[str, str, str, str]]:
         """(what, dense, pruned, change) for a table."""
         before, after = self.report.before, self.report.after
@@ -167,7 +180,11 @@ def _value_text(result: Mapping[str, JSON]) -> str:
 
 
 def steps_of(
-    recipe: str | None, flags: Mapping[str, Mapping[str, Any] | None], *, none: bool = False
+    recipe: str | None,
+    flags: Mapping[str, Mapping[str, Any] | None],
+    *,
+    none: bool = False,
+    lr: float | None = None,
 ) -> list[Pass]:
     """The passes that the command line asks for: a recipe, or flags that stand for single passes.
 
@@ -175,6 +192,7 @@ def steps_of(
         recipe: its name or file.
         flags: options of passes by name; None for those that are not asked for.
         none: whether there may be none, because there is something else to do.
+        lr: learning rate of the passes that train and do not say theirs.
 
     Raises:
         RecipeError: neither or both are given, or one of them is not valid.
@@ -189,7 +207,7 @@ def steps_of(
             "nothing to do: give --recipe NAME|FILE, --heads RATIO or --neurons RATIO; "
             "`graphprune recipes` and `graphprune passes` list what there is"
         )
-    return load(wanted if recipe is None else recipe)
+    return load(wanted if recipe is None else recipe, lr)
 
 
 def parse_batch(text: str) -> tuple[int, ...]:
@@ -413,6 +431,7 @@ def compiled_and_measured(
     from graphprune.api import compile
     from graphprune.models import LoadedModel
     from graphprune.models.calibration import count_tokens
+    from graphprune.models.tasks.base import longest
 
     lesson = options.lesson
     if lesson is not None:
@@ -424,7 +443,8 @@ def compiled_and_measured(
     training = first = None
     if lesson is not None and lesson.trains:
         with step("training data"):
-            training = training_of(lesson, input_names(start.program), tokenizer_dir(subject))
+            names, folder = input_names(start.program), tokenizer_dir(subject)
+            training = training_of(lesson, names, folder, longest(start.program))
         if isinstance(subject, LoadedModel) and not subject.trained:
             start, first = trained_first(start, training, lesson.wish, options.seed, observer)
     batches = None
@@ -511,13 +531,21 @@ def calibration(
         GraphPruneError: the file is missing, holds nothing usable, or the model takes no text.
     """
     from graphprune.models.calibration import SEGMENT, calibration_batches, predicts_tokens
+    from graphprune.models.tasks.base import longest
 
     names = input_names(program)
     segment = SEGMENT if predicts_tokens(program) else 0
     # A model with learned positions has only so many.
     while segment > 1 and _problem(program, _resized(program, (1, segment))):
         segment //= 2
-    return calibration_batches(source, names, tokenizer_dir(subject), lines, segment=segment)
+    return calibration_batches(
+        source,
+        names,
+        tokenizer_dir(subject),
+        lines,
+        segment=segment,
+        length=longest(program),
+    )
 
 
 def input_names(program: Program) -> list[str]:

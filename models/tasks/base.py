@@ -17,7 +17,7 @@ from torch import Tensor
 from graphprune.decode import PAST
 from graphprune.errors import GraphPruneError
 from graphprune.models.sentence import masked_mean
-from graphprune.models.tokenize import tokenizer
+from graphprune.models.tokenize import TOKENS, tokenizer
 
 Runner = Callable[[Mapping[str, Tensor]], Tensor]
 
@@ -81,19 +81,20 @@ def find_data(task: str, data: Path | None) -> Path:
     return file
 
 
-def runner(model: Any) -> Runner:
+def runner(model: Any, *, quiet: bool = False) -> Runner:
     """The model's first output as a function of its named inputs; it is given those that it has.
 
-    1. an onnxruntime session.
+    1. an onnxruntime session; `quiet` keeps it from printing an error that it raises as well.
     2. anything else: called with keyword arguments, without gradients.
     """
     if hasattr(model, "get_inputs") and hasattr(model, "run"):
         names = {i.name for i in model.get_inputs()}
+        options = [_quiet()] if quiet else []
 
         def run_session(inputs: Mapping[str, Tensor]) -> Tensor:
             feeds = {name: value.numpy() for name, value in inputs.items() if name in names}
             feeds |= _empty_cache(model, len(next(iter(inputs.values()))))
-            return torch.from_numpy(np.asarray(model.run(None, feeds)[0]))
+            return torch.from_numpy(np.asarray(model.run(None, feeds, *options)[0]))
 
         return run_session
 
@@ -107,6 +108,44 @@ def runner(model: Any) -> Runner:
         return first
 
     return run_torch
+
+
+def _quiet() -> Any:
+    import onnxruntime
+
+    options = onnxruntime.RunOptions()
+    options.log_severity_level = 4
+    return options
+
+
+def longest(model: Any, at_most: int = TOKENS) -> int:
+    """How many tokens of a text a model takes: `at_most`, or as many as it has positions.
+
+    It is tried, since not every model says it, and some number their positions from 2. A model that
+    takes not even one token gets `at_most`: what is wrong with it shows where it is used.
+
+    Args:
+        model: a torch module, a Program or a session.
+        at_most: tokens.
+    """
+    run = runner(model, quiet=True)
+
+    def takes(length: int) -> bool:
+        zeros = torch.zeros(1, length, dtype=torch.int64)
+        inputs = {"input_ids": zeros, "attention_mask": zeros + 1, "token_type_ids": zeros}
+        try:
+            run(inputs)
+        except Exception:  # of torch or ONNX Runtime, in one of many classes
+            return False
+        return True
+
+    if takes(at_most):
+        return at_most
+    low, high = 0, at_most
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if takes(middle) else (low, middle)
+    return low or at_most
 
 
 def _empty_cache(session: Any, batch: int) -> dict[str, Any]:
@@ -133,10 +172,10 @@ def embed(
     sentences: Sequence[str],
     *,
     batch: int = 32,
-    length: int = 128,
+    length: int = TOKENS,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Tensor:
-    """Unit-length embeddings [n, width] of sentences.
+    """Unit-length embeddings [n, width] of sentences, cut to the length that the model takes.
 
     A model that returns one vector a token has them averaged over the attention mask.
 
@@ -145,6 +184,7 @@ def embed(
     """
     run = runner(model)
     tokenize = tokenizer(tokenizer_dir)
+    length = longest(model, length)
     # Sentences of like length share a batch: less padding, the same result.
     order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))
     parts = []

@@ -15,7 +15,7 @@ from graphprune.errors import GraphPruneError
 from graphprune.losses import spearman
 from graphprune.models.batches import table_batches
 from graphprune.models.tables import Schema, Table
-from graphprune.models.tasks.base import TaskResult, runner
+from graphprune.models.tasks.base import TaskResult, longest, runner
 
 # A model takes those that it has.
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -47,7 +47,9 @@ def judge(
     table = schema.read(file)
     if schema.task == "classification" and not schema.classes:
         schema = replace(schema, classes=_integers(table))
-    batches = table_batches(table, schema, _INPUTS, tokenizer_dir, shuffle=False)
+    batches = table_batches(
+        table, schema, _INPUTS, tokenizer_dir, length=longest(model), shuffle=False
+    )
     run = runner(model)
     parts, labels = [], []
     for done, batch in enumerate(batches, 1):

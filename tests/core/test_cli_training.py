@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,17 +12,26 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from torch import nn
 from typer.testing import CliRunner, Result
 
 import graphprune as gp
-from graphprune.cli import app
-from graphprune.cli.training import Wish, lesson_of, taught, trained_first, training_of
-from graphprune.cli.workflow import captured, input_names
+from graphprune.cli import app, guarded
+from graphprune.cli.training import (
+    Lesson,
+    Wish,
+    lesson_of,
+    taught,
+    trained_first,
+    training_of,
+)
+from graphprune.cli.workflow import Summary, captured, input_names, steps_of
+from graphprune.errors import RecipeError, TrainingError
 from graphprune.models import LoadedModel, load_model
 from graphprune.models.tables import Schema
 from graphprune.models.tasks import evaluate
-from graphprune.passes import Distill
+from graphprune.passes import L1, Distill, Finetune, PruneHeads, PruneNeurons, PruneRecover
 
 Run = Callable[..., Result]
 
@@ -146,7 +156,7 @@ def test_the_teacher_is_the_trained_model(folder: Path) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     start = captured(subject)
-    training = training_of(lesson, input_names(start.program), tokenizer)
+    training = training_of(lesson, input_names(start.program), tokenizer, 64)
     dense, _ = trained_first(start, training, wish, 0, lambda event: None)
     head = "head.weight"
     assert not torch.allclose(dense.program.tensors[head], start.program.tensors[head])
@@ -241,6 +251,67 @@ def test_pairs_are_trained_on_their_scores(run: Run, folder: Path) -> None:
     assert again["pruned"] == pruned
 
 
+def test_texts_longer_than_the_model_takes_are_cut_everywhere(run: Run, folder: Path) -> None:
+    # w1 is beyond the 64 positions of the model, and among them.
+    rows = [["w2 " * 70 + "w1", "no"], ["w1 " + "w2 " * 69, "yes"]] * 20
+    for name in ("long", "short"):
+        length = 100 if name == "long" else 64
+        cut = [[" ".join(text.split()[:length]), label] for text, label in rows]
+        _write(folder / f"{name}.tsv", "text\tlabel", cut)
+    found = []
+    for name in ("long", "short"):
+        file = f"{name}.tsv"
+        arguments = (*CUT, *TASK, "--train", file, "--eval", file, "--calibration", file)
+        result = run(*arguments, "--lr", "0.005", "--epochs", "1", "-o", name, "--json")
+        assert result.exit_code == 0, result.stderr
+        found.append(json.loads(result.stdout))
+        judge = ("eval", name, *TASK, "--data", file, "--json")
+        assert json.loads(run(*judge).stdout)["pruned"] == found[-1]["quality"]["pruned"]
+    assert found[0]["calibration"] == found[1]["calibration"] == {"samples": 2, "tokens": 128}
+    assert found[0]["quality"] == found[1]["quality"]
+    first, second = (f["trained"]["epochs"][0]["loss"] for f in found)
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("losses", "metrics", "words"),
+    [
+        ([0.7, 0.6, 0.5], (0.505, 0.855), "3 epochs, accuracy 0.505 -> 0.855"),
+        ([0.7, 0.6, 0.5], (None, None), "3 epochs, loss 0.700 -> 0.500"),
+        ([0.7], (None, None), "1 epoch, loss 0.700"),
+    ],
+)
+def test_the_dense_model_s_training_in_words(
+    losses: list[float], metrics: tuple[float | None, float | None], words: str
+) -> None:
+    told = {
+        "epochs": [{"loss": loss} for loss in losses],
+        "metric": None if metrics[0] is None else "accuracy",
+        "metric_before": metrics[0],
+        "metric_after": metrics[1],
+    }
+    none: Any = None
+    summary = Summary("m", Path("out"), none, {}, None, {}, trained=told)
+    assert summary.trained_first() == words
+    assert not Summary("m", Path("out"), none, {}, None, {}).trained_first()
+
+
+def test_epochs_without_a_new_head_are_refused_for_images_too() -> None:
+    lesson = Lesson(Wish("digits", epochs=1), recovers=True)
+    with pytest.raises(RecipeError, match="--epochs has no effect"):
+        taught(load_model("tiny-vit"), lesson, None, 0)
+
+
+def test_errors_name_options_and_not_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    @guarded
+    def command() -> None:
+        raise TrainingError("go on with resume=True, or remove it")
+
+    with pytest.raises(typer.Exit):
+        command()
+    assert capsys.readouterr().err.strip() == "error: go on with --resume, or remove it"
+
+
 @pytest.mark.slow
 def test_training_resumes_where_its_checkpoints_are(run: Run, folder: Path) -> None:
     arguments = (*CUT, *LEARN, "--epochs", "1", "--finetune", "1", "--no-baseline")
@@ -248,19 +319,63 @@ def test_training_resumes_where_its_checkpoints_are(run: Run, folder: Path) -> N
     assert run(*kept, "-o", "once").exit_code == 0
     assert (folder / "kept" / "dense" / "0-finetune" / "training.json").is_file()
     assert (folder / "kept" / "0-finetune" / "training.json").is_file()
-    assert "holds a checkpoint of an earlier run" in sentence(run(*kept, "-o", "again"))
+    said = sentence(run(*kept, "-o", "again"))
+    assert "holds a checkpoint of an earlier run: go on from it with --resume" in said
     resumed = run(*kept, "--resume", "-o", "again")
     assert resumed.exit_code == 0, resumed.stderr
     first, second = (gp.load(folder / name).program.tensors for name in ("once", "again"))
     assert all(torch.equal(first[n], second[n]) for n in first)
 
 
-def test_the_recipe_recover_names_what_it_needs(run: Run) -> None:
+def test_the_recipe_recover_names_what_it_needs(run: Run, folder: Path) -> None:
     assert json.loads(run("recipes", "--json").stdout)["recover"]["needs"] == "--task and --train"
-    shown = run("compile", "m", "--recipe", "recover", *LEARN, "-o", "recovered", "--no-measure")
+    arguments = ("compile", "m", "--recipe", "recover", *LEARN, "-o", "recovered", "--no-measure")
+    shown = run(*arguments)
     assert shown.exit_code == 0, shown.stderr
     assert "2 of 4 heads" in shown.stdout or "1 of 4 heads" in shown.stdout
-    assert "the head was new, so the dense model was trained 20 steps" in shown.stdout
+    distilled = gp.load(folder / "recovered").report.passes[2]
+    assert distilled.step == {"distill": {"lr": 0.005}}
+    # Two epochs, and no --eval to judge them by.
+    assert re.search(r"dense model trained first: 2 epochs, loss 0\.\d+ -> 0\.\d+", shown.stdout)
+
+
+@pytest.fixture(scope="module")
+def rated(folder: Path) -> str:
+    """A recipe in which two passes train at a rate of their own, one of them the usual one."""
+    file = folder / "rated.yaml"
+    file.write_text(
+        "passes:\n"
+        "- finetune\n"
+        "- distill: {lr: 5.0e-5}\n"
+        "- l1: {lr: 0.25, alpha: 1.0}\n"
+        "- prune-recover:\n"
+        "    passes: [{prune-neurons: {ratio: 0.5}}, {finetune: {epochs: 1}}]\n"
+        "    rounds: 2\n"
+        "- prune-heads: {ratio: 0.25}\n"
+    )
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    ("wish", "rate"),
+    [
+        (Wish("classification"), 5e-5),
+        (Wish("classification", lr=0.125), 0.125),
+        (Wish("digits"), 1e-3),
+        (Wish("digits", lr=0.125), 0.125),
+    ],
+)
+def test_the_learning_rate_reaches_what_trains_and_names_none(
+    rated: str, wish: Wish, rate: float
+) -> None:
+    first, distill, l1, recover, heads = steps_of(rated, {}, lr=wish.own_rate)
+    assert first == Finetune(lr=rate)
+    assert (distill, l1) == (Distill(lr=5e-5), L1(lr=0.25, alpha=1.0))
+    assert recover == PruneRecover((PruneNeurons(0.5), Finetune(epochs=1, lr=rate)), rounds=2)
+    assert heads == PruneHeads(0.25)
+    flags = steps_of(None, {"finetune": {"epochs": 1}, "prune-heads": None}, lr=wish.own_rate)
+    assert flags == [Finetune(epochs=1, lr=rate)]
+    assert wish.rate == rate
 
 
 def test_the_digits_bring_their_own_data() -> None:
@@ -269,7 +384,7 @@ def test_the_digits_bring_their_own_data() -> None:
 
     lesson = lesson_of(Wish("digits", batch=100), [])
     assert lesson is not None
-    training = training_of(lesson, ["pixel_values"], None)
+    training = training_of(lesson, ["pixel_values"], None, 128)
     for split, batches in (("train", training.data), ("test", training.eval)):
         images, labels = digits(split)
         assert not callable(batches)
@@ -294,6 +409,17 @@ RECOVER = ("compile", "m", "--neurons", "0.5", "-o", "no")
         ((*RECOVER, "--recipe", "half", "--distill", "1"), "not both"),
         ((*RECOVER, "--train", "train.tsv"), "--train needs --task"),
         ((*RECOVER, "--eval", "dev.tsv"), "--eval needs --task"),
+        ((*RECOVER, "--checkpoints", "kept"), "--checkpoints needs --task"),
+        ((*RECOVER, "--resume"), "--resume needs --task"),
+        ((*RECOVER, "--epochs", "2"), "--epochs needs --task"),
+        ((*RECOVER, "--lr", "5e-5"), "--lr needs --task"),
+        ((*RECOVER, "--batch-size", "32"), "--batch-size needs --task"),
+        ((*RECOVER, "--text-column", "text"), "--text-column needs --task"),
+        ((*RECOVER, "--label-column", "label"), "--label-column needs --task"),
+        ((*RECOVER, *TASK, "--eval", "dev.tsv", "--lr", "1"), "--lr is about training: give --tr"),
+        ((*RECOVER, "--task", "digits", "--text-column", "text"), "--text-column is for a file"),
+        (("compile", "out", *RECOVER[2:], *LEARN, "--finetune", "1", "--epochs", "2"), "--epochs"),
+        (("compile", "out", *RECOVER[2:], *LEARN), "--lr has no effect"),
         ((*RECOVER, *TASK), "needs --train FILE"),
         ((*RECOVER, *TASK, "--eval", "dev.tsv", "--distill", "1"), "distill needs --train FILE"),
         ((*RECOVER, *TASK, "--eval", "dev.tsv", "--score", "magnitude"), "has no head"),

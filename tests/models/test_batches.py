@@ -123,6 +123,20 @@ def test_a_table_becomes_token_ids_and_pairs_two_segments(words: Path) -> None:
         table_batches(table, schema, ("pixel_values",), words)
 
 
+def test_long_rows_are_cut(words: Path) -> None:
+    text = " ".join(f"w{i % 90}" for i in range(200))
+    table = Table(Path("x.tsv"), ("text",), "label", ((text,), ("w3",)), ("0", "1"))
+    schema = Schema("classification", classes=("0", "1"))
+    ids = [2 + i % 90 for i in range(200)]
+    for length, batches in (
+        (128, table_batches(table, schema, INPUTS, words)),
+        (50, table_batches(table, schema, INPUTS, words, length=50)),
+    ):
+        found = _rows(batches)
+        assert found[0].tolist() == ids[:length]
+        assert found[1].tolist() == [5]
+
+
 def test_scores_are_floats(words: Path) -> None:
     table = Table(Path("x.tsv"), ("text",), "score", (("w1",), ("w2",)), ("0.5", "3"))
     batches = table_batches(table, Schema("regression"), INPUTS, words)

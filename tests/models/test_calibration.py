@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -189,6 +191,36 @@ def test_language_models_are_told_from_their_logits(
     captured: Callable[[str], Program], name: str, expected: bool
 ) -> None:
     assert predicts_tokens(captured(name)) is expected
+
+
+def test_long_sentences_are_cut(tmp_path: Path, words: Path) -> None:
+    file = tmp_path / "lines.txt"
+    file.write_text(" ".join(f"w{i % 90}" for i in range(200)), "utf-8")
+    ids = [2 + i % 90 for i in range(200)]
+    (batch,) = calibration_batches(file, IDS, words)
+    assert batch["input_ids"].tolist() == [ids[:128]]
+    (batch,) = calibration_batches(file, IDS, words, length=50)
+    assert batch["input_ids"].tolist() == [ids[:50]]
+
+
+@pytest.mark.parametrize("own", [20, 500, 1e30, None])
+def test_both_readers_keep_to_the_limit_of_the_tokenizer(
+    tmp_path: Path, words: Path, own: float | None
+) -> None:
+    pytest.importorskip("transformers")
+    from graphprune.models.tokenize import _with_transformers
+
+    shutil.copy(words / "tokenizer.json", tmp_path)
+    config = {
+        "pad_token": "[PAD]",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **({} if own is None else {"model_max_length": own}),
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    text = " ".join(f"w{i % 90}" for i in range(200))
+    for read in (tokenizer, _with_transformers):
+        made = read(tmp_path)([text, "w1"], 128)["input_ids"]
+        assert made[0].tolist() == [2 + i % 90 for i in range(20 if own == 20 else 128)]
 
 
 def test_both_readers_of_a_real_tokenizer_agree() -> None:

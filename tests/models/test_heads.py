@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from graphprune.errors import GraphPruneError
 from graphprune.models import LoadedModel, load_model
@@ -24,10 +25,11 @@ def _encoder(pooling: str = "mean") -> LoadedModel:
     return LoadedModel(SentenceEncoder(model, pooling).eval(), inputs, "mine", task="neighbours")
 
 
-def _classifier(names: dict[int, str] | None = None) -> LoadedModel:
+def _classifier(names: dict[int, str] | None = None, outputs: int = 2) -> LoadedModel:
     loaded = load_model("tiny-roberta")
     module: Any = loaded.module
-    module.config.id2label = names or {0: "LABEL_0", 1: "LABEL_1"}
+    module.classifier.out_proj = nn.Linear(module.classifier.out_proj.in_features, outputs)
+    module.config.id2label = names or {i: f"LABEL_{i}" for i in range(outputs)}
     return loaded
 
 
@@ -101,12 +103,17 @@ def test_pairs_are_read_in_segments() -> None:
         ({0: "yes", 1: "no"}, ("0", "1"), ("yes", "no")),
         ({0: "yes", 1: "no"}, (), ("yes", "no")),
         (None, (), ("0", "1")),
+        # The training file lacks a class.
+        (None, ("0", "2"), ("0", "1", "2")),
+        (None, ("1", "2"), ("0", "1", "2")),
+        ({0: "no", 1: "maybe", 2: "yes"}, ("1", "2"), ("no", "maybe", "yes")),
+        ({0: "no", 1: "maybe", 2: "yes"}, ("no", "yes"), ("no", "maybe", "yes")),
     ],
 )
-def test_a_head_whose_classes_are_the_labels_is_kept(
+def test_a_head_that_knows_all_labels_is_kept(
     names: dict[int, str] | None, classes: tuple[str, ...], order: tuple[str, ...]
 ) -> None:
-    loaded = _classifier(names)
+    loaded = _classifier(names, len(order))
     kept = with_head(loaded, replace(BINARY, classes=classes))
     assert kept.module is loaded.module
     assert kept.trained

@@ -106,5 +106,24 @@ def test_module_program_and_session_are_judged_alike(
         assert found.value == pytest.approx(wanted.value, abs=1e-3 if wanted.more else 0)
 
 
+def test_long_texts_are_cut_as_the_model_needs_it(words: Path, tmp_path: Path) -> None:
+    model, inputs = tiny("tiny-bert")
+    loaded = LoadedModel(
+        model, {n: inputs[n] for n in ("input_ids", "attention_mask")}, "mine", tokenizer_dir=words
+    )
+    made = with_head(loaded, LETTERS)
+    texts = [" ".join(f"w{_draw(90)}" for _ in range(40 + _draw(60))) for _ in range(40)]
+    labels = ["abc"[_draw(3)] for _ in texts]
+    values = []
+    for length in (100, 64):
+        rows = [
+            f"{' '.join(text.split()[:length])}\t{label}"
+            for text, label in zip(texts, labels, strict=True)
+        ]
+        common: dict[str, Any] = {"data": _file(tmp_path, *rows), "schema": LETTERS}
+        values.append(evaluate("classification", made.module, tokenizer_dir=words, **common).value)
+    assert values[0] == values[1]
+
+
 def _draw(n: int) -> int:
     return int(torch.randint(n, ()))

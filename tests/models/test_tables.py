@@ -54,12 +54,37 @@ def test_rows_end_with_lines_only_and_quotes_are_text(tmp_path: Path) -> None:
     assert table.labels == ("1", "0")
 
 
+@pytest.mark.parametrize("end", ["", "\n", "\n\n", "\r\n\r\n", "\n \n\t\n"])
+def test_blank_lines_at_the_end_are_no_rows(tmp_path: Path, end: str) -> None:
+    table = read_table(_written(tmp_path, f"sentence\tlabel\na\t1\nb\t0{end}"))
+    assert (table.texts, table.labels) == ((("a",), ("b",)), ("1", "0"))
+
+
+def test_a_carriage_return_within_a_cell_is_text(tmp_path: Path) -> None:
+    for end in ("\n", "\r\n"):
+        lines = ("sentence\tlabel", "one\rtwo\t1", "b\t0", "")
+        table = read_table(_written(tmp_path, end.join(lines)))
+        assert (table.texts, table.labels) == ((("one\rtwo",), ("b",)), ("1", "0"))
+
+
 def test_classes_are_sorted_and_integers_by_their_number() -> None:
     assert _labelled("10", "9", "-1", "9").classes() == ("-1", "9", "10")
     assert _labelled("no", "yes", "maybe", "no").classes() == ("maybe", "no", "yes")
     assert _labelled("10", "9", "x").classes() == ("10", "9", "x")
     with pytest.raises(GraphPruneError, match=r"every row of .* has the label 'a'"):
         _labelled("a", "a").classes()
+
+
+def test_integers_are_classes_by_their_value() -> None:
+    assert _labelled("01", "1", "10", "-0", "002").classes() == ("0", "1", "2", "10")
+    # Beside words they are names as well.
+    assert _labelled("01", "1", "x").classes() == ("01", "1", "x")
+    assert _labelled("01", "1", "00").numbers(("0", "1")) == [1, 1, 0]
+    assert _labelled("1", "02").numbers(("01", "02")) == [0, 1]
+    assert _labelled("01", "00").numbers(("no", "yes")) == [1, 0]
+    assert _labelled("1", "01", "x").numbers(("01", "1", "x")) == [1, 0, 2]
+    with pytest.raises(GraphPruneError, match="every row"):
+        _labelled("01", "1").classes()
 
 
 def test_labels_are_names_of_classes_or_else_their_numbers() -> None:
@@ -90,7 +115,9 @@ def test_a_score_is_a_finite_number(label: str) -> None:
         ("words\tlabel\na\t1\n", "--text-column"),
         ("sentence\tkind\na\t1\n", "--label-column"),
         ("sentence\tlabel\na\t1\nb\n", "line 3: 'b' has 1 cells"),
-        ("sentence\tlabel\na\t1\n\nb\t1\n", "line 3"),
+        ("sentence\tlabel\na\t1\n\nb\t1\n", "line 3 is blank"),
+        ("sentence\tlabel\na\t1\n\n\t \nb\t1\n\n", "line 3 is blank"),
+        ("\n\n", "is empty"),
         ("sentence\tlabel\na\tb\t1\n", "line 2: .* has 3 cells, the header line has 2"),
         ("sentence\tlabel\na\t1\nb\t \n", "line 3: the column 'label' is empty"),
         ("sentence\tlabel\n\t1\n", "line 2: the column 'sentence' is empty"),

@@ -9,10 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+import graphprune as gp
 from graphprune.errors import GraphPruneError
 from graphprune.models.tasks import TASKS, evaluate, find_data, runner
+from graphprune.models.tasks.base import embed, longest
 from graphprune.models.tasks.neighbours import overlap, python_sentences
 from graphprune.models.tasks.sts import read_pairs, spearman
+from graphprune.models.tiny import tiny
 
 HEADER = "genre\tscore\tsentence1\tsentence2"
 
@@ -105,6 +108,41 @@ def test_a_runner_gives_a_session_only_the_inputs_that_it_has() -> None:
 
     x = torch.ones(2)
     assert torch.equal(runner(Session())({"x": x, "mask": x}), x)
+
+
+@pytest.mark.parametrize(
+    # 64 positions; the second counts them from 2, the third has none to learn.
+    ("name", "positions"),
+    [("tiny-bert", 64), ("tiny-roberta", 62), ("tiny-llama", 128)],
+)
+def test_a_text_is_as_long_as_the_model_takes(
+    name: str, positions: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model, inputs = tiny(name)
+    compiled = gp.compile(model, [], example_inputs=dict(inputs))
+    session = compiled.export(tmp_path / "out", baseline=False).session(1)
+    capfd.readouterr()
+    for form in (model, compiled.program, session):
+        assert longest(form) == positions
+        assert longest(form, 61) == 61
+    # ONNX Runtime prints its errors, were it not told otherwise.
+    assert not any(capfd.readouterr())
+
+
+def test_what_fails_at_every_length_is_no_shorter() -> None:
+    def broken(input_ids: Tensor) -> Tensor:
+        raise RuntimeError
+
+    assert longest(broken) == 128
+
+
+def test_embeddings_are_of_as_much_of_a_sentence_as_the_model_takes(words: Path) -> None:
+    model, _ = tiny("tiny-bert")
+    sentences = [" ".join(f"w{(7 * i) % 90}" for i in range(n)) for n in (100, 3, 64)]
+    cut = [" ".join(s.split()[:64]) for s in sentences]
+    found = embed(model, words, sentences)
+    torch.testing.assert_close(found, embed(model, words, cut))
+    assert (found[0] - embed(model, words, [" ".join(cut[0].split()[:32])])[0]).abs().max() > 1e-3
 
 
 def test_digits_judge_any_classifier() -> None:
