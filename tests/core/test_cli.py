@@ -280,7 +280,7 @@ def test_sensitivity_as_table_json_and_page(run: Run, tmp_path: Path, arrays: st
 def test_recipes_say_what_they_need(run: Run) -> None:
     found = json.loads(run("recipes", "--json").stdout)
     needing = {name for name, row in found.items() if row["needs"]}
-    assert needing == {"edge", "edge-int8", "gentle", "recover", "sparse"}
+    assert needing == {"edge", "edge-int8", "gentle", "neuroprune", "recover", "sparse"}
 
 
 def test_demo_on_a_tiny_model(run: Run, tmp_path: Path) -> None:
