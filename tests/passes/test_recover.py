@@ -19,6 +19,7 @@ from graphprune.passes import (
     LeastSquares,
     Magnitude,
     PruneAxis,
+    PruneAxis,
     PruneHeads,
     PruneNeurons,
     PruneRecover,
@@ -75,6 +76,16 @@ def test_the_total_is_that_of_one_step(
         part = Pipeline([PruneNeurons(ratio * (i + 1) / rounds)]).run(program).program
         here = {g["id"]: g["after"] for g in record["passes"][0].get("groups", ())}
         assert here.items() <= _sizes(part).items()
+
+
+def test_the_total_holds_where_an_axis_beside_is_down_to_one_unit(captured: Captured) -> None:
+    """The dims of a head, of whose four heads one is left, are counted by the same name."""
+    program = captured("tiny-encoder")
+    dims = axis_groups(program).with_role("qk_dim")[0].size
+    cut = (PruneHeads(0.75), PruneAxis(0.5, role="qk_dim"))
+    for rounds in (1, 2, 3):
+        found = Pipeline([PruneRecover(cut, rounds=rounds)]).run(program).program
+        assert {g.size for g in axis_groups(found).with_role("qk_dim")} == {dims // 2}
 
 
 @pytest.mark.parametrize("round_to", [1, 4])
