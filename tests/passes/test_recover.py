@@ -19,7 +19,6 @@ from graphprune.passes import (
     LeastSquares,
     Magnitude,
     PruneAxis,
-    PruneAxis,
     PruneHeads,
     PruneNeurons,
     PruneRecover,
