@@ -84,8 +84,10 @@ def gather(
     Raises:
         UnsupportedError: something that is no linear site sums over the group.
     """
-    found = consumers(groups, group)
-    linear = {site.node for site, _ in found}
+    every = consumers(groups, group)
+    linear = {site.node for site, _ in every}
+    # Another entry reads by the same weights; the batches go through this one.
+    found = [(site, units) for site, units in every if site.node in stream.number]
     for _, contraction in contractions(groups, group):
         if contraction.node not in linear:
             raise UnsupportedError(

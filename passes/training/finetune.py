@@ -60,6 +60,11 @@ def trained_report(fitted: Fitted) -> dict[str, JSON]:
     words = f"trained {told['steps']:,} steps, loss {losses[0]:.3g}"
     if len(losses) > 1:
         words += f" to {losses[-1]:.3g}"
+    labels = [record["labels"] for record in told["epochs"] if "labels" in record]
+    if len(labels) > 1:
+        words += f" (labels {labels[0]:.3g} to {labels[-1]:.3g})"
+    if told.get("stopped_early"):
+        words += f", stopped early after epoch {len(losses)}"
     if told["metric_after"] is not None:
         words += f", {told['metric']} {told['metric_before']:.4g} to {told['metric_after']:.4g}"
     checked = f"nothing to compare: weights were trained; {told['masked_weights']:,} stayed zero"

@@ -12,6 +12,7 @@ from graphprune.axes import axis_groups
 from graphprune.capture import capture
 from graphprune.compare import relative_error
 from graphprune.errors import RecipeError, UnsupportedError
+from graphprune.models.tiny import tiny
 from graphprune.passbase import Context
 from graphprune.passes import PruneHeads, PruneNeurons
 from graphprune.passes.structural.calibrated import COMPENSATIONS, compensate, gather
@@ -273,3 +274,18 @@ def test_all_padding_and_broken_weights_are_told(captured: Captured) -> None:
     broken = program.with_tensors({name: program.tensors[name] * float("nan")})
     with pytest.raises(UnsupportedError, match="hold NaN or infinity"):
         gp.compile(broken, [PruneNeurons(0.5, score="obs")], calibration=[batch])
+
+
+@pytest.mark.parametrize("score", ["obs", "fluctuation", "taylor"])
+def test_a_decoder_with_its_cache_loses_the_same_units(score: str, captured: Captured) -> None:
+    """The weights of both entries are chosen and fitted once, by what flows through `forward`."""
+    module, inputs = tiny("tiny-llama")
+    batches = batches_of(captured("tiny-llama"))
+    steps = [PruneHeads(0.5, score=score), PruneNeurons(0.25, score=score)]
+    plain, cached = (
+        gp.compile(module, steps, example_inputs=inputs, calibration=batches, cache=cache).program
+        for cache in (False, True)
+    )
+    assert set(cached.entries) == {"forward", "decode"}
+    for name, tensor in plain.tensors.items():
+        torch.testing.assert_close(cached.tensors[name], tensor)

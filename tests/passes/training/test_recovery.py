@@ -15,11 +15,13 @@ from torch.nn import functional as F
 
 import graphprune as gp
 from graphprune.errors import RecipeError, TrainingError, UnsupportedError
+from graphprune.fit import Fitted
 from graphprune.losses import logits_of
 from graphprune.models.tiny import tiny
 from graphprune.objective import Distillation, Objective, residual_values
 from graphprune.passbase import Context
 from graphprune.passes import Distill, Finetune, PruneAxis, PruneHeads, PruneNeurons, Quantize
+from graphprune.passes.training.finetune import trained_report
 from graphprune.pipeline import Pipeline
 from graphprune.program import Program, ProgramModule
 from graphprune.recipe import dump, loads
@@ -218,3 +220,13 @@ def test_recipes_know_them() -> None:
     text = "passes:\n- distill: {temperature: 2, hidden: true, epochs: 2}\n- finetune\n"
     assert loads(text) == [Distill(2.0, True, epochs=2), Finetune()]
     assert loads(dump(loads(text))) == loads(text)
+
+
+def test_the_sentence_tells_labels_apart_and_an_early_end(captured: Captured) -> None:
+    program = captured("tiny-mlp")
+    epochs = [{"loss": 6.5, "labels": 1.1}, {"loss": 2.25, "labels": 1.125}]
+    told = {"steps": 16, "epochs": epochs, "metric_after": None, "masked_weights": 0, "cuts": []}
+    plain = trained_report(Fitted(program, told))["summary"]
+    assert plain == "trained 16 steps, loss 6.5 to 2.25 (labels 1.1 to 1.12)"
+    early = trained_report(Fitted(program, {**told, "stopped_early": True}))["summary"]
+    assert early.endswith(", stopped early after epoch 2")
