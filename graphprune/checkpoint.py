@@ -109,7 +109,7 @@ def read(path: Path, identity: str, settings: Mapping[str, JSON]) -> Checkpoint 
     if data.get("of") != identity:
         raise TrainingError(
             f"the checkpoint {str(path)!r} is of another model, or of this one after other passes; "
-            "choose another folder for checkpoints, or train without resume=True"
+            "choose another folder for checkpoints, or train without --resume (resume=True)"
         )
     _check_settings(path, data.get("settings"), settings)
     try:

@@ -231,7 +231,8 @@ class _Run:
         if self.folder.exists() and not self.training.resume:
             raise TrainingError(
                 f"{str(self.folder)!r} holds a checkpoint of an earlier run: go on from it with "
-                "resume=True, remove it, or choose another folder for checkpoints"
+                "--resume (resume=True in Python), remove it, or choose another folder for "
+                "checkpoints"
             )
 
     def _look_at_data(self, distillation: Distillation | None) -> bool:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,32 @@ from graphprune.models.tiny import tiny
 from graphprune.program import Program
 
 torch.set_num_threads(1)
+
+
+class Breaks:
+    """Training batches that stop the run at one of them, once."""
+
+    class Stops(Exception):
+        """What they raise."""
+
+    def __init__(self, data: Sequence[Any], at: int) -> None:
+        self.data, self.left = data, at
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.data:
+            if self.left == 0:
+                raise self.Stops
+            self.left -= 1
+            yield batch
+
+
+@pytest.fixture(scope="session")
+def breaks() -> type[Breaks]:
+    """Batches with an interruption: `breaks(batches, at)` raises `breaks.Stops`."""
+    return Breaks
 
 
 @pytest.fixture(autouse=True)

@@ -99,9 +99,7 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
             raise typer.Exit(0) from None
         except GraphPruneError as e:
             _debug()
-            # What Python calls by an argument.
-            sentence = str(e).replace("resume=True", "--resume")
-            _fail(sentence, 1 if isinstance(e, PassError | VerificationError) else 2)
+            _fail(str(e), 1 if isinstance(e, PassError | VerificationError) else 2)
         except Exception as e:
             _debug()
             _fail(

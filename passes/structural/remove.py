@@ -224,12 +224,14 @@ class Removal:
         costs = {group.id: group.cost for group in groups}
         sizes = {}
         if self.of == "dense" and ctx.reference is not None:
-            dense = {g.id: g for g in ctx.get(axis_groups, ctx.reference)}
-            sizes = {
-                g.id: dense[g.id].size
-                for g in groups
-                if g.id in dense and dense[g.id].role == g.role and dense[g.id].size >= g.size
-            }
+            dense = {(g.id, g.role): g.size for g in ctx.get(axis_groups, ctx.reference)}
+            for group in groups:
+                if dense.get((group.id, group.role), 0) < group.size:
+                    raise UnsupportedError(
+                        f"pass {ctx.running!r} counts units of the dense model, which has no "
+                        f"{group.role} axis {group.id!r} of as many; take of='now'"
+                    )
+                sizes[group.id] = dense[group.id, group.role]
         return Wanted(self.ratio, self.round_to, self.floor, costs, sizes)
 
 

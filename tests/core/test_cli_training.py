@@ -12,12 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-import typer
 from torch import nn
 from typer.testing import CliRunner, Result
 
 import graphprune as gp
-from graphprune.cli import app, guarded
+from graphprune.cli import app
 from graphprune.cli.training import (
     Lesson,
     Wish,
@@ -27,7 +26,7 @@ from graphprune.cli.training import (
     training_of,
 )
 from graphprune.cli.workflow import Summary, captured, input_names, steps_of
-from graphprune.errors import RecipeError, TrainingError
+from graphprune.errors import RecipeError
 from graphprune.models import LoadedModel, load_model
 from graphprune.models.tables import Schema
 from graphprune.models.tasks import evaluate
@@ -300,16 +299,6 @@ def test_epochs_without_a_new_head_are_refused_for_images_too() -> None:
     lesson = Lesson(Wish("digits", epochs=1), recovers=True)
     with pytest.raises(RecipeError, match="--epochs has no effect"):
         taught(load_model("tiny-vit"), lesson, None, 0)
-
-
-def test_errors_name_options_and_not_arguments(capsys: pytest.CaptureFixture[str]) -> None:
-    @guarded
-    def command() -> None:
-        raise TrainingError("go on with resume=True, or remove it")
-
-    with pytest.raises(typer.Exit):
-        command()
-    assert capsys.readouterr().err.strip() == "error: go on with --resume, or remove it"
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -454,14 +454,14 @@ def test_scored_terms_alone_are_in_the_gradient_that_is_shown(captured: Captured
         torch.testing.assert_close(tensor, other, rtol=1e-9, atol=1e-12)
 
 
-def test_what_masking_remembers_is_resumed(captured: Captured, tmp_path: Path) -> None:
+def test_what_masking_remembers_is_resumed(captured: Captured, tmp_path: Path, breaks: Any) -> None:
     program = captured("tiny-mlp")
     whole, first, second = _Smallest(9), _Smallest(9), _Smallest(9)
     options: Any = {"epochs": 3, "every": 2}
     result = _fit(program, **options, masking=whole, checkpoints=tmp_path / "a")
     folder: Any = {"checkpoints": tmp_path / "b"}
-    with pytest.raises(_Stops):
-        _fit(program, _Breaks(_batches(4), 7), **options, masking=first, **folder)
+    with pytest.raises(breaks.Stops):
+        _fit(program, breaks(_batches(4), 7), **options, masking=first, **folder)
     resumed = _fit(program, **options, masking=second, **folder, resume=True)
     assert _same(result.program, resumed.program)
     assert torch.equal(whole.seen, second.seen)
@@ -547,29 +547,10 @@ def test_progress_tells_loss_and_metric(captured: Captured) -> None:
 # --- checkpoints -------------------------------------------------------------------------------
 
 
-class _Stops(Exception):
-    pass
-
-
-class _Breaks:
-    """Batches that stop the run at one of them, once."""
-
-    def __init__(self, data: list[Batch], at: int) -> None:
-        self.data, self.left = data, at
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __iter__(self) -> Iterator[Batch]:
-        for batch in self.data:
-            if self.left == 0:
-                raise _Stops
-            self.left -= 1
-            yield batch
-
-
 @pytest.mark.parametrize("at", [4, 8, 10], ids=lambda at: f"batch {at}")
-def test_resumed_is_as_if_never_stopped(at: int, captured: Captured, tmp_path: Path) -> None:
+def test_resumed_is_as_if_never_stopped(
+    at: int, captured: Captured, tmp_path: Path, breaks: Any
+) -> None:
     """In the middle of an epoch, with dropout, a metric, masks and a cut before and after."""
     program = _zeroed(captured("tiny-mlp"), "layers.4.weight")
     group = axis_groups(program).with_role("neuron")[0]
@@ -580,9 +561,9 @@ def test_resumed_is_as_if_never_stopped(at: int, captured: Captured, tmp_path: P
     options: Any = {"epochs": 3, "after_epoch": cut, "eval": _batches(1), "every": 2}
     whole = _fit(program, **options, checkpoints=tmp_path / "a")
     folder: Any = {"checkpoints": tmp_path / "b"}
-    with pytest.raises(_Stops):
+    with pytest.raises(breaks.Stops):
         # The first look reads a batch too.
-        _fit(program, _Breaks(_batches(4), at + 1), **options, **folder)
+        _fit(program, breaks(_batches(4), at + 1), **options, **folder)
     resumed = _fit(program, **options, **folder, resume=True)
     assert _same(whole.program, resumed.program)
     assert resumed.program.history == whole.program.history

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -173,35 +173,16 @@ def test_between_two_choices_nothing_changes(captured: Captured) -> None:
     assert reached[0] == reached[1] < reached[2] < reached[3] == pytest.approx(0.8, abs=5e-3)
 
 
-class _Stops(Exception):
-    pass
-
-
-class _Breaks:
-    """Batches that stop the run at one of them."""
-
-    def __init__(self, data: list[dict[str, Tensor]], at: int) -> None:
-        self.data, self.left = data, at
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for batch in self.data:
-            if self.left == 0:
-                raise _Stops
-            self.left -= 1
-            yield batch
-
-
 @pytest.mark.parametrize("at", [3, 7, 12])
-def test_resumed_is_as_if_never_stopped(at: int, captured: Captured, tmp_path: Path) -> None:
+def test_resumed_is_as_if_never_stopped(
+    at: int, captured: Captured, tmp_path: Path, breaks: Any
+) -> None:
     program = captured("tiny-mlp")
     step = GradualMagnitude(0.8, epochs=4, lr=1e-2, every=3)
     whole = _run(program, step, checkpoints=tmp_path / "a", every=2)
     folder: Any = {"checkpoints": tmp_path / "b", "every": 2}
-    with pytest.raises(PassError, match="_Stops"):
-        _run(program, step, _Breaks(_batches(), at), **folder)
+    with pytest.raises(PassError, match="crashed with Stops"):
+        _run(program, step, breaks(_batches(), at), **folder)
     resumed = _run(program, step, resume=True, **folder)
     for name, tensor in whole.program.tensors.items():
         assert torch.equal(resumed.program.tensors[name], tensor), name

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -544,37 +544,18 @@ def test_hidden_states_move_no_scores(captured: Captured) -> None:
     assert scores[2] != scores[0]
 
 
-class _Stops(Exception):
-    """Raised in the middle of training."""
-
-
-class _Breaks:
-    """Batches that stop the run at one of them, once."""
-
-    def __init__(self, data: list[dict[str, Tensor]], at: int) -> None:
-        self.data, self.left = data, at
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for batch in self.data:
-            if self.left == 0:
-                raise _Stops
-            self.left -= 1
-            yield batch
-
-
 @pytest.mark.parametrize("at", [5, 10, 18], ids=lambda at: f"batch {at}")
-def test_resumed_is_as_if_never_stopped(at: int, captured: Captured, tmp_path: Path) -> None:
+def test_resumed_is_as_if_never_stopped(
+    at: int, captured: Captured, tmp_path: Path, breaks: Any
+) -> None:
     """Before units go, while they go, and after they are cut; with dropout."""
     program = captured("tiny-encoder")
     data = _data(program)
     step = GradualStructure(0.4, epochs=5, lr=1e-3, begin=0.3, end=0.6)
     whole = _run(program, step, data)
     folder: Any = {"checkpoints": tmp_path / "checkpoints", "every": 1}
-    with pytest.raises(Exception, match="_Stops"):
-        _run(program, step, _Breaks(data, at), **folder)
+    with pytest.raises(Exception, match="crashed with Stops"):
+        _run(program, step, breaks(data, at), **folder)
     resumed = _run(program, step, data, **folder, resume=True)
     assert resumed.program.tensors.keys() == whole.program.tensors.keys()
     for name, tensor in whole.program.tensors.items():
