@@ -20,7 +20,9 @@ the folder that holds sst2/.
 - heads: how many NeuroPrune merges at some theta, and what that costs.
 - epoch: the time of an epoch of NeuroPrune against one of plain fine-tuning, in turns.
 
---folder keeps what was trained, by seed and passes, so that a run can be continued.
+--folder keeps what was trained, by seed and passes, so that a run can be continued. With
+ACCELERATE_MIXED_PRECISION=bf16 products are computed in bfloat16 while training, which takes half
+the time where the processor has instructions for it; accuracy and timings are always float32's.
 """
 
 from __future__ import annotations
@@ -74,6 +76,7 @@ LR = 2e-4  # of all sparse training; the penalties need steps as long as the wei
 # Chosen on the development sentences, by accuracy at 80 % zeros.
 ALPHA, BETA, L1_ALPHA = 1e-4, 1e-3, 1e-4
 SPARSITIES = (0.5, 0.7, 0.8, 0.9)
+PRECISION = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # as accelerate reads it
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +167,8 @@ class Bench:
     def after(self, program: Program, key: str, stages: Sequence[Sequence[Pass]]) -> Program:
         for stage in stages:
             key += dump(list(stage))
-            name = hashlib.blake2b(f"{self.seed} {self.quick} {key}".encode(), digest_size=8)
+            given = f"{self.seed} {self.quick} {PRECISION} {key}"
+            name = hashlib.blake2b(given.encode(), digest_size=8)
             path = self.folder / name.hexdigest()
             if not path.exists():
                 self._compiled(program, stage).save(path)
@@ -194,7 +198,7 @@ class Bench:
             times = []
             for step in (Finetune(1), NeuroPrune(ALPHA, BETA, epochs=1, lr=5e-5)):
                 compiled = self._compiled(self.dense, [step])
-                times.append(compiled.report.passes[0].details["epochs"][0]["seconds"])
+                times.append(compiled.report.passes[-1].details["epochs"][0]["seconds"])
             yield times[0], times[1]
 
 

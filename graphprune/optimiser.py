@@ -133,7 +133,7 @@ class Optimiser:
             {"params": decayed, "weight_decay": plan.weight_decay},
             {"params": others, "weight_decay": 0.0},
         ]
-        self.adam = torch.optim.AdamW([g for g in groups if g["params"]], lr=plan.lr)
+        self.adam = torch.optim.AdamW([g for g in groups if g["params"]], lr=plan.lr, fused=True)
         for name, parameter in self.parameters.items():
             if state is not None and f"step/{name}" in state:
                 self.adam.state[parameter] = {
