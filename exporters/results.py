@@ -29,8 +29,9 @@ def add_results(artifact: Artifact, report: Report, results: Mapping[str, Any]) 
     Args:
         artifact: what was measured.
         report: of the program in it.
-        results: "timing", a benchmark as one flat row, and "quality", task results of "pruned" and
-            "dense", those that there are; they replace earlier ones of the same name.
+        results: those that there are of "timing", a benchmark as one flat row, "quality", task
+            results of "pruned" and "dense", and "dense_training", what the training of the dense
+            model reports; they replace earlier ones of the same name.
 
     Returns:
         The artifact with the new manifest.

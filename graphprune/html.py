@@ -37,8 +37,8 @@ def report_page(report: Report, manifest: Mapping[str, Any]) -> str:
     Args:
         report: what the compilation did.
         manifest: the artifact's manifest, or as much of it as there is: sizes, measurements,
-            parity, inputs and outputs, versions, and under "results" what was measured later:
-            "timing" and "quality".
+            parity, inputs and outputs, versions, and under "results" what was noted later:
+            "timing", "quality", "dense_training".
     """
     measured, charts = _measured(manifest)
     errors = _output_errors(report)
@@ -54,7 +54,7 @@ def report_page(report: Report, manifest: Mapping[str, Any]) -> str:
         errors=[(name, f"{error:.4f}") for name, error in errors.items()],
         error_charts=_error_charts(report, errors),
         matrices=_matrices(report),
-        trainings=_trainings(report),
+        trainings=_trainings([*_trained_first(manifest), *report.steps()]),
         pass_header=HEADER,
         passes=report.rows(),
         skipped=report.skipped_lines(),
@@ -181,15 +181,15 @@ def _measured(manifest: Mapping[str, Any]) -> tuple[Rows, list[Chart]]:
     charts: list[Chart] = []
     time = _timing(manifest)
     if time is not None:
-        what, dense, pruned = time
-        rows.append((what, f"{dense:.2f}", f"{pruned:.2f}", f"{dense / pruned:.2f}x faster"))
-        charts += _pair("Milliseconds, less is better", {"dense": dense, "compiled": pruned})
+        what, dense, pruned, speedup = time
+        rows.append((what, f"{dense:.2f}", f"{pruned:.2f}", f"{speedup:.2f}x faster"))
+        charts += _pair("Milliseconds, less is better", {"dense": dense, "pruned": pruned})
     quality = (manifest.get("results") or {}).get("quality") or {}
     if "pruned" in quality:
         ours, theirs = quality["pruned"], quality.get("dense")
         title = f"{ours['task']}: {ours['metric']}"
         value = ours["value"]
-        pair = {"compiled": value}
+        pair = {"pruned": value}
         left = change = ""
         if theirs is not None:
             pair = {"dense": theirs["value"], **pair}
@@ -200,15 +200,15 @@ def _measured(manifest: Mapping[str, Any]) -> tuple[Rows, list[Chart]]:
     return rows, charts
 
 
-def _timing(manifest: Mapping[str, Any]) -> tuple[str, float, float] | None:
-    """What was timed, dense and compiled milliseconds: a benchmark, else the exporter's glance."""
+def _timing(manifest: Mapping[str, Any]) -> tuple[str, float, float, float] | None:
+    """What was timed, dense and pruned milliseconds, their ratio; else the exporter's glance."""
     timing = (manifest.get("results") or {}).get("timing")
     if timing:
         what = f"ms, batch {timing['batch']}, {timing['threads']} thread(s)"
-        return what, timing["dense_ms"], timing["pruned_ms"]
+        return what, timing["dense_ms"], timing["pruned_ms"], timing["speedup"]
     for found in manifest.get("measurements") or ():
         what = f"ms on the example inputs, {found['threads']} thread(s)"
-        return what, found["against"]["ms"], found["model"]["ms"]
+        return what, found["against"]["ms"], found["model"]["ms"], found["ratio"]
     return None
 
 
@@ -348,10 +348,16 @@ def _without_number(name: str) -> tuple[str, int | None]:
     return name.removesuffix(".weight"), None
 
 
-def _trainings(report: Report) -> list[dict[str, Any]]:
-    """For each pass that trained: its epochs, and how connections are spread over units."""
+def _trained_first(manifest: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """The training of the dense model, where it was no pass: before all of them."""
+    told = (manifest.get("results") or {}).get("dense_training")
+    return [("the dense model", told)] if told else []
+
+
+def _trainings(steps: Sequence[tuple[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """For each step that trained: its epochs, and how connections are spread over units."""
     found = []
-    for title, details in report.steps():
+    for title, details in steps:
         epochs = details.get("epochs")
         if not isinstance(epochs, list | tuple) or not epochs:
             continue

@@ -54,6 +54,7 @@ class Repeat(Pass):
             settled = not any(report["modified"] for report in reports)
             rounds.append(reports)
         report = {
+            "summary": f"{len(rounds)} rounds" + ("" if settled else ", not settled"),
             "rounds": rounds,
             "settled": settled,
             "verification": inner_proof([told for reports in rounds for told in reports], ctx),

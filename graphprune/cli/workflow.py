@@ -429,6 +429,7 @@ def compiled_and_measured(
 ) -> Summary:
     """Capture, prune, export, time, judge; each long step is announced through `step`."""
     from graphprune.api import compile
+    from graphprune.exporters.results import add_results
     from graphprune.models import LoadedModel
     from graphprune.models.calibration import count_tokens
     from graphprune.models.tasks.base import longest
@@ -469,10 +470,11 @@ def compiled_and_measured(
         with step("measure"):
             timing = _timing(artifact, start.program, inputs, options.threads, "dense")
     quality: Mapping[str, JSON] = {}
-    if options.quality and artifact.has_baseline:
+    if options.quality:
         quality = _quality(artifact, subject, lesson, step)
-    if timing is not None or quality:
-        artifact = _noted(artifact, compiled.report, timing, quality)
+    results = {"timing": timing, "quality": quality, "dense_training": first}
+    if noted := {key: value for key, value in results.items() if value}:
+        artifact = add_results(artifact, compiled.report, noted)
     name = subject.name if isinstance(subject, LoadedModel) else str(subject.path)
     calibrated = None if batches is None else count_tokens(batches)
     megabytes = _megabytes(artifact)
@@ -491,23 +493,10 @@ def _quality(
         task, data = lesson.wish.task, lesson.wish.eval
         if lesson.schema is not None:
             columns = (lesson.schema.text, lesson.schema.label)
-    if task is None:
+    if task is None or (task == "neighbours" and not artifact.has_baseline):
         return {}
     with step(f"task {task}") as advance:
         return judged(artifact, task, data, advance, columns=columns)
-
-
-def _noted(
-    artifact: Artifact,
-    report: Report,
-    timing: Mapping[str, JSON] | None,
-    quality: Mapping[str, JSON],
-) -> Artifact:
-    """The artifact with what was measured of it in its manifest and on its page."""
-    from graphprune.exporters.results import add_results
-
-    found = {"timing": timing, "quality": dict(quality)}
-    return add_results(artifact, report, {key: value for key, value in found.items() if value})
 
 
 def demo_sentences(file: Path) -> Path:

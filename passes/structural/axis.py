@@ -41,7 +41,7 @@ class PruneAxis(Pass):
         targets: name patterns; only groups that reach such a tensor. Globs for a name or a module,
             or "re:" and a regular expression.
         ignore: name patterns to leave alone.
-        normalised: see case 3.
+        normalised: whether an axis goes that a norm computes statistics over; outputs change.
         of: what ratio is a part of: the units there are "now", or those of the "dense" model, of
             which some may be gone already.
     """

@@ -37,7 +37,7 @@ class PruneHeads(Pass):
         targets: name patterns; only attention that reaches such a tensor. Globs for a name or a
             module, or "re:" and a regular expression.
         ignore: name patterns to leave alone.
-        queries_per_group: see case 2.
+        queries_per_group: cut query heads inside every key/value group, not whole groups.
         of: what ratio is a part of: the units there are "now", or those of the "dense" model, of
             which some may be gone already.
     """

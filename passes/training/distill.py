@@ -32,7 +32,7 @@ class Distill(Pass):
     4. Rows that are padding count for nothing; weights that were zeroed stay zero.
 
     Attributes:
-        temperature: see case 1.
+        temperature: what divides logits before they are compared; higher is softer.
         hidden: whether hidden states are compared.
         alpha: weight of the labels, 0 to 1.
         hidden_weight: weight of the hidden states.

@@ -55,8 +55,8 @@ class NeuroPrune(Pass):
         beta: weight of the attention penalty.
         theta: largest difference of two heads that count as one; None merges none.
         threshold: a connection below it counts as dead.
-        zero_below: case 4: weights of smaller magnitude become zero; 0 for none.
-        sparsity: case 4: instead, this part of all weights under penalty becomes zero.
+        zero_below: after the last epoch, weights of smaller magnitude become zero; 0 for none.
+        sparsity: instead, this part of all weights under penalty becomes zero, the smallest ones.
         contracting: units of the weights that read neurons: "rows" (outputs, as in the source), or
             "columns" (the neurons, which then die from both sides).
         epochs: passes over the data.

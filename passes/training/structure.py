@@ -55,9 +55,9 @@ class GradualStructure(Pass):
 
     Attributes:
         density: part of the parameters of all competing units that is left in the end.
-        score: "grain" or "taylor", see case 1.
+        score: "grain" (mean of |slope|) or "taylor" (of slope²); a slope is the loss's by a gate.
         smoothing: weight of the past in the running mean of scores, in [0, 1).
-        regularise: see case 2; 0 for off.
+        regularise: part of a head's value dims below which those left count less; 0 for off.
         schedule: how the density goes down: "cubic" (fast first) or "linear".
         begin: part of all steps after which units go.
         end: part of all steps after which the density is there; equal to `begin`, all at once.

@@ -125,8 +125,11 @@ def made(folder: Path) -> dict[str, Any]:
     return dict(json.loads(result.stdout))
 
 
-def test_a_fresh_head_is_trained_before_pruning_and_is_the_dense_model(made: Any) -> None:
+def test_a_fresh_head_is_trained_before_pruning_and_is_the_dense_model(
+    made: Any, folder: Path
+) -> None:
     quality, trained = made["quality"], made["trained"]
+    assert "the dense model" in (folder / "out" / "report.html").read_text("utf-8")
     assert [p["name"] for p in made["report"]["passes"]] == [
         "prune-neurons",
         "prune-heads",
@@ -305,15 +308,18 @@ def test_epochs_without_a_new_head_are_refused_for_images_too() -> None:
 def test_training_resumes_where_its_checkpoints_are(run: Run, folder: Path) -> None:
     arguments = (*CUT, *LEARN, "--epochs", "1", "--finetune", "1", "--no-baseline")
     kept = (*arguments, "--checkpoints", "kept")
-    assert run(*kept, "-o", "once").exit_code == 0
+    first = run(*kept, "--eval", "dev.tsv", "-o", "once", "--json")
+    assert first.exit_code == 0, first.stderr
+    # Without a twin the model is judged alone.
+    assert list(json.loads(first.stdout)["quality"]) == ["pruned"]
     assert (folder / "kept" / "dense" / "0-finetune" / "training.json").is_file()
     assert (folder / "kept" / "0-finetune" / "training.json").is_file()
     said = sentence(run(*kept, "-o", "again"))
     assert "holds a checkpoint of an earlier run: go on from it with --resume" in said
     resumed = run(*kept, "--resume", "-o", "again")
     assert resumed.exit_code == 0, resumed.stderr
-    first, second = (gp.load(folder / name).program.tensors for name in ("once", "again"))
-    assert all(torch.equal(first[n], second[n]) for n in first)
+    one, two = (gp.load(folder / name).program.tensors for name in ("once", "again"))
+    assert all(torch.equal(one[n], two[n]) for n in one)
 
 
 def test_the_recipe_recover_names_what_it_needs(run: Run, folder: Path) -> None:
