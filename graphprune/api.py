@@ -23,7 +23,7 @@ from graphprune.errors import (
 from graphprune.events import JSON, Observer, PassFinished
 from graphprune.passbase import Context, Pass
 from graphprune.pipeline import Pipeline
-from graphprune.program import Program, ProgramModule
+from graphprune.program import FROZEN, Program, ProgramModule
 from graphprune.recipe import load as load_recipe
 from graphprune.recipe import to_data
 from graphprune.report import PassReport, Report, Size
@@ -88,6 +88,10 @@ class Compiled:
             # The program shares tensors with others; training must write to copies.
             own = {name: tensor.clone() for name, tensor in self._program.tensors.items()}
             self._module = ProgramModule(self._program.with_tensors(own))
+            frozen = set(self._program.metadata.get(FROZEN, ()))
+            for name, parameter in self._module.named_parameters():
+                if name in frozen:
+                    parameter.requires_grad_(False)
         return self._module
 
     def export(

@@ -22,7 +22,7 @@ from graphprune.compare import relative_error, second_inputs, second_sizes
 from graphprune.errors import CaptureError
 from graphprune.functional import functionalize, inline_regions, spell_out
 from graphprune.graph import is_op, op_name, output_node, propagate
-from graphprune.program import Argument, Constant, Entry, Program
+from graphprune.program import FROZEN, Argument, Constant, Entry, Program
 
 log = logging.getLogger(__name__)
 
@@ -309,7 +309,15 @@ def program_of(
         parameters=parameters,
         aliases=aliases,
         entries={"forward": entry},
-        metadata={"model": type(model).__name__, "overlapping": sorted(overlaps)},
+        metadata={
+            "model": type(model).__name__,
+            "overlapping": sorted(overlaps),
+            FROZEN: sorted(
+                name
+                for name, parameter in model.named_parameters()
+                if name in parameters and not parameter.requires_grad
+            ),
+        },
     )
 
 

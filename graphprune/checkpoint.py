@@ -1,7 +1,8 @@
 """Checkpoints of a training: the program, the optimiser and the place, without a pickle anywhere.
 
     FOLDER/program.json, tensors.safetensors, examples.safetensors   the program as it was then
-    FOLDER/optimiser.safetensors                                     moments, masks, best weights
+    FOLDER/optimiser.safetensors                                     moments, masks, best weights,
+                                                                     some weights of the beginning
     FOLDER/training.json                                             the place, and what it is of
 
 There is no generator's state among it: every step draws from a seed made of its number.
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
+import torch
 from torch import Tensor
 
 from graphprune.errors import ArtifactError, TrainingError
@@ -28,6 +30,8 @@ STATE = "training.json"
 TENSORS = "optimiser.safetensors"
 _FORMAT = "graphprune-training"
 _VERSION = 1
+_START = "start/"
+_SAMPLES = 64  # of each parameter
 
 
 @final
@@ -46,11 +50,51 @@ class Checkpoint:
     place: Mapping[str, JSON] = field(default_factory=dict)
 
 
-def fingerprint(program: Program) -> str:
-    """What a checkpoint is of: the graphs, every tensor's name, shape and type, and the zeros.
+@final
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a checkpoint is of: the program that the training began with.
 
-    Not the weights: another machine may compute the passes before with other last bits.
+    Attributes:
+        structure: a hash of the graphs, every tensor's name, shape and type, and the zeros.
+        weights: up to 64 values of each parameter. They are compared with a tolerance: another
+            machine may compute the passes before with other last bits.
     """
+
+    structure: str
+    weights: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, program: Program) -> Identity:
+        return cls(
+            _structure(program),
+            {name: _sampled(program.tensors[name]) for name in sorted(program.parameters)},
+        )
+
+    def equals(self, structure: object, weights: Mapping[str, Tensor]) -> bool:
+        """Whether a checkpoint is of this one."""
+        return (
+            structure == self.structure
+            and weights.keys() == self.weights.keys()
+            and all(_is_near(weights[name], own) for name, own in self.weights.items())
+        )
+
+
+def _sampled(tensor: Tensor) -> Tensor:
+    flat = tensor.detach().flatten()
+    places = torch.linspace(0, max(flat.numel() - 1, 0), min(flat.numel(), _SAMPLES),
+                            dtype=torch.float64)  # fmt: skip
+    return flat[places.long().to(flat.device)].float().cpu()
+
+
+def _is_near(found: Tensor, own: Tensor) -> bool:
+    if found.shape != own.shape:
+        return False
+    scale = float(own.abs().max()) if own.numel() else 0.0
+    return torch.allclose(found, own, rtol=0, atol=1e-3 * scale)
+
+
+def _structure(program: Program) -> str:
     data = [
         sorted((n, str(t.dtype), list(t.shape)) for n, t in program.tensors.items()),
         sorted(program.parameters),
@@ -67,7 +111,9 @@ def fingerprint(program: Program) -> str:
     return hashlib.sha256(json.dumps(data).encode()).hexdigest()
 
 
-def write(path: Path, checkpoint: Checkpoint, identity: str, settings: Mapping[str, JSON]) -> None:
+def write(
+    path: Path, checkpoint: Checkpoint, identity: Identity, settings: Mapping[str, JSON]
+) -> None:
     """Write a checkpoint in place of the one that is there, or not at all.
 
     Raises:
@@ -76,11 +122,12 @@ def write(path: Path, checkpoint: Checkpoint, identity: str, settings: Mapping[s
     check_target(path, is_checkpoint)
     with whole_folder(path) as folder:
         save_files(checkpoint.program, folder)
-        write_tensors(checkpoint.tensors, folder / TENSORS)
+        start = {_START + name: weights for name, weights in identity.weights.items()}
+        write_tensors({**checkpoint.tensors, **start}, folder / TENSORS)
         data = {
             "format": _FORMAT,
             "version": _VERSION,
-            "of": identity,
+            "of": identity.structure,
             "settings": dict(settings),
             "place": dict(checkpoint.place),
             "sha256": {TENSORS: sha256(folder / TENSORS)},
@@ -89,7 +136,7 @@ def write(path: Path, checkpoint: Checkpoint, identity: str, settings: Mapping[s
         (folder / STATE).write_text(text, encoding="utf-8")
 
 
-def read(path: Path, identity: str, settings: Mapping[str, JSON]) -> Checkpoint | None:
+def read(path: Path, identity: Identity, settings: Mapping[str, JSON]) -> Checkpoint | None:
     """The checkpoint of a training with this identity and these settings; None where none is.
 
     Raises:
@@ -106,17 +153,20 @@ def read(path: Path, identity: str, settings: Mapping[str, JSON]) -> Checkpoint 
             f"{str(path / STATE)!r} has version {data.get('version')!r}, this graphprune reads "
             f"{_VERSION}; install the graphprune that wrote it"
         )
-    if data.get("of") != identity:
-        raise TrainingError(
-            f"the checkpoint {str(path)!r} is of another model, or of this one after other passes; "
-            "choose another folder for checkpoints, or train without --resume (resume=True)"
-        )
-    _check_settings(path, data.get("settings"), settings)
     try:
         tensors = read_tensors(path / TENSORS, data["sha256"][TENSORS])
         place = dict(data["place"])
     except (KeyError, TypeError, ValueError) as e:
         raise ArtifactError(f"{str(path / STATE)!r} is corrupt: {type(e).__name__}: {e}") from e
+    start = {n.removeprefix(_START): t for n, t in tensors.items() if n.startswith(_START)}
+    if not identity.equals(data.get("of"), start):
+        raise TrainingError(
+            f"the checkpoint {str(path)!r} is of another model, or of this one with other weights "
+            "or after other passes; choose another folder for checkpoints, or train without "
+            "--resume (resume=True)"
+        )
+    _check_settings(path, data.get("settings"), settings)
+    tensors = {n: t for n, t in tensors.items() if not n.startswith(_START)}
     return Checkpoint(load(path), tensors, place)
 
 
@@ -127,9 +177,11 @@ def is_checkpoint(path: Path) -> bool:
 
 def _check_settings(path: Path, found: Any, wanted: Mapping[str, JSON]) -> None:
     found = found if isinstance(found, dict) else {}
-    for name, value in wanted.items():
-        if found.get(name) != value:
+    # Also what it had and is no more wanted.
+    for name in dict.fromkeys((*wanted, *found)):
+        if found.get(name) != wanted.get(name):
             raise TrainingError(
                 f"the checkpoint {str(path)!r} was made with {name}={found.get(name)!r}, now it is "
-                f"{value!r}: give what it was made with, or another folder for checkpoints"
+                f"{wanted.get(name)!r}: give what it was made with, or another folder for "
+                "checkpoints"
             )

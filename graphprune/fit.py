@@ -18,7 +18,7 @@ from typing import Any, Protocol, final
 import torch
 from torch import Tensor, nn
 
-from graphprune.checkpoint import Checkpoint, fingerprint, is_checkpoint, read, write
+from graphprune.checkpoint import Checkpoint, Identity, is_checkpoint, read, write
 from graphprune.errors import GraphPruneError, RecipeError, TrainingError
 from graphprune.files import check_target
 from graphprune.graph import bound_arguments, is_op
@@ -26,7 +26,7 @@ from graphprune.losses import Score, check_labels, labels_of, logits_of, metric_
 from graphprune.objective import Distillation, Objective, inputs_of, refuse_unknown
 from graphprune.optimiser import Optimiser, Plan, cut_state, zero_masks
 from graphprune.passbase import Context, Keep
-from graphprune.program import JSON, Program, ProgramModule
+from graphprune.program import FROZEN, JSON, Program, ProgramModule
 from graphprune.quantized import refuse_quantised
 from graphprune.rewrite import shrink, take
 from graphprune.stream import flat_batch
@@ -86,6 +86,7 @@ def fit(
     distillation: Distillation | None = None,
     masking: Masking | None = None,
     after_epoch: AfterEpoch | None = None,
+    after_training: Callable[[Program], Program] | None = None,
     arrange: Arrange | None = None,
     bind: Callable[[Program], None] | None = None,
     settings: Mapping[str, JSON] | None = None,
@@ -105,6 +106,8 @@ def fit(
         masking: chooses weights to zero while training; early stopping waits until it has settled.
         after_epoch: (program, epoch from 0) -> (program, keep): other values for weights, and
             units to remove for good: axis group -> kept indices. It also runs after the last one.
+        after_training: other values for the weights of what is given back, the best epoch or the
+            last one; it is judged once more.
         arrange: where after_epoch has put units in another order before it removes some, the same
             for tensors of the same names and shapes: the optimiser's moments follow.
         bind: told of every new structure before it trains: the first, and after each cut.
@@ -134,6 +137,7 @@ def fit(
             distillation,
             masking,
             after_epoch,
+            after_training,
             arrange,
             bind,
             settings or {},
@@ -189,6 +193,7 @@ class _Run:
         distillation: Distillation | None,
         masking: Masking | None,
         after_epoch: AfterEpoch | None,
+        after_training: Callable[[Program], Program] | None,
         arrange: Arrange | None,
         bind: Callable[[Program], None] | None,
         more_settings: Mapping[str, JSON],
@@ -196,14 +201,16 @@ class _Run:
     ) -> None:
         self.source, self.training, self.ctx, self.plan = program, training, ctx, plan
         self.penalty, self.masking = penalty, masking
-        self.after_epoch, self.arrange, self.bind = after_epoch, arrange, bind
+        self.after_epoch, self.after_training = after_epoch, after_training
+        self.arrange, self.bind = arrange, bind
         self.more_settings = more_settings
         self.start = time.perf_counter()
         self.folder = training.folder(name)
         self.workers = Workers(training.device)
-        # By position in the pipeline: the generator was seeded for this pass.
-        self.seed = int(torch.randint(2**62, (), generator=ctx.generator))
-        self.identity = fingerprint(program)
+        # By position in the pipeline, for which the generator was seeded, and by round.
+        drawn = int(torch.randint(2**62, (), generator=ctx.generator))
+        self.seed = seed_from(drawn, name)
+        self.identity = Identity.of(program)
         if self.folder is not None:
             self._check_folder()
         wide = program.in_float32()
@@ -420,7 +427,8 @@ class _Run:
         return TrainingError(
             f"pass {self.ctx.running!r}: {what} at step {place.step + 1}, in epoch "
             f"{place.epoch + 1}; training stopped before that step, and the weights {kept} "
-            "are kept: lower lr, lengthen warmup, or look at that batch",
+            "are kept: look at that batch, or train anew with a lower lr or a longer warmup"
+            + (", and another folder for checkpoints" if self.folder is not None else ""),
             self._returned(self.good),
         )
 
@@ -537,7 +545,7 @@ class _Run:
             "loss": loss if isinstance(loss, str) else "a function",
             "batches": self.feed.batches,
             "processes": self.workers.count,
-            "seed": self.seed,
+            "seed": self.ctx.seed,
         }
 
     def _save(self) -> None:
@@ -592,9 +600,15 @@ class _Run:
         program = self.good
         if self.best:
             program = program.with_tensors(self.best)
-        result = self._returned(program)
         metrics = [r["metric"] for r in place.log if "metric" in r]
         after = place.best if self.best else (metrics[-1] if metrics else None)
+        last = program if self.after_training is None else self.after_training(program)
+        if last is not program:
+            program = last
+            self._begin(last.with_tensors(_owned(last)), zero_masks(last), None)
+            if self.training.eval is not None:
+                after = self._metric()
+        result = self._returned(program)
         report: dict[str, JSON] = {
             "epochs": place.log,
             "steps": place.step,
@@ -637,6 +651,8 @@ def _notes(program: Program) -> list[str]:
     """What a user should know about the graph in training."""
     nodes = list(program.forward.graph.nodes)
     notes = []
+    if frozen := set(program.metadata.get(FROZEN, ())) & set(program.parameters):
+        notes.append(f"{len(frozen):,} parameters were frozen when captured, and stay as they are")
     dropouts = [n for n in nodes if is_op(n, "dropout")]
     if not dropouts:
         notes.append("the graph has no dropout: it was captured without, or a pass removed it")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from graphprune.errors import RecipeError, TrainingError
-from graphprune.program import Program, ProgramModule
+from graphprune.program import FROZEN, Program, ProgramModule
 from graphprune.registry import suggest
 from graphprune.rewrite import take
 from graphprune.sites import ZEROED
@@ -107,7 +107,9 @@ class Optimiser:
     """One AdamW over a module's parameters.
 
     Attributes:
-        parameters: those that train, by tensor name, tied ones once.
+        parameters: those of floats, by tensor name, tied ones once. All get gradients, which
+            scores read; those that were frozen at capture take no step.
+        trained: the others of them.
         masks: by tensor name, where it may change; elsewhere it is and stays zero.
     """
 
@@ -126,9 +128,16 @@ class Optimiser:
         }
         if not self.parameters:
             raise TrainingError("the model has no parameter of floats to train")
+        frozen = set(program.metadata.get(FROZEN, ()))
+        self.trained = [p for name, p in self.parameters.items() if name not in frozen]
+        if not self.trained:
+            raise TrainingError(
+                "every parameter was frozen when the model was captured: set requires_grad of "
+                "those to train, and compile it again"
+            )
         self.masks = {n: mask for n, mask in masks.items() if n in self.parameters}
-        decayed = [p for p in self.parameters.values() if p.dim() > 1]
-        others = [p for p in self.parameters.values() if p.dim() <= 1]
+        decayed = [p for p in self.trained if p.dim() > 1]
+        others = [p for p in self.trained if p.dim() <= 1]
         groups = [
             {"params": decayed, "weight_decay": plan.weight_decay},
             {"params": others, "weight_decay": 0.0},
@@ -153,7 +162,7 @@ class Optimiser:
                 # A product would keep NaN, and there is nothing that could be learnt there.
                 gradient.masked_fill_(~mask, 0)
         limit = self.plan.clip or math.inf
-        norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), limit))
+        norm = float(nn.utils.clip_grad_norm_(self.trained, limit))
         if math.isfinite(norm):
             for group in self.adam.param_groups:
                 group["lr"] = rate
@@ -163,7 +172,8 @@ class Optimiser:
         return norm
 
     def forget_gradients(self) -> None:
-        self.adam.zero_grad(set_to_none=True)
+        for parameter in self.parameters.values():
+            parameter.grad = None
 
     def restrict(self, masks: Mapping[str, Tensor]) -> None:
         """Zero what these masks leave out too, by tensor name, and keep it zero."""

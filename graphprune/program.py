@@ -301,6 +301,9 @@ def graph_module(program: Program, entry: str = "forward") -> fx.GraphModule:
     return fx.GraphModule(_root(program), copy_graph(program.entries[entry].graph))
 
 
+# In a program's metadata: parameters that had no `requires_grad` when the model was captured.
+FROZEN = "frozen"
+
 # Operators with a mode, and the argument that holds it.
 _MODES = {
     "dropout": "train",

@@ -78,20 +78,19 @@ class L1(Pass):
                 return now
             return zero_small(now, parts.all, self.zero_below, self.sparsity)
 
-        def after_epoch(now: Program, epoch: int) -> tuple[Program, None]:
-            return (zeroed(now) if epoch == self.epochs - 1 else now), None
-
         fitted = fit(
             program,
             ctx.training,
             ctx,
             Plan.of(self),
             penalty=penalty,
-            after_epoch=after_epoch,
-            settings={"alpha": self.alpha},
+            after_training=zeroed,
+            settings={
+                "alpha": self.alpha,
+                "zeroing": [self.zero_below, self.sparsity],
+            },
         )
-        # Early stopping may have gone back to an epoch before the last one.
-        result = zeroed(fitted.program)
+        result = fitted.program
         degrees = {
             "before": topology(program, parts.expanding, threshold),
             "after": topology(result, parts.expanding, threshold),

@@ -44,7 +44,7 @@ class NeuroPrune(Pass):
     3. After every epoch, heads whose incoming weights differ by at most theta from another's are
        merged into it: their outgoing weights are added, and they are removed, verified. The last
        head stays; grouped-query attention merges whole groups. Position biases must match too.
-    4. After the last epoch small weights become zero for good. Zeros alone make nothing faster.
+    4. In the end small weights become zero for good. Zeros alone make nothing faster.
 
     The source leaves open which of alpha and beta is which, the exact weights of case 1, how often
     they are computed anew (here: every step), and the rule of case 4. What is done here is one
@@ -117,13 +117,19 @@ class NeuroPrune(Pass):
             ctx,
             Plan.of(self),
             penalty=state.penalty,
-            after_epoch=state.after_epoch,
+            after_epoch=state.merged,
+            after_training=self.zeroed,
             bind=state.bind,
-            settings={"alpha": self.alpha, "beta": self.beta, "theta": self.theta},
+            settings={
+                "alpha": self.alpha,
+                "beta": self.beta,
+                "theta": self.theta,
+                "wiring": [self.threshold, self.contracting],
+                "zeroing": [self.zero_below, self.sparsity],
+            },
         )
-        parts = self.parts(fitted.program)
-        # Early stopping may have gone back to an epoch before the last one.
-        result = self.zeroed(fitted.program, parts)
+        result = fitted.program
+        parts = self.parts(result)
         removed = removed_since(program, result)
         report = {
             **trained_report(fitted),
@@ -140,11 +146,11 @@ class NeuroPrune(Pass):
         """What is under penalty."""
         return find_parts(axis_groups(program), self.contracting == "columns")
 
-    def zeroed(self, program: Program, parts: Parts) -> Program:
+    def zeroed(self, program: Program) -> Program:
         """Case 4."""
         if self.sparsity is None and not self.zero_below:
             return program
-        return zero_small(program, parts.all, self.zero_below, self.sparsity)
+        return zero_small(program, self.parts(program).all, self.zero_below, self.sparsity)
 
 
 @dataclass(slots=True)
@@ -172,13 +178,7 @@ class _State:
                 total = total + self.options.beta * group_penalty(seen)
         return total
 
-    def after_epoch(self, program: Program, epoch: int) -> tuple[Program, Keep | None]:
-        merged, keep = self._merge(program, epoch)
-        if epoch == self.options.epochs - 1:
-            merged = self.options.zeroed(merged, self.parts)
-        return merged, keep or None
-
-    def _merge(self, program: Program, epoch: int) -> tuple[Program, dict[str, list[int]]]:
+    def merged(self, program: Program, epoch: int) -> tuple[Program, Keep]:
         """Merge redundant heads, attention after attention."""
         keep: dict[str, list[int]] = {}
         if self.options.theta is None:

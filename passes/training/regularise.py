@@ -10,7 +10,7 @@ from axis groups and linear sites: fused, transposed and gated weights alike.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -91,20 +91,20 @@ def find_parts(groups: AxisGroups, columns: bool = False) -> Parts:
     for group in groups.with_role("neuron"):
         for site in sites:
             row, column = site_dims(site)
-            made = _positions(groups, group, site, row)
+            made = _positions(groups, [group], site, row)
             if made is not None:
                 expanding.setdefault(Part(site.tensor, row, column, units=_or_all(made)))
-            read = _positions(groups, group, site, column)
+            read = _positions(groups, [group], site, column)
             if read is not None and columns:
                 contracting.setdefault(Part(site.tensor, column, row, units=_or_all(read)))
             elif read is not None:
                 contracting.setdefault(Part(site.tensor, row, column, others=_or_all(read)))
-    for group in groups.with_role("head", "kv_group"):
+    for members in _attentions(groups, {site.tensor for site in sites}):
         # One attention's query, key and value read one input; in cross-attention there are two.
         inputs: dict[tuple[str, str], dict[Part, None]] = {}
         for site in sites:
             row, column = site_dims(site)
-            made = _positions(groups, group, site, row)
+            made = _positions(groups, members, site, row)
             if made is not None:
                 part = Part(site.tensor, column, row, others=_or_all(made))
                 inputs.setdefault((site.entry, site.operand.name), {}).setdefault(part)
@@ -156,13 +156,31 @@ def site_dims(site: LinearSite) -> tuple[int, int]:
     return (first + 1, first) if site.transposed else (first, first + 1)
 
 
+def _attentions(groups: AxisGroups, weights: Collection[str]) -> list[list[AxisGroup]]:
+    """The axes of each attention: heads and dims, as far as they meet in some of these weights.
+
+    Dims count too because one head alone, or keys and values that all heads share, are no axis of
+    heads. Of a single head, query and key meet, and value and output.
+    """
+    found: list[tuple[set[str], list[AxisGroup]]] = []
+    for group in groups.with_role("head", "kv_group", "qk_dim", "v_dim"):
+        touched = {place.tensor for place in group.occurrences if place.tensor in weights}
+        mates = [mate for mate in found if mate[0] & touched]
+        joined = (
+            touched.union(*(tensors for tensors, _ in mates)),
+            [*(g for _, members in mates for g in members), group],
+        )
+        found = [mate for mate in found if mate not in mates] + [joined]
+    return [members for _, members in found]
+
+
 def _positions(
-    groups: AxisGroups, group: AxisGroup, site: LinearSite, dim: int
+    groups: AxisGroups, members: Iterable[AxisGroup], site: LinearSite, dim: int
 ) -> tuple[Tensor, int] | None:
-    """Where along a dimension the group's units are, and how long it is; None if nowhere."""
-    units = groups.units(group, site.tensor, dim)
-    found = (units >= 0).nonzero().flatten()
-    return (found, len(units)) if len(found) else None
+    """Where along a dimension units of these groups are, and how long it is; None if nowhere."""
+    units = [groups.units(group, site.tensor, dim) >= 0 for group in members]
+    found = torch.stack(units).any(0).nonzero().flatten()
+    return (found, len(units[0])) if len(found) else None
 
 
 def _or_all(positions: tuple[Tensor, int]) -> tuple[int, ...] | None:

@@ -26,7 +26,8 @@ from graphprune.models.tiny import tiny
 from graphprune.objective import Distillation
 from graphprune.optimiser import MOMENTS, Optimiser, Plan, zero_masks
 from graphprune.passbase import Context
-from graphprune.passes import Distill, Finetune, RemoveNoOps, Repeat
+from graphprune.passes import Distill, Finetune, GradualMagnitude, RemoveNoOps, Repeat
+from graphprune.pipeline import Pipeline
 from graphprune.program import Program, ProgramModule
 from graphprune.rewrite import mask, shrink
 from graphprune.sites import ZEROED
@@ -104,6 +105,33 @@ def test_it_is_adamw_on_the_model_itself(captured: Captured) -> None:
         adam.step()
     for name, expected in model.state_dict().items():
         torch.testing.assert_close(fitted.program.tensors[name], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_what_was_frozen_stays(tmp_path: Path) -> None:
+    """Saved and loaded too; a pass may still zero it."""
+    model, inputs = tiny("tiny-mlp")
+    layers: Any = model.layers
+    layers[0].requires_grad_(False)
+    gp.compile(model, [], example_inputs=inputs).save(tmp_path / "m")
+    loaded = gp.load(tmp_path / "m")
+    program = loaded.program
+    assert {n for n, p in loaded.module.named_parameters() if not p.requires_grad} == {
+        "layers.0.weight",
+        "layers.0.bias",
+    }
+    fitted = _fit(program)
+    for name, tensor in program.tensors.items():
+        assert tensor.equal(fitted.program.tensors[name]) is name.startswith("layers.0"), name
+    assert any("2 parameters were frozen" in note for note in fitted.report["notes"])
+    step = GradualMagnitude(0.5, epochs=2)
+    zeroed = Pipeline([step]).run(program, Context(training=Training(_batches(4)))).program
+    old, new = (p.tensors["layers.0.weight"] for p in (program, zeroed))
+    assert float((new == 0).float().mean()) == pytest.approx(0.5, abs=0.01)
+    assert new.equal(old * (new != 0))
+    model.requires_grad_(False)
+    frozen = gp.compile(model, [], example_inputs=inputs).program
+    with pytest.raises(TrainingError, match="every parameter was frozen"):
+        _fit(frozen)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
@@ -591,7 +619,8 @@ def test_a_checkpoint_of_something_else_is_refused(captured: Captured, tmp_path:
         _fit(program, checkpoints=tmp_path)
     group = axis_groups(program).with_role("neuron")[0]
     other = shrink(program, {group.id: [0, 1, 2]})
-    for different in (other, _zeroed(program, "layers.2.weight")):
+    bias = {"layers.0.bias": program.tensors["layers.0.bias"] + 0.1}
+    for different in (other, _zeroed(program, "layers.2.weight"), program.with_tensors(bias)):
         with pytest.raises(TrainingError, match="is of another model"):
             _fit(different, checkpoints=tmp_path, resume=True)
     with pytest.raises(TrainingError, match=r"was made with lr=0.01, now it is 0.02"):
@@ -606,9 +635,21 @@ def test_a_checkpoint_of_something_else_is_refused(captured: Captured, tmp_path:
             reference=program,
             distillation=Distillation(),
         )
+    # Last bits may differ: another machine may have computed the passes before.
+    near = {name: t * (1 + 1e-6) for name, t in program.tensors.items() if t.is_floating_point()}
+    _fit(program.with_tensors(near), checkpoints=tmp_path, resume=True)
     state = tmp_path / "0-finetune" / "optimiser.safetensors"
     state.write_bytes(state.read_bytes()[:-1] + b"x")
     with pytest.raises(gp.GraphPruneError, match=r"optimiser\.safetensors"):
+        _fit(program, checkpoints=tmp_path, resume=True)
+
+
+def test_a_setting_that_is_no_more_wanted_is_refused_too(
+    captured: Captured, tmp_path: Path
+) -> None:
+    program = captured("tiny-mlp")
+    _fit(program, checkpoints=tmp_path, settings={"alpha": 0.5})
+    with pytest.raises(TrainingError, match=r"was made with alpha=0.5, now it is None"):
         _fit(program, checkpoints=tmp_path, resume=True)
 
 

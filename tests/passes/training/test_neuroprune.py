@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import graphprune as gp
 from graphprune.axes import axis_groups
 from graphprune.capture import capture
 from graphprune.errors import RecipeError, UnsupportedError
@@ -101,6 +102,27 @@ def test_parts_are_the_same_whatever_the_storage(model: str, captured: Captured)
         assert sum(v.shape[-1] for v in views) == 32 + keys
     by_columns = find_parts(axis_groups(program), columns=True).contracting
     assert {p.view(program.tensors[p.tensor]).shape[-2:] for p in by_columns} == {(wide, 32)}
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(4, 1), (4, 2), (1, 1)])
+def test_what_all_heads_share_is_under_penalty_too(heads: int, groups: int) -> None:
+    """Neither keys and values of all heads, nor a single head, are an axis of heads."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        head_dim=8,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    inputs = {"input_ids": torch.arange(12).reshape(2, 6)}
+    parts = find_parts(axis_groups(gp.compile(model, [], example_inputs=inputs).program))
+    names = [[p.tensor.split(".")[-2] for p in group] for group in parts.attention]
+    alone = [["q_proj", "k_proj"], ["v_proj"]]
+    assert names == (alone if heads == 1 else [["q_proj", "k_proj", "v_proj"]])
 
 
 def test_a_part_of_a_weight_is_seen_alone() -> None:
@@ -315,11 +337,12 @@ def test_penalties_make_weights_die_and_zeros_stay(captured: Captured) -> None:
 )
 def test_the_asked_sparsity_is_met_after_early_stopping_too(step: Any, captured: Captured) -> None:
     program = captured("tiny-gpt2")
-    scores = iter([0.5, 0.9, 0.1, 0.1])
+    scores = iter([0.5, 0.9, 0.1, 0.7])
     training = _training(program, eval=lambda now: next(scores), patience=1)
     result = Pipeline([step]).run(program, Context(training=training))
     report = result.results[0].report
     assert report["best_epoch"] == 1
+    assert report["metric_after"] == 0.7  # judged after zeroing: it is what is given back
     assert report["sparsity"] == pytest.approx(0.6, abs=1e-3)
     again = (
         Pipeline([Finetune(1)])
@@ -391,7 +414,7 @@ def test_the_last_judgement_is_of_the_zeroed_model(captured: Captured) -> None:
     for step in (NeuroPrune(sparsity=0.5, epochs=2), L1(sparsity=0.5, epochs=2)):
         seen.clear()
         Pipeline([step]).run(program, Context(training=_training(program, eval=judge)))
-        assert seen == [0, 0, pytest.approx(0.5, abs=1e-3)]
+        assert seen == [0, 0, 0, pytest.approx(0.5, abs=1e-3)]
 
 
 def test_refusals(captured: Captured) -> None:
