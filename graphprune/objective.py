@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
@@ -19,6 +20,8 @@ from graphprune.losses import Loss, Summed, logits_of, loss_of
 from graphprune.optimiser import check_number
 from graphprune.program import JSON, Program, ProgramModule
 from graphprune.stream import flat_batch, rows_without_padding
+
+log = logging.getLogger(__name__)
 
 _NORMS = ("layer_norm", "rms_norm")
 
@@ -55,6 +58,7 @@ class Objective:
         weights: what each term is multiplied by; the terms there are, in this order.
         nodes: names of the nodes whose values student and teacher share.
         skipped: nodes that were left out, with the reason.
+        warnings: what is odd about the teacher.
     """
 
     def __init__(
@@ -71,6 +75,7 @@ class Objective:
         self.teacher_program = teacher
         self.nodes: list[str] = []
         self.skipped: dict[str, str] = {}
+        self.warnings = _warnings(teacher)
         if distillation is None:
             self.weights = {"labels": 1.0}
         else:
@@ -111,6 +116,7 @@ class Objective:
             "divergence": self.divergence,
             "teacher_parameters": self.teacher_program.num_parameters(),
             "labels": "used" if "labels" in self.weights else "none: the teacher alone",
+            "warnings": list(self.warnings),
             "hidden_nodes": list(self.nodes),
             "skipped": dict(self.skipped),
         }
@@ -229,6 +235,22 @@ def residual_values(program: Program) -> list[fx.Node]:
         users = list(node.users)
         found.append(users[0] if len(users) == 1 and is_op(users[0], *_NORMS) else node)
     return found
+
+
+def _warnings(teacher: Program | None) -> list[str]:
+    """What a user should know about the teacher."""
+    report = None if teacher is None else teacher.metadata.get("report")
+    if teacher is None or report is None:
+        return []
+    dense, left = report["before"]["parameters"], teacher.num_parameters()
+    if left >= dense:
+        return []
+    sentence = (
+        f"the teacher has {left:,} of the dense model's {dense:,} parameters, because what was "
+        "saved does not hold that one: prune and distil in one call to learn from it"
+    )
+    log.warning("%s", sentence)
+    return [sentence]
 
 
 def _static(node: fx.Node) -> Sequence[int | None]:

@@ -151,6 +151,8 @@ def sites_of(entry: str, contraction: Contraction, program: Program) -> Sequence
         names = {"addmm": "mat2", "mm": "mat2", "matmul": "other", "grouped_mm": "weight"}
         tensor, flipped = _weight(bound[names[op_name(node)]])
         columns_last = False
+        if bound.get("alpha", 1) != 1 or bound.get("beta", 1) != 1:
+            return ()  # `addmm` scales: the product is not that of the weight
     else:
         return ()
     if tensor is None:

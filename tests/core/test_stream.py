@@ -301,3 +301,18 @@ def test_masks_and_tables_of_positions_are_not_made_of_weights(captured: Capture
             assert node not in made
     for site in linear_sites(axis_groups(program)):
         assert {site.node, site.operand} <= made
+
+
+def test_a_product_that_is_scaled_is_no_linear_site() -> None:
+    class Scaled(nn.Module):
+        def __init__(self, alpha: float, beta: float) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(6, 8)), nn.Parameter(torch.randn(8))
+            self.alpha, self.beta = alpha, beta
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.addmm(self.bias, x, self.weight, alpha=self.alpha, beta=self.beta)
+
+    for alpha, beta, count in ((1, 1, 1), (0.5, 1, 0), (1, 2, 0)):
+        program = capture(Scaled(alpha, beta), (torch.randn(3, 6),))
+        assert len(linear_sites(axis_groups(program))) == count

@@ -52,6 +52,19 @@ def _terms(objective: Any, student: Program, batch: Any) -> dict[str, float]:
 # --- distillation's terms ----------------------------------------------------------------------
 
 
+def test_a_teacher_that_is_not_the_dense_model_is_told(captured: Captured, tmp_path: Path) -> None:
+    """What was saved does not hold the dense one; in memory it is at hand."""
+    program = captured("tiny-encoder")
+    training = Training([_text(program, labels=torch.tensor([1, 4]))])
+    pruned = gp.compile(program, [PruneNeurons(0.5)])
+    pruned.save(tmp_path / "m")
+    for start, count in ((pruned, 0), (gp.load(tmp_path / "m"), 1)):
+        report = gp.compile(start, [Distill(epochs=1)], training=training).report
+        warnings = report.passes[-1].details["warnings"]
+        assert len(warnings) == count
+        assert all("of the dense model's" in sentence for sentence in warnings)
+
+
 @pytest.mark.parametrize("model", ["tiny-encoder", "tiny-gpt2", "tiny-llama", "tiny-fused-vit"])
 def test_the_teacher_itself_has_nothing_to_learn(model: str, captured: Captured) -> None:
     program = captured(model)
