@@ -576,8 +576,7 @@ class _Run:
         state: dict[str, Tensor] = {}
         for name, tensor in checkpoint.tensors.items():
             kind, _, rest = name.partition("/")
-            # Adam counts its steps on the CPU.
-            moved = tensor if kind == "step" else tensor.to(device)
+            moved = tensor.to(device)
             if kind in parts:
                 parts[kind][rest] = moved
             else:
