@@ -16,17 +16,18 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from graphprune.axes.rules._base import size_of
 from graphprune.checkpoint import Checkpoint, fingerprint, is_checkpoint, read, write
 from graphprune.errors import GraphPruneError, RecipeError, TrainingError
 from graphprune.files import check_target
-from graphprune.graph import bound_arguments, is_op
+from graphprune.graph import bound_arguments, is_op, value_of
 from graphprune.losses import Score, check_labels, labels_of, logits_of, metric_name
 from graphprune.objective import Distillation, Objective, inputs_of, refuse_unknown
 from graphprune.optimiser import Optimiser, Plan, cut_state, zero_masks
 from graphprune.passbase import Context, Keep
-from graphprune.program import JSON, Program, ProgramModule
+from graphprune.program import JSON, Entry, Program, ProgramModule
 from graphprune.quantized import refuse_quantised
 from graphprune.rewrite import shrink, take
 from graphprune.stream import flat_batch
@@ -211,6 +212,7 @@ class _Run:
         working = wide.on(self.workers.device)
         self.program = working.with_tensors(_owned(working))
         self.feed = Feed(training.data, self.seed, self.workers)
+        self.seen_sizes: set[tuple[torch.Size, ...]] = set()
         has_labels = self._look_at_data(distillation)
         teacher = None
         if distillation is not None:
@@ -268,9 +270,14 @@ class _Run:
         with _named_batch(number, kind):
             refuse_unknown(self.program, batch, self.training.loss)
         try:
-            flat_batch(self.program.forward, inputs_of(self.program, batch), number)
+            flat = flat_batch(self.program.forward, inputs_of(self.program, batch), number)
         except GraphPruneError as e:
             raise TrainingError(f"{kind} {str(e).removeprefix('calibration ')}") from e
+        sizes = tuple(tensor.shape for tensor in flat)
+        if kind == "training" and sizes not in self.seen_sizes:
+            with _named_batch(number):
+                _check_norms(self.program.forward, sizes)
+            self.seen_sizes.add(sizes)
 
     def _moved(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         device = self.workers.device
@@ -631,6 +638,35 @@ def _named_batch(number: int, kind: str = "training") -> Iterator[None]:
         yield
     except TrainingError as e:
         raise TrainingError(f"{kind} batch {number}: {e}", e.program) from e
+
+
+def _check_norms(entry: Entry, sizes: Sequence[torch.Size]) -> None:
+    """Whether every batch norm sees more than one value a channel: one alone has no variance.
+
+    torch.nn says so where a module is called; the operator in a graph makes NaN of it.
+
+    Raises:
+        TrainingError: one does not.
+    """
+    placeholders = [n for n in entry.graph.nodes if n.op == "placeholder"]
+    known = {
+        size_of(symbol): size
+        for node, shape in zip(placeholders, sizes, strict=True)
+        for symbol, size in zip(value_of(node).shape, shape, strict=True)
+    }
+    for node in entry.graph.nodes:
+        if not is_op(node, "batch_norm", "instance_norm"):
+            continue
+        rows, _, *places = (size_of(size) for size in value_of(node).shape)
+        count = math.prod(places) * (rows if is_op(node, "batch_norm") else 1)
+        if (count if isinstance(count, int) else count.subs(known)) == 1:
+            mean = bound_arguments(node).get("running_mean")
+            name = str(mean.target) if isinstance(mean, fx.Node) else node.name
+            raise TrainingError(
+                f"the batch norm {name.removesuffix('.running_mean')!r} gets one value a channel "
+                "and needs two or more to train: leave a batch of one example out (drop_last=True "
+                "of a DataLoader), or choose another batch size"
+            )
 
 
 def _notes(program: Program) -> list[str]:

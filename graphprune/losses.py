@@ -146,16 +146,23 @@ class Score:
         self.pairs: list[tuple[Tensor, Tensor]] = []
 
     def add(self, outputs: Any, batch: Mapping[str, Any]) -> None:
-        """Count one batch."""
+        """Count one batch.
+
+        Raises:
+            TrainingError: labels are missing or do not fit, or the scores hold NaN or infinity.
+        """
         if self.loss == "classification":
             logits, labels = logits_of(outputs), labels_of(batch)
             check_labels("classification", logits.shape, labels)
             counted = labels != IGNORED
+            # A class may be ruled out by -inf, the best one may not.
+            _check_finite(logits.amax(-1)[counted])
             self.total += int((logits.argmax(-1) == labels)[counted].sum())
             self.count += int(counted.sum())
         elif self.loss == "regression":
             logits, labels = logits_of(outputs), labels_of(batch)
             check_labels("regression", logits.shape, labels)
+            _check_finite(logits)
             self.pairs.append((logits.flatten().double().cpu(), labels.flatten().double().cpu()))
             self.count += labels.numel()
         else:
@@ -189,6 +196,14 @@ def _ranks(values: Tensor) -> Tensor:
     _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
     ends = counts.cumsum(0).double()
     return (ends - (counts - 1) / 2)[inverse]
+
+
+def _check_finite(scores: Tensor) -> None:
+    if not bool(scores.isfinite().all()):
+        raise TrainingError(
+            "the model's outputs hold NaN or infinity, so there is nothing to judge: a layer "
+            "before overflows, or its weights are broken"
+        )
 
 
 def _aligned(loss: str, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -42,7 +42,7 @@ def judge(
 
     Raises:
         GraphPruneError: the file is broken, a label is not the head's, or the model gives something
-            else than scores.
+            else than finite scores.
     """
     table = schema.read(file)
     if schema.task == "classification" and not schema.classes:
@@ -93,4 +93,11 @@ def _check(scores: Tensor, labels: Tensor, schema: Schema) -> None:
         raise GraphPruneError(
             f"label {schema.classes[int(labels.max())]!r} is outside the head's range: the model's "
             f"first output has shape {list(scores.shape)}, [texts, classes] is wanted"
+        )
+    # A class may be ruled out by -inf, the best one may not.
+    best = scores if schema.task == "regression" else scores.amax(-1)
+    if not bool(best.isfinite().all()):
+        raise GraphPruneError(
+            "the model's scores are NaN or infinite for some of the texts, so there is nothing to "
+            "judge: a layer before overflows, or its weights are broken"
         )

@@ -512,6 +512,20 @@ def test_a_metric_counts_examples_not_batches() -> None:
         Score("classification").value()
 
 
+@pytest.mark.parametrize("loss", ["classification", "regression"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_metric_of_broken_scores_is_refused(loss: str, bad: float) -> None:
+    scores = torch.randn(4, 3 if loss == "classification" else 1)
+    scores[2, 0] = bad
+    labels = torch.tensor([0, 1, 2, 0])
+    with pytest.raises(TrainingError, match="outputs hold NaN or infinity"):
+        Score(loss).add(scores, {"labels": labels})
+    if loss == "classification":
+        # What does not count may be anything, and a class may be ruled out.
+        labels[2], scores[0, 1] = -100, -math.inf
+        Score(loss).add(scores, {"labels": labels})
+
+
 # --- judging, stopping, progress ---------------------------------------------------------------
 
 
@@ -657,6 +671,37 @@ def test_a_gradient_that_is_nan_stops_too(captured: Captured) -> None:
 
     with pytest.raises(TrainingError, match="gradient is not at step 1, in epoch 1"):
         _fit(captured("tiny-mlp"), loss=loss)
+
+
+class _Normed(nn.Module):
+    """A batch norm over rows, or over rows and as many places as the input has, four a stride."""
+
+    def __init__(self, places: bool) -> None:
+        super().__init__()
+        self.before = nn.Conv1d(4, 6, 4, stride=4) if places else nn.Linear(4, 6)
+        self.norm, self.head = nn.BatchNorm1d(6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.before(x))
+        return self.head(y.mean(-1) if y.dim() == 3 else y)
+
+
+@pytest.mark.parametrize("places", [None, 4, 8])
+@pytest.mark.parametrize("as_list", [True, False])
+def test_a_batch_norm_is_not_given_one_value(places: int | None, as_list: bool) -> None:
+    """A graph has no check of its own, and the running variance would be NaN for good."""
+    more = () if places is None else (places,)
+    program = capture(_Normed(places is not None), {"x": torch.ones(2, 4, *more)})
+    data: Any = [
+        {"x": torch.randn(rows, 4, *more), "labels": torch.arange(rows) % 3} for rows in (4, 4, 1)
+    ]
+    loader: Any = data if as_list else DataLoader(data, batch_size=None)
+    if places == 8:
+        fitted = _fit(program, loader)
+        assert all(t.isfinite().all() for t in fitted.program.tensors.values())
+        return
+    with pytest.raises(TrainingError, match=r"batch 2: the batch norm 'norm' gets one value a"):
+        _fit(program, loader)
 
 
 def _changed(**changes: Any) -> list[Batch]:
