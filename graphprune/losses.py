@@ -186,10 +186,16 @@ class Score:
 
 def spearman(a: Tensor, b: Tensor) -> float:
     """The rank correlation of two vectors, ties at their mean rank; 0 where one is constant."""
-    x, y = _ranks(a), _ranks(b)
-    x, y = x - x.mean(), y - y.mean()
-    size = float(x.norm() * y.norm())
-    return float(x @ y) / size if size else 0.0
+    return pearson(_ranks(a), _ranks(b))
+
+
+def pearson(a: Tensor, b: Tensor) -> float:
+    """The correlation of two vectors; 0 where one is constant."""
+    # Asked of the values: the mean of equal ones may be another number than they.
+    if any(bool((values == values[0]).all()) for values in (a, b)):
+        return 0.0
+    x, y = a - a.mean(), b - b.mean()
+    return float(x @ y / (x.norm() * y.norm()))
 
 
 def _ranks(values: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from graphprune.errors import GraphPruneError
-from graphprune.losses import spearman
+from graphprune.losses import pearson, spearman
 from graphprune.models.batches import table_batches
 from graphprune.models.tables import Schema, Table
 from graphprune.models.tasks.base import TaskResult, longest, runner
@@ -31,7 +31,8 @@ def judge(
     """Judge scores by a file's labels.
 
     1. "classification": accuracy, with one standard error sqrt(p (1 - p) / n).
-    2. "regression": Spearman's rank correlation; `more` has Pearson's.
+    2. "regression": Spearman's rank correlation; `more` has Pearson's. Both are 0 where the
+       scores or the labels are constant.
 
     Args:
         model: a torch module, a Program or a session whose first output is [batch, scores].
@@ -61,10 +62,8 @@ def judge(
     count = len(wanted)
     if schema.task == "regression":
         scores, wanted = scores.flatten().double(), wanted.double()
-        pearson = float(torch.corrcoef(torch.stack([scores, wanted]))[0, 1])
-        return TaskResult(
-            schema.task, "Spearman", spearman(scores, wanted), count, more={"Pearson": pearson}
-        )
+        more = {"Pearson": pearson(scores, wanted)}
+        return TaskResult(schema.task, "Spearman", spearman(scores, wanted), count, more=more)
     share = float((scores.argmax(dim=-1) == wanted).double().mean())
     error = math.sqrt(share * (1 - share) / count)
     return TaskResult(schema.task, "accuracy", share, count, standard_error=error)

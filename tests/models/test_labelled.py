@@ -81,6 +81,22 @@ def test_regression_is_spearman_and_more_is_pearson(words: Path, tmp_path: Path)
         evaluate("regression", first_token, tokenizer_dir=words, data=file)
 
 
+@pytest.mark.parametrize("what", ["scores", "labels"])
+def test_constant_scores_or_labels_correlate_with_nothing(
+    what: str, words: Path, tmp_path: Path
+) -> None:
+    """The mean of thirty tenths need not be a tenth."""
+    rows = [f"{'w1 ' * (1 + i % 4)}\t{0.1 if what == 'labels' else i}" for i in range(30)]
+
+    def scores(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        found = count(input_ids, attention_mask)
+        return found * 0 + 0.1 if what == "scores" else found
+
+    file = _file(tmp_path, *rows, header="text\tscore")
+    found = evaluate("regression", scores, tokenizer_dir=words, data=file)
+    assert (found.value, found.more["Pearson"]) == (0, 0)
+
+
 @pytest.mark.parametrize(
     ("task", "model"), [("classification", first_token), ("regression", count)]
 )
