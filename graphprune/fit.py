@@ -23,7 +23,7 @@ from graphprune.checkpoint import Checkpoint, fingerprint, is_checkpoint, read, 
 from graphprune.errors import GraphPruneError, RecipeError, TrainingError
 from graphprune.files import check_target
 from graphprune.graph import bound_arguments, is_op, value_of
-from graphprune.losses import Score, check_labels, labels_of, logits_of, metric_name
+from graphprune.losses import Score, check_labels, labels_of, metric_name, scores_of
 from graphprune.objective import Distillation, Objective, inputs_of, refuse_unknown
 from graphprune.optimiser import Optimiser, Plan, cut_state, zero_masks
 from graphprune.passbase import Context, Keep
@@ -252,7 +252,8 @@ class _Run:
             outputs = ProgramModule(self.program)(**inputs_of(self.program, self._moved(first)))
         if not isinstance(self.training.loss, str):
             return True
-        shape = logits_of(outputs).shape
+        with _named_batch(0):
+            shape = scores_of(self.training.loss, outputs, labels_of(first)).shape
         data = self.training.data
         for i, batch in enumerate(data if isinstance(data, Sequence) else [first]):
             self._check_batch(batch, i)

@@ -50,15 +50,49 @@ def logits_of(outputs: Any) -> Tensor:
     Raises:
         TrainingError: there are none.
     """
+    named = _named(outputs)
+    if named is not None:
+        return named
+    for leaf in _floats(outputs):
+        if leaf.dim():
+            return leaf
+    raise TrainingError("the model returns no tensor of floats, so there is no loss to compute")
+
+
+def scores_of(loss: str, outputs: Any, labels: Tensor) -> Tensor:
+    """The same for a loss by name, which does not guess where several outputs fit the labels.
+
+    Raises:
+        TrainingError: there are none, or several and none is called `logits`.
+    """
+    found, floats = logits_of(outputs), _floats(outputs)
+    # After a loss, which is one number, come the scores.
+    if _named(outputs) is not None or any(not leaf.dim() for leaf in floats):
+        return found
+    fitting = [leaf for leaf in floats if _fits(loss, leaf.shape, labels.shape)]
+    if len(fitting) > 1:
+        raise TrainingError(
+            f"the model returns {len(fitting)} outputs that could be the scores, of shapes "
+            f"{[list(leaf.shape) for leaf in fitting]}: return a dict with the right one as "
+            "'logits', or give a function of (outputs, batch) as the loss"
+        )
+    return found
+
+
+def _named(outputs: Any) -> Tensor | None:
     named = outputs.get("logits") if isinstance(outputs, Mapping) else None
     if named is None:
         named = getattr(outputs, "logits", None)
-    if isinstance(named, Tensor):
-        return named
-    for leaf in pytree.tree_leaves(outputs):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim():
-            return leaf
-    raise TrainingError("the model returns no tensor of floats, so there is no loss to compute")
+    return named if isinstance(named, Tensor) else None
+
+
+def _floats(outputs: Any) -> list[Tensor]:
+    leaves = pytree.tree_leaves(outputs)
+    return [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def _fits(loss: str, shape: torch.Size, labels: torch.Size) -> bool:
+    return shape.numel() == labels.numel() if loss == "regression" else shape[:-1] == labels
 
 
 def labels_of(batch: Mapping[str, Any]) -> Tensor:
@@ -83,7 +117,7 @@ def check_labels(loss: str, shape: torch.Size, labels: Tensor) -> None:
         TrainingError: another shape or type, or a class that the head does not have.
     """
     if loss == "regression":
-        if shape.numel() != labels.numel():
+        if not _fits(loss, shape, labels.shape):
             raise TrainingError(
                 f"labels of shape {list(labels.shape)} do not fit scores of shape {list(shape)}: "
                 "regression has one score an example"
@@ -93,7 +127,7 @@ def check_labels(loss: str, shape: torch.Size, labels: Tensor) -> None:
         return
     if labels.is_floating_point() or labels.dtype is torch.bool:
         raise TrainingError(f"labels are class numbers (int64), got {labels.dtype}")
-    if shape[:-1] != labels.shape:
+    if not _fits(loss, shape, labels.shape):
         raise TrainingError(
             f"labels of shape {list(labels.shape)} do not fit logits of shape {list(shape)}: "
             "there is one label for each row of logits"
@@ -125,7 +159,8 @@ def loss_of(loss: Loss, outputs: Any, batch: Mapping[str, Any]) -> Summed:
                 f"the loss must return a tensor with one number, got {_words(value)}"
             )
         return Summed(value.reshape(()), 1)
-    logits, labels = logits_of(outputs), labels_of(batch)
+    labels = labels_of(batch)
+    logits = scores_of(loss, outputs, labels)
     check_labels(loss, logits.shape, labels)
     if loss == "regression":
         wanted = labels.reshape(logits.shape).to(logits.dtype)
@@ -152,16 +187,18 @@ class Score:
             TrainingError: labels are missing or do not fit, or the scores hold NaN or infinity.
         """
         if self.loss == "classification":
-            logits, labels = logits_of(outputs), labels_of(batch)
-            check_labels("classification", logits.shape, labels)
+            labels = labels_of(batch)
+            logits = scores_of(self.loss, outputs, labels)
+            check_labels(self.loss, logits.shape, labels)
             counted = labels != IGNORED
             # A class may be ruled out by -inf, the best one may not.
             _check_finite(logits.amax(-1)[counted])
             self.total += int((logits.argmax(-1) == labels)[counted].sum())
             self.count += int(counted.sum())
         elif self.loss == "regression":
-            logits, labels = logits_of(outputs), labels_of(batch)
-            check_labels("regression", logits.shape, labels)
+            labels = labels_of(batch)
+            logits = scores_of(self.loss, outputs, labels)
+            check_labels(self.loss, logits.shape, labels)
             _check_finite(logits)
             self.pairs.append((logits.flatten().double().cpu(), labels.flatten().double().cpu()))
             self.count += labels.numel()

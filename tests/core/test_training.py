@@ -494,6 +494,23 @@ def test_losses_are_those_of_torch() -> None:
     torch.testing.assert_close(found.total / found.count, F.mse_loss(scores[:, 0], wanted))
 
 
+def test_of_several_scores_none_is_guessed() -> None:
+    hidden, logits = torch.randn(4, 16), torch.randn(4, 5)
+    batch = {"labels": torch.arange(4)}
+    for outputs in ((hidden, logits), {"hidden": hidden, "scores": logits}):
+        with pytest.raises(TrainingError, match=r"2 outputs.*\[\[4, 16\], \[4, 5\]\]: return"):
+            loss_of("classification", outputs, batch)
+        with pytest.raises(TrainingError, match="could be the scores"):
+            Score("classification").add(outputs, batch)
+        with pytest.raises(TrainingError, match="could be the scores"):
+            loss_of("regression", [t[:, 0] for t in (hidden, logits)], batch)
+    expected = F.cross_entropy(logits, batch["labels"], reduction="sum")
+    cache, loss = torch.randn(4, 2, 3, 8), torch.ones(())
+    named = {"hidden": hidden, "logits": logits}
+    for clear in (logits, (logits, cache), named, (loss, logits, hidden)):
+        assert torch.equal(loss_of("classification", clear, batch).total, expected)
+
+
 def test_spearman_is_that_of_scipy() -> None:
     from scipy.stats import spearmanr
 
@@ -702,6 +719,25 @@ def test_a_batch_norm_is_not_given_one_value(places: int | None, as_list: bool) 
         return
     with pytest.raises(TrainingError, match=r"batch 2: the batch norm 'norm' gets one value a"):
         _fit(program, loader)
+
+
+class _TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 16), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.body(x).relu()
+        return hidden, self.head(hidden)
+
+
+def test_outputs_among_which_the_scores_are_not_named_are_refused_at_once() -> None:
+    program = capture(_TwoHeads(), {"x": torch.ones(2, 4)})
+    data = [{"x": torch.randn(4, 4), "labels": torch.arange(4)}]
+    with pytest.raises(TrainingError, match="batch 0: the model returns 2 outputs"):
+        _fit(program, data)
+    fitted = _fit(program, data, loss=lambda o, b: F.cross_entropy(o[1], b["labels"]))
+    assert not fitted.program.tensors["head.weight"].equal(program.tensors["head.weight"])
 
 
 def _changed(**changes: Any) -> list[Batch]:
