@@ -23,7 +23,7 @@ from graphprune.checkpoint import Checkpoint, fingerprint, is_checkpoint, read, 
 from graphprune.errors import GraphPruneError, RecipeError, TrainingError
 from graphprune.files import check_target
 from graphprune.graph import bound_arguments, is_op, value_of
-from graphprune.losses import Score, check_labels, labels_of, metric_name, scores_of
+from graphprune.losses import IGNORED, Score, check_labels, labels_of, metric_name, scores_of
 from graphprune.objective import Distillation, Objective, inputs_of, refuse_unknown
 from graphprune.optimiser import Optimiser, Plan, cut_state, zero_masks
 from graphprune.passbase import Context, Keep
@@ -312,6 +312,10 @@ class _Run:
             self._step(number, batch)
             if self.training.every and place.step % self.training.every == 0:
                 self._save()
+        if not place.sums["loss"][1]:
+            raise TrainingError(
+                f"no label in epoch {place.epoch + 1} counts: all of them are {IGNORED}"
+            )
         self.workers.spread(t for t in self.module.buffers() if t.is_floating_point())
         self._change_structure(place.epoch)
         record: dict[str, JSON] = {"epoch": place.epoch + 1, **self._means()}
@@ -373,7 +377,9 @@ class _Run:
             rest = rest + extra / self.workers.count
             value += float(extra.detach())
             self._add("penalty", float(extra.detach()), 1)
-        if (found or self.penalty) and not (first.requires_grad or rest.requires_grad):
+        counted = any(counts) or self.penalty is not None
+        mine = found or self.penalty is not None
+        if counted and mine and not (first.requires_grad or rest.requires_grad):
             raise TrainingError("the loss does not depend on the model's weights")
         if math.isfinite(value):
             # By the counts, which all processes know: one without a batch has nothing of its own.
@@ -381,7 +387,7 @@ class _Run:
                 count and name in scored for name, count in zip(names, counts, strict=True)
             )
             self._backward(first, rest, any_scored)
-        self._add("loss", value, 1)
+        self._add("loss", value, int(counted))
         return value
 
     def _backward(self, scored: Tensor, rest: Tensor, any_scored: bool) -> None:
@@ -418,7 +424,7 @@ class _Run:
     def _means(self) -> dict[str, float]:
         means = {name: total / count for name, (total, count) in self.place.sums.items() if count}
         # One term alone is the loss itself.
-        return means if len(means) > 2 else {"loss": means.get("loss", 0.0)}
+        return means if len(means) > 2 else {"loss": means["loss"]}
 
     def _astray(self, what: str) -> TrainingError:
         place = self.place

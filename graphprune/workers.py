@@ -14,6 +14,8 @@ from graphprune.errors import TrainingError
 
 T = TypeVar("T")
 
+_EMPTY = "the training data yield no batch; pass batches that can be read again every epoch"
+
 
 @final
 class Workers:
@@ -142,23 +144,35 @@ class Feed:
         """(number of the batch, batch) of each round after `skip`; batch None where there is none.
 
         A last round may have batches for some processes only; all of them go through it.
+
+        Raises:
+            TrainingError: there are fewer batches than the data said, or gave before.
         """
         source = self._batches(epoch)
         for index in range(self.rounds_an_epoch):
-            mine, seen = None, 0
-            for rank in range(self.workers.count):
+            mine, start = None, index * self.workers.count
+            for number in range(start, min(start + self.workers.count, self.batches)):
                 batch = next(source, None)
-                seen += batch is not None
-                if rank == self.workers.rank:
+                if batch is None:
+                    raise TrainingError(
+                        f"the training data end after {number} of {self.batches} batches in epoch "
+                        f"{epoch + 1}: give what can be read again every epoch (a list, a "
+                        "DataLoader, a class with __iter__ that begins anew)"
+                    )
+                if number - start == self.workers.rank:
                     mine = batch
-            if not seen:
-                return
             if index >= skip:
                 yield index * self.workers.count + self.workers.rank, mine
 
     def first(self) -> Any:
-        """The first batch of the first epoch."""
-        return next(self._batches(0))
+        """The first batch of the first epoch.
+
+        Raises:
+            TrainingError: there is none.
+        """
+        for batch in self._batches(0):
+            return batch
+        raise TrainingError(_EMPTY)
 
     def _batches(self, epoch: int) -> Iterator[Any]:
         seed = seed_from(self.seed, "data", epoch)
@@ -183,9 +197,7 @@ class Feed:
         except TypeError:
             count = sum(1 for _ in self._batches(0))
         if not count:
-            raise TrainingError(
-                "the training data yield no batch; pass batches that can be read again every epoch"
-            )
+            raise TrainingError(_EMPTY)
         return count
 
 

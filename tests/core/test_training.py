@@ -745,6 +745,53 @@ def _changed(**changes: Any) -> list[Batch]:
     return [*_batches(2), {k: v for k, v in batch.items() if v is not None}]
 
 
+def test_a_batch_without_a_label_that_counts_trains_nothing(captured: Captured) -> None:
+    program, data = captured("tiny-mlp"), _batches(3)
+    data[1]["labels"] = torch.full((3,), -100)
+    fitted = _fit(program, data, epochs=1, schedule="constant", warmup=0.0)
+    expected = _fit(program, [data[0], data[2]], epochs=1, schedule="constant", warmup=0.0)
+    assert _same(fitted.program, expected.program)
+    losses = [f.report["epochs"][0]["loss"] for f in (fitted, expected)]
+    assert losses[0] == losses[1] > 0
+    with pytest.raises(TrainingError, match="no label in epoch 1 counts: all of them are -100"):
+        _fit(program, [data[1]])
+
+
+class _UsedUp:
+    """Batches that are there once, whoever asks."""
+
+    def __init__(self, data: Any, at_most: int) -> None:
+        self.data, self.left = data, at_most
+
+    def __iter__(self) -> Any:
+        for batch in self.data:
+            if not self.left:
+                return
+            self.left -= 1
+            yield batch
+
+
+class _SaysHowMany(_UsedUp):
+    def __len__(self) -> int:
+        return len(self.data)
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        # The first look reads a batch too; what says no length is counted before.
+        (_SaysHowMany(_batches(2), 3), "end after 0 of 2 batches in epoch 2: give what can"),
+        (_SaysHowMany(_batches(2), 4), "end after 1 of 2 batches in epoch 2: give what can"),
+        (_UsedUp(_batches(2), 4), "end after 1 of 2 batches in epoch 1: give what can"),
+        (_SaysHowMany(_batches(2), 0), "yield no batch; pass batches that"),
+        (_UsedUp(_batches(2), 2), "yield no batch; pass batches that"),
+    ],
+)
+def test_data_that_end_early_are_told(data: Any, says: str, captured: Captured) -> None:
+    with pytest.raises(TrainingError, match=says):
+        _fit(captured("tiny-mlp"), data)
+
+
 def _loader(data: Any) -> Any:
     return DataLoader(data)
 
