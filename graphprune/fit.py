@@ -31,7 +31,7 @@ from graphprune.program import JSON, Entry, Program, ProgramModule
 from graphprune.quantized import refuse_quantised
 from graphprune.rewrite import shrink, take
 from graphprune.stream import flat_batch
-from graphprune.training import Training, check_batch
+from graphprune.training import Training, check_batch, check_metric, judged
 from graphprune.workers import Feed, Workers, seed_from
 
 Penalty = Callable[[Mapping[str, Tensor]], Tensor]
@@ -121,6 +121,7 @@ def fit(
             "training=Training(batches, loss=...))"
         )
     refuse_quantised(program, ctx.running)
+    _refuse_sparse_gradients(program)
     if distillation is not None and ctx.reference is None:
         raise RecipeError(f"pass {ctx.running!r} needs a teacher, and the context has no reference")
     name = f"{ctx.fits}-{ctx.running or 'fit'}"
@@ -274,6 +275,11 @@ class _Run:
             flat = flat_batch(self.program.forward, inputs_of(self.program, batch), number)
         except GraphPruneError as e:
             raise TrainingError(f"{kind} {str(e).removeprefix('calibration ')}") from e
+        for name, tensor in zip(self.program.forward.input_names, flat, strict=True):
+            if tensor.dim() and not len(tensor):
+                raise TrainingError(
+                    f"{kind} batch {number}: input {name!r} has 0 rows; leave empty batches out"
+                )
         sizes = tuple(tensor.shape for tensor in flat)
         if kind == "training" and sizes not in self.seen_sizes:
             with _named_batch(number):
@@ -478,7 +484,7 @@ class _Run:
         def measured() -> float:
             if callable(judge):
                 with torch.no_grad():
-                    return float(judge(self._returned(self._snapshot())))
+                    return judged(judge, self._returned(self._snapshot()))
             score = Score(self.training.loss)
             self.module.eval()
             try:
@@ -490,12 +496,9 @@ class _Run:
                             score.add(self.module(**inputs_of(self.program, moved)), moved)
             finally:
                 self.module.train()
-            return score.value()
+            return check_metric(score.value())
 
-        value = self.workers.told(measured)
-        if math.isnan(value):
-            raise TrainingError("eval gives NaN: it must return a number, higher is better")
-        return value
+        return self.workers.told(measured)
 
     def _keep_best(self, metric: JSON) -> None:
         """Remember the best epoch, and stop when none has been better for long enough."""
@@ -645,6 +648,15 @@ def _named_batch(number: int, kind: str = "training") -> Iterator[None]:
         yield
     except TrainingError as e:
         raise TrainingError(f"{kind} batch {number}: {e}", e.program) from e
+
+
+def _refuse_sparse_gradients(program: Program) -> None:
+    for node in program.forward.graph.nodes:
+        if is_op(node, "embedding", "embedding_bag") and bound_arguments(node).get("sparse"):
+            raise TrainingError(
+                f"the embedding {node.args[0].target!r} has sparse gradients, which cannot be "
+                "clipped: build the model with sparse=False and compile that"
+            )
 
 
 def _check_norms(entry: Entry, sizes: Sequence[torch.Size]) -> None:

@@ -6,7 +6,8 @@ and divide once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -15,7 +16,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.nn import functional as F
 
-from graphprune.errors import TrainingError
+from graphprune.errors import GraphPruneError, TrainingError
 
 LossFunction = Callable[[Any, Mapping[str, Any]], Tensor]
 Loss = str | LossFunction
@@ -150,10 +151,11 @@ def loss_of(loss: Loss, outputs: Any, batch: Mapping[str, Any]) -> Summed:
     4. A function of (outputs, batch): the mean over the batch, counted as one.
 
     Raises:
-        TrainingError: labels are missing or do not fit.
+        TrainingError: labels are missing or do not fit, or the function raised something.
     """
     if not isinstance(loss, str):
-        value = loss(outputs, batch)
+        with named_function("loss"):
+            value = loss(outputs, batch)
         if not isinstance(value, Tensor) or value.numel() != 1:
             raise TrainingError(
                 f"the loss must return a tensor with one number, got {_words(value)}"
@@ -165,10 +167,23 @@ def loss_of(loss: Loss, outputs: Any, batch: Mapping[str, Any]) -> Summed:
     if loss == "regression":
         wanted = labels.reshape(logits.shape).to(logits.dtype)
         return Summed((logits - wanted).square().sum(), labels.numel())
-    logits, labels = _aligned(loss, logits, labels)
+    logits, labels = _aligned(loss, logits, labels.long())
     rows = logits.reshape(-1, logits.shape[-1])
     total = F.cross_entropy(rows, labels.reshape(-1), ignore_index=IGNORED, reduction="sum")
     return Summed(total, int((labels != IGNORED).sum()))
+
+
+@contextmanager
+def named_function(what: str) -> Iterator[None]:
+    """Say whose function it was that raised: the user's."""
+    try:
+        yield
+    except GraphPruneError:
+        raise
+    except Exception as e:
+        raise TrainingError(
+            f"the {what} function that was given raised {type(e).__name__}: {e}"
+        ) from e
 
 
 @final

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from graphprune.errors import TrainingError
-from graphprune.losses import LOSSES, Loss
+from graphprune.losses import LOSSES, Loss, named_function
 from graphprune.program import Program
 from graphprune.registry import suggest
 
@@ -89,6 +90,36 @@ class Training:
     def folder(self, name: str) -> Path | None:
         """Where one pass's checkpoints go."""
         return None if self.checkpoints is None else Path(self.checkpoints) / name
+
+
+def judged(judge: Callable[[Program], object], program: Program) -> float:
+    """What an eval function says of a program.
+
+    Raises:
+        TrainingError: it raised something, or gave no finite number.
+    """
+    with named_function("eval"):
+        value = judge(program)
+    return check_metric(value)
+
+
+def check_metric(value: Any) -> float:
+    """What eval gave, as a number.
+
+    Raises:
+        TrainingError: it is none, or NaN or infinite.
+    """
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise TrainingError(
+            f"eval gives a {type(value).__name__}: it must return a number, higher is better"
+        ) from e
+    if not math.isfinite(number):
+        raise TrainingError(
+            f"eval gives {number}: it must return a finite number, higher is better"
+        )
+    return number
 
 
 def _check_data(name: str, data: object) -> None:

@@ -745,6 +745,39 @@ def _changed(**changes: Any) -> list[Batch]:
     return [*_batches(2), {k: v for k, v in batch.items() if v is not None}]
 
 
+def test_class_numbers_may_be_int32(captured: Captured) -> None:
+    program, data = captured("tiny-mlp"), _batches(2)
+    narrow = [{**batch, "labels": batch["labels"].int()} for batch in data]
+    fitted = _fit(program, narrow, eval=narrow)
+    assert _same(fitted.program, _fit(program, data, eval=data).program)
+
+
+class _SparseTable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(9, 4, sparse=True), nn.Linear(4, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.table(ids).mean(1))
+
+
+def test_sparse_gradients_are_refused_at_the_start() -> None:
+    program = capture(_SparseTable(), {"ids": torch.ones(2, 5).long()})
+    data = [{"ids": torch.ones(2, 5).long(), "labels": torch.tensor([0, 2])}]
+    with pytest.raises(TrainingError, match=r"embedding 'table.weight' has sparse gradients"):
+        _fit(program, data)
+
+
+def test_what_a_function_of_the_user_raised_is_kept(captured: Captured) -> None:
+    def loss(outputs: Tensor, batch: Any) -> Tensor:
+        raise KeyError("weights")
+
+    with pytest.raises(TrainingError) as e:
+        _fit(captured("tiny-mlp"), loss=loss)
+    assert e.value.__cause__ is not None
+    assert isinstance(e.value.__cause__.__cause__, KeyError)
+
+
 def test_a_batch_without_a_label_that_counts_trains_nothing(captured: Captured) -> None:
     program, data = captured("tiny-mlp"), _batches(3)
     data[1]["labels"] = torch.full((3,), -100)
@@ -812,7 +845,25 @@ def _loader(data: Any) -> Any:
         (None, {"loss": lambda o, b: o}, r"a tensor with one number, got a tensor of shape"),
         (None, {"loss": lambda o, b: 1.0}, "got a float"),
         (None, {"loss": lambda o, b: torch.ones(())}, "does not depend on the model's weights"),
-        (None, {"eval": lambda program: math.nan}, "eval gives NaN"),
+        (None, {"eval": lambda program: math.nan}, "eval gives nan: it must return a finite"),
+        (None, {"eval": lambda program: -math.inf}, "eval gives -inf: it must return a finite"),
+        (None, {"eval": lambda program: None}, "eval gives a NoneType: it must return a number"),
+        (
+            None,
+            {"eval": lambda program: program.tensors["acc"]},
+            "eval function .* raised KeyError",
+        ),
+        (
+            None,
+            {"loss": lambda o, b: b["weights"].sum()},
+            "training batch 0: the loss function .* raised KeyError: 'weights'",
+        ),
+        (
+            _changed(x=torch.ones(0, 12), labels=torch.ones(0).long()),
+            {},
+            "training batch 2: input 'x' has 0 rows",
+        ),
+        (None, {"eval": [{"x": torch.ones(0, 12)}]}, "eval batch 0: input 'x' has 0 rows"),
         (None, {"eval": [{"x": torch.ones(3, 12)}]}, "eval batch 0: .*no tensor 'labels'"),
     ],
 )
