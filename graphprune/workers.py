@@ -176,10 +176,13 @@ class Feed:
 
     def _batches(self, epoch: int) -> Iterator[Any]:
         seed = seed_from(self.seed, "data", epoch)
-        own = getattr(self.data, "generator", None)
-        if isinstance(own, torch.Generator):
-            # Left as the last run left it, it would give this run another order.
-            own.manual_seed(seed)
+        batches = getattr(self.data, "batch_sampler", None)
+        samplers = (getattr(self.data, "sampler", None), getattr(batches, "sampler", None))
+        for owner in (self.data, batches, *samplers):
+            own = getattr(owner, "generator", None)
+            if isinstance(own, torch.Generator):
+                # Left as the last run left it, it would give this run another order.
+                own.manual_seed(seed)
         state = torch.Generator().manual_seed(seed).get_state()
         with _drawing(state):
             source = iter(self.data)

@@ -13,7 +13,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler
 
 import graphprune as gp
 from graphprune.axes import axis_groups
@@ -140,9 +140,29 @@ def test_equal_seeds_give_equal_bits_and_others_do_not(captured: Captured) -> No
     assert torch.get_rng_state().equal(state), "the caller's generator was moved"
     assert not _same(first, _fit(program, loader, seed=1).program)
 
-    own: Any = DataLoader(rows, batch_size=2, shuffle=True, generator=torch.Generator())
-    again = _fit(program, own).program
-    assert _same(again, _fit(program, own).program)
+    drawing = RandomSampler(rows, generator=torch.Generator())
+    for own in (
+        DataLoader(rows, batch_size=2, shuffle=True, generator=torch.Generator()),
+        DataLoader(rows, batch_size=2, sampler=drawing),
+        DataLoader(rows, batch_sampler=BatchSampler(drawing, 2, drop_last=False)),
+        DataLoader(rows, batch_sampler=_OwnBatches(5, torch.Generator())),
+    ):
+        again = _fit(program, own).program
+        assert _same(again, _fit(program, own).program)
+
+
+class _OwnBatches(Sampler[list[int]]):
+    """Pairs in an order that it draws itself."""
+
+    def __init__(self, count: int, generator: torch.Generator) -> None:
+        self.count, self.generator = count, generator
+
+    def __iter__(self) -> Any:
+        order = torch.randperm(self.count, generator=self.generator).tolist()
+        return (order[i : i + 2] for i in range(0, self.count, 2))
+
+    def __len__(self) -> int:
+        return -(-self.count // 2)
 
 
 def test_dropout_is_on_while_training_and_off_after(captured: Captured) -> None:
