@@ -165,8 +165,10 @@ def loss_of(loss: Loss, outputs: Any, batch: Mapping[str, Any]) -> Summed:
     logits = scores_of(loss, outputs, labels)
     check_labels(loss, logits.shape, labels)
     if loss == "regression":
-        wanted = labels.reshape(logits.shape).to(logits.dtype)
-        return Summed((logits - wanted).square().sum(), labels.numel())
+        # Half precision holds no label near 1003.
+        kind = torch.promote_types(logits.dtype, torch.float32)
+        wanted = labels.reshape(logits.shape).to(kind)
+        return Summed((logits.to(kind) - wanted).square().sum(), labels.numel())
     logits, labels = _aligned(loss, logits, labels.long())
     rows = logits.reshape(-1, logits.shape[-1])
     total = F.cross_entropy(rows, labels.reshape(-1), ignore_index=IGNORED, reduction="sum")

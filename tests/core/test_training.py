@@ -514,6 +514,15 @@ def test_losses_are_those_of_torch() -> None:
     torch.testing.assert_close(found.total / found.count, F.mse_loss(scores[:, 0], wanted))
 
 
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float64])
+def test_regression_compares_in_float32_at_least(kind: torch.dtype) -> None:
+    scores = torch.full((4, 1), 1000.0, dtype=kind)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = loss_of("regression", scores, {"labels": torch.full((4,), 1003.0)})
+    assert found.total.dtype is (torch.float64 if kind is torch.float64 else torch.float32)
+    assert float(found.total) == 4 * 9
+
+
 def test_of_several_scores_none_is_guessed() -> None:
     hidden, logits = torch.randn(4, 16), torch.randn(4, 5)
     batch = {"labels": torch.arange(4)}
