@@ -41,7 +41,8 @@ class Training:
         resume: go on from the checkpoints that are there.
         patience: stop after so many epochs without a better `eval`, and keep the best epoch's
             weights; None trains to the end and keeps the last.
-        device: "cpu" or "cuda"; by default what there is.
+        device: "cpu" or "cuda"; by default what there is. Which GPU is said by CUDA_VISIBLE_DEVICES
+            or `accelerate launch`.
     """
 
     data: Iterable[Batch]
@@ -161,5 +162,10 @@ def _check_device(name: str) -> None:
         raise TrainingError(f"there is no device {name!r}: say 'cpu' or 'cuda'") from e
     if device.type not in ("cpu", "cuda"):
         raise TrainingError(f"training runs on 'cpu' or 'cuda', not on {name!r}")
+    if device.index:
+        raise TrainingError(
+            f"training cannot pick the device {name!r}: say {device.type!r}, and which GPU by "
+            "CUDA_VISIBLE_DEVICES or `accelerate launch --gpu_ids`"
+        )
     if device.type == "cuda" and not torch.cuda.is_available():
         raise TrainingError(f"device {name!r} was asked for and torch finds no CUDA device")

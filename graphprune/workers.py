@@ -33,7 +33,8 @@ class Workers:
                 "training runs on accelerate, which is not installed: pip install "
                 "'graphprune[train]'"
             ) from e
-        on_cpu = device == "cpu" or (device is None and not torch.cuda.is_available())
+        default = "cuda" if torch.cuda.is_available() else "cpu"
+        on_cpu = torch.device(device or default).type == "cpu"
         try:
             self._accelerator = Accelerator(cpu=on_cpu)
         except ValueError as e:

@@ -31,6 +31,7 @@ from graphprune.program import Program, ProgramModule
 from graphprune.rewrite import mask, shrink
 from graphprune.sites import ZEROED
 from graphprune.training import Training
+from graphprune.workers import Workers
 
 Captured = Callable[[str], Program]
 Batch = dict[str, Tensor]
@@ -918,11 +919,35 @@ def test_data_that_do_not_fit(data: Any, options: Any, says: str, captured: Capt
         ([{}], {"patience": 0}, "at least 1"),
         ([{}], {"patience": 1}, "give eval="),
         ([{}], {"device": "tpu!"}, "there is no device 'tpu!'"),
+        ([{}], {"device": "cpu:7"}, "cannot pick the device 'cpu:7': say 'cpu'"),
+        ([{}], {"device": "cuda:1"}, "say 'cuda', and which GPU by CUDA_VISIBLE_DEVICES"),
     ],
 )
 def test_what_is_no_training_is_refused_at_once(data: Any, options: Any, says: str) -> None:
     with pytest.raises(TrainingError, match=says):
         Training(data, **options)
+
+
+@pytest.mark.parametrize(
+    ("device", "on_cpu"),
+    [("cpu", True), ("cpu:0", True), ("cuda", False), ("cuda:0", False), (None, False)],
+)
+def test_a_device_is_known_however_it_is_written(
+    device: str | None, on_cpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine with a GPU."""
+    seen: list[bool] = []
+
+    class Accelerator:
+        mixed_precision = "no"
+
+        def __init__(self, cpu: bool) -> None:
+            seen.append(cpu)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("accelerate.Accelerator", Accelerator)
+    Workers(device)
+    assert seen == [on_cpu]
 
 
 @pytest.mark.parametrize(
