@@ -16,21 +16,22 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from graphprune.axes.rules._base import size_of
 from graphprune.checkpoint import Checkpoint, Identity, is_checkpoint, read, write
 from graphprune.errors import GraphPruneError, RecipeError, TrainingError
 from graphprune.files import check_target
-from graphprune.graph import bound_arguments, is_op
-from graphprune.losses import Score, check_labels, labels_of, logits_of, metric_name
+from graphprune.graph import bound_arguments, is_op, value_of
+from graphprune.losses import IGNORED, Score, check_labels, labels_of, metric_name, scores_of
 from graphprune.objective import Distillation, Objective, inputs_of, refuse_unknown
 from graphprune.optimiser import Optimiser, Plan, cut_state, zero_masks
 from graphprune.passbase import Context, Keep
-from graphprune.program import FROZEN, JSON, Program, ProgramModule
+from graphprune.program import FROZEN, JSON, Entry, Program, ProgramModule
 from graphprune.quantized import refuse_quantised
 from graphprune.rewrite import shrink, take
 from graphprune.stream import flat_batch
-from graphprune.training import Training, check_batch
+from graphprune.training import Training, check_batch, check_metric, judged
 from graphprune.workers import Feed, Workers, seed_from
 
 Penalty = Callable[[Mapping[str, Tensor]], Tensor]
@@ -123,6 +124,7 @@ def fit(
             "training=Training(batches, loss=...))"
         )
     refuse_quantised(program, ctx.running)
+    _refuse_sparse_gradients(program)
     if distillation is not None and ctx.reference is None:
         raise RecipeError(f"pass {ctx.running!r} needs a teacher, and the context has no reference")
     name = f"{ctx.fits}-{ctx.running or 'fit'}"
@@ -218,6 +220,7 @@ class _Run:
         working = wide.on(self.workers.device)
         self.program = working.with_tensors(_owned(working))
         self.feed = Feed(training.data, self.seed, self.workers)
+        self.seen_sizes: set[tuple[torch.Size, ...]] = set()
         has_labels = self._look_at_data(distillation)
         teacher = None
         if distillation is not None:
@@ -257,7 +260,8 @@ class _Run:
             outputs = ProgramModule(self.program)(**inputs_of(self.program, self._moved(first)))
         if not isinstance(self.training.loss, str):
             return True
-        shape = logits_of(outputs).shape
+        with _named_batch(0):
+            shape = scores_of(self.training.loss, outputs, labels_of(first)).shape
         data = self.training.data
         for i, batch in enumerate(data if isinstance(data, Sequence) else [first]):
             self._check_batch(batch, i)
@@ -275,9 +279,19 @@ class _Run:
         with _named_batch(number, kind):
             refuse_unknown(self.program, batch, self.training.loss)
         try:
-            flat_batch(self.program.forward, inputs_of(self.program, batch), number)
+            flat = flat_batch(self.program.forward, inputs_of(self.program, batch), number)
         except GraphPruneError as e:
             raise TrainingError(f"{kind} {str(e).removeprefix('calibration ')}") from e
+        for name, tensor in zip(self.program.forward.input_names, flat, strict=True):
+            if tensor.dim() and not len(tensor):
+                raise TrainingError(
+                    f"{kind} batch {number}: input {name!r} has 0 rows; leave empty batches out"
+                )
+        sizes = tuple(tensor.shape for tensor in flat)
+        if kind == "training" and sizes not in self.seen_sizes:
+            with _named_batch(number):
+                _check_norms(self.program.forward, sizes)
+            self.seen_sizes.add(sizes)
 
     def _moved(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         device = self.workers.device
@@ -311,6 +325,10 @@ class _Run:
             self._step(number, batch)
             if self.training.every and place.step % self.training.every == 0:
                 self._save()
+        if not place.sums["loss"][1]:
+            raise TrainingError(
+                f"no label in epoch {place.epoch + 1} counts: all of them are {IGNORED}"
+            )
         self.workers.spread(t for t in self.module.buffers() if t.is_floating_point())
         self._change_structure(place.epoch)
         record: dict[str, JSON] = {"epoch": place.epoch + 1, **self._means()}
@@ -372,7 +390,9 @@ class _Run:
             rest = rest + extra / self.workers.count
             value += float(extra.detach())
             self._add("penalty", float(extra.detach()), 1)
-        if (found or self.penalty) and not (first.requires_grad or rest.requires_grad):
+        counted = any(counts) or self.penalty is not None
+        mine = found or self.penalty is not None
+        if counted and mine and not (first.requires_grad or rest.requires_grad):
             raise TrainingError("the loss does not depend on the model's weights")
         if math.isfinite(value):
             # By the counts, which all processes know: one without a batch has nothing of its own.
@@ -380,7 +400,7 @@ class _Run:
                 count and name in scored for name, count in zip(names, counts, strict=True)
             )
             self._backward(first, rest, any_scored)
-        self._add("loss", value, 1)
+        self._add("loss", value, int(counted))
         return value
 
     def _backward(self, scored: Tensor, rest: Tensor, any_scored: bool) -> None:
@@ -417,7 +437,7 @@ class _Run:
     def _means(self) -> dict[str, float]:
         means = {name: total / count for name, (total, count) in self.place.sums.items() if count}
         # One term alone is the loss itself.
-        return means if len(means) > 2 else {"loss": means.get("loss", 0.0)}
+        return means if len(means) > 2 else {"loss": means["loss"]}
 
     def _astray(self, what: str) -> TrainingError:
         place = self.place
@@ -472,7 +492,7 @@ class _Run:
         def measured() -> float:
             if callable(judge):
                 with torch.no_grad():
-                    return float(judge(self._returned(self._snapshot())))
+                    return judged(judge, self._returned(self._snapshot()))
             score = Score(self.training.loss)
             self.module.eval()
             try:
@@ -484,12 +504,9 @@ class _Run:
                             score.add(self.module(**inputs_of(self.program, moved)), moved)
             finally:
                 self.module.train()
-            return score.value()
+            return check_metric(score.value())
 
-        value = self.workers.told(measured)
-        if math.isnan(value):
-            raise TrainingError("eval gives NaN: it must return a number, higher is better")
-        return value
+        return self.workers.told(measured)
 
     def _keep_best(self, metric: JSON) -> None:
         """Remember the best epoch, and stop when none has been better for long enough."""
@@ -644,6 +661,44 @@ def _named_batch(number: int, kind: str = "training") -> Iterator[None]:
         yield
     except TrainingError as e:
         raise TrainingError(f"{kind} batch {number}: {e}", e.program) from e
+
+
+def _refuse_sparse_gradients(program: Program) -> None:
+    for node in program.forward.graph.nodes:
+        if is_op(node, "embedding", "embedding_bag") and bound_arguments(node).get("sparse"):
+            raise TrainingError(
+                f"the embedding {node.args[0].target!r} has sparse gradients, which cannot be "
+                "clipped: build the model with sparse=False and compile that"
+            )
+
+
+def _check_norms(entry: Entry, sizes: Sequence[torch.Size]) -> None:
+    """Whether every batch norm sees more than one value a channel: one alone has no variance.
+
+    torch.nn says so where a module is called; the operator in a graph makes NaN of it.
+
+    Raises:
+        TrainingError: one does not.
+    """
+    placeholders = [n for n in entry.graph.nodes if n.op == "placeholder"]
+    known = {
+        size_of(symbol): size
+        for node, shape in zip(placeholders, sizes, strict=True)
+        for symbol, size in zip(value_of(node).shape, shape, strict=True)
+    }
+    for node in entry.graph.nodes:
+        if not is_op(node, "batch_norm", "instance_norm"):
+            continue
+        rows, _, *places = (size_of(size) for size in value_of(node).shape)
+        count = math.prod(places) * (rows if is_op(node, "batch_norm") else 1)
+        if (count if isinstance(count, int) else count.subs(known)) == 1:
+            mean = bound_arguments(node).get("running_mean")
+            name = str(mean.target) if isinstance(mean, fx.Node) else node.name
+            raise TrainingError(
+                f"the batch norm {name.removesuffix('.running_mean')!r} gets one value a channel "
+                "and needs two or more to train: leave a batch of one example out (drop_last=True "
+                "of a DataLoader), or choose another batch size"
+            )
 
 
 def _notes(program: Program) -> list[str]:

@@ -6,7 +6,8 @@ and divide once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -15,7 +16,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.nn import functional as F
 
-from graphprune.errors import TrainingError
+from graphprune.errors import GraphPruneError, TrainingError
 
 LossFunction = Callable[[Any, Mapping[str, Any]], Tensor]
 Loss = str | LossFunction
@@ -50,15 +51,49 @@ def logits_of(outputs: Any) -> Tensor:
     Raises:
         TrainingError: there are none.
     """
+    named = _named(outputs)
+    if named is not None:
+        return named
+    for leaf in _floats(outputs):
+        if leaf.dim():
+            return leaf
+    raise TrainingError("the model returns no tensor of floats, so there is no loss to compute")
+
+
+def scores_of(loss: str, outputs: Any, labels: Tensor) -> Tensor:
+    """The same for a loss by name, which does not guess where several outputs fit the labels.
+
+    Raises:
+        TrainingError: there are none, or several and none is called `logits`.
+    """
+    found, floats = logits_of(outputs), _floats(outputs)
+    # After a loss, which is one number, come the scores.
+    if _named(outputs) is not None or any(not leaf.dim() for leaf in floats):
+        return found
+    fitting = [leaf for leaf in floats if _fits(loss, leaf.shape, labels.shape)]
+    if len(fitting) > 1:
+        raise TrainingError(
+            f"the model returns {len(fitting)} outputs that could be the scores, of shapes "
+            f"{[list(leaf.shape) for leaf in fitting]}: return a dict with the right one as "
+            "'logits', or give a function of (outputs, batch) as the loss"
+        )
+    return found
+
+
+def _named(outputs: Any) -> Tensor | None:
     named = outputs.get("logits") if isinstance(outputs, Mapping) else None
     if named is None:
         named = getattr(outputs, "logits", None)
-    if isinstance(named, Tensor):
-        return named
-    for leaf in pytree.tree_leaves(outputs):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim():
-            return leaf
-    raise TrainingError("the model returns no tensor of floats, so there is no loss to compute")
+    return named if isinstance(named, Tensor) else None
+
+
+def _floats(outputs: Any) -> list[Tensor]:
+    leaves = pytree.tree_leaves(outputs)
+    return [t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def _fits(loss: str, shape: torch.Size, labels: torch.Size) -> bool:
+    return shape.numel() == labels.numel() if loss == "regression" else shape[:-1] == labels
 
 
 def labels_of(batch: Mapping[str, Any]) -> Tensor:
@@ -83,7 +118,7 @@ def check_labels(loss: str, shape: torch.Size, labels: Tensor) -> None:
         TrainingError: another shape or type, or a class that the head does not have.
     """
     if loss == "regression":
-        if shape.numel() != labels.numel():
+        if not _fits(loss, shape, labels.shape):
             raise TrainingError(
                 f"labels of shape {list(labels.shape)} do not fit scores of shape {list(shape)}: "
                 "regression has one score an example"
@@ -93,7 +128,7 @@ def check_labels(loss: str, shape: torch.Size, labels: Tensor) -> None:
         return
     if labels.is_floating_point() or labels.dtype is torch.bool:
         raise TrainingError(f"labels are class numbers (int64), got {labels.dtype}")
-    if shape[:-1] != labels.shape:
+    if not _fits(loss, shape, labels.shape):
         raise TrainingError(
             f"labels of shape {list(labels.shape)} do not fit logits of shape {list(shape)}: "
             "there is one label for each row of logits"
@@ -116,24 +151,41 @@ def loss_of(loss: Loss, outputs: Any, batch: Mapping[str, Any]) -> Summed:
     4. A function of (outputs, batch): the mean over the batch, counted as one.
 
     Raises:
-        TrainingError: labels are missing or do not fit.
+        TrainingError: labels are missing or do not fit, or the function raised something.
     """
     if not isinstance(loss, str):
-        value = loss(outputs, batch)
+        with named_function("loss"):
+            value = loss(outputs, batch)
         if not isinstance(value, Tensor) or value.numel() != 1:
             raise TrainingError(
                 f"the loss must return a tensor with one number, got {_words(value)}"
             )
         return Summed(value.reshape(()), 1)
-    logits, labels = logits_of(outputs), labels_of(batch)
+    labels = labels_of(batch)
+    logits = scores_of(loss, outputs, labels)
     check_labels(loss, logits.shape, labels)
     if loss == "regression":
-        wanted = labels.reshape(logits.shape).to(logits.dtype)
-        return Summed((logits - wanted).square().sum(), labels.numel())
-    logits, labels = _aligned(loss, logits, labels)
+        # Half precision holds no label near 1003.
+        kind = torch.promote_types(logits.dtype, torch.float32)
+        wanted = labels.reshape(logits.shape).to(kind)
+        return Summed((logits.to(kind) - wanted).square().sum(), labels.numel())
+    logits, labels = _aligned(loss, logits, labels.long())
     rows = logits.reshape(-1, logits.shape[-1])
     total = F.cross_entropy(rows, labels.reshape(-1), ignore_index=IGNORED, reduction="sum")
     return Summed(total, int((labels != IGNORED).sum()))
+
+
+@contextmanager
+def named_function(what: str) -> Iterator[None]:
+    """Say whose function it was that raised: the user's."""
+    try:
+        yield
+    except GraphPruneError:
+        raise
+    except Exception as e:
+        raise TrainingError(
+            f"the {what} function that was given raised {type(e).__name__}: {e}"
+        ) from e
 
 
 @final
@@ -146,16 +198,25 @@ class Score:
         self.pairs: list[tuple[Tensor, Tensor]] = []
 
     def add(self, outputs: Any, batch: Mapping[str, Any]) -> None:
-        """Count one batch."""
+        """Count one batch.
+
+        Raises:
+            TrainingError: labels are missing or do not fit, or the scores hold NaN or infinity.
+        """
         if self.loss == "classification":
-            logits, labels = logits_of(outputs), labels_of(batch)
-            check_labels("classification", logits.shape, labels)
+            labels = labels_of(batch)
+            logits = scores_of(self.loss, outputs, labels)
+            check_labels(self.loss, logits.shape, labels)
             counted = labels != IGNORED
+            # A class may be ruled out by -inf, the best one may not.
+            _check_finite(logits.amax(-1)[counted])
             self.total += int((logits.argmax(-1) == labels)[counted].sum())
             self.count += int(counted.sum())
         elif self.loss == "regression":
-            logits, labels = logits_of(outputs), labels_of(batch)
-            check_labels("regression", logits.shape, labels)
+            labels = labels_of(batch)
+            logits = scores_of(self.loss, outputs, labels)
+            check_labels(self.loss, logits.shape, labels)
+            _check_finite(logits)
             self.pairs.append((logits.flatten().double().cpu(), labels.flatten().double().cpu()))
             self.count += labels.numel()
         else:
@@ -179,16 +240,30 @@ class Score:
 
 def spearman(a: Tensor, b: Tensor) -> float:
     """The rank correlation of two vectors, ties at their mean rank; 0 where one is constant."""
-    x, y = _ranks(a), _ranks(b)
-    x, y = x - x.mean(), y - y.mean()
-    size = float(x.norm() * y.norm())
-    return float(x @ y) / size if size else 0.0
+    return pearson(_ranks(a), _ranks(b))
+
+
+def pearson(a: Tensor, b: Tensor) -> float:
+    """The correlation of two vectors; 0 where one is constant."""
+    # Asked of the values: the mean of equal ones may be another number than they.
+    if any(bool((values == values[0]).all()) for values in (a, b)):
+        return 0.0
+    x, y = a - a.mean(), b - b.mean()
+    return float(x @ y / (x.norm() * y.norm()))
 
 
 def _ranks(values: Tensor) -> Tensor:
     _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
     ends = counts.cumsum(0).double()
     return (ends - (counts - 1) / 2)[inverse]
+
+
+def _check_finite(scores: Tensor) -> None:
+    if not bool(scores.isfinite().all()):
+        raise TrainingError(
+            "the model's outputs hold NaN or infinity, so there is nothing to judge: a layer "
+            "before overflows, or its weights are broken"
+        )
 
 
 def _aligned(loss: str, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from graphprune.errors import TrainingError
-from graphprune.losses import LOSSES, Loss
+from graphprune.losses import LOSSES, Loss, named_function
 from graphprune.program import Program
 from graphprune.registry import suggest
 
@@ -40,7 +41,8 @@ class Training:
         resume: go on from the checkpoints that are there.
         patience: stop after so many epochs without a better `eval`, and keep the best epoch's
             weights; None trains to the end and keeps the last.
-        device: "cpu" or "cuda"; by default what there is.
+        device: "cpu" or "cuda"; by default what there is. Which GPU is said by CUDA_VISIBLE_DEVICES
+            or `accelerate launch`.
     """
 
     data: Iterable[Batch]
@@ -91,6 +93,36 @@ class Training:
         return None if self.checkpoints is None else Path(self.checkpoints) / name
 
 
+def judged(judge: Callable[[Program], object], program: Program) -> float:
+    """What an eval function says of a program.
+
+    Raises:
+        TrainingError: it raised something, or gave no finite number.
+    """
+    with named_function("eval"):
+        value = judge(program)
+    return check_metric(value)
+
+
+def check_metric(value: Any) -> float:
+    """What eval gave, as a number.
+
+    Raises:
+        TrainingError: it is none, or NaN or infinite.
+    """
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise TrainingError(
+            f"eval gives a {type(value).__name__}: it must return a number, higher is better"
+        ) from e
+    if not math.isfinite(number):
+        raise TrainingError(
+            f"eval gives {number}: it must return a finite number, higher is better"
+        )
+    return number
+
+
 def _check_data(name: str, data: object) -> None:
     what = f"{name} must be batches that can be read again every epoch"
     if isinstance(data, Mapping | Tensor | str) or not isinstance(data, Iterable):
@@ -130,5 +162,10 @@ def _check_device(name: str) -> None:
         raise TrainingError(f"there is no device {name!r}: say 'cpu' or 'cuda'") from e
     if device.type not in ("cpu", "cuda"):
         raise TrainingError(f"training runs on 'cpu' or 'cuda', not on {name!r}")
+    if device.index:
+        raise TrainingError(
+            f"training cannot pick the device {name!r}: say {device.type!r}, and which GPU by "
+            "CUDA_VISIBLE_DEVICES or `accelerate launch --gpu_ids`"
+        )
     if device.type == "cuda" and not torch.cuda.is_available():
         raise TrainingError(f"device {name!r} was asked for and torch finds no CUDA device")

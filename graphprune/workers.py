@@ -14,6 +14,8 @@ from graphprune.errors import TrainingError
 
 T = TypeVar("T")
 
+_EMPTY = "the training data yield no batch; pass batches that can be read again every epoch"
+
 
 @final
 class Workers:
@@ -31,7 +33,8 @@ class Workers:
                 "training runs on accelerate, which is not installed: pip install "
                 "'graphprune[train]'"
             ) from e
-        on_cpu = device == "cpu" or (device is None and not torch.cuda.is_available())
+        default = "cuda" if torch.cuda.is_available() else "cpu"
+        on_cpu = torch.device(device or default).type == "cpu"
         try:
             self._accelerator = Accelerator(cpu=on_cpu)
         except ValueError as e:
@@ -142,30 +145,45 @@ class Feed:
         """(number of the batch, batch) of each round after `skip`; batch None where there is none.
 
         A last round may have batches for some processes only; all of them go through it.
+
+        Raises:
+            TrainingError: there are fewer batches than the data said, or gave before.
         """
         source = self._batches(epoch)
         for index in range(self.rounds_an_epoch):
-            mine, seen = None, 0
-            for rank in range(self.workers.count):
+            mine, start = None, index * self.workers.count
+            for number in range(start, min(start + self.workers.count, self.batches)):
                 batch = next(source, None)
-                seen += batch is not None
-                if rank == self.workers.rank:
+                if batch is None:
+                    raise TrainingError(
+                        f"the training data end after {number} of {self.batches} batches in epoch "
+                        f"{epoch + 1}: give what can be read again every epoch (a list, a "
+                        "DataLoader, a class with __iter__ that begins anew)"
+                    )
+                if number - start == self.workers.rank:
                     mine = batch
-            if not seen:
-                return
             if index >= skip:
                 yield index * self.workers.count + self.workers.rank, mine
 
     def first(self) -> Any:
-        """The first batch of the first epoch."""
-        return next(self._batches(0))
+        """The first batch of the first epoch.
+
+        Raises:
+            TrainingError: there is none.
+        """
+        for batch in self._batches(0):
+            return batch
+        raise TrainingError(_EMPTY)
 
     def _batches(self, epoch: int) -> Iterator[Any]:
         seed = seed_from(self.seed, "data", epoch)
-        own = getattr(self.data, "generator", None)
-        if isinstance(own, torch.Generator):
-            # Left as the last run left it, it would give this run another order.
-            own.manual_seed(seed)
+        batches = getattr(self.data, "batch_sampler", None)
+        samplers = (getattr(self.data, "sampler", None), getattr(batches, "sampler", None))
+        for owner in (self.data, batches, *samplers):
+            own = getattr(owner, "generator", None)
+            if isinstance(own, torch.Generator):
+                # Left as the last run left it, it would give this run another order.
+                own.manual_seed(seed)
         state = torch.Generator().manual_seed(seed).get_state()
         with _drawing(state):
             source = iter(self.data)
@@ -183,9 +201,7 @@ class Feed:
         except TypeError:
             count = sum(1 for _ in self._batches(0))
         if not count:
-            raise TrainingError(
-                "the training data yield no batch; pass batches that can be read again every epoch"
-            )
+            raise TrainingError(_EMPTY)
         return count
 
 

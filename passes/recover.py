@@ -16,7 +16,7 @@ from graphprune.passbase import Context, Invariant, Pass, PassResult
 from graphprune.passes.repeat import inner_passes, inner_proof, run_round
 from graphprune.program import Program, ProgramModule
 from graphprune.registry import options, register
-from graphprune.training import Training
+from graphprune.training import Training, check_metric, judged
 from graphprune.workers import Workers
 
 
@@ -87,7 +87,7 @@ class PruneRecover(Pass):
             record: dict[str, JSON] = {"part": part, "passes": told}
             if judge is not None and dense is not None:
                 record["metric"] = metric = _metric(current, judge)
-                stopped = self.tolerance is not None and not metric >= dense - self.tolerance
+                stopped = self.tolerance is not None and metric < dense - self.tolerance
             rounds.append(record)
             good = good if stopped else current
         return PassResult(good, good is not program, self._report(rounds, dense, stopped, ctx))
@@ -131,12 +131,12 @@ def _metric(program: Program, training: Training) -> float:
 
     def measured() -> float:
         if callable(training.eval):
-            return float(training.eval(program))
+            return judged(training.eval, program)
         score = Score(training.loss)
         module = ProgramModule(program)
         with torch.no_grad():
             for batch in training.eval or ():
                 score.add(module(**inputs_of(program, batch)), batch)
-        return score.value()
+        return check_metric(score.value())
 
     return workers.told(measured)

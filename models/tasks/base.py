@@ -180,7 +180,8 @@ def embed(
     A model that returns one vector a token has them averaged over the attention mask.
 
     Raises:
-        GraphPruneError: the tokenizer cannot be read, or the model's output is no embedding.
+        GraphPruneError: the tokenizer cannot be read, or the model's output is no embedding
+            or holds NaN.
     """
     run = runner(model)
     tokenize = tokenizer(tokenizer_dir)
@@ -198,6 +199,11 @@ def embed(
             raise GraphPruneError(
                 f"the model's first output has shape {tuple(output.shape)}; an embedding has two "
                 "or three dimensions"
+            )
+        if not bool(output.isfinite().all()):
+            raise GraphPruneError(
+                "the model's embeddings hold NaN or infinity, so there is nothing to compare: a "
+                "layer before overflows, or its weights are broken"
             )
         parts.append(torch.nn.functional.normalize(output.float(), dim=-1))
         progress(done, len(starts))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from graphprune.errors import GraphPruneError
-from graphprune.losses import spearman
+from graphprune.losses import pearson, spearman
 from graphprune.models.batches import table_batches
 from graphprune.models.tables import Schema, Table
 from graphprune.models.tasks.base import TaskResult, longest, runner
@@ -31,7 +31,8 @@ def judge(
     """Judge scores by a file's labels.
 
     1. "classification": accuracy, with one standard error sqrt(p (1 - p) / n).
-    2. "regression": Spearman's rank correlation; `more` has Pearson's.
+    2. "regression": Spearman's rank correlation; `more` has Pearson's. Both are 0 where the
+       scores or the labels are constant.
 
     Args:
         model: a torch module, a Program or a session whose first output is [batch, scores].
@@ -42,7 +43,7 @@ def judge(
 
     Raises:
         GraphPruneError: the file is broken, a label is not the head's, or the model gives something
-            else than scores.
+            else than finite scores.
     """
     table = schema.read(file)
     if schema.task == "classification" and not schema.classes:
@@ -61,10 +62,8 @@ def judge(
     count = len(wanted)
     if schema.task == "regression":
         scores, wanted = scores.flatten().double(), wanted.double()
-        pearson = float(torch.corrcoef(torch.stack([scores, wanted]))[0, 1])
-        return TaskResult(
-            schema.task, "Spearman", spearman(scores, wanted), count, more={"Pearson": pearson}
-        )
+        more = {"Pearson": pearson(scores, wanted)}
+        return TaskResult(schema.task, "Spearman", spearman(scores, wanted), count, more=more)
     share = float((scores.argmax(dim=-1) == wanted).double().mean())
     error = math.sqrt(share * (1 - share) / count)
     return TaskResult(schema.task, "accuracy", share, count, standard_error=error)
@@ -93,4 +92,11 @@ def _check(scores: Tensor, labels: Tensor, schema: Schema) -> None:
         raise GraphPruneError(
             f"label {schema.classes[int(labels.max())]!r} is outside the head's range: the model's "
             f"first output has shape {list(scores.shape)}, [texts, classes] is wanted"
+        )
+    # A class may be ruled out by -inf, the best one may not.
+    best = scores if schema.task == "regression" else scores.amax(-1)
+    if not bool(best.isfinite().all()):
+        raise GraphPruneError(
+            "the model's scores are NaN or infinite for some of the texts, so there is nothing to "
+            "judge: a layer before overflows, or its weights are broken"
         )

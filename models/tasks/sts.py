@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
+import torch
 
+from graphprune.losses import spearman
 from graphprune.models.tables import read_table
 from graphprune.models.tasks.base import TaskResult, embed, find_data
 
@@ -26,7 +26,7 @@ def spearman_of_cosine(
     embeddings = embed(model, tokenizer_dir, list(unique), progress=progress)
     left = embeddings[[unique[s] for s in first]]
     right = embeddings[[unique[s] for s in second]]
-    value = spearman((left * right).sum(dim=1).numpy(), np.asarray(scores))
+    value = spearman((left * right).sum(dim=1), torch.tensor(scores))
     return TaskResult("sts", "Spearman", value, len(scores))
 
 
@@ -39,15 +39,3 @@ def read_pairs(file: Path) -> tuple[list[str], list[str], list[float]]:
     table = read_table(file, "regression", ("sentence1", "sentence2"), "score")
     first, second = (list(part) for part in zip(*table.texts, strict=True))
     return first, second, table.scores()
-
-
-def spearman(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float:
-    """Pearson correlation of the ranks; ties share their mean rank."""
-    return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
-
-
-def _ranks(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    ranks: npt.NDArray[np.float64] = ((last - counts + last - 1) / 2)[inverse]
-    return ranks

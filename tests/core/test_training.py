@@ -13,7 +13,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler
 
 import graphprune as gp
 from graphprune.axes import axis_groups
@@ -32,6 +32,7 @@ from graphprune.program import Program, ProgramModule
 from graphprune.rewrite import mask, shrink
 from graphprune.sites import ZEROED
 from graphprune.training import Training
+from graphprune.workers import Workers
 
 Captured = Callable[[str], Program]
 Batch = dict[str, Tensor]
@@ -168,9 +169,29 @@ def test_equal_seeds_give_equal_bits_and_others_do_not(captured: Captured) -> No
     assert torch.get_rng_state().equal(state), "the caller's generator was moved"
     assert not _same(first, _fit(program, loader, seed=1).program)
 
-    own: Any = DataLoader(rows, batch_size=2, shuffle=True, generator=torch.Generator())
-    again = _fit(program, own).program
-    assert _same(again, _fit(program, own).program)
+    drawing = RandomSampler(rows, generator=torch.Generator())
+    for own in (
+        DataLoader(rows, batch_size=2, shuffle=True, generator=torch.Generator()),
+        DataLoader(rows, batch_size=2, sampler=drawing),
+        DataLoader(rows, batch_sampler=BatchSampler(drawing, 2, drop_last=False)),
+        DataLoader(rows, batch_sampler=_OwnBatches(5, torch.Generator())),
+    ):
+        again = _fit(program, own).program
+        assert _same(again, _fit(program, own).program)
+
+
+class _OwnBatches(Sampler[list[int]]):
+    """Pairs in an order that it draws itself."""
+
+    def __init__(self, count: int, generator: torch.Generator) -> None:
+        self.count, self.generator = count, generator
+
+    def __iter__(self) -> Any:
+        order = torch.randperm(self.count, generator=self.generator).tolist()
+        return (order[i : i + 2] for i in range(0, self.count, 2))
+
+    def __len__(self) -> int:
+        return -(-self.count // 2)
 
 
 def test_dropout_is_on_while_training_and_off_after(captured: Captured) -> None:
@@ -522,6 +543,32 @@ def test_losses_are_those_of_torch() -> None:
     torch.testing.assert_close(found.total / found.count, F.mse_loss(scores[:, 0], wanted))
 
 
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float64])
+def test_regression_compares_in_float32_at_least(kind: torch.dtype) -> None:
+    scores = torch.full((4, 1), 1000.0, dtype=kind)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = loss_of("regression", scores, {"labels": torch.full((4,), 1003.0)})
+    assert found.total.dtype is (torch.float64 if kind is torch.float64 else torch.float32)
+    assert float(found.total) == 4 * 9
+
+
+def test_of_several_scores_none_is_guessed() -> None:
+    hidden, logits = torch.randn(4, 16), torch.randn(4, 5)
+    batch = {"labels": torch.arange(4)}
+    for outputs in ((hidden, logits), {"hidden": hidden, "scores": logits}):
+        with pytest.raises(TrainingError, match=r"2 outputs.*\[\[4, 16\], \[4, 5\]\]: return"):
+            loss_of("classification", outputs, batch)
+        with pytest.raises(TrainingError, match="could be the scores"):
+            Score("classification").add(outputs, batch)
+        with pytest.raises(TrainingError, match="could be the scores"):
+            loss_of("regression", [t[:, 0] for t in (hidden, logits)], batch)
+    expected = F.cross_entropy(logits, batch["labels"], reduction="sum")
+    cache, loss = torch.randn(4, 2, 3, 8), torch.ones(())
+    named = {"hidden": hidden, "logits": logits}
+    for clear in (logits, (logits, cache), named, (loss, logits, hidden)):
+        assert torch.equal(loss_of("classification", clear, batch).total, expected)
+
+
 def test_spearman_is_that_of_scipy() -> None:
     from scipy.stats import spearmanr
 
@@ -538,6 +585,20 @@ def test_a_metric_counts_examples_not_batches() -> None:
     assert score.value() == 3 / 4
     with pytest.raises(TrainingError, match="nothing to measure"):
         Score("classification").value()
+
+
+@pytest.mark.parametrize("loss", ["classification", "regression"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_metric_of_broken_scores_is_refused(loss: str, bad: float) -> None:
+    scores = torch.randn(4, 3 if loss == "classification" else 1)
+    scores[2, 0] = bad
+    labels = torch.tensor([0, 1, 2, 0])
+    with pytest.raises(TrainingError, match="outputs hold NaN or infinity"):
+        Score(loss).add(scores, {"labels": labels})
+    if loss == "classification":
+        # What does not count may be anything, and a class may be ruled out.
+        labels[2], scores[0, 1] = -100, -math.inf
+        Score(loss).add(scores, {"labels": labels})
 
 
 # --- judging, stopping, progress ---------------------------------------------------------------
@@ -700,9 +761,139 @@ def test_a_gradient_that_is_nan_stops_too(captured: Captured) -> None:
         _fit(captured("tiny-mlp"), loss=loss)
 
 
+class _Normed(nn.Module):
+    """A batch norm over rows, or over rows and as many places as the input has, four a stride."""
+
+    def __init__(self, places: bool) -> None:
+        super().__init__()
+        self.before = nn.Conv1d(4, 6, 4, stride=4) if places else nn.Linear(4, 6)
+        self.norm, self.head = nn.BatchNorm1d(6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.before(x))
+        return self.head(y.mean(-1) if y.dim() == 3 else y)
+
+
+@pytest.mark.parametrize("places", [None, 4, 8])
+@pytest.mark.parametrize("as_list", [True, False])
+def test_a_batch_norm_is_not_given_one_value(places: int | None, as_list: bool) -> None:
+    """A graph has no check of its own, and the running variance would be NaN for good."""
+    more = () if places is None else (places,)
+    program = capture(_Normed(places is not None), {"x": torch.ones(2, 4, *more)})
+    data: Any = [
+        {"x": torch.randn(rows, 4, *more), "labels": torch.arange(rows) % 3} for rows in (4, 4, 1)
+    ]
+    loader: Any = data if as_list else DataLoader(data, batch_size=None)
+    if places == 8:
+        fitted = _fit(program, loader)
+        assert all(t.isfinite().all() for t in fitted.program.tensors.values())
+        return
+    with pytest.raises(TrainingError, match=r"batch 2: the batch norm 'norm' gets one value a"):
+        _fit(program, loader)
+
+
+class _TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 16), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.body(x).relu()
+        return hidden, self.head(hidden)
+
+
+def test_outputs_among_which_the_scores_are_not_named_are_refused_at_once() -> None:
+    program = capture(_TwoHeads(), {"x": torch.ones(2, 4)})
+    data = [{"x": torch.randn(4, 4), "labels": torch.arange(4)}]
+    with pytest.raises(TrainingError, match="batch 0: the model returns 2 outputs"):
+        _fit(program, data)
+    fitted = _fit(program, data, loss=lambda o, b: F.cross_entropy(o[1], b["labels"]))
+    assert not fitted.program.tensors["head.weight"].equal(program.tensors["head.weight"])
+
+
 def _changed(**changes: Any) -> list[Batch]:
     batch = {**_batches(1)[0], **changes}
     return [*_batches(2), {k: v for k, v in batch.items() if v is not None}]
+
+
+def test_class_numbers_may_be_int32(captured: Captured) -> None:
+    program, data = captured("tiny-mlp"), _batches(2)
+    narrow = [{**batch, "labels": batch["labels"].int()} for batch in data]
+    fitted = _fit(program, narrow, eval=narrow)
+    assert _same(fitted.program, _fit(program, data, eval=data).program)
+
+
+class _SparseTable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(9, 4, sparse=True), nn.Linear(4, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.table(ids).mean(1))
+
+
+def test_sparse_gradients_are_refused_at_the_start() -> None:
+    program = capture(_SparseTable(), {"ids": torch.ones(2, 5).long()})
+    data = [{"ids": torch.ones(2, 5).long(), "labels": torch.tensor([0, 2])}]
+    with pytest.raises(TrainingError, match=r"embedding 'table.weight' has sparse gradients"):
+        _fit(program, data)
+
+
+def test_what_a_function_of_the_user_raised_is_kept(captured: Captured) -> None:
+    def loss(outputs: Tensor, batch: Any) -> Tensor:
+        raise KeyError("weights")
+
+    with pytest.raises(TrainingError) as e:
+        _fit(captured("tiny-mlp"), loss=loss)
+    assert e.value.__cause__ is not None
+    assert isinstance(e.value.__cause__.__cause__, KeyError)
+
+
+def test_a_batch_without_a_label_that_counts_trains_nothing(captured: Captured) -> None:
+    program, data = captured("tiny-mlp"), _batches(3)
+    data[1]["labels"] = torch.full((3,), -100)
+    fitted = _fit(program, data, epochs=1, schedule="constant", warmup=0.0)
+    expected = _fit(program, [data[0], data[2]], epochs=1, schedule="constant", warmup=0.0)
+    assert _same(fitted.program, expected.program)
+    losses = [f.report["epochs"][0]["loss"] for f in (fitted, expected)]
+    assert losses[0] == losses[1] > 0
+    with pytest.raises(TrainingError, match="no label in epoch 1 counts: all of them are -100"):
+        _fit(program, [data[1]])
+
+
+class _UsedUp:
+    """Batches that are there once, whoever asks."""
+
+    def __init__(self, data: Any, at_most: int) -> None:
+        self.data, self.left = data, at_most
+
+    def __iter__(self) -> Any:
+        for batch in self.data:
+            if not self.left:
+                return
+            self.left -= 1
+            yield batch
+
+
+class _SaysHowMany(_UsedUp):
+    def __len__(self) -> int:
+        return len(self.data)
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        # The first look reads a batch too; what says no length is counted before.
+        (_SaysHowMany(_batches(2), 3), "end after 0 of 2 batches in epoch 2: give what can"),
+        (_SaysHowMany(_batches(2), 4), "end after 1 of 2 batches in epoch 2: give what can"),
+        (_UsedUp(_batches(2), 4), "end after 1 of 2 batches in epoch 1: give what can"),
+        (_SaysHowMany(_batches(2), 0), "yield no batch; pass batches that"),
+        (_UsedUp(_batches(2), 2), "yield no batch; pass batches that"),
+    ],
+)
+def test_data_that_end_early_are_told(data: Any, says: str, captured: Captured) -> None:
+    with pytest.raises(TrainingError, match=says):
+        _fit(captured("tiny-mlp"), data)
 
 
 def _loader(data: Any) -> Any:
@@ -725,7 +916,25 @@ def _loader(data: Any) -> Any:
         (None, {"loss": lambda o, b: o}, r"a tensor with one number, got a tensor of shape"),
         (None, {"loss": lambda o, b: 1.0}, "got a float"),
         (None, {"loss": lambda o, b: torch.ones(())}, "does not depend on the model's weights"),
-        (None, {"eval": lambda program: math.nan}, "eval gives NaN"),
+        (None, {"eval": lambda program: math.nan}, "eval gives nan: it must return a finite"),
+        (None, {"eval": lambda program: -math.inf}, "eval gives -inf: it must return a finite"),
+        (None, {"eval": lambda program: None}, "eval gives a NoneType: it must return a number"),
+        (
+            None,
+            {"eval": lambda program: program.tensors["acc"]},
+            "eval function .* raised KeyError",
+        ),
+        (
+            None,
+            {"loss": lambda o, b: b["weights"].sum()},
+            "training batch 0: the loss function .* raised KeyError: 'weights'",
+        ),
+        (
+            _changed(x=torch.ones(0, 12), labels=torch.ones(0).long()),
+            {},
+            "training batch 2: input 'x' has 0 rows",
+        ),
+        (None, {"eval": [{"x": torch.ones(0, 12)}]}, "eval batch 0: input 'x' has 0 rows"),
         (None, {"eval": [{"x": torch.ones(3, 12)}]}, "eval batch 0: .*no tensor 'labels'"),
     ],
 )
@@ -751,11 +960,35 @@ def test_data_that_do_not_fit(data: Any, options: Any, says: str, captured: Capt
         ([{}], {"patience": 0}, "at least 1"),
         ([{}], {"patience": 1}, "give eval="),
         ([{}], {"device": "tpu!"}, "there is no device 'tpu!'"),
+        ([{}], {"device": "cpu:7"}, "cannot pick the device 'cpu:7': say 'cpu'"),
+        ([{}], {"device": "cuda:1"}, "say 'cuda', and which GPU by CUDA_VISIBLE_DEVICES"),
     ],
 )
 def test_what_is_no_training_is_refused_at_once(data: Any, options: Any, says: str) -> None:
     with pytest.raises(TrainingError, match=says):
         Training(data, **options)
+
+
+@pytest.mark.parametrize(
+    ("device", "on_cpu"),
+    [("cpu", True), ("cpu:0", True), ("cuda", False), ("cuda:0", False), (None, False)],
+)
+def test_a_device_is_known_however_it_is_written(
+    device: str | None, on_cpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine with a GPU."""
+    seen: list[bool] = []
+
+    class Accelerator:
+        mixed_precision = "no"
+
+        def __init__(self, cpu: bool) -> None:
+            seen.append(cpu)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("accelerate.Accelerator", Accelerator)
+    Workers(device)
+    assert seen == [on_cpu]
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,36 @@ def test_regression_is_spearman_and_more_is_pearson(words: Path, tmp_path: Path)
         evaluate("regression", first_token, tokenizer_dir=words, data=file)
 
 
+@pytest.mark.parametrize("what", ["scores", "labels"])
+def test_constant_scores_or_labels_correlate_with_nothing(
+    what: str, words: Path, tmp_path: Path
+) -> None:
+    """The mean of thirty tenths need not be a tenth."""
+    rows = [f"{'w1 ' * (1 + i % 4)}\t{0.1 if what == 'labels' else i}" for i in range(30)]
+
+    def scores(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        found = count(input_ids, attention_mask)
+        return found * 0 + 0.1 if what == "scores" else found
+
+    file = _file(tmp_path, *rows, header="text\tscore")
+    found = evaluate("regression", scores, tokenizer_dir=words, data=file)
+    assert (found.value, found.more["Pearson"]) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("task", "model"), [("classification", first_token), ("regression", count)]
+)
+def test_scores_that_are_nan_are_refused(
+    task: str, model: Any, words: Path, tmp_path: Path
+) -> None:
+    def broken(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return model(input_ids, attention_mask) * math.nan
+
+    file = _file(tmp_path, "w0\t0", "w1\t1")
+    with pytest.raises(GraphPruneError, match="scores are NaN or infinite"):
+        evaluate(task, broken, tokenizer_dir=words, data=file)
+
+
 @pytest.mark.parametrize("task", ["classification", "regression"])
 def test_module_program_and_session_are_judged_alike(
     task: str, words: Path, tmp_path: Path

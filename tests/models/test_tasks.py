@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,19 +14,10 @@ from graphprune.errors import GraphPruneError
 from graphprune.models.tasks import TASKS, evaluate, find_data, runner
 from graphprune.models.tasks.base import embed, longest
 from graphprune.models.tasks.neighbours import overlap, python_sentences
-from graphprune.models.tasks.sts import read_pairs, spearman
+from graphprune.models.tasks.sts import read_pairs
 from graphprune.models.tiny import tiny
 
 HEADER = "genre\tscore\tsentence1\tsentence2"
-
-
-def test_spearman_sees_order_only_and_shares_ranks_of_ties() -> None:
-    x = np.array([1.0, 2.0, 3.0, 4.0])
-    assert spearman(x, np.exp(x)) == pytest.approx(1.0)
-    assert spearman(x, -x) == pytest.approx(-1.0)
-    stats = pytest.importorskip("scipy.stats")
-    a, b = np.array([1, 1, 2, 5, 5, 5.0]), np.array([3, 1, 2, 9, 4, 4.0])
-    assert spearman(a, b) == pytest.approx(float(stats.spearmanr(a, b).statistic))
 
 
 def test_overlap_is_one_for_equal_embeddings_and_half_when_half_the_neighbours_agree() -> None:
@@ -143,6 +134,23 @@ def test_embeddings_are_of_as_much_of_a_sentence_as_the_model_takes(words: Path)
     found = embed(model, words, sentences)
     torch.testing.assert_close(found, embed(model, words, cut))
     assert (found[0] - embed(model, words, [" ".join(cut[0].split()[:32])])[0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("value", [1.0, math.nan])
+def test_embeddings_that_say_nothing_are_judged_so(
+    value: float, words: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "test.tsv"
+    file.write_text(HEADER + "\nnews\t2.5\tw1\tw2\nnews\t1\tw3\tw4\n", "utf-8")
+
+    def model(input_ids: Tensor) -> Tensor:
+        return torch.full((len(input_ids), 3), value)
+
+    if math.isfinite(value):
+        assert evaluate("sts", model, tokenizer_dir=words, data=file).value == 0
+        return
+    with pytest.raises(GraphPruneError, match="embeddings hold NaN"):
+        evaluate("sts", model, tokenizer_dir=words, data=file)
 
 
 def test_digits_judge_any_classifier() -> None:

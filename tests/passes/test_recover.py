@@ -11,7 +11,7 @@ from torch import Tensor
 
 import graphprune as gp
 from graphprune.axes import axis_groups
-from graphprune.errors import RecipeError
+from graphprune.errors import RecipeError, TrainingError
 from graphprune.passbase import Context, Pass
 from graphprune.passes import (
     Finetune,
@@ -165,15 +165,24 @@ def test_the_last_good_round_is_given_back(captured: Captured) -> None:
     assert _same(result.program, half)
 
 
-@pytest.mark.parametrize("value", [0.7, float("nan")])
-def test_where_the_first_round_is_too_bad_nothing_changes(value: float, captured: Captured) -> None:
+def test_where_the_first_round_is_too_bad_nothing_changes(captured: Captured) -> None:
     program = captured("tiny-mlp")
-    told = iter([0.9, value])
+    told = iter([0.9, 0.7])
     ctx = _context(program, eval=lambda now: next(told))
     result = Pipeline([PruneRecover((PruneNeurons(0.8),), tolerance=0.1)]).run(program, ctx)
     assert not result.modified
     assert result.program is program
     assert result.results[0].report["summary"] == "0 of 4 rounds"
+
+
+@pytest.mark.parametrize("value", [float("nan"), -float("inf"), None])
+@pytest.mark.parametrize("at", [0, 1])
+def test_an_eval_that_gives_no_number_is_refused(value: Any, at: int, captured: Captured) -> None:
+    told = iter([0.9] * at + [value])
+    ctx = _context(captured("tiny-mlp"), eval=lambda now: next(told))
+    step = PruneRecover((PruneNeurons(0.5),), 1, tolerance=0.1)
+    with pytest.raises(TrainingError, match=r"eval gives .* must return a (finite )?number"):
+        Pipeline([step]).run(captured("tiny-mlp"), ctx)
 
 
 def test_eval_by_batches_is_accuracy(captured: Captured) -> None:
