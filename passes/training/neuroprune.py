@@ -137,7 +137,11 @@ class NeuroPrune(Pass):
             "sparsity": sparsity_of(result, parts.all, 0.0),
             "degrees": {"before": before, "after": _wiring(result, parts, self.threshold)},
             "heads": state.heads(removed["kept"]),
-            "merges": state.merges,
+            "merges": [
+                line["merged"]
+                for line in result.history[len(program.history) :]
+                if "merged" in line
+            ],
             "skipped": state.skipped,
         }
         return PassResult(result, True, report)
@@ -160,7 +164,6 @@ class _State:
     options: NeuroPrune
     parts: Parts
     sizes: Mapping[str, int]
-    merges: list[dict[str, JSON]] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
 
     def bind(self, program: Program) -> None:
@@ -195,14 +198,14 @@ class _State:
             merged = merge_units(merged, groups, group, plan.into)
             keep[group.id] = plan.kept
             distances = [float(plan.distances[i, j]) for i, j in enumerate(plan.into) if i != j]
-            self.merges.append(
-                {
-                    "epoch": epoch + 1,
-                    "group": group.id,
-                    "into": list(plan.into),
-                    "largest_difference": max(distances),
-                }
-            )
+            note = {
+                "epoch": epoch + 1,
+                "group": group.id,
+                "into": list(plan.into),
+                "largest_difference": max(distances),
+            }
+            # In the history it is there after an interruption too.
+            merged = merged.record({"merged": note})
         return merged, keep
 
     def heads(self, kept: Mapping[str, list[int]]) -> dict[str, dict[str, int]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -306,6 +308,25 @@ def test_alike_heads_are_merged_after_an_epoch(captured: Captured) -> None:
     none = NeuroPrune(alpha=0, beta=0, theta=None, epochs=1, lr=1e-6)
     kept = Pipeline([none]).run(program, Context(training=_training(program)))
     assert kept.results[0].report["merges"] == []
+
+
+def test_merges_are_reported_after_an_interruption_too(
+    captured: Captured, tmp_path: Path, breaks: Any
+) -> None:
+    group = axis_groups(captured("tiny-bert")).with_role("head")[1]
+    program = _duplicated(captured("tiny-bert"), group, noise=0.01)
+    step = NeuroPrune(alpha=0, beta=0, theta=0.02, epochs=2, lr=1e-6)
+    options: Any = {"checkpoints": tmp_path / "a"}
+    whole = Pipeline([step]).run(program, Context(training=_training(program, **options)))
+    options["checkpoints"] = tmp_path / "b"
+    training = _training(program, **options)
+    broken = replace(training, data=breaks(training.data, 7))
+    with pytest.raises(gp.GraphPruneError, match="crashed with Stops"):
+        Pipeline([step]).run(program, Context(training=broken))
+    resumed = Pipeline([step]).run(program, Context(training=replace(training, resume=True)))
+    merges = [run.results[0].report["merges"] for run in (whole, resumed)]
+    assert len(merges[0]) == 1
+    assert merges[0] == merges[1]
 
 
 def test_penalties_make_weights_die_and_zeros_stay(captured: Captured) -> None:
