@@ -252,12 +252,15 @@ def _weights(source: str, config: Any, allow_pickle: bool, headless: bool) -> nn
         )
     kind = getattr(transformers, named or "", None) or transformers.AutoModel
     try:
-        model, info = kind.from_pretrained(
-            source,
-            config=config,
-            use_safetensors=None if allow_pickle else True,
-            output_loading_info=True,
-        )
+        # What the file lacks is drawn: the same every time, or no training could be resumed.
+        with torch.random.fork_rng(devices=()):
+            torch.default_generator.manual_seed(0)
+            model, info = kind.from_pretrained(
+                source,
+                config=config,
+                use_safetensors=None if allow_pickle else True,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, RuntimeError) as e:
         raise GraphPruneError(_why(source, e)) from e
     except Exception as e:
