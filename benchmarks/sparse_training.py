@@ -15,8 +15,8 @@ the folder that holds sst2/.
 - removed: a part of the encoder's weights removed with whole heads and neurons, by Taylor scores
   while training for four epochs with distillation.
 - structure: heads and neurons removed until the encoder has a half or a quarter of its FLOPs at 128
-  tokens, then four epochs of distillation; with the time of ONNX Runtime for one sentence of 128
-  tokens, one thread, against the dense model in the same run.
+  tokens, then four epochs of distillation. Both with the time of ONNX Runtime for one sentence of
+  128 tokens, one thread, against the dense model in the same run.
 - heads: how many NeuroPrune merges at some theta, and what that costs.
 - epoch: the time of NeuroPrune against plain fine-tuning, in turns, epochs of 64 batches.
 
@@ -232,7 +232,7 @@ def measure(settings: Settings, only: str, seeds: int, folder: Path) -> Iterator
         if case.kind == "zeros":
             shrunk = graphprune.compile(programs[0], [Shrink()]).program
             row["FLOPs shrunk"] = flops(benches[0].dense) / flops(shrunk)
-        if case.kind == "structure":
+        if case.kind in ("removed", "structure"):
             row |= _timed(benches[0].dense, programs[0], settings)
         row["seconds"] = time.perf_counter() - start
         print(row, file=sys.stderr, flush=True)
