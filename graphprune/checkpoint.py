@@ -29,7 +29,7 @@ from graphprune.sites import ZEROED
 STATE = "training.json"
 TENSORS = "optimiser.safetensors"
 _FORMAT = "graphprune-training"
-_VERSION = 1
+_VERSION = 2
 _START = "start/"
 _SAMPLES = 64  # of each parameter
 
