@@ -11,7 +11,7 @@ from torch import Tensor
 
 import graphprune as gp
 from graphprune.axes import axis_groups
-from graphprune.errors import RecipeError, TrainingError
+from graphprune.errors import RecipeError, TrainingError, UnsupportedError
 from graphprune.passbase import Context, Pass
 from graphprune.passes import (
     Finetune,
@@ -112,6 +112,13 @@ def test_dense_units_that_are_gone_already_count(captured: Captured) -> None:
     assert not Pipeline([PruneHeads(0.25, of="dense")]).run(smaller, ctx).modified
     now = Pipeline([PruneNeurons(0.5)]).run(smaller, ctx).program
     assert {g.size for g in axis_groups(now).with_role("neuron")} == {22}
+
+
+def test_units_of_a_dense_model_that_has_fewer_are_refused(captured: Captured) -> None:
+    program = captured("tiny-encoder")
+    smaller = Pipeline([PruneNeurons(0.5)]).run(program).program
+    with pytest.raises(UnsupportedError, match=r"dense model, which has no neuron axis.*of='now'"):
+        Pipeline([PruneNeurons(0.5, of="dense")]).run(program, Context(reference=smaller))
 
 
 def test_zeros_grow_round_by_round(captured: Captured) -> None:
