@@ -209,9 +209,9 @@ class _Run:
         self.start = time.perf_counter()
         self.folder = training.folder(name)
         self.workers = Workers(training.device)
-        # By position in the pipeline, for which the generator was seeded, and by round.
-        drawn = int(torch.randint(2**62, (), generator=ctx.generator))
-        self.seed = seed_from(drawn, name)
+        # By position in the pipeline, for which the generator was seeded. A pass that trains in
+        # rounds is at one position: the number of the training tells these apart.
+        self.seed = int(torch.randint(2**62, (), generator=ctx.generator)) + ctx.fits - 1
         self.identity = Identity.of(program)
         if self.folder is not None:
             self._check_folder()
