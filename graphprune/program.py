@@ -56,6 +56,10 @@ class Entry:
         second: symbol name -> its size in the second batch that everything is compared on.
         cache: placeholder that holds keys or values of past tokens, [batch, heads, past, width] ->
             number of the flat output that continues it.
+        bounds: symbol name -> smallest and largest size that the graph is right for; None where
+            there is none. A symbol that is not named has no bounds.
+        fixed: placeholder name -> {dimension: why it has the example's size alone}, for dimensions
+            that could be dynamic by what they are (batch, length).
     """
 
     graph: fx.Graph
@@ -65,6 +69,8 @@ class Entry:
     dynamic: Mapping[str, Mapping[int, str]]
     second: Mapping[str, int]
     cache: Mapping[str, int] = field(default_factory=dict)
+    bounds: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
+    fixed: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
 
     @property
     def input_names(self) -> tuple[str, ...]:

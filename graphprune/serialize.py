@@ -194,6 +194,10 @@ def _encode_entry(entry: Entry) -> JSON:
         },
         "second": dict(entry.second),
         "cache": dict(entry.cache),
+        "bounds": {symbol: list(bounds) for symbol, bounds in entry.bounds.items()},
+        "fixed": {
+            name: {str(d): why for d, why in dims.items()} for name, dims in entry.fixed.items()
+        },
     }
 
 
@@ -268,6 +272,14 @@ def _decode_entry(
         dynamic={p: {int(d): str(s) for d, s in x.items()} for p, x in data["dynamic"].items()},
         second={str(symbol): int(size) for symbol, size in data["second"].items()},
         cache=cache,
+        bounds={
+            str(s): (int(low), None if high is None else int(high))
+            for s, (low, high) in data.get("bounds", {}).items()
+        },
+        fixed={
+            str(p): {int(d): str(why) for d, why in x.items()}
+            for p, x in data.get("fixed", {}).items()
+        },
     )
 
 
