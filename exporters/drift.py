@@ -8,7 +8,9 @@ from typing import Any, final
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
+from graphprune.compare import relative_error
 from graphprune.errors import ExportError
 from graphprune.exporters.ort import Feeds
 
@@ -23,7 +25,8 @@ class Drift:
     Attributes:
         cosine: between all values of the output and of its float twin.
         error: ||quantised - float|| / ||float||.
-        largest: max|quantised - float| / max|float|.
+        largest: the largest difference in any row, relative to the row's scale, as verification
+            and parity have it (`compare.relative_error`).
     """
 
     output: str
@@ -80,6 +83,7 @@ def _measure(name: str, expected: npt.NDArray[Any], actual: npt.NDArray[Any]) ->
             f"output {name!r} of the quantised model is not finite where the float one is; keep "
             "layers in float with ignore=, or by keep_error="
         )
+    largest = relative_error(torch.from_numpy(expected), torch.from_numpy(actual))
     norm, other = float(np.linalg.norm(a)), float(np.linalg.norm(b))
     if norm == 0 or other == 0:
         same = norm == other
@@ -87,7 +91,6 @@ def _measure(name: str, expected: npt.NDArray[Any], actual: npt.NDArray[Any]) ->
     difference = a - b
     cosine = float(a @ b) / norm / other
     error = float(np.linalg.norm(difference)) / norm
-    largest = float(np.abs(difference).max() / np.abs(a).max())
     return Drift(name, min(cosine, 1.0), error, largest)
 
 

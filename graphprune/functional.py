@@ -106,8 +106,10 @@ def spell_out(graph: fx.Graph) -> None:
     1. `squeeze` names the dimensions that it drops: an axis may shrink to one unit later.
     2. `view` becomes `reshape`: the strides of a tensor change when dimensions shrink to one.
     3. `view_as`, `reshape_as` become `reshape` with sizes that can be rewritten.
+    4. What makes a tensor without saying of which type says it: a cast changes stated types only.
     """
     for node in list(graph.nodes):
+        _state_dtype(node)
         if is_op(node, "squeeze"):
             sizes = node.args[0].meta["val"].shape
             given = bound_arguments(node).get("dim", range(len(sizes)))
@@ -130,6 +132,15 @@ def spell_out(graph: fx.Graph) -> None:
         elif is_op(node, "rms_norm") and bound_arguments(node).get("eps") is None:
             # The default is the input type's epsilon, which a cast would change.
             set_bound(node, {"eps": torch.finfo(node.meta["val"].dtype).eps})
+
+
+def _state_dtype(node: fx.Node) -> None:
+    bound = bound_arguments(node) if node.op == "call_function" else {}
+    made = isinstance(node.meta.get("val"), torch.Tensor) and not any(
+        isinstance(n.meta.get("val"), torch.Tensor) for n in node.all_input_nodes
+    )
+    if made and "dtype" in bound and bound["dtype"] is None:
+        set_bound(node, {"dtype": node.meta["val"].dtype})
 
 
 def _mutates(node: fx.Node) -> bool:

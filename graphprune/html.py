@@ -588,7 +588,7 @@ def _parity_lines(manifest: Mapping[str, Any]) -> list[str]:
         if worst is not None:
             lines.append(
                 f"{file}: ONNX Runtime agrees with the program on {len(agreements)} outputs, "
-                f"largest difference {worst:.1e} of an output's largest value."
+                f"largest difference {worst:.1e} of a row's scale."
             )
     return lines
 
@@ -596,8 +596,9 @@ def _parity_lines(manifest: Mapping[str, Any]) -> list[str]:
 def _low_bit_lines(manifest: Mapping[str, Any]) -> list[str]:
     lines = []
     for file, notes in (manifest.get("quantization") or {}).items():
-        worst = max((d["error"] for d in notes.get("drift") or ()), default=None)
-        told = "" if worst is None else f"; outputs drift by {worst:.1e} of the float ones"
+        drift = notes.get("drift") or ()
+        worst, row = (max((d[key] for d in drift), default=0.0) for key in ("error", "largest"))
+        told = f"; outputs drift by {worst:.1e} of the float ones, {row:.1e} of a row's scale"
         lines.append(
             f"{file}: {notes['scheme']}, {notes['products']} products and {notes['tables']} tables "
             f"quantised, {len(notes.get('float') or ())} left in float{told}."

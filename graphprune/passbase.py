@@ -34,7 +34,9 @@ class Invariant(enum.Flag):
     """Name and shape of every tensor."""
     NUMERICS = enum.auto()
     """The outputs on the example inputs, within the verifier's tolerance."""
-    ALL = INTERFACE | SHAPES | NUMERICS
+    NODES = enum.auto()
+    """Likewise what every node computes that keeps its name."""
+    ALL = INTERFACE | SHAPES | NUMERICS | NODES
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,8 +140,9 @@ class Context:
     ) -> tuple[Program, dict[str, JSON]]:
         """Remove units for good, and prove that this equals masking them.
 
-            prepared --mask--> reference        the old shapes, removed units multiplied by zero
-            prepared --shrink--> result         the new shapes; both must compute the same
+            prepared --mask--> references       the old shapes, removed units set to zero: where
+                                                they are summed, and wherever they are carried
+            prepared --shrink--> result         the new shapes; all must compute the same
 
         Args:
             program: the program whose axis groups `keep` names.
@@ -147,9 +150,9 @@ class Context:
             prepared: `program` with other values in the kept weights (compensation), same shapes.
 
         Returns:
-            The smaller program, and the verification's report: max_error and seconds. Where a
-            group is normalised the two differ by nature: drift instead of max_error. When the
-            context says not to verify: {"skipped": reason}.
+            The smaller program, and the verification's report (`verify.verify_rewrite`): max_error,
+            moved, observable, seconds. Where a group is normalised the two differ by nature: drift
+            instead of max_error. When the context says not to verify: {"skipped": reason}.
 
         Raises:
             VerificationError: masked and shrunk do not agree.
@@ -165,9 +168,11 @@ class Context:
         groups = self.get(axis_groups, program)
         exact = not any(groups[name].normalised for name in keep)
         start = time.perf_counter()
-        reference = mask(source, keep)
+        also = [mask(source, keep, everywhere=True)] if exact else []
         try:
-            report = dict(verify_rewrite(reference, shrunk, exact=exact))
+            report = dict(
+                verify_rewrite(mask(source, keep), shrunk, exact=exact, also=also, dense=program)
+            )
         except VerificationError as e:
             raise VerificationError(
                 f"pass {self.running!r}: removing units of {_named(keep)} does not equal masking "

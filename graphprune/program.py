@@ -213,8 +213,11 @@ class Program:
         """The same program with one more line of history."""
         return replace(self, history=(*self.history, event))
 
-    def cast(self, source: torch.dtype, target: torch.dtype) -> Program:
-        """The same program with `source` floats, and casts to them, turned into `target`."""
+    def cast(self, source: torch.dtype, target: torch.dtype, *, refresh: bool = True) -> Program:
+        """The same program with `source` floats, and casts to them, turned into `target`.
+
+        With refresh=False the graphs' metadata stays stale: enough to run it, and much faster.
+        """
         graphs = self.fork_graphs()
 
         def swap(value: Any) -> Any:
@@ -233,7 +236,10 @@ class Program:
             )
             for name, entry in self.entries.items()
         }
-        return replace(self, entries=entries).with_graphs(graphs, tensors)
+        if refresh:
+            return replace(self, entries=entries).with_graphs(graphs, tensors)
+        stale = {n: replace(entry, graph=graphs[n]) for n, entry in entries.items()}
+        return replace(self, entries=stale, tensors=tensors)
 
     def on(self, device: torch.device) -> Program:
         """The same program with its tensors, examples and every device in its graphs elsewhere."""

@@ -36,8 +36,8 @@ class PassReport:
         step: the pass and its options, as a recipe writes them.
         removed: in words, what went away.
         parameters: before and after, or None where the pass changed nothing.
-        max_error: the largest difference that verification saw, relative to the largest output;
-            None where nothing was compared.
+        max_error: the largest difference that verification saw in a row, relative to the row's
+            scale (`compare.relative_error`); None where nothing was compared.
         seconds: the pass with all of its verification.
         skipped: what it declined to do, with the reason.
         details: the pass's own report.
@@ -81,6 +81,12 @@ class PassReport:
         """Title and report of this pass, and of each that it ran inside: "round 2: finetune"."""
         yield self.name, self.details
         yield from _inner(self.details)
+
+    @property
+    def check(self) -> Mapping[str, JSON]:
+        """What verification saw; empty where nothing was compared."""
+        check = self.details.get("verification")
+        return check if isinstance(check, Mapping) else {}
 
     @property
     def resized(self) -> bool:
@@ -221,10 +227,16 @@ class Report:
         if error is not None:
             unproven = [p.name for p in self.passes if p.modified and p.max_error is None]
             but = f"; not compared: {', '.join(unproven)}" if unproven else ""
-            return (
-                "removing the units equals masking them; largest difference "
-                f"{error:.1e} of the largest output{but}"
-            )
+            size = f"largest difference {error:.1e} of a row's scale{but}"
+            if blind := [p.name for p in self.passes if p.check.get("observable") is False]:
+                return (
+                    "not observable on these inputs: masking what "
+                    f"{', '.join(blind)} removed moves no output, as before a last layer of zeros; "
+                    f"{size}"
+                )
+            moved = [p.check["moved"] for p in self.passes if "moved" in p.check]
+            by = f"masking moved the outputs by {min(moved):.1e}, " if moved else ""
+            return f"removing the units equals masking them; {by}{size}"
         if not any(p.modified for p in self.passes):
             return "nothing was changed"
         changed = [p for p in self.passes if p.modified]
@@ -242,7 +254,7 @@ class Report:
         if drifts:
             return (
                 "a norm is over units that went, which equals no masking; largest drift "
-                f"{max(drifts):.1e} of the largest output"
+                f"{max(drifts):.1e} of a row's scale"
             )
         return "not done (verify=False)"
 

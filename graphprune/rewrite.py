@@ -20,7 +20,7 @@ from graphprune.errors import VerificationError
 from graphprune.graph import bound_arguments, flat_outputs, op_name, output_node, set_bound
 from graphprune.program import JSON, Entry, Program
 
-MASK = "graphprune_mask_"  # name prefix of the tensors that `mask` adds
+MASK = "graphprune_mask_"  # name prefix of the tensors and nodes that `mask` adds
 
 
 def shrink(program: Program, kept: Mapping[str, Any]) -> Program:
@@ -81,12 +81,20 @@ def take(
     return {name: _indexed(groups, name, tensor, keep) for name, tensor in tensors.items()}
 
 
-def mask(program: Program, kept: Mapping[str, Any]) -> Program:
-    """The reference of `shrink`: old shapes, removed units times zero where they are summed.
+def mask(program: Program, kept: Mapping[str, Any], *, everywhere: bool = False) -> Program:
+    """The reference of `shrink`: old shapes, removed units set to zero where they are summed.
 
     Zeroing parameters would not do: a unit may have a constant of its own (elu(x) + 1 has one).
     Keys and values that go out into a cache come without the removed units, as `shrink` gives them;
     those that come in have all of them.
+
+    Args:
+        program: left as it is.
+        kept: group id -> indices of the units that stay.
+        everywhere: mask every activation that carries a removed unit, not the operands of sums.
+            That equals the other for the same reason that shrinking does, but does not rely on
+            where sums are said to be: a sum over weights alone, or one without a record, shows.
+            (Where no activation carries the units, as between constants, sums are masked.)
     """
     fork = program.fork()
     groups = axis_groups(fork)
@@ -94,10 +102,16 @@ def mask(program: Program, kept: Mapping[str, Any]) -> Program:
     tensors = dict(fork.tensors)
     for name, facts in groups.axes.facts.items():
         graph = fork.entries[name].graph
+        carried = _carried(facts) if everywhere else set()
         for contraction in facts.contractions:
-            if any(leaf in keep for leaf in algebra.leaves(contraction.axis)):
+            cut = {leaf for leaf in algebra.leaves(contraction.axis) if leaf in keep}
+            # A statistic over a normalised axis stays that of all units: the drift is from there.
+            statistic = contraction.kind == "reduction" and any(leaf.normalised for leaf in cut)
+            if cut and not statistic and cut.isdisjoint(carried):
                 _mask_operand(graph, contraction, keep, tensors)
         _cut_outputs(fork.entries[name], facts, keep, tensors)
+        if everywhere:
+            _mask_activations(graph, facts, keep, tensors)
     return replace(fork, tensors=tensors)
 
 
@@ -147,27 +161,67 @@ def _mask_operand(
     keep: Mapping[Axis, Tensor],
     tensors: dict[str, Tensor],
 ) -> None:
-    value = contraction.operand.meta["val"]
-    vector = torch.zeros(int(contraction.axis.size), dtype=value.dtype, device=value.device)
-    vector[algebra.kept_indices(contraction.axis, keep)] = 1
-    name = f"{MASK}{len(tensors)}"
-    tensors[name] = vector.reshape([-1] + [1] * (value.dim() - contraction.dim - 1))
     argument, _, index = contraction.slot.partition(":")
+    current = bound_arguments(contraction.node)[argument]
+    operand = current[int(index)] if index else current
     with graph.inserting_before(contraction.node):
-        read = graph.create_node("get_attr", name)
-        current = bound_arguments(contraction.node)[argument]
-        operand = current[int(index)] if index else current
-        masked = graph.call_function(torch.ops.aten.mul.Tensor, (operand, read))
+        masked = _masked(graph, operand, contraction.dim, contraction.axis, keep, tensors)
+    several = [*current[: int(index)], masked, *current[int(index) + 1 :]] if index else masked
+    set_bound(contraction.node, {argument: several})
+
+
+def _carried(facts: Facts) -> set[Axis]:
+    """Leaves of all activations."""
+    dims = (facts.dims.get(node) for node in facts.activations)
+    return {
+        part for d in dims if isinstance(d, tuple) for axis in d for part in algebra.leaves(axis)
+    }
+
+
+def _mask_activations(
+    graph: fx.Graph, facts: Facts, keep: Mapping[Axis, Tensor], tensors: dict[str, Tensor]
+) -> None:
+    for node in list(graph.nodes):
+        dims = facts.dims.get(node)
+        if node not in facts.activations or not isinstance(dims, tuple):
+            continue
+        value = node
+        for dim, axis in enumerate(dims):
+            parts = list(algebra.leaves(axis))
+            # Folded into a batch of unknown size it has no places; before and behind it has.
+            whole = all(isinstance(part.size, int) for part in parts)
+            if whole and any(part in keep for part in parts):
+                with graph.inserting_before(value.next):
+                    value = _masked(graph, value, dim, axis, keep, tensors)
+        if value is not node:
+            node.replace_all_uses_with(
+                value, delete_user_cb=lambda user: not user.name.startswith(MASK)
+            )
+
+
+def _masked(
+    graph: fx.Graph,
+    value: fx.Node,
+    dim: int,
+    axis: Axis,
+    keep: Mapping[Axis, Tensor],
+    tensors: dict[str, Tensor],
+) -> fx.Node:
+    """A value with the removed units of a dimension set to zero, whatever they are."""
+    fake = value.meta["val"]
+    gone = torch.ones(int(axis.size), dtype=torch.bool, device=fake.device)
+    gone[algebra.kept_indices(axis, keep).to(fake.device)] = False
+    name = f"{MASK}{len(tensors)}"
+    tensors[name] = gone.reshape([-1] + [1] * (fake.dim() - dim - 1))
+    read = graph.create_node("get_attr", name)
+    # Not a product with zeros: a unit may be infinite.
+    masked = graph.create_node(
+        "call_function", torch.ops.aten.masked_fill.Scalar, (value, read, 0), name=f"{name}_of"
+    )
     # Shapes stay, so metadata is known without propagating the whole graph again.
-    read.meta["val"] = value.fake_mode.from_tensor(tensors[name], static_shapes=True)
-    masked.meta["val"] = value
-    if index:
-        set_bound(
-            contraction.node,
-            {argument: [*current[: int(index)], masked, *current[int(index) + 1 :]]},
-        )
-    else:
-        set_bound(contraction.node, {argument: masked})
+    read.meta["val"] = fake.fake_mode.from_tensor(tensors[name], static_shapes=True)
+    masked.meta["val"] = fake
+    return masked
 
 
 def kept_indices(history: Sequence[JSON]) -> dict[str, list[int]]:

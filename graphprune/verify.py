@@ -1,77 +1,281 @@
-"""Verification: two programs compute the same, on the examples and on a padded second batch."""
+"""Verification: programs compute the same, node by node, on every batch of `compare.batches`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import math
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, final
 
 import torch
 from torch import Tensor, fx
 
-from graphprune.compare import batches, relative_error
+from graphprune.compare import batches, bounds_not_run, row_errors
 from graphprune.errors import VerificationError
+from graphprune.graph import flat_outputs, op_name, output_node
 from graphprune.program import JSON, Entry, Program, graph_module
+from graphprune.rewrite import MASK
 
-TOLERANCE = 1e-5  # of the output's largest magnitude, in float32
+TOLERANCE = 1e-5  # of a row's scale, in float32
 TOLERANCE_FLOAT64 = 1e-9
+# A difference in float64 may be so many times the rounding of float32, scaled to float64.
+_ROUNDING = 100 * 2.0**-29
+# An effect on the outputs that is smaller cannot tell a right cut from a wrong one.
+_VISIBLE = 100
 
 
 def verify_rewrite(
-    reference: Program, candidate: Program, tolerance: float = TOLERANCE, *, exact: bool = True
+    reference: Program,
+    candidate: Program,
+    tolerance: float = TOLERANCE,
+    *,
+    exact: bool = True,
+    nodes: bool = True,
+    also: Sequence[Program] = (),
+    dense: Program | None = None,
 ) -> dict[str, JSON]:
-    """Run both programs on two batches and compare every output.
+    """Run programs side by side and compare outputs and every node they share by name and shape.
 
-    bfloat16 and float16 programs are compared in float32. When float32 exceeds the tolerance, the
-    comparison is made again in float64, where rounding cannot hide behind depth: an exact rewrite
-    passes it, a wrong one does not.
+    Errors are per row, relative to the row's own scale (`compare.relative_error`), so nothing large
+    in a tensor hides an error beside it. bfloat16 and float16 programs are compared in float32.
+    Where float32 exceeds the tolerance, or the outputs show too little of the cut, the comparison
+    is made in float64: an exact rewrite differs there by rounding alone (as float32 shows how much,
+    in rows that cancel), a wrong one does not.
 
     Args:
         reference: what the candidate must compute (dense, or masked at the old shapes).
         candidate: the rewritten program.
-        tolerance: largest allowed max|a - b| / max|a|, per output.
-        exact: False reports the drift without a limit: for normalised axes.
+        tolerance: largest error allowed in float32.
+        exact: False reports the drift of the outputs without a limit: for normalized axes.
+        nodes: whether nodes that keep their name keep their value; else outputs alone count.
+        also: more references, which must agree too.
+        dense: the program before the cut, to report by how much the cut moved the outputs.
 
     Returns:
-        {"max_error": relative, "inputs": number of batches, "dtype": compared in}.
+        "max_error", "inputs" (number of batches), "dtype" (compared in); with `dense` also "moved"
+        (largest change of an output by masking) and "observable": False where units that were not
+        zero went, and no output moved. "bounds_not_run" names sizes that were too large to try,
+        "refused" the batches that the reference itself fails on.
 
     Raises:
-        VerificationError: they differ; the output and the first differing node are named.
+        VerificationError: they differ, the node is named; or an output is NaN everywhere.
     """
-    reference, candidate = reference.in_float32(), candidate.in_float32()
-    error, where = _largest_error(reference, candidate)
-    report = {"max_error": error, "inputs": 2, "dtype": "float32"}
-    if not exact or error <= tolerance:
-        return report
-    wide = (
-        reference.cast(torch.float32, torch.float64),
-        candidate.cast(torch.float32, torch.float64),
-    )
-    error64, where = _largest_error(*wide)
-    if error64 <= TOLERANCE_FLOAT64:
-        return report | {"max_error": error64, "dtype": "float64"}
+    programs = [p.in_float32() for p in (reference, *also, candidate)]
+    before = None if dense is None else dense.in_float32()
+    found = _compare(programs, before, nodes=nodes and exact)
+    dtype = "float32"
+    if exact and not (found.error <= tolerance and found.visible(tolerance)):
+        dtype = "float64"
+        single, wide = found, _widened([*programs, *([before] if before else [])])
+        last = wide[-1] if before else None
+        found = _compare(wide[: len(programs)], last, nodes=nodes, noise=programs[0])
+        if not found.error <= TOLERANCE_FLOAT64:
+            raise VerificationError(
+                f"{found.where} differs by {single.error:.1e} of its size, {found.error:.1e} in "
+                f"float64 (allowed {tolerance:.0e}); the first node that differs is {found.first!r}"
+            )
+    report: dict[str, JSON] = {
+        "max_error": _finite(found.error),
+        "inputs": found.inputs,
+        "dtype": dtype,
+    }
+    if found.moved is not None:
+        report["moved"] = _finite(found.moved)
+        report["observable"] = found.visible(TOLERANCE_FLOAT64)
+    if found.refused:
+        report["refused"] = found.refused
+    if skipped := [line for e in reference.entries.values() for line in bounds_not_run(e)]:
+        report["bounds_not_run"] = skipped
+    return report
+
+
+def combined(reports: Iterable[Mapping[str, JSON]]) -> dict[str, JSON]:
+    """One verification of several rewrites: the largest error, and the least that one moved."""
+    found = list(reports)
+    errors = [r["max_error"] for r in found if "max_error" in r]
+    moved = [r["moved"] for r in found if "moved" in r]
+    result: dict[str, JSON] = {}
+    if errors:
+        result["max_error"] = max(errors)
+    if moved:
+        result |= {"moved": min(moved), "observable": all(r.get("observable", True) for r in found)}
+    return result
+
+
+@final
+@dataclass(slots=True)
+class _Found:
+    """What a comparison saw.
+
+    Attributes:
+        error: the largest, of outputs and nodes.
+        where: the output or node of it.
+        first: the first node that differs by more than rounding in float64.
+        moved: the largest change that masking made to an output; None where that was not asked.
+        live: whether masking changed any value at all.
+        inputs: number of batches compared, of the entry with most.
+        refused: batches that the reference fails on, with its words.
+    """
+
+    error: float = 0.0
+    where: str = ""
+    first: str = ""
+    moved: float | None = None
+    live: bool = False
+    inputs: int = 0
+    refused: list[str] = field(default_factory=list)
+
+    def visible(self, tolerance: float) -> bool:
+        """Whether the outputs show the cut well enough for this tolerance to mean something."""
+        return self.moved is None or not self.live or self.moved > _VISIBLE * tolerance
+
+    def add(self, error: float, where: str, node: str) -> None:
+        if not error <= TOLERANCE_FLOAT64 and not self.first:
+            self.first = node
+        if not error <= self.error:  # NaN is the worst of all
+            self.error, self.where = error, where
+
+
+def _compare(
+    programs: Sequence[Program], dense: Program | None, nodes: bool, noise: Program | None = None
+) -> _Found:
+    """Compare all but the last program with the last, entry by entry, batch by batch.
+
+    Args:
+        programs: references, and the candidate last.
+        dense: to see by how much the first reference moved the outputs.
+        nodes: compare inner nodes too.
+        noise: the first reference in float32, to see the rounding of each row.
+    """
+    found = _Found(moved=None if dense is None else 0.0)
+    *references, candidate = programs
+    for name, entry in references[0].entries.items():
+        number = len(flat_outputs(candidate.entries[name].graph))
+        if number != len(flat_outputs(entry.graph)):
+            raise VerificationError(
+                f"entry {name!r} has {number} outputs, not {len(flat_outputs(entry.graph))}"
+            )
+        step = _Step(found, references, candidate, name, dense=dense, noise=noise, nodes=nodes)
+        pairs = _inputs(entry, candidate.entries[name])
+        for inputs, own in pairs:
+            try:
+                step.compare(inputs, own)
+            except Exception as e:
+                _refuse(found, references[0], name, inputs, e)
+        found.inputs = max(found.inputs, len(pairs) - len(found.refused))
+        step.refuse_all_nan()
+    return found
+
+
+def _refuse(
+    found: _Found, reference: Program, name: str, inputs: Sequence[Tensor], error: Exception
+) -> None:
+    """Leave out a batch that the reference fails on too; it is no fault of the rewrite."""
+    shapes = [tuple(t.shape) for t in inputs]
+    try:
+        reference.run(inputs, name)
+    except Exception as e:
+        found.refused.append(f"inputs of shapes {shapes}: {str(e).partition(chr(10))[0]}")
+        return
     raise VerificationError(
-        f"{where} differs by {error:.1e} of its size, {error64:.1e} in float64 (allowed "
-        f"{tolerance:.0e}); {_first_difference(*wide)}"
-    )
+        f"the rewritten graph fails on inputs of shapes {shapes}, where it ran before: "
+        f"{str(error).partition(chr(10))[0]}"
+    ) from error
 
 
-def _largest_error(reference: Program, candidate: Program) -> tuple[float, str]:
-    worst, where = 0.0, ""
-    for name, entry in reference.entries.items():
-        for inputs, own in _inputs(entry, candidate.entries[name]):
-            expected = reference.run(inputs, name)
-            actual = candidate.run(own, name)
-            if len(expected) != len(actual):
-                raise VerificationError(
-                    f"entry {name!r} has {len(actual)} outputs, not {len(expected)}"
-                )
-            for i, (a, b) in enumerate(zip(expected, actual, strict=True)):
-                if a.shape != b.shape and i in entry.cache.values():
+@final
+class _Step:
+    """One entry of all programs, compared batch by batch."""
+
+    def __init__(
+        self,
+        found: _Found,
+        references: Sequence[Program],
+        candidate: Program,
+        name: str,
+        *,
+        dense: Program | None,
+        noise: Program | None,
+        nodes: bool,
+    ) -> None:
+        self.found, self.name, self.nodes = found, name, nodes
+        self.references, self.candidate = references, candidate
+        self.dense, self.noise = dense, noise
+        self.numbers: set[int] = set()  # outputs that were not NaN alone on some batch
+
+    def compare(self, inputs: Sequence[Tensor], own: Sequence[Tensor]) -> None:
+        """One batch, all programs in step, so that only values still needed are alive."""
+        candidate = _Run(self.candidate, self.name, own)
+        runs = [_Run(program, self.name, inputs) for program in self.references]
+        noise = None if self.noise is None else _Run(self.noise, self.name, _narrowed(inputs))
+        if self.nodes:
+            self._compare_nodes(candidate, runs, noise)
+        outputs = [run.outputs() for run in runs]
+        self._compare_outputs(candidate, outputs, None if noise is None else noise.outputs())
+        self.found.live |= runs[0].live
+        if self.dense is not None:
+            before = _Run(self.dense, self.name, inputs).outputs()
+            for a, b in zip(before, outputs[0], strict=True):
+                if _shape(a) == _shape(b):
+                    self.found.moved = max(self.found.moved or 0.0, _error(a, b, None))
+
+    def _compare_nodes(self, candidate: _Run, runs: Sequence[_Run], noise: _Run | None) -> None:
+        shared = candidate.names.intersection(*(run.names for run in runs))
+        for run in (candidate, *runs, *([noise] if noise else [])):
+            run.wanted = shared
+        for node, value in candidate.steps():
+            rounded = None if noise is None else noise.value(node)
+            for run in runs:
+                expected = run.value(node)
+                # Numbers are sizes, which may change; tuples are read one by one.
+                if isinstance(value, Tensor) and _shape(expected) == value.shape:
+                    self.found.add(_error(expected, value, rounded), f"node {node!r}", node)
+
+    def _compare_outputs(
+        self, candidate: _Run, expected: Sequence[Sequence[Any]], rounded: Sequence[Any] | None
+    ) -> None:
+        cached = self.candidate.entries[self.name].cache.values()
+        for i, b in enumerate(candidate.outputs()):
+            for outputs in expected:
+                a = outputs[i]
+                if _shape(a) != _shape(b) and i in cached:
                     continue  # lost units; what is made of them is compared
-                error = relative_error(a, b)
-                if not error <= worst:  # NaN is the worst of all
-                    worst, where = error, f"output {i} of {name!r}"
-    return worst, where
+                error = _error(a, b, None if rounded is None else rounded[i])
+                where = f"output {i} of {self.name!r}"
+                self.found.add(error, where, candidate.output_name(i))
+            if not isinstance(b, Tensor) or not b.numel() or not bool(b.isnan().all()):
+                self.numbers.add(i)
+
+    def refuse_all_nan(self) -> None:
+        """Raise VerificationError for an output that was NaN everywhere on all batches."""
+        entry = self.candidate.entries[self.name]
+        for i in range(len(flat_outputs(entry.graph))):
+            if i not in self.numbers:
+                raise VerificationError(
+                    f"output {i} of {self.name!r} is NaN everywhere on the example inputs, which "
+                    "verifies nothing; pass example_inputs on which the model computes numbers"
+                )
+
+
+def _shape(value: Any) -> Any:
+    return value.shape if isinstance(value, Tensor) else None
+
+
+def _error(expected: Any, actual: Any, rounded: Any) -> float:
+    """The largest error of a row; below the tolerance when float32 shows that it is rounding."""
+    if not isinstance(expected, Tensor) or not isinstance(actual, Tensor):
+        same = expected is actual or (type(expected) is type(actual) and expected == actual)
+        return 0.0 if same else math.inf
+    if expected.shape != actual.shape:
+        return math.inf
+    if expected.dtype is actual.dtype and torch.equal(expected, actual):
+        return 0.0
+    difference, scale = row_errors(expected, actual)
+    if isinstance(rounded, Tensor) and rounded.shape == expected.shape:
+        rounding = row_errors(expected, rounded)[0].nan_to_num(0.0, 0.0, 0.0)
+        scale = torch.maximum(scale, _ROUNDING / TOLERANCE_FLOAT64 * rounding)
+    return float((difference / scale).max())
 
 
 def _inputs(reference: Entry, candidate: Entry) -> list[tuple[list[Tensor], list[Tensor]]]:
@@ -86,34 +290,90 @@ def _inputs(reference: Entry, candidate: Entry) -> list[tuple[list[Tensor], list
     ]
 
 
-def _first_difference(reference: Program, candidate: Program) -> str:
-    """The first node of equal shape in both graphs whose values differ."""
-    for name, entry in reference.entries.items():
-        for inputs, own in _inputs(entry, candidate.entries[name]):
-            expected = _values(reference, name, inputs)
-            actual = _values(candidate, name, own)
-            for node, value in actual.items():
-                other = expected.get(node)
-                if (
-                    isinstance(other, Tensor)
-                    and isinstance(value, Tensor)
-                    and other.shape == value.shape
-                    and relative_error(other, value) > TOLERANCE_FLOAT64
-                ):
-                    return f"the first node that differs is {node!r}"
-    return "no inner node of equal shape differs"
+def _widened(programs: Sequence[Program]) -> list[Program]:
+    """The programs in float64, a tensor that several of them share widened once."""
+    memo: dict[int, Tensor] = {}
+    result = []
+    for program in programs:
+        wide = program.cast(torch.float32, torch.float64, refresh=False)
+        shared = {
+            name: memo.setdefault(id(program.tensors[name]), tensor)
+            for name, tensor in wide.tensors.items()
+        }
+        result.append(wide.with_tensors(shared))
+    return result
 
 
-def _values(program: Program, entry: str, inputs: Sequence[Tensor]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _narrowed(inputs: Sequence[Tensor]) -> list[Tensor]:
+    return [t.float() if t.dtype is torch.float64 else t for t in inputs]
 
-    class Recorder(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            value = super().run_node(n)
-            if n.op == "call_function":
-                found[n.name] = value
-            return value
 
-    with torch.no_grad():
-        Recorder(graph_module(program, entry)).run(*inputs)
-    return found
+@final
+class _Run:
+    """One program on one batch, run node by node, as far as somebody asks.
+
+    Attributes:
+        wanted: names of the nodes whose values will be asked for, each once.
+        names: of all nodes that compute something.
+        live: whether a mask has changed a value so far.
+    """
+
+    def __init__(self, program: Program, entry: str, inputs: Sequence[Tensor]) -> None:
+        module = graph_module(program, entry)
+        self.wanted: set[str] = set()
+        self.names = {n.name for n in module.graph.nodes if n.op == "call_function"}
+        self.live = False
+        self._interpreter = fx.Interpreter(module)
+        self._interpreter.args_iter = iter(inputs)
+        self._nodes = iter(list(module.graph.nodes))
+        self._values: dict[str, Any] = {}
+        self._output = output_node(module.graph)
+        self._results: Any = None
+
+    def steps(self) -> Iterator[tuple[str, Any]]:
+        """Run to the end, handing out the values of the wanted nodes in order."""
+        for node in self._nodes:
+            value = self._run(node)
+            if node.name in self.wanted:
+                yield node.name, value
+
+    def value(self, name: str) -> Any:
+        """The value of a wanted node; the graph runs as far as it."""
+        while name not in self._values:
+            node = next(self._nodes)
+            value = self._run(node)
+            if node.name in self.wanted:
+                self._values[node.name] = value
+        return self._values.pop(name)
+
+    def outputs(self) -> list[Any]:
+        """Run to the end, to the flat outputs."""
+        for node in self._nodes:
+            self._run(node)
+        return list(self._results)
+
+    def output_name(self, number: int) -> str:
+        """The name of the node that an output is."""
+        values: Any = self._output.args[0]
+        value = values[number]
+        return value.name if isinstance(value, fx.Node) else repr(value)
+
+    def _run(self, node: fx.Node) -> Any:
+        env = self._interpreter.env
+        with torch.no_grad():
+            value = self._interpreter.run_node(node)
+        if node.op == "output":
+            self._results = value
+        elif "empty" in op_name(node) and isinstance(value, Tensor):
+            value.zero_()  # left as found, memory differs from run to run
+        elif node.op == "call_function" and node.name.startswith(MASK) and not self.live:
+            self.live = not torch.equal(value, env[node.all_input_nodes[0]])
+        env[node] = value
+        for used in self._interpreter.user_to_last_uses.get(node, ()):
+            del env[used]
+        return value
+
+
+def _finite(error: float) -> float:
+    """A number that JSON has: a difference from infinity is none."""
+    return min(error, sys.float_info.max)

@@ -12,6 +12,7 @@ from graphprune.passbase import Context, Invariant, Pass, PassResult
 from graphprune.pipeline import run_pass
 from graphprune.program import Program
 from graphprune.registry import register
+from graphprune.verify import combined
 
 
 @register
@@ -93,5 +94,4 @@ def inner_proof(reports: Sequence[Mapping[str, JSON]], ctx: Context) -> dict[str
     if not ctx.verify:
         return {"skipped": "verification was switched off"}
     checks = [told.get("verification", {}) for told in reports]
-    errors = [check["max_error"] for check in checks if "max_error" in check]
-    return {"checked": "after each inner pass", **({"max_error": max(errors)} if errors else {})}
+    return {"checked": "after each inner pass", **combined(checks)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,8 +43,11 @@ def infer_axes(program: Program) -> Axes:
     for name in program.metadata.get("overlapping", ()):
         for axis in tensors.get(name, ()):
             algebra.freeze(axis, f"{name} shares a part of its memory with another tensor")
-    for found in facts.values():
+    for name, found in facts.items():
         _freeze_mixed(found)
+        _normalise_weight_sums(found)
+        _normalise_subtracted_means(found)
+        _freeze_returned_averages(found, flat_outputs(program.entries[name].graph))
     return Axes(program, tensors, facts)
 
 
@@ -59,7 +62,8 @@ CACHE_DIMS = (1, 3)  # heads and width: of all inputs and outputs only these can
 
 def _walk(entry: Entry, tensors: Mapping[str, Dims]) -> Facts:
     graph = entry.graph
-    facts = Facts(weights=_weights(graph))
+    weights, activations = _sources(graph)
+    facts = Facts(weights=weights, activations=activations)
     for node in graph.nodes:
         value = node.meta.get("val")
         if node.op == "get_attr":
@@ -104,8 +108,8 @@ def _check_sizes(node: fx.Node, dims: Dims) -> None:
         )
 
 
-def _weights(graph: fx.Graph) -> set[fx.Node]:
-    """Values that are made of tensors of the program and of sizes alone, not of the inputs."""
+def _sources(graph: fx.Graph) -> tuple[set[fx.Node], set[fx.Node]]:
+    """Values made of tensors of the program and of sizes alone; and values that inputs reach."""
     inputs: set[fx.Node] = set()
     weights: set[fx.Node] = set()
     for node in graph.nodes:
@@ -115,7 +119,7 @@ def _weights(graph: fx.Graph) -> set[fx.Node]:
             inputs.add(node)
         elif node.op == "get_attr" or any(n in weights for n in node.all_input_nodes):
             weights.add(node)
-    return weights
+    return weights, inputs
 
 
 def _freeze_mixed(facts: Facts) -> None:
@@ -127,6 +131,87 @@ def _freeze_mixed(facts: Facts) -> None:
                 algebra.freeze(
                     part, f"summed together with an input size by {place(contraction.node)}"
                 )
+
+
+def _normalise_weight_sums(facts: Facts) -> None:
+    """A sum over weights alone changes when units of an activation's axis go: a statistic of them.
+
+    W - W.mean(1), W / |W| and the like: masking activations says nothing about those sums.
+    """
+    carried = {part for node in facts.activations for part in _leaves(facts, node)}
+    for contraction in facts.contractions:
+        if contraction.node not in facts.activations:
+            for part in carried.intersection(algebra.leaves(contraction.axis)):
+                algebra.normalise(part)
+
+
+def _normalise_subtracted_means(facts: Facts) -> None:
+    """A mean taken off the values that it is the mean of: the axis is normalised, as by layer_norm.
+
+    x - mean(x). As a factor, as in x / |x| or a gate by mean(x), a sum leaves a zero unit zero.
+    """
+    summing = {contraction.node for contraction in facts.contractions}
+    for contraction in facts.contractions:
+        if contraction.kind == "weights" or contraction.node not in facts.activations:
+            continue
+        summed = set(algebra.leaves(contraction.axis))
+        stack, seen = [contraction.node], {contraction.node}
+        while stack:
+            source = stack.pop()
+            for user in source.users.keys() - seen - summing:
+                seen.add(user)
+                back = summed & _leaves(facts, user)
+                met = back and any(
+                    summed & _leaves(facts, other)
+                    for other in user.all_input_nodes
+                    if other is not source and other in facts.activations
+                )
+                if not met or op_name(user) == "expand_as":
+                    stack.append(user)
+                elif op_name(user) in _SHIFTS:
+                    for part in back:
+                        algebra.normalise(part)
+
+
+_SHIFTS = {"add", "sub", "rsub", "lerp", "addcmul", "addcdiv"}
+
+
+def _freeze_returned_averages(facts: Facts, outputs: Sequence[object]) -> None:
+    """Attention maps that the model returns averaged over heads would be another average."""
+    heads = {p for _, role, axis in facts.attention if role == "head" for p in algebra.leaves(axis)}
+    for contraction in facts.contractions:
+        averaged = heads.intersection(algebra.leaves(contraction.axis))
+        if contraction.kind != "reduction" or not averaged or not _is_map(contraction.operand):
+            continue
+        reached, stack = {contraction.node}, [contraction.node]
+        while stack:
+            new = stack.pop().users.keys() - reached
+            reached |= new
+            stack += new
+        if not reached.isdisjoint(outputs):
+            for part in averaged:
+                algebra.freeze(
+                    part, f"the model returns an average over it, {place(contraction.node)}"
+                )
+
+
+def _is_map(node: fx.Node) -> bool:
+    """Whether a value is what a softmax gives, moved or scaled at most."""
+    while node.op == "call_function":
+        if "softmax" in op_name(node):
+            return True
+        sources = [n for n in node.all_input_nodes if op_name(n) != "sym_size"]
+        if len(sources) != 1:
+            return False
+        node = sources[0]
+    return False
+
+
+def _leaves(facts: Facts, node: fx.Node) -> set[Axis]:
+    """Leaves of a value, or of all values of several."""
+    found = facts.dims.get(node, ())
+    several = [found] if isinstance(found, tuple) else found
+    return {part for dims in several for part in axis_leaves(dims)}
 
 
 def dims_of(axes: Axes, entry: str, node: fx.Node) -> Dims:

@@ -33,7 +33,7 @@ class FoldConstants(Pass):
     """
 
     name: ClassVar[str] = "fold-constants"
-    preserves: ClassVar[Invariant] = Invariant.INTERFACE | Invariant.NUMERICS
+    preserves: ClassVar[Invariant] = Invariant.INTERFACE | Invariant.NUMERICS | Invariant.NODES
     idempotent: ClassVar[bool] = True
 
     max_growth: int = 65536

@@ -26,7 +26,7 @@ class RemoveDeadNodes(Pass):
     """
 
     name: ClassVar[str] = "remove-dead-nodes"
-    preserves: ClassVar[Invariant] = Invariant.INTERFACE | Invariant.NUMERICS
+    preserves: ClassVar[Invariant] = Invariant.INTERFACE | Invariant.NUMERICS | Invariant.NODES
     idempotent: ClassVar[bool] = True
 
     def run(self, program: Program, ctx: Context) -> PassResult:

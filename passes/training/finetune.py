@@ -10,6 +10,7 @@ from graphprune.optimiser import Plan
 from graphprune.passbase import Context, Invariant, Pass, PassResult
 from graphprune.program import JSON, Program
 from graphprune.registry import register
+from graphprune.verify import combined
 
 
 @register
@@ -73,7 +74,7 @@ def trained_report(fitted: Fitted) -> dict[str, JSON]:
 
 def _proof(told: dict[str, JSON]) -> dict[str, JSON]:
     """The largest difference that removing units on the way made; or why none was looked for."""
-    errors = [cut["max_error"] for cut in told["cuts"] if "max_error" in cut]
-    if errors:
-        return {"max_error": max(errors), "cuts": len(errors)}
+    cuts = [cut for cut in told["cuts"] if "max_error" in cut]
+    if cuts:
+        return {**combined(cuts), "cuts": len(cuts)}
     return next((cut for cut in told["cuts"] if "skipped" in cut), {})

@@ -77,7 +77,18 @@ class Contraction:
 
 @dataclass(slots=True)
 class Facts:
-    """What the walk over one entry graph found."""
+    """What the walk over one entry graph found.
+
+    Attributes:
+        dims: the axes of every value.
+        extra: axes that a call's rewriter needs.
+        contractions: where axes are summed over.
+        attention: the part that axes play in attention.
+        gathered: (index, axis of the table) of every lookup.
+        experts: axes of experts.
+        weights: values made of tensors of the program and of sizes alone.
+        activations: values that depend on the inputs' values.
+    """
 
     dims: dict[fx.Node, Any] = field(default_factory=dict)
     extra: dict[fx.Node, dict[str, Axis]] = field(default_factory=dict)
@@ -86,6 +97,7 @@ class Facts:
     gathered: list[tuple[fx.Node, Axis]] = field(default_factory=list)
     experts: list[Axis] = field(default_factory=list)
     weights: set[fx.Node] = field(default_factory=set)
+    activations: set[fx.Node] = field(default_factory=set)
 
 
 class RuleContext:
@@ -279,12 +291,17 @@ class RewriteContext:
         set_bound(self.node, arguments)
 
     def scale_after(self, factor: float) -> None:
-        """Multiply the result by a number, to pin what was derived from the old size."""
-        graph = self.node.graph
+        """Multiply the result by a number, to pin what was derived from the old size.
+
+        The product takes over the call's name and axes: it is what the call computed before.
+        """
+        graph, name = self.node.graph, self.node.name
         with graph.inserting_after(self.node):
             scaled = graph.call_function(torch.ops.aten.mul.Tensor, (self.node, factor))
         scaled.meta = dict(self.node.meta)
         self.node.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
+        self.node.name, scaled.name = scaled.name, name
+        self.facts.dims[scaled] = self.facts.dims[self.node]
 
 
 def resolve(value: Any) -> Any:
