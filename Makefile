@@ -10,12 +10,13 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 WORKERS ?= 2
 ARGS ?=
 
-.PHONY: help venv test check format demo bench clean
+.PHONY: help venv test test-slow check format demo bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    prune and export a real sentence encoder, and measure it"
-	@echo "make test    all tests               (ARGS='-k name' to pass options to pytest)"
+	@echo "make test    the tests               (ARGS='-k name' to pass options to pytest)"
+	@echo "make test-slow  whole runs and long matrices: the tests that make test leaves out"
 	@echo "make check   formatting, lint, types"
 	@echo "make bench   the numbers of the README (ARGS=--quick for a short run)"
 	@echo "make format  reformat and apply safe fixes"
@@ -36,7 +37,10 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 test: $(STAMP)
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
+
+test-slow: $(STAMP)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m slow $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
