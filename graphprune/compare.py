@@ -58,12 +58,19 @@ def fresh_inputs(entry: Entry) -> list[Tensor]:
     2. Masks get padding of random lengths; one sample stays whole.
     3. Other whole numbers, and floats of two values, are the examples' own in another order.
     4. Floats are drawn at the examples' mean and deviation, and of one sign where those are.
+    5. A cache is the example's in another order.
     """
     generator = torch.Generator().manual_seed(_SEED)
     tables = _table_sizes(entry.graph)
     result = []
     for name, tensor in zip(entry.input_names, entry.example, strict=True):
-        if name in tables:
+        if name in entry.cache:
+            # Its samples and positions in another order: what has lost heads gets the same ones.
+            for dim in (0, 2):
+                order = torch.randperm(tensor.shape[dim], generator=generator)
+                tensor = tensor.index_select(dim, order.to(tensor.device))
+            result.append(tensor)
+        elif name in tables:
             drawn = torch.randint(0, tables[name], tensor.shape, generator=generator)
             result.append(drawn.to(tensor))
         elif _is_mask(tensor, entry.dynamic.get(name, {})):

@@ -208,7 +208,11 @@ class _Step:
         """One batch, all programs in step, so that only values still needed are alive."""
         candidate = _Run(self.candidate, self.name, own)
         runs = [_Run(program, self.name, inputs) for program in self.references]
-        noise = None if self.noise is None else _Run(self.noise, self.name, _narrowed(inputs))
+        noise = None
+        if self.noise is not None:
+            single = self.noise.entries[self.name].example
+            narrow = [t.to(own.dtype) for t, own in zip(inputs, single, strict=True)]
+            noise = _Run(self.noise, self.name, narrow)
         if self.nodes:
             self._compare_nodes(candidate, runs, noise)
         outputs = [run.outputs() for run in runs]
@@ -302,10 +306,6 @@ def _widened(programs: Sequence[Program]) -> list[Program]:
         }
         result.append(wide.with_tensors(shared))
     return result
-
-
-def _narrowed(inputs: Sequence[Tensor]) -> list[Tensor]:
-    return [t.float() if t.dtype is torch.float64 else t for t in inputs]
 
 
 @final
