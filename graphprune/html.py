@@ -58,6 +58,7 @@ def report_page(report: Report, manifest: Mapping[str, Any]) -> str:
         pass_header=HEADER,
         passes=report.rows(),
         skipped=report.skipped_lines(),
+        frozen=report.frozen_lines(),
         warnings=list(
             dict.fromkeys(w for _, details in report.steps() for w in details.get("warnings") or ())
         ),

@@ -161,6 +161,9 @@ class Report:
         skipped = self.skipped_lines()
         if skipped:
             lines += ["", "skipped:", *(f"  {line}" for line in skipped)]
+        frozen = self.frozen_lines()
+        if frozen:
+            lines += ["", "frozen:", *(f"  {line}" for line in frozen)]
         return "\n".join(lines)
 
     def to_markdown(self) -> str:
@@ -181,6 +184,9 @@ class Report:
         skipped = self.skipped_lines()
         if skipped:
             lines += ["", "## Skipped", "", *(f"- {line}" for line in skipped)]
+        frozen = self.frozen_lines()
+        if frozen:
+            lines += ["", "## Frozen", "", *(f"- {line}" for line in frozen)]
         return "\n".join(lines) + "\n"
 
     def headline(self) -> str:
@@ -262,6 +268,22 @@ class Report:
         """What passes declined to do, and why; like reasons of one pass in one line."""
         return [f"{p.name}: {reason}" for p in self.passes for reason in p.skipped]
 
+    def frozen_lines(self) -> list[str]:
+        """What operators keep passes from, the most parameters first, as the first pass found it.
+
+        Later passes find the same, only smaller.
+        """
+        found: dict[str, Mapping[str, JSON]] = {}
+        for _, details in self.steps():
+            for frozen in details.get("frozen") or ():
+                found.setdefault(str(frozen["reason"]), frozen)
+        ordered = sorted(found.values(), key=lambda frozen: -float(frozen["share"]))
+        lines = [str(frozen["text"]) for frozen in ordered]
+        more = len(lines) - _FROZEN_LINES
+        return lines if more <= 0 else [*lines[:_FROZEN_LINES], f"and {more} more"]
+
+
+_FROZEN_LINES = 8  # in words; all of them are in each pass's own report
 
 HEADER = ("pass", "removed", "parameters", "error", "seconds")
 
@@ -309,16 +331,31 @@ def _length(value: JSON) -> int:
 
 
 def _count_by_role(groups: JSON) -> dict[str, tuple[int, int, int]]:
-    """role -> (units removed, units before, groups), from a pass's list of groups."""
+    """role -> (units removed, units before, groups), from a pass's list of groups.
+
+    Of a group that is a factor of some channels these are counted, once for all of their factors.
+    """
     counted: dict[str, tuple[int, int, int]] = {}
+    seen: set[tuple[str, str]] = set()
     entries = groups.values() if isinstance(groups, Mapping) else groups or ()
     for group in entries:
         if not isinstance(group, Mapping) or "before" not in group or "after" not in group:
             continue
-        gone, total, count = counted.get(str(group.get("role", "")), (0, 0, 0))
-        before, after = int(group["before"]), int(group["after"])
-        counted[str(group.get("role", ""))] = (gone + before - after, total + before, count + 1)
+        role = str(group.get("role", ""))
+        for channels in group.get("channels") or ():
+            if (role, channels["id"]) not in seen:
+                counted[role] = _with(counted.get(role), channels)
+                seen.add((role, channels["id"]))
+        if not group.get("channels"):
+            counted[role] = _with(counted.get(role), group)
     return counted
+
+
+def _with(counts: tuple[int, int, int] | None, group: Mapping[str, JSON]) -> tuple[int, int, int]:
+    """Units removed, units before and groups, with one more."""
+    gone, total, number = counts or (0, 0, 0)
+    before, after = int(group["before"]), int(group["after"])
+    return gone + before - after, total + before, number + 1
 
 
 def _inner(details: Mapping[str, JSON]) -> Iterator[tuple[str, Mapping[str, JSON]]]:

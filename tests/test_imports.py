@@ -22,7 +22,7 @@ FORBIDDEN = {
 }
 # Those that reach up, inside functions, for the user's convenience.
 REACH_UP = ("graphprune/api.py", "graphprune/cli/", "graphprune/sensitivity.py")
-HEAVY = ("onnx", "onnxruntime", "onnxscript", "transformers", "sklearn")
+HEAVY = ("onnx", "onnx_ir", "onnxruntime", "onnxscript", "transformers", "sklearn")
 ARCHITECTURES = re.compile(
     r"\b(albert|bart|bert|bloom|convnext|deberta|deit|distilbert|electra|falcon|gemma\d?|"
     r"gpt_?2|gptj|gpt_neox?|llama\d?|mistral|mixtral|mpt|opt|phi\d?|qwen\d?|resnet|roberta|swin|"
@@ -85,7 +85,7 @@ def test_heavy_packages_are_imported_inside_functions(folder: str) -> None:
         f"{path.relative_to(ROOT)}:{line} imports {name}"
         for path in _files(folder)
         for name, line, inside in _imports(ast.parse(path.read_text(encoding="utf-8")))
-        if not inside and _is_under(name, HEAVY) and folder != "exporters"
+        if not inside and _is_under(name, HEAVY)
     ]
     assert wrong == []
 

@@ -112,6 +112,17 @@ def leaves(axis: Axis) -> Iterator[Axis]:
             yield from leaves(child)
 
 
+def terms(axis: Axis) -> list[tuple[Axis, ...]]:
+    """An axis as a sum of products: (a | b) × c has the terms (a, c) and (b, c), leaves all."""
+    axis = find(axis)
+    if axis.kind == "leaf":
+        return [(axis,)]
+    parts = [terms(child) for child in axis.children]
+    if axis.kind == "concat":
+        return [term for part in parts for term in part]
+    return [tuple(itertools.chain(*choice)) for choice in itertools.product(*parts)]
+
+
 def freeze(axis: Axis, reason: str) -> None:
     """Mark every leaf of the axis untouchable."""
     for node in leaves(axis):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, overload
@@ -25,6 +26,24 @@ class Occurrence:
 
     tensor: str
     dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class Channels:
+    """A dimension, or a segment of one, that several groups of one role are the factors of.
+
+    A grouped convolution sees 16 channels as 4 groups of 4: whoever says "half of the channels"
+    means half of 16.
+
+    Attributes:
+        id: where it occurs first, "tensor[dim]"; with ".k" for the k-th segment that is one.
+        factors: ids of the groups, the outer one first.
+        size: the product of their sizes.
+    """
+
+    id: str
+    factors: tuple[str, ...]
+    size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +125,21 @@ class AxisGroups(Sequence[AxisGroup]):
         """The groups that make up a tensor's dimension."""
         parts = set(algebra.leaves(self.axes.tensors[tensor][dim]))
         return [g for g in self._groups if algebra.find(g.axis) in parts]
+
+    def channels(self, group: AxisGroup) -> list[Channels]:
+        """The dimensions that the group and others of its role are factors of."""
+        named = {algebra.find(g.axis): g for g in self._groups if g.role == group.role}
+        leaf = algebra.find(self[group.id].axis)
+        found: dict[frozenset[str], Channels] = {}  # shuffled channels are the same ones
+        for place in self[group.id].occurrences:
+            terms = algebra.terms(self.axes.tensors[place.tensor][place.dim])
+            for k, term in enumerate(terms):
+                factors = tuple(dict.fromkeys(named[part].id for part in term if part in named))
+                if leaf in term and len(factors) > 1:
+                    name = f"{place.tensor}[{place.dim}]" + (f".{k}" if len(terms) > 1 else "")
+                    size = math.prod(self[factor].size for factor in factors)
+                    found.setdefault(frozenset(factors), Channels(name, factors, size))
+        return list(found.values())
 
     def keep(self, kept: Mapping[str, Any]) -> dict[Axis, Tensor]:
         """Group ids with indices, checked, as leaves with sorted int64 indices.

@@ -42,6 +42,15 @@ def roles(axes: Axes) -> dict[Axis, str]:
     return found
 
 
+def between_weights(axes: Axes) -> set[Axis]:
+    """Leaves that a product with a weight makes, or sums over."""
+    found: set[Axis] = set()
+    for name, facts in axes.facts.items():
+        walk = _Walk(axes, name, facts, axes.program.entries[name].graph)
+        found |= walk.consumed.keys() | walk.produced.keys()
+    return found
+
+
 class _Walk:
     """One entry graph, with who descends from whom."""
 

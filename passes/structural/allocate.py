@@ -19,15 +19,15 @@ from graphprune.registry import suggest
 Keep = dict[str, Tensor]
 
 
-def removed_count(ratio: float, size: int) -> int:
+def removed_count(ratio: float, size: float) -> int:
     """How many of `size` units a ratio removes."""
     return math.floor(ratio * size + 0.5)
 
 
-def kept_count(removed: int, size: int, round_to: int) -> int:
+def kept_count(removed: int, size: float, round_to: int) -> int:
     """How many of `size` units stay when `removed` are to go."""
     kept = max(size - removed, 1)
-    return min(math.ceil(kept / round_to) * round_to, size)
+    return min(math.ceil(kept / round_to) * round_to, math.ceil(size))
 
 
 def best(scores: Tensor, count: int) -> Tensor:
@@ -43,22 +43,29 @@ class Wanted:
     Attributes:
         ratio: the part to remove: of each group, or of all groups' parameters together.
         round_to: the kept count rounds up to a multiple of this.
+        steps: the same by group, where it is another number than `round_to`.
         floor: part of each group's units that stays whatever the ranking says.
         costs: parameters that go with one unit, by group; equal where nothing is said.
         sizes: units that `ratio` and `floor` are parts of, by group: those in the dense model. What
-            is gone already counts as removed. The units there are where nothing is said.
+            is gone already counts as removed. The units there are where nothing is said. Not a
+            whole number where another factor of the group's channels has lost some.
     """
 
     ratio: float
     round_to: int = 1
     floor: float = 0.0
     costs: Mapping[str, int] = field(default_factory=dict)
-    sizes: Mapping[str, int] = field(default_factory=dict)
+    sizes: Mapping[str, float] = field(default_factory=dict)
+    steps: Mapping[str, int] = field(default_factory=dict)
+
+    def step(self, group: str) -> int:
+        """What a group's kept count rounds up to a multiple of."""
+        return self.steps.get(group, self.round_to)
 
     def kept(self, group: str, size: int) -> int:
         """How many of a group's `size` units stay if the ratio is each group's own."""
         whole = self.sizes.get(group, size)
-        return min(kept_count(removed_count(self.ratio, whole), whole, self.round_to), size)
+        return min(kept_count(removed_count(self.ratio, whole), whole, self.step(group)), size)
 
 
 def uniform(scores: Mapping[str, Tensor], wanted: Wanted) -> Keep:
@@ -111,7 +118,7 @@ def global_ranking(scores: Mapping[str, Tensor], wanted: Wanted) -> Keep:
     keep = {}
     for name, part in zip(names, torch.split(gone, sizes), strict=True):
         size = len(part)
-        keep[name] = best(scores[name], kept_count(int(part.sum()), size, wanted.round_to))
+        keep[name] = best(scores[name], kept_count(int(part.sum()), size, wanted.step(name)))
     return keep
 
 

@@ -24,6 +24,8 @@ class PruneAxis(Pass):
     2. `groups=("classifier.dense.weight[0]",)`: one group by its id, as `gp.inspect` prints it.
     3. `normalised=True` also takes axes that a layer norm or its like computes statistics over.
        That changes what the model computes; the report holds the drift, recovery is up to you.
+    4. Of groups of one role that are factors of one dimension, 16 = 4 × 4 channels, one is cut, so
+       that `ratio` and `round_to` count channels. With `groups` each one named loses the ratio.
 
     Attributes:
         ratio: part of each group's units to remove, in [0, 1); one unit always stays.

@@ -18,7 +18,7 @@ from graphprune.axes import AxisGroup, AxisGroups
 from graphprune.errors import RecipeError, UnsupportedError
 from graphprune.events import JSON
 from graphprune.passbase import Context
-from graphprune.passes.structural.obs import Problem, damped, greedy, loss, refit
+from graphprune.passes.structural.obs import Problem, damped, greedy, idle_features, loss, refit
 from graphprune.program import Program
 from graphprune.registry import suggest
 from graphprune.sites import LinearSite, consumers, contractions
@@ -67,13 +67,14 @@ class Consumer:
                 "infinity; repair the weights or scale the inputs first"
             )
         gram = damped(self.gram.matrix, damping)
+        idle = idle_features(weight, self.gram.matrix)
         if self.site.bias is not None:
             bias = program.tensors[self.site.bias].to("cpu", torch.float64)
             weight = torch.cat([weight, bias[:, None]], 1)
             whole = self.gram.with_ones()
             whole[:-1, :-1] = gram
-            gram = whole
-        return Problem(weight, gram, self.columns(size))
+            gram, idle = whole, torch.cat([idle, idle.new_zeros(1)])
+        return Problem(weight, gram, self.columns(size), idle)
 
 
 def gather(
@@ -165,7 +166,7 @@ def marginal_costs(
     order, costs = obs_order(program, group, parts, group.size - 1, damping)
     rising = torch.tensor(costs, dtype=torch.float64).cummax(0).values
     energy = sum(
-        loss(p.weight, torch.zeros_like(p.weight), p.gram)
+        loss(p.used, torch.zeros_like(p.weight), p.gram)
         for p in (part.problem(program, group.size, damping) for part in parts)
     )
     result = torch.full((group.size,), float(rising[-1]), dtype=torch.float64)

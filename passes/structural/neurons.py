@@ -21,7 +21,9 @@ class PruneNeurons(Pass):
     1. Feed-forward neurons: a row of the first weight, a column of the second.
     2. Gated ones: the same row of gate and up, fused or not, and the column of down.
     3. Experts: the neurons of all experts that share a tensor, at the same indices.
-    4. Inner channels of convolutional blocks, with their batch-norm entries.
+    4. Inner channels of convolutional blocks, with their batch-norm entries. Where a grouped
+       convolution or a shuffle takes 16 channels as 4 × 4, units of one factor go: `ratio` and
+       `round_to` count channels. The report names the factor that is left alone.
 
     Units that a normalisation computes statistics over are left alone; PruneAxis cuts those on
     request.

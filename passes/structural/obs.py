@@ -33,19 +33,44 @@ class Problem:
         weight: [out, in], float64.
         gram: [in, in], float64; damped and positive definite.
         columns: the input features of each unit, int64 [units, features per unit].
+        idle: features that add nothing to the output, bool [in]; None for none.
     """
 
     weight: Tensor
     gram: Tensor
     columns: Tensor
+    idle: Tensor | None = None
+
+    @property
+    def used(self) -> Tensor:
+        """The weight with zeros for idle features, which cost nothing to remove; [out, in]."""
+        return self.weight if self.idle is None else self.weight.masked_fill(self.idle, 0)
+
+
+def idle_features(weight: Tensor, gram: Tensor) -> Tensor:
+    """Features that add nothing to the output on the rows that a Gram matrix has seen; bool [in].
+
+    Zero on every row, as a dead ReLU is, or so small that float32 loses them beside the others, as
+    a SiLU of -20 is.
+
+    Args:
+        weight: [out, in].
+        gram: [in, in], without damping.
+    """
+    added = gram.diagonal() * weight.to(torch.float64).square().sum(0)
+    return added <= torch.finfo(torch.float32).eps ** 2 * added.sum()
 
 
 def damped(gram: Tensor, damping: float) -> Tensor:
-    """A Gram matrix made positive definite: dead features get 1, all get a part of the mean.
+    """A Gram matrix made positive definite: every feature gets a part of the live ones' mean.
+
+    Dead features, zero on every row, get that mean itself beside it: with any number on the
+    diagonal their weights stay as they are, for they are correlated with nothing. It is no measure
+    of what they cost.
 
     Args:
         gram: [in, in].
-        damping: part of the mean diagonal that is added to each diagonal entry.
+        damping: part of the live features' mean diagonal that is added to each diagonal entry.
     """
     gram = gram.to(torch.float64).clone()
     diagonal = gram.diagonal()
@@ -58,6 +83,8 @@ def damped(gram: Tensor, damping: float) -> Tensor:
 
 def greedy(problems: Sequence[Problem], count: int) -> tuple[list[int], list[float]]:
     """Remove `count` units one after another, always the cheapest; the costs of several add up.
+
+    Idle features cost nothing, so units that have no others go first.
 
     Returns:
         The units in the order of removal, and the cost of each: their running sum is the rise of
@@ -122,7 +149,7 @@ class _State:
         self.width = problem.columns.shape[1]
         factor = torch.linalg.cholesky(problem.gram)
         self.inverse = torch.cholesky_inverse(factor)
-        self.weight = problem.weight.to(torch.float64).clone()
+        self.weight = problem.used.to(torch.float64).clone()
         rows = problem.gram.shape[0]
         self.u = torch.zeros(rows, 0, dtype=torch.float64)
         self.v = torch.zeros(self.weight.shape[0], 0, dtype=torch.float64)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from graphprune.axes import AxisGroup, AxisGroups, axis_groups
+from graphprune.axes import AxisGroup, AxisGroups, axis_groups, frozen_parameters
 from graphprune.errors import RecipeError, UnsupportedError
 from graphprune.events import JSON
 from graphprune.passbase import Context, PassResult
@@ -108,16 +108,19 @@ class Removal:
                 program is marked for quantisation already.
         """
         refuse_quantised(program, ctx.running)
-        selection = select(program, ctx.get(axis_groups, program), self.selector)
+        groups = ctx.get(axis_groups, program)
+        selection = select(program, groups, self.selector)
         if self.needs_calibration:
             keep, prepared, notes = self._calibrated(program, selection, ctx)
         else:
             keep, prepared, notes = self._keep(program, selection, ctx), None, {}
         cut = {g.id: keep[g.id] for g in selection.groups if len(keep[g.id]) < g.size}
         if not cut:
-            return PassResult(program, False, _report(program, program, selection, cut, self))
+            return PassResult(
+                program, False, _report(program, program, groups, selection, cut, self)
+            )
         smaller, verification = ctx.shrink(program, cut, prepared)
-        report = {**_report(program, smaller, selection, cut, self), **notes}
+        report = {**_report(program, smaller, groups, selection, cut, self), **notes}
         return PassResult(smaller, True, {**report, "verification": verification})
 
     def _calibrated(
@@ -196,7 +199,7 @@ class Removal:
         ctx: Context,
     ) -> dict[str, int]:
         """How many units of each group stay. Only "global" has to look at all groups first."""
-        wanted = self._wanted(order, ctx)
+        wanted = self._wanted(groups, order, ctx)
         if self.allocation == "uniform":
             return {g.id: wanted.kept(g.id, g.size) for g in order}
         assert ctx.calibration is not None
@@ -218,21 +221,44 @@ class Removal:
             ctx.progress(i, len(selection.groups), "groups")
             scores[group.id] = _finite(score(program, group, ctx), group, self.score)
         ctx.progress(len(selection.groups), len(selection.groups), "groups")
-        return allocation_named(self.allocation)(scores, self._wanted(selection.groups, ctx))
+        wanted = self._wanted(ctx.get(axis_groups, program), selection.groups, ctx)
+        return allocation_named(self.allocation)(scores, wanted)
 
-    def _wanted(self, groups: Sequence[AxisGroup], ctx: Context) -> Wanted:
+    def _wanted(self, now: AxisGroups, groups: Sequence[AxisGroup], ctx: Context) -> Wanted:
         costs = {group.id: group.cost for group in groups}
-        sizes = {}
+        steps = {group.id: self._step(now, group) for group in groups}
+        sizes: dict[str, float] = {}
         if self.of == "dense" and ctx.reference is not None:
-            dense = {(g.id, g.role): g.size for g in ctx.get(axis_groups, ctx.reference)}
-            for group in groups:
-                if dense.get((group.id, group.role), 0) < group.size:
-                    raise UnsupportedError(
-                        f"pass {ctx.running!r} counts units of the dense model, which has no "
-                        f"{group.role} axis {group.id!r} of as many; take of='now'"
-                    )
-                sizes[group.id] = dense[group.id, group.role]
-        return Wanted(self.ratio, self.round_to, self.floor, costs, sizes)
+            dense = ctx.get(axis_groups, ctx.reference)
+            sizes = {group.id: self._dense_size(now, group, dense, ctx) for group in groups}
+        return Wanted(self.ratio, self.round_to, self.floor, costs, sizes, steps)
+
+    def _step(self, now: AxisGroups, group: AxisGroup) -> int:
+        """What the kept count of a group is a multiple of, so that its channels are of round_to."""
+        beside = self._channels_of_a_unit(now, group)
+        return math.lcm(*(self.round_to // math.gcd(self.round_to, count) for count in beside))
+
+    def _dense_size(
+        self, now: AxisGroups, group: AxisGroup, dense: AxisGroups, ctx: Context
+    ) -> float:
+        """How many units of today's the group had in the dense model."""
+        former = next((g for g in dense if g.id == group.id and g.role == group.role), None)
+        if former is None or former.size < group.size:
+            raise UnsupportedError(
+                f"pass {ctx.running!r} counts units of the dense model, which has no "
+                f"{group.role} axis {group.id!r} of as many; take of='now'"
+            )
+        # Another factor of the same channels may be smaller by now.
+        before, after = (
+            self._channels_of_a_unit(groups, g)[0] for groups, g in ((dense, former), (now, group))
+        )
+        return former.size * before / after
+
+    def _channels_of_a_unit(self, groups: AxisGroups, group: AxisGroup) -> list[int]:
+        """In each dimension that the group is a factor of; groups named by id count for one."""
+        if self.selector.groups:
+            return [1]
+        return [c.size // group.size for c in groups.channels(group)] or [1]
 
 
 def _without_zeros(program: Program, refitted: set[str], warnings: list[JSON]) -> Program:
@@ -273,6 +299,7 @@ def _finite(scores: Tensor, group: AxisGroup, name: str) -> Tensor:
 def _report(
     before: Program,
     after: Program,
+    groups: AxisGroups,
     selection: Selection,
     cut: Mapping[str, Tensor],
     removal: Removal,
@@ -282,22 +309,38 @@ def _report(
         for group in selection.groups
         if group.id not in cut
     ]
+    left = {name: len(keep) for name, keep in cut.items()}
     return {
         "groups": [
             {
                 "id": group.id,
                 "role": group.role,
                 "before": group.size,
-                "after": len(cut[group.id]),
+                "after": left[group.id],
+                **_channels(groups, group, left),
             }
             for group in selection.groups
             if group.id in cut
         ],
         "kept": {group: keep.tolist() for group, keep in cut.items()},
         "skipped": [_skipped(group, reason) for group, reason in selection.skipped] + untouched,
+        "frozen": [frozen.to_json() for frozen in frozen_parameters(groups)],
         "parameters_before": before.num_parameters(),
         "parameters_after": after.num_parameters(),
     }
+
+
+def _channels(groups: AxisGroups, group: AxisGroup, left: Mapping[str, int]) -> dict[str, JSON]:
+    """The dimensions that a cut group is a factor of, before and after; nothing if it is alone."""
+    found = [
+        {
+            "id": channels.id,
+            "before": channels.size,
+            "after": math.prod(left.get(name, groups[name].size) for name in channels.factors),
+        }
+        for channels in groups.channels(group)
+    ]
+    return {"channels": found} if found else {}
 
 
 def _skipped(group: AxisGroup, reason: str) -> dict[str, JSON]:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from graphprune.axes import AxisGroup, AxisGroups
+from graphprune.axes import AxisGroup, AxisGroups, frozen_parameters
 from graphprune.errors import UnsupportedError
 from graphprune.passes.names import TensorNames, matches, refuse_unmatched
 from graphprune.program import Program
@@ -42,6 +42,10 @@ class Selection:
 def select(program: Program, groups: AxisGroups, wanted: Selector) -> Selection:
     """The groups that a selector takes and that can be cut.
 
+    Of several groups of one role that are factors of one dimension, 16 = 4 × 4 channels, one is
+    taken, so that a ratio is a part of the dimension: the one with the most units, for counts that
+    come nearest to the ratio, and of equal ones the outer one. Groups named by id are all taken.
+
     Raises:
         RecipeError: a pattern of targets, ignore or groups matches nothing.
         UnsupportedError: nothing has the role, or all that was asked for is frozen or normalised;
@@ -70,7 +74,31 @@ def select(program: Program, groups: AxisGroups, wanted: Selector) -> Selection:
             usable.append(group)
     if refused and not usable:
         raise UnsupportedError(_refusal(refused, wanted))
+    if not wanted.groups:
+        beside = _second_factors(groups, usable)
+        usable = [g for g in usable if g.id not in beside]
+        refused += [(groups[name], reason) for name, reason in beside.items()]
     return Selection(tuple(usable), (*skipped, *refused))
+
+
+def _second_factors(groups: AxisGroups, usable: Sequence[AxisGroup]) -> dict[str, str]:
+    """Groups whose channels lose another factor already, with the reason in words."""
+    taken: dict[str, str] = {}  # factor of some channels -> the one of them that is cut
+    beside: dict[str, str] = {}
+    # A stable sort leaves the outer one of equal factors first.
+    for group in sorted(usable, key=lambda g: -g.size):
+        channels = groups.channels(group)
+        if group.id in taken:
+            shared = next(c for c in channels if taken[group.id] in c.factors)
+            sizes = " × ".join(str(groups[factor].size) for factor in shared.factors)
+            beside[group.id] = (
+                f"it is a factor of {shared.size} = {sizes} channels; {taken[group.id]!r} is the "
+                "one that the ratio is taken from; name this one in prune-axis's groups to cut it"
+            )
+            continue
+        for factor in (factor for c in channels for factor in c.factors):
+            taken.setdefault(factor, group.id)
+    return beside
 
 
 def _by_role_and_id(groups: AxisGroups, wanted: Selector) -> list[AxisGroup]:
@@ -129,7 +157,8 @@ def _overview(groups: AxisGroups) -> str:
     """What could be pruned instead: "it has neuron (6), residual (1)"."""
     counts = Counter(g.role for g in groups if not g.frozen)
     if not counts:
-        return "every axis of it is frozen"
+        why = [frozen.text for frozen in frozen_parameters(groups)[:1]]
+        return ": ".join(["every axis of it is frozen", *why])
     return "free are " + ", ".join(f"{role} ({n})" for role, n in sorted(counts.items()))
 
 

@@ -9,7 +9,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor, nn
 
-from graphprune.axes import axis_groups
+from graphprune.axes import axis_groups, frozen_parameters
 from graphprune.errors import RecipeError, UnsupportedError, VerificationError
 from graphprune.fit import fit
 from graphprune.objective import Distillation
@@ -171,6 +171,7 @@ class GradualStructure(Pass):
             "kept": kept_indices(fitted.program.history[len(program.history) :]),
             "scores": state.summary(),
             "skipped": {**told.get("skipped", {}), **skipped},
+            "frozen": [f.to_json() for f in frozen_parameters(ctx.get(axis_groups, program))],
             "parameters_before": program.num_parameters(),
             "parameters_after": fitted.program.num_parameters(),
         }

@@ -29,7 +29,7 @@ from graphprune.passbase import Context
 from graphprune.passes import Distill, Finetune, GradualMagnitude, RemoveNoOps, Repeat
 from graphprune.pipeline import Pipeline
 from graphprune.program import Program, ProgramModule
-from graphprune.rewrite import mask, shrink
+from graphprune.rewrite import mask, shrink, take
 from graphprune.sites import ZEROED
 from graphprune.training import Training
 from graphprune.workers import Workers
@@ -348,6 +348,35 @@ def test_a_cut_in_the_middle_equals_masking(captured: Captured) -> None:
         moved = max(moved, float((tensor - plain.tensors[name]).abs().max()))
     assert moved > 1e-4  # the cut is felt by what is left
     assert any("removed" in line for line in small.program.history)
+
+
+def test_masks_of_zeros_lose_what_the_weights_lose(captured: Captured) -> None:
+    """Cut beside the weights or read off the cut weights: the same masks."""
+    program = _zeroed(captured("tiny-mlp"), "layers.2.weight")
+    for group in axis_groups(program).with_role("neuron"):
+        kept = {group.id: [i for i in range(group.size) if i % 3]}
+        cut = take(program, kept, zero_masks(program))
+        found = zero_masks(shrink(program, kept))
+        assert found.keys() == cut.keys() == {"layers.2.weight"}
+        assert found["layers.2.weight"].equal(cut["layers.2.weight"])
+        assert not found["layers.2.weight"].all()
+
+
+def test_zeros_stay_zero_after_a_cut_in_the_middle(captured: Captured) -> None:
+    name = "layers.2.weight"
+    program = _zeroed(captured("tiny-mlp"), name)
+    group = axis_groups(program).with_role("neuron")[0]
+    kept = {group.id: [i for i in range(group.size) if i % 3]}
+
+    def cut(now: Program, epoch: int) -> tuple[Program, Any]:
+        return now, kept if epoch == 0 else None
+
+    fitted = _fit(program, epochs=3, after_epoch=cut)
+    before, after = shrink(program, kept).tensors[name], fitted.program.tensors[name]
+    assert (before == 0).any()
+    assert (after[before == 0] == 0).all()
+    assert (after[before != 0] != before[before != 0]).all()
+    assert fitted.report["masked_weights"] == int((before == 0).sum())
 
 
 def test_moments_follow_units_that_were_reordered(captured: Captured) -> None:

@@ -74,10 +74,11 @@ def test_global_never_empties_a_group() -> None:
     assert {k: v.tolist() for k, v in keep.items()} == {"a": [0], "b": [2]}
 
 
-def test_costs_count_parameters_not_units() -> None:
-    scores = {"cheap": torch.ones(4), "dear": torch.ones(4)}
+@pytest.mark.parametrize("names", [("cheap", "dear"), ("dear", "cheap")])
+def test_costs_count_parameters_not_units(names: tuple[str, str]) -> None:
+    scores = {name: torch.ones(4) for name in names}
     keep = global_ranking(scores, Wanted(0.5, costs={"cheap": 1, "dear": 3}))
-    # Of equal scores the dear units are worth less a parameter: they go first.
+    # Of equal scores the dear units are worth less a parameter: they go first, wherever they stand.
     assert {k: len(v) for k, v in keep.items()} == {"cheap": 4, "dear": 2}
 
 

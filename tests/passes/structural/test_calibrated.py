@@ -15,9 +15,17 @@ from graphprune.errors import RecipeError, UnsupportedError
 from graphprune.models.tiny import tiny
 from graphprune.passbase import Context
 from graphprune.passes import PruneHeads, PruneNeurons
-from graphprune.passes.structural.calibrated import COMPENSATIONS, compensate, gather
+from graphprune.passes.structural.calibrated import (
+    COMPENSATIONS,
+    compensate,
+    fluctuation,
+    gather,
+    marginal_costs,
+    obs_order,
+)
 from graphprune.passes.structural.taylor import taylor_scores
 from graphprune.program import Program
+from graphprune.rewrite import kept_indices
 from graphprune.stream import Stream
 
 Captured = Callable[[str], Program]
@@ -104,6 +112,123 @@ def test_of_two_equal_neurons_one_goes_for_free() -> None:
     assert relative_error(program.run([x])[0], compiled.program.run([x])[0]) < 1e-4
     plain = gp.compile(program, [PruneNeurons(0.5)])
     assert relative_error(program.run([x])[0], plain.program.run([x])[0]) > 1e-2
+
+
+class Dead(nn.Module):
+    """Two layers read 24 neurons, of which four alone ever fire."""
+
+    def __init__(self, scale: float, readers: int) -> None:
+        super().__init__()
+        self.a = nn.Linear(6, 24)
+        self.readers = nn.ModuleList(nn.Linear(24, 5) for _ in range(readers))
+        with torch.no_grad():
+            self.a.weight[:20], self.a.bias[:20] = 0, -1
+            self.a.weight[20:] *= scale
+            self.a.bias[20:] *= scale
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        hidden = torch.relu(self.a(x))
+        return [read(hidden) for read in self.readers]
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+@pytest.mark.parametrize("damping", [0.01, 0.0])
+@pytest.mark.parametrize(("scale", "readers"), [(1.0, 1), (0.01, 2)])
+def test_dead_neurons_go_and_the_live_ones_stay(
+    scale: float, readers: int, damping: float, allocation: str
+) -> None:
+    model, x = Dead(scale, readers), torch.randn(300, 6)
+    program = capture(model, (x[:5],))
+    step = PruneNeurons(0.75, score="obs", damping=damping, allocation=allocation)
+    compiled = gp.compile(program, [step], calibration=[x])
+    (kept,) = kept_indices(compiled.program.history).values()
+    assert set(kept) >= {20, 21, 22, 23}
+    for before, after in zip(program.run([x]), compiled.program.run([x]), strict=True):
+        assert relative_error(before, after) < 1e-5
+    error = compiled.report.passes[0].details["output_error"]
+    assert max(error.values()) < 1e-10
+    # Least squares has nothing to say of a dead neuron that stays.
+    small, wide = (p.tensors["readers.0.weight"] for p in (compiled.program, program))
+    torch.testing.assert_close(small[:, :2], wide[:, kept[:2]])
+
+
+def test_dead_units_cost_nothing_and_are_no_output_either() -> None:
+    """What a unit costs is a part of the output of the units that make one."""
+    model, x = Dead(1.0, 1), torch.randn(300, 6)
+    program = capture(model, (x[:5],))
+    groups = axis_groups(program)
+    group = groups["a.weight[0]"]
+    parts = gather(Stream(program, [x]), program, groups, group, Context())
+    costs = marginal_costs(program, group, parts, 0.01)
+    assert not costs[:20].any()
+    assert (costs[20:] > 0).all()
+    alone = program.with_tensors(
+        {"readers.0.weight": program.tensors["readers.0.weight"].index_fill(
+            1, torch.arange(20), 0
+        )}
+    )  # fmt: skip
+    torch.testing.assert_close(costs, marginal_costs(alone, group, parts, 0.01))
+
+
+class Difference(nn.Module):
+    """The output is the difference of two inputs, which are nearly alike, and of a third one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3, bias=False), nn.Linear(3, 1, bias=False)
+        with torch.no_grad():
+            self.a.weight.copy_(torch.eye(3))
+            self.b.weight.copy_(torch.tensor([[5.0, -5.0, 2.0]]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.b(self.a(x))
+        return result
+
+
+def _difference() -> tuple[Program, Tensor]:
+    common, noise = torch.randn(500, 1), 0.1 * torch.randn(500, 2)
+    x = torch.cat([common + noise, torch.randn(500, 1)], 1)
+    return capture(Difference(), (x[:5],)), x
+
+
+def test_marginal_costs_rise_along_the_order_of_removal() -> None:
+    """Once one of two is gone the other is of no use; it does not count as cheaper for that."""
+    program, x = _difference()
+    groups = axis_groups(program)
+    group = groups["a.weight[0]"]
+    parts = gather(Stream(program, [x]), program, groups, group, Context())
+    order, costs = obs_order(program, group, parts, 2, 1e-6)
+    assert sorted(order) == [0, 1]
+    assert costs[1] < costs[0] / 2
+    found = marginal_costs(program, group, parts, 1e-6)
+    assert found[order[0]] == found[order[1]] == found[2]
+    output = program.run([x])[0].double().square().sum()
+    assert float(found[order[0]]) == pytest.approx(float(costs[0] / output), rel=1e-3)
+
+
+def test_fluctuation_is_the_squared_error_when_means_are_kept() -> None:
+    """Σ over all rows that a weight has seen, so that weights which see more rows count more."""
+
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 4), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            h = torch.relu(self.a(x))
+            return self.b(h), self.c(h.amax(1))
+
+    model, x = Pooled(), torch.randn(10, 7, 6)
+    program = capture(model, (x,))
+    groups = axis_groups(program)
+    group = groups["a.weight[0]"]
+    parts = gather(Stream(program, [x[:4], x[4:]]), program, groups, group, Context())
+    hidden = torch.relu(model.a(x)).detach().double()
+    expected = torch.zeros(8, dtype=torch.float64)
+    for rows, read in ((hidden.flatten(0, 1), model.b), (hidden.amax(1), model.c)):
+        away = (rows - rows.mean(0)).square().sum(0)
+        expected += away * read.weight.detach().double().square().sum(0)
+    torch.testing.assert_close(fluctuation(program, group, parts), expected, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("method", COMPENSATIONS)

@@ -7,7 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphprune.passes.structural.obs import Problem, damped, greedy, loss, refit
+from graphprune.passes.structural.obs import (
+    Problem,
+    damped,
+    greedy,
+    idle_features,
+    loss,
+    refit,
+)
 
 
 def problem(seed: int, units: int, width: int, rows: int = 5, rank: int = 40) -> Problem:
@@ -95,3 +102,77 @@ def test_dead_features_are_damped_not_divided_by() -> None:
     gram[0, 0] = 4.0
     assert torch.linalg.eigvalsh(damped(gram, 0.01)).min() > 0
     assert torch.equal(damped(torch.zeros(2, 2), 0.0), torch.eye(2, dtype=torch.float64))
+
+
+def _with_dead(p: Problem, dead: int) -> Problem:
+    """The same problem with as many dead units before its own, whose weights are large."""
+    width = p.columns.shape[1]
+    more = dead * width
+    weight = torch.cat([torch.full((len(p.weight), more), 50.0, dtype=torch.float64), p.weight], 1)
+    gram = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64)
+    gram[more:, more:] = p.gram
+    columns = torch.cat([torch.arange(more).reshape(-1, width), p.columns + more])
+    return Problem(weight, damped(gram, 0.0), columns, idle_features(weight, gram))
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_dead_units_go_first_for_nothing_and_the_others_as_without_them(width: int) -> None:
+    p = problem(2, 6, width)
+    order, costs = greedy([_with_dead(p, 4)], 8)
+    assert sorted(order[:4]) == [0, 1, 2, 3]
+    assert costs[:4] == [0, 0, 0, 0]
+    expected = greedy([p], 4)
+    assert [unit - 4 for unit in order[4:]] == expected[0]
+    assert costs[4:] == pytest.approx(expected[1], rel=1e-9)
+
+
+def test_a_unit_that_is_dead_in_part_costs_what_the_rest_does() -> None:
+    """A head of three dims of which one is dead, beside one that has its two others alone."""
+    p = problem(4, 5, 2)
+    weight = torch.cat([p.weight, torch.full((5, 5), 30.0, dtype=torch.float64)], 1)
+    gram = torch.zeros(15, 15, dtype=torch.float64)
+    gram[:10, :10] = p.gram
+    columns = torch.cat([p.columns, torch.arange(10, 15)[:, None]], 1)
+    partly = Problem(weight, damped(gram, 0.0), columns, idle_features(weight, gram))
+    order, costs = greedy([partly], 4)
+    expected = greedy([p], 4)
+    assert order == expected[0]
+    assert costs == pytest.approx(expected[1], rel=1e-9)
+
+
+def test_a_consumer_that_sees_nothing_has_no_say() -> None:
+    p = problem(5, 6, 1)
+    weight = torch.arange(6.0, dtype=torch.float64).flip(0)[None] * 100
+    nothing = torch.zeros(6, 6, dtype=torch.float64)
+    blind = Problem(weight, damped(nothing, 0.01), p.columns, idle_features(weight, nothing))
+    order, costs = greedy([p, blind], 5)
+    expected = greedy([p], 5)
+    assert order == expected[0]
+    assert costs == pytest.approx(expected[1])
+
+
+def test_what_float32_loses_beside_the_others_is_idle() -> None:
+    weight = torch.ones(2, 4)
+    gram = torch.tensor([1.0, 0.0, (4e-8) ** 2, (1e-5) ** 2]).diag()
+    assert idle_features(weight, gram).tolist() == [False, True, True, False]
+    weight[:, 2] = 1e4  # it counts by what reads it, not by its own size
+    assert idle_features(weight, gram).tolist() == [False, True, False, False]
+
+
+def test_damping_is_relative_to_the_live_features() -> None:
+    """In other units the same matrix is damped alike, and dead features do not dilute it."""
+    gram = problem(6, 5, 1).gram
+    torch.testing.assert_close(damped(1e6 * gram, 0.1), 1e6 * damped(gram, 0.1), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        damped(gram, 0.1), gram + 0.1 * gram.diagonal().mean() * torch.eye(5, dtype=torch.float64)
+    )
+    wide = torch.zeros(9, 9, dtype=torch.float64)
+    wide[:5, :5] = gram
+    torch.testing.assert_close(damped(wide, 0.1)[:5, :5], damped(gram, 0.1), rtol=1e-12, atol=0)
+
+
+def test_a_kept_dead_feature_keeps_its_weight() -> None:
+    p = _with_dead(problem(7, 6, 1), 3)
+    fitted = refit(p.weight, p.gram, torch.tensor([1, 4, 6, 8]))
+    torch.testing.assert_close(fitted[:, 1], p.weight[:, 1], rtol=1e-12, atol=0)
+    assert not fitted[:, [0, 2, 3, 5, 7]].any()

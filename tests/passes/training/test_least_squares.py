@@ -108,6 +108,33 @@ def test_a_layer_that_lost_inputs_is_numpys_least_squares(captured: Captured) ->
     assert report["steps"] == 0
 
 
+@pytest.mark.parametrize("damping", [0.0, 0.01])
+@pytest.mark.parametrize("sparsity", [0.0, 0.3])
+def test_weights_of_dead_inputs_stay_and_the_others_are_fitted_without_them(
+    sparsity: float, damping: float, captured: Captured
+) -> None:
+    """Dead neurons are correlated with nothing: both solvers leave their columns as they are."""
+    dense, batches = _mlp(captured), _rows(120)
+    weight, bias = (dense.tensors[f"layers.0.{kind}"].clone() for kind in ("weight", "bias"))
+    weight[::3], bias[::3] = 0, -1
+    dense = dense.with_tensors({"layers.0.weight": weight, "layers.0.bias": bias})
+    passes = [PruneNeurons(0.4, "random", targets=("layers.0",))]
+    program = _pruned(dense, *passes, *([Magnitude(sparsity)] if sparsity else []))
+    name = "layers.2.weight"
+    x, _ = _seen(program, name, batches)
+    dead = ~x.any(0)
+    assert 0 < int(dead.sum()) < len(dead)
+    step = LeastSquares(damping, targets=(name,))
+    result = _refitted(program, dense, batches, step)
+    old, new = program.tensors[name], result.program.tensors[name]
+    assert new[:, dead].equal(old[:, dead])
+    assert not new[:, ~dead].equal(old[:, ~dead])
+    # As if the columns were none: the same fit of the others.
+    without = program.with_tensors({name: old.masked_fill(dead, 0)})
+    other = _refitted(without, dense, batches, step).program.tensors[name]
+    torch.testing.assert_close(new[:, ~dead], other[:, ~dead], rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("damping", [0.0, 0.05])
 def test_masked_rows_are_least_squares_on_their_supports(
     damping: float, captured: Captured

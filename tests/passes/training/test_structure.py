@@ -660,6 +660,21 @@ def test_what_cannot_go_is_left_and_said() -> None:
     assert result.program.tensors["inward.weight"].shape == (16, 8)
 
 
+class _Summed(_Normed):
+    """The neurons of the first layer are told apart by a running sum."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.plain(x) + self.outward(self.inward(x).cumsum(-1))
+
+
+def test_what_an_operator_freezes_is_in_the_report() -> None:
+    program = capture(_Summed(), {"x": torch.randn(3, 8)})
+    result = _run(program, GradualStructure(0.5, epochs=1, distill=False))
+    (frozen,) = result.results[0].report["frozen"]
+    assert frozen["groups"] == ["inward.weight[0]"]
+    assert frozen["text"].startswith("16 units at `cumsum` (")
+
+
 class _Shifted(nn.Module):
     """Attention whose queries and keys have a constant: a dead dim is not a zero."""
 
