@@ -247,6 +247,12 @@ class Program:
         with torch.no_grad():
             return list(graph_module(self, entry)(*flat))
 
+    def limit_lines(self) -> list[str]:
+        """What a person must know about the sizes of inputs, of all entries, a line each."""
+        return list(
+            dict.fromkeys(x for entry in self.entries.values() for x in entry.limit_lines())
+        )
+
     def num_parameters(self) -> int:
         """Number of trainable parameters, tied ones counted once."""
         return sum(self.tensors[name].numel() for name in self.parameters)
