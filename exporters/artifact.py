@@ -104,18 +104,16 @@ class Artifact:
     def _checked(self, session: Any) -> Any:
         """The session, with sizes checked before each run."""
         shapes = shapes_of(session)
-        for method in ("run", "run_with_ort_values"):
 
-            def checked(
-                names: Any,
-                feeds: Mapping[str, Any],
-                options: Any = None,
-                run: Callable[..., Any] = getattr(session, method),
-            ) -> Any:
+        def checked(run: Callable[..., Any]) -> Callable[..., Any]:
+            def checked_run(names: Any, feeds: Mapping[str, Any], options: Any = None) -> Any:
                 self._check(feeds, shapes)
                 return run(names, feeds, options)
 
-            setattr(session, method, checked)
+            return checked_run
+
+        session.run = checked(session.run)
+        session.run_with_ort_values = checked(session.run_with_ort_values)
         return session
 
     def feeds(self, batch: Any) -> Feeds:

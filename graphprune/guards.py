@@ -13,7 +13,7 @@ import contextlib
 import linecache
 import re
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,8 @@ _DECISIVE = (
     "_export/non_strict_utils.py",
     "_ops.py",  # operators made of others, in C++
     "_subclasses/fake_impls.py:_compute_slice_index",
-    "nn/",
 )
+_SAMPLES = (*range(1, 513), *(2**k + d for k in range(10, 21) for d in (-1, 0, 1)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,19 +95,23 @@ def assumptions(
         for first, *others in places.values()
         for other in others
     }
-    conditions = [
-        g.expr for g in env.guards if g.expr.free_symbols <= places.keys() and _decides(g)
-    ]
+    known = [g for g in env.guards if g.expr.free_symbols <= places.keys()]
+    conditions = [g.expr for g in known if not _from_torch(g)]
     if declared:
         conditions += _declared(exported, places)
-    for condition in conditions:
+    # Those of the model come first: most of torch's follow from them.
+    inner = [g.expr for g in known if _from_torch(g) and _decides(g)]
+    for condition in (*conditions, *inner):
         if all(place in static for s in condition.free_symbols for place in places[s]):
             continue
         limit = _limit(condition, places, dynamic)
         if limit is None:
             for relation in _relations(condition, places, example):
-                relations.setdefault(str(relation), relation)
-        else:
+                if condition in inner:
+                    limit = _as_limit(relation, bounds, [*relations.values()], dynamic)
+                if limit is None:
+                    relations.setdefault(str(relation), relation)
+        if limit is not None:
             symbol_name, low, high = limit
             bounds[symbol_name] = _narrowed(bounds.get(symbol_name, (1, None)), low, high)
     # torch.export takes no size of zero or one for dynamic: bounds up to two are its own.
@@ -166,15 +170,24 @@ def _declared(
                 yield sympy.Le(symbol, limits.upper)
 
 
-def _decides(guard: ShapeGuard) -> bool:
-    """Whether a guard comes from the model, or from where torch chooses what to compute."""
+def _from_torch(guard: ShapeGuard) -> bool:
+    """Whether torch compares the sizes to work out an operator, rather than the model."""
     frame = guard.sloc.framework_loc
-    if not isinstance(frame, traceback.FrameSummary) or not _inside_torch(frame.filename):
-        return True
+    return (
+        isinstance(frame, traceback.FrameSummary)
+        and _inside_torch(frame.filename)
+        and not Path(frame.filename).is_relative_to(_TORCH / "nn")
+    )
+
+
+def _decides(guard: ShapeGuard) -> bool:
+    """Whether a comparison of torch's own chooses what is computed.
+
+    Sizes that differ, and sizes of several inputs, are about broadcasting: it is done anew on each
+    call.
+    """
+    frame = guard.sloc.framework_loc
     place = f"{Path(frame.filename).relative_to(_TORCH).as_posix()}:{frame.name}"
-    if place.startswith("nn/"):
-        return True
-    # Sizes that differ, and sizes of several inputs: broadcasting, which runs anew on each call.
     return (
         place.startswith(_DECISIVE)
         and isinstance(guard.expr, sympy.core.relational.Relational)
@@ -211,6 +224,31 @@ def _limit(
         return called, None, int(largest) - (isinstance(relation, sympy.Lt) and largest == limit)
     smallest = sympy.ceiling(limit)
     return called, int(smallest) + (isinstance(relation, sympy.Gt) and smallest == limit), None
+
+
+def _as_limit(
+    relation: Relation,
+    bounds: Bounds,
+    relations: Sequence[Relation],
+    dynamic: Mapping[str, Mapping[int, str]],
+) -> tuple[str, int | None, int | None] | None:
+    """What a relation of one size adds to what is known, as a limit; None where that is no limit.
+
+    Nothing, or a smallest size, for nearly all that torch compares: found by trying sizes.
+    """
+    ((name, dim),) = relation.sizes.values()
+    called = dynamic.get(name, {}).get(dim)
+    if called is None or len(terms(called)) > 1:
+        return None
+    like = [r for r in relations if set(r.sizes.values()) == {(name, dim)}]
+    low, high = bounds.get(called, (1, None))
+    sizes = [n for n in _SAMPLES if n >= low and (high is None or n <= high)]
+    shapes = {n: {name: [n] * (dim + 1)} for n in sizes}
+    allowed = [n for n in sizes if all(r.holds(shapes[n]) for r in like)]
+    holding = [n for n in allowed if relation.holds(shapes[n])]
+    if not holding or holding != allowed[-len(holding) :]:
+        return None
+    return called, None if holding == allowed else holding[0], None
 
 
 def _narrowed(

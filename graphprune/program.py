@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -120,6 +121,8 @@ class Entry:
 
     def _named(self, relation: Relation) -> bool:
         """Whether an equation only says that sizes of one name are equal."""
+        if not re.fullmatch(r"[a-z ()+=]+", relation.text):
+            return False
         # Sizes at which it does not hold by chance.
         sizes = {symbol: 1009 + 2 * i**2 for i, symbol in enumerate(self.second)}
         shapes = {
@@ -128,7 +131,7 @@ class Entry:
             ]
             for name, shape in self.shapes.items()
         }
-        return "==" in relation.text and relation.holds(shapes)
+        return relation.holds(shapes)
 
     def unvaried(self) -> list[str]:
         """Dynamic sizes that are the same in both batches, although their bounds allow others."""

@@ -149,7 +149,7 @@ def _check_bounds(name: str, dim: int, size: int, symbol: str, bounds: Bounds) -
     if (low > 1 and size < low) or (high is not None and size > high):
         raise GraphPruneError(
             f"input {name!r} has size {size} in dimension {dim} ({symbol}), and the captured graph "
-            f"is right only for {range_text((low, high))}; {_AGAIN}"
+            f"is right only for sizes of {range_text((low, high))}; {_AGAIN}"
         )
 
 
