@@ -21,7 +21,8 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, ShapeGuard
+from torch._guards import ShapeGuard
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.printers import PythonPrinter
 from torch.utils._sympy.solve import try_solve
 
@@ -129,8 +130,7 @@ def culprit(program: Program, entry: Entry, place: Place) -> str:
     name, dim = place
     asked = {**entry.dynamic, name: {**entry.dynamic.get(name, {}), dim: "wanted"}}
     mode, fakes = symbol_inputs(entry.example, entry.input_names, asked)
-    env = mode.shape_env
-    assert env is not None
+    env: Any = mode.shape_env
     size: Any = fakes[entry.input_names.index(name)].shape[dim]
     ran: list[fx.Node] = []
 
@@ -155,7 +155,7 @@ def _environment(exported: torch.export.ExportedProgram) -> ShapeEnv | None:
         value = node.meta.get("val")
         mode = getattr(value, "fake_mode", None)
         if mode is not None and mode.shape_env is not None:
-            return mode.shape_env  # type: ignore[no-any-return]
+            return mode.shape_env
     return None
 
 
@@ -186,7 +186,7 @@ def _decides(guard: ShapeGuard) -> bool:
     Sizes that differ, and sizes of several inputs, are about broadcasting: it is done anew on each
     call.
     """
-    frame = guard.sloc.framework_loc
+    frame: Any = guard.sloc.framework_loc
     place = f"{Path(frame.filename).relative_to(_TORCH).as_posix()}:{frame.name}"
     return (
         place.startswith(_DECISIVE)

@@ -138,20 +138,23 @@ def test_concats_without_a_common_refinement_freeze_with_the_place() -> None:
         assert "no common refinement at the cat" in next(iter(part.frozen))
 
 
-def _structure(draw: st.DrawFn, size: int, depth: int, pool: list[algebra.Axis]) -> algebra.Axis:
+def _structure(
+    data: st.DataObject, size: int, depth: int, pool: list[algebra.Axis]
+) -> algebra.Axis:
     """Any axis of a size, of new leaves and of ones that are already somewhere."""
     known = [axis for axis in pool if axis.size == size]
-    if known and draw(st.booleans()):
-        return draw(st.sampled_from(known))
-    kind = draw(st.sampled_from(["leaf", "product", "concat"])) if depth else "leaf"
+    reuse = data.draw(st.booleans())
+    if known and reuse:
+        return data.draw(st.sampled_from(known))
+    kind = data.draw(st.sampled_from(["leaf", "product", "concat"])) if depth else "leaf"
     divisors = [d for d in range(2, size) if size % d == 0]
     if kind == "product" and divisors:
-        outer = draw(st.sampled_from(divisors))
-        parts = [_structure(draw, s, depth - 1, pool) for s in (outer, size // outer)]
+        outer = data.draw(st.sampled_from(divisors))
+        parts = [_structure(data, s, depth - 1, pool) for s in (outer, size // outer)]
         result = product(parts)
     elif kind == "concat" and size > 1:
-        first = draw(st.integers(1, size - 1))
-        result = concat([_structure(draw, s, depth - 1, pool) for s in (first, size - first)])
+        first = data.draw(st.integers(1, size - 1))
+        result = concat([_structure(data, s, depth - 1, pool) for s in (first, size - first)])
     else:
         result = leaf(size)
     pool.append(result)
@@ -164,7 +167,7 @@ def test_any_two_structures_unify_or_freeze(data: st.DataObject) -> None:
     size = data.draw(st.sampled_from([4, 6, 8, 12, 24]))
     pairs = []
     for _ in range(data.draw(st.integers(1, 4))):
-        left, right = (_structure(data.draw, size, 3, pool) for _ in range(2))
+        left, right = (_structure(data, size, 3, pool) for _ in range(2))
         unify(left, right, "here")
         pairs.append((left, right))
     for left, right in pairs:

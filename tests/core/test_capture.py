@@ -467,9 +467,10 @@ def test_flexible_attention_names_the_way_out() -> None:
 def test_modules_of_other_tools_are_refused() -> None:
     x = torch.randn(2, 8)
     exported = torch.export.export(nn.Linear(8, 8), (x,)).module()
+    jit: Any = torch.jit
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        scripted, traced = torch.jit.script(nn.Linear(8, 8)), torch.jit.trace(nn.Linear(8, 8), x)
+        scripted, traced = jit.script(nn.Linear(8, 8)), jit.trace(nn.Linear(8, 8), x)
     for model, message in [
         (scripted, r"torch\.jit module.*compile the nn\.Module"),
         (traced, r"torch\.jit module"),
@@ -571,8 +572,7 @@ def test_a_graph_that_fails_at_another_length_is_kept_to_its_own(
 
 
 def test_a_scan_in_chunks_is_captured_at_whole_chunks() -> None:
-    import transformers
-
+    transformers: Any = pytest.importorskip("transformers")
     config = transformers.Mamba2Config(
         vocab_size=99,
         hidden_size=32,
@@ -597,8 +597,7 @@ def test_a_scan_in_chunks_is_captured_at_whole_chunks() -> None:
 
 
 def test_long_and_short_rotary_frequencies_are_both_captured() -> None:
-    import transformers
-
+    transformers: Any = pytest.importorskip("transformers")
     config = transformers.Phi3Config(
         vocab_size=99,
         hidden_size=32,
