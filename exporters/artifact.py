@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
+
+import numpy as np
 
 from graphprune.decode import PAST
 from graphprune.errors import ArtifactError, ExportError, GraphPruneError
@@ -19,11 +21,12 @@ from graphprune.exporters.ort import (
     footprint,
     open_session,
 )
-from graphprune.exporters.past import filled, is_past, shapes_of
+from graphprune.exporters.past import Shapes, filled, is_past, shapes_of
 from graphprune.exporters.quantize import quantise
 from graphprune.quantized import SCHEMES, Mark
 from graphprune.registry import suggest
 from graphprune.serialize import MANIFEST, check_hashes, read_json
+from graphprune.sizes import check_sizes, limits_from_json
 
 FORMAT = "graphprune-artifact"
 VERSION = 1
@@ -61,8 +64,12 @@ class Artifact:
         return BASELINE in self.manifest["sha256"]
 
     def session(self, threads: int | None = None) -> Any:
-        """An onnxruntime.InferenceSession over model.onnx; None leaves the threads to ORT."""
-        return open_session(self.path / MODEL, threads)
+        """An onnxruntime.InferenceSession over model.onnx; None leaves the threads to ORT.
+
+        Its `run` refuses sizes that the model was not captured for, with a GraphPruneError; the
+        file alone computes something there.
+        """
+        return self._checked(open_session(self.path / MODEL, threads))
 
     def baseline_session(self, threads: int | None = None) -> Any:
         """The same over the dense twin.
@@ -75,13 +82,48 @@ class Artifact:
                 f"{str(self.path)!r} has no dense twin: export with baseline=True, or name "
                 "another artifact to measure against"
             )
-        return open_session(self.path / BASELINE, threads)
+        return self._checked(open_session(self.path / BASELINE, threads))
+
+    def check_sizes(self, feeds: Mapping[str, Any]) -> None:
+        """Refuse arrays of sizes that the model was not captured for.
+
+        Raises:
+            GraphPruneError: the input, its dimension, what it may be and the way out.
+        """
+        self._check(feeds, {i["name"]: i["shape"] for i in self.manifest["inputs"]})
+
+    def _check(self, feeds: Mapping[str, Any], shapes: Shapes) -> None:
+        limits = limits_from_json(self.manifest)
+        known = {name: shape for name, shape in shapes.items() if name in feeds}
+        # An input that is missing is for ONNX Runtime to name.
+        limits["relations"] = [
+            r for r in limits["relations"] if all(n in known for n, _ in r.sizes.values())
+        ]
+        check_sizes(known, {name: _shape(feeds[name]) for name in known}, **limits)
+
+    def _checked(self, session: Any) -> Any:
+        """The session, with sizes checked before each run."""
+        shapes = shapes_of(session)
+
+        def checked(run: Callable[..., Any]) -> Callable[..., Any]:
+            def checked_run(names: Any, feeds: Mapping[str, Any], options: Any = None) -> Any:
+                self._check(feeds, shapes)
+                return run(names, feeds, options)
+
+            return checked_run
+
+        session.run = checked(session.run)
+        session.run_with_ort_values = checked(session.run_with_ort_values)
+        return session
 
     def feeds(self, batch: Any) -> Feeds:
         """A batch, as the model takes it, as arrays by input name.
 
         Of a decoder with a cache, token ids and mask are enough: the past is as long as the mask is
         longer than the ids, and zero where it is not given.
+
+        Raises:
+            GraphPruneError: an input is missing, or of a size that the model was not captured for.
         """
         shapes = {i["name"]: i["shape"] for i in self.manifest["inputs"]}
         names = [name for name in shapes if not is_past(name)]
@@ -90,7 +132,9 @@ class Artifact:
             if isinstance(batch, Mapping)
             else isinstance(batch, tuple | list) and len(batch) > len(names)
         )
-        return filled(shapes, feeds_of(batch, list(shapes) if whole else names), strict=True)
+        feeds = filled(shapes, feeds_of(batch, list(shapes) if whole else names), strict=True)
+        self.check_sizes(feeds)
+        return feeds
 
     def benchmark(
         self,
@@ -182,6 +226,11 @@ class Artifact:
 
     def __repr__(self) -> str:
         return f"Artifact({str(self.path)!r})"
+
+
+def _shape(value: Any) -> Sequence[int]:
+    """The shape of an array, of what becomes one, or of a value that ONNX Runtime holds."""
+    return value.shape() if callable(getattr(value, "shape", None)) else np.shape(value)
 
 
 def _scheme(name: str, own: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import warnings
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from graphprune.exporters.cleanup import clean_up
 from graphprune.exporters.names import (
     input_names,
     is_tensor_output,
+    limits_by_input,
     output_names,
     rename_symbols,
 )
@@ -33,6 +35,9 @@ EXTERNAL_ABOVE = 1_000_000_000  # bytes of weights; protobuf ends at 2 GiB
 
 def to_onnx(program: Program, entry: str = "forward") -> ir.Model:
     """The entry as an ONNX model in float32, with the model's own input and output names.
+
+    ONNX cannot say that sizes have bounds: they are JSON in the file's metadata, graphprune.bounds,
+    graphprune.relations and graphprune.fixed.
 
     Raises:
         ExportError: torch.export or torch.onnx refuses the graph; the reason is quoted.
@@ -60,6 +65,9 @@ def to_onnx(program: Program, entry: str = "forward") -> ir.Model:
         _name_sizes(model, spec)
         clean_up(model)
         _name_interface(model, input_names(spec), output_names(spec))
+    for key, limits in limits_by_input(spec).items():
+        if limits:
+            model.metadata_props[f"graphprune.{key}"] = json.dumps(limits)
     return model
 
 

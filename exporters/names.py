@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from graphprune.graph import output_node, value_of
 from graphprune.program import Entry
+from graphprune.sizes import limits_to_json
 
 
 def input_names(entry: Entry) -> list[str]:
@@ -25,6 +26,16 @@ def input_names(entry: Entry) -> list[str]:
             if isinstance(leaf, str):
                 names[leaf] = f"{argument.name}.{key}" if key else argument.name
     return [names.get(name, name) for name in entry.input_names]
+
+
+def limits_by_input(entry: Entry) -> dict[str, Any]:
+    """The limits of an entry's sizes as JSON, by the names of the ONNX file's inputs."""
+    names = dict(zip(entry.input_names, input_names(entry), strict=True))
+    return limits_to_json(
+        entry.bounds,
+        [relation.renamed(names) for relation in entry.relations],
+        {names[name]: dims for name, dims in entry.fixed.items()},
+    )
 
 
 def output_names(entry: Entry) -> list[str]:

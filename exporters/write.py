@@ -30,7 +30,7 @@ from graphprune.exporters.artifact import (
     open_artifact,
 )
 from graphprune.exporters.convert import save_onnx, to_onnx
-from graphprune.exporters.names import input_names
+from graphprune.exporters.names import input_names, limits_by_input
 from graphprune.exporters.ort import (
     Feeds,
     compare,
@@ -274,6 +274,7 @@ def _manifest(
         "versions": _versions(),
         "inputs": [_described(v) for v in model.graph.inputs],
         "outputs": [_described(v) for v in model.graph.outputs],
+        **limits_by_input(program.entries[program.deployed]),
         "history": list(program.history),
         "kept": kept_indices(program.history),
         **notes,

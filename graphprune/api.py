@@ -163,7 +163,8 @@ def compile(
         model: any module, which is never changed; or a Program or Compiled to go on from.
         passes: a list of passes; or a recipe: the name of a built-in one, a file, or a dict.
         example_inputs: a dict of keyword arguments or a tuple; batch and sequence become dynamic.
-        dynamic_shapes: "auto", or what torch.export takes.
+        dynamic_shapes: "auto"; a list of sizes that must be dynamic too, such as ("height",
+            "width"), see `graphprune.capture.capture`; or what torch.export takes.
         calibration: batches like example_inputs, for passes that look at activations; read once.
         training: batches, a loss and an evaluation, for passes that train.
         cache: also capture a decoder's form with a key/value cache, which is what is exported then:
@@ -224,15 +225,22 @@ def load(path: str | os.PathLike[str]) -> Compiled:
     )
 
 
-def inspect(model: nn.Module | Program | Compiled, *, example_inputs: Any = None) -> AxisGroups:
+def inspect(
+    model: nn.Module | Program | Compiled,
+    *,
+    example_inputs: Any = None,
+    dynamic_shapes: Any = "auto",
+) -> AxisGroups:
     """The axis groups of a model: what could be removed together, and what is frozen and why.
+
+    Printed, they say too which sizes of inputs the captured model is for.
 
     Raises:
         CaptureError: there are no example inputs, or torch.export refuses the model.
     """
     from graphprune.axes import axis_groups
 
-    program, _, _ = _begin(model, example_inputs, "auto", cache=False)
+    program, _, _ = _begin(model, example_inputs, dynamic_shapes, cache=False)
     return axis_groups(program)
 
 
@@ -381,7 +389,8 @@ def _report_of(program: Program, capture_seconds: float) -> Report:
             ) from e
     size = Size.of(program)
     name = str(program.metadata.get("model", "model"))
-    return Report(name, before=size, after=size, capture_seconds=capture_seconds)
+    limits = tuple(program.limit_lines())
+    return Report(name, before=size, after=size, capture_seconds=capture_seconds, limits=limits)
 
 
 def _pass_reports(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import io
 import itertools
 import logging
 import traceback
@@ -16,13 +17,20 @@ import sympy
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor
 
-from graphprune.compare import relative_error, second_inputs, second_sizes
-from graphprune.errors import CaptureError
+from graphprune.agreement import with_second_batch
+from graphprune.codec import encode
+from graphprune.compare import second_sizes
+from graphprune.dynamic import asked_dims, asked_names, auto_shapes
+from graphprune.errors import CaptureError, GraphPruneError, UnsupportedError, VerificationError
+from graphprune.fixed import with_fixed
 from graphprune.functional import functionalize, inline_regions, spell_out
 from graphprune.graph import is_op, op_name, output_node, propagate
+from graphprune.guards import assumptions
 from graphprune.program import FROZEN, Argument, Constant, Entry, Program
+from graphprune.quiet import attributes_kept, quiet
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +44,7 @@ _CHECKS = {
     "_check",
     "_check_is_size",
 }
-_AGREEMENT = 1e-4  # captured against eager: the same kernels, of the output's size
-_AGREEMENT_HALF = 2e-2
+_REGIONS = {"flex_attention": "use scaled_dot_product_attention instead, with its mask"}
 _POSITIONAL = (
     inspect.Parameter.POSITIONAL_ONLY,
     inspect.Parameter.POSITIONAL_OR_KEYWORD,
@@ -60,24 +67,53 @@ def capture(
         model: any module that torch.export can trace.
         example_inputs: dict of keyword arguments, or tuple of positional ones; a batch of one is
             enlarged to two, because torch.export would make it a constant.
-        dynamic_shapes: "auto" makes batch and sequence symbolic where the model allows it; None
-            keeps every size, a batch of one included; anything else goes to torch.export as it is.
+        dynamic_shapes: "auto" makes batch and sequence symbolic where the model allows it; a list
+            of names does so too and demands these: "batch", "sequence", "height", "width" (of
+            images), or "INPUT:DIMENSION"; None keeps every size, a batch of one included; anything
+            else goes to torch.export as it is.
         check: run the captured program on another batch size and length against the model.
 
     Raises:
-        CaptureError: no inputs, a model that torch.export refuses, or one whose graph computes
-            something else on another batch.
+        CaptureError: no inputs, a model that torch.export refuses, a size that cannot be dynamic
+            as asked, or a graph that computes something else on another batch.
     """
-    args, kwargs = _call(model, example_inputs)
-    if dynamic_shapes is not None:
-        args, kwargs = _enlarge_batch(args, kwargs)
+    _check_module(model)
+    asked = asked_names(dynamic_shapes)
+    given = _call(model, example_inputs)
+    args, kwargs = given if dynamic_shapes is None else _enlarge_batch(*given)
     with quiet(model), _spelled_signature(model, kwargs):
-        auto = dynamic_shapes == "auto"
-        shapes = _auto_shapes(model, args, kwargs) if auto else dynamic_shapes
+        shapes = dynamic_shapes
+        if asked is not None:
+            shapes = auto_shapes(model, args, kwargs, asked)
         exported = exported_program(model, args, kwargs, shapes)
-        program = program_of(model, exported, args, kwargs)
-        entry = with_second_batch(model, program, "forward", check)
-        return replace(program, entries={"forward": entry})
+        program = program_of(
+            model, exported, args, kwargs, asked=asked or (), declared=asked is None
+        )
+        if dynamic_shapes is not None:
+            program = _entry_replaced(program, with_fixed(model, program, asked or ()))
+        program = _entry_replaced(program, with_second_batch(model, program, "forward", check))
+    _check_own_batch(model, program.forward, *given)
+    return program
+
+
+def _entry_replaced(program: Program, entry: Entry) -> Program:
+    return replace(program, entries={"forward": entry})
+
+
+def _check_module(model: nn.Module) -> None:
+    """Refuse modules that other tools made of the user's own."""
+    for path, module in model.named_modules():
+        name = f"{path!r} in {type(model).__name__}" if path else type(model).__name__
+        if isinstance(module, torch.jit.ScriptModule):
+            raise CaptureError(
+                f"{name} is a torch.jit module, whose Python code is gone; compile the nn.Module "
+                "that it was made from"
+            )
+        if isinstance(module, fx.GraphModule) and hasattr(module, "_guards_fn"):
+            raise CaptureError(
+                f"{name} is the module of an ExportedProgram, which is bound to its sizes; compile "
+                "the nn.Module that was exported"
+            )
 
 
 def exported_program(
@@ -91,7 +127,11 @@ def exported_program(
     try:
         # torch logs graphs and tracebacks beside what it raises; ours is one sentence.
         logging.disable(logging.ERROR)
-        with warnings.catch_warnings():
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stderr(io.StringIO()),
+            attributes_kept(model),
+        ):
             warnings.simplefilter("ignore")
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as e:
@@ -126,7 +166,11 @@ def _call(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[
         inspect.signature(model.forward).bind(*args, **kwargs)
     except TypeError as e:
         raise CaptureError(f"example_inputs do not fit {type(model).__name__}.forward: {e}") from e
-    return args, kwargs
+    # torch.export takes one tensor object in two places for one input, and views for one memory.
+    cloned: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(
+        lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs)
+    )
+    return cloned
 
 
 def _enlarge_batch(
@@ -139,66 +183,6 @@ def _enlarge_batch(
         lambda x: torch.cat([x, x]) if isinstance(x, Tensor) else x, (args, kwargs)
     )
     return enlarged
-
-
-def _auto_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Ask torch.export to decide for the first two dimensions, but not for an image's sides."""
-    lengths = {
-        x.shape[1]
-        for x in pytree.tree_leaves((args, kwargs))
-        if isinstance(x, Tensor) and x.dim() == 2
-    }
-
-    def dims(x: Any) -> Any:
-        if not isinstance(x, Tensor):
-            return None
-        return {
-            d: torch.export.Dim.AUTO
-            for d in range(x.dim())
-            if x.shape[d] > 1
-            and (d == 0 or (x.dim() <= 3 and d == 1) or (x.dim() > 3 and x.shape[d] in lengths))
-        }
-
-    arguments = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-    shapes: dict[str, Any] = {}
-    for name, value in arguments.items():
-        shapes[name] = pytree.tree_map(dims, value)
-    return shapes
-
-
-@contextlib.contextmanager
-def quiet(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, no key/value cache and no fused fast path, while inside.
-
-    Buffers get their values back too: tracing and comparing run the model, and it may count.
-    """
-    modes = {module: module.training for module in model.modules()}
-    buffers = {module: dict(module._buffers) for module in model.modules()}
-    values = {name: b.clone() for name, b in model.named_buffers()}
-    cached = []
-    for module in model.modules():
-        config: Any = getattr(module, "config", None)
-        if getattr(config, "use_cache", None) is True and config not in cached:
-            cached.append(config)
-    fast = torch.backends.mha.get_fastpath_enabled()
-    try:
-        model.eval()
-        for config in cached:
-            config.use_cache = False
-        torch.backends.mha.set_fastpath_enabled(False)
-        with torch.no_grad():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for config in cached:
-            config.use_cache = True
-        for module, mode in modes.items():
-            module.training = mode
-            module._buffers.clear()
-            module._buffers.update(buffers[module])
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(values[name])
 
 
 @contextlib.contextmanager
@@ -243,8 +227,14 @@ def _explain(model: nn.Module, error: Exception) -> str:
     where = f" at {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
     lines = [line for line in str(error).splitlines() if line.strip()]
     fact = lines[0].strip() if lines else type(error).__name__
+    fact = fact.partition(" (unhinted")[0].rstrip(".")
     text = str(error).lower()
-    if "data-dependent" in text or "guard on" in text or "unbacked" in text:
+    if "specialized integer" in text or "unbacked" in text:
+        remedy = (
+            "a size depends on tensor values: work on all positions with a mask, or move that line "
+            "out of forward"
+        )
+    elif "data-dependent" in text or "guard on" in text:
         remedy = (
             "its Python control flow depends on tensor values: replace the branch by torch.where, "
             "or move it out of forward"
@@ -262,8 +252,13 @@ def program_of(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     dynamic: Mapping[str, Mapping[int, str]] | None = None,
+    *,
+    asked: Sequence[str] = (),
+    declared: bool = False,
 ) -> Program:
     """What torch.export traced, as a Program of the entry `forward`, its second batch not tried.
+
+    Dimensions that torch.export was asked to keep dynamic and made constant are `fixed` in it.
 
     Args:
         model: the traced model, whose forward still has the traced signature.
@@ -271,6 +266,8 @@ def program_of(
         args: what it was traced with.
         kwargs: likewise.
         dynamic: names of the dynamic sizes; by default derived from the inputs.
+        asked: names of sizes that must be dynamic, which they are called by then.
+        declared: the dynamic shapes that torch.export was given have ranges of their own.
 
     Raises:
         CaptureError: the graph holds something that a Program cannot.
@@ -280,6 +277,7 @@ def program_of(
     graph = module.graph
     graph.set_codegen(torch.fx.graph.CodeGen())
     inline_regions(module, graph)
+    _check_operators(model, graph)
     for node in reversed(list(graph.nodes)):
         if (node.op == "call_module" and "_guards" in str(node.target)) or (
             node.op == "call_function" and op_name(node) in _CHECKS
@@ -296,14 +294,35 @@ def program_of(
     _own_operators(graph)
     graph.eliminate_dead_code()
     tensors, parameters, aliases, overlaps = _tensors(model, module, graph)
-    arguments, example, symbols = _interface(model, graph, in_spec, args, kwargs)
+    arguments, example, symbols = _interface(model, graph, in_spec, args, kwargs, asked)
     dynamic = symbols if dynamic is None else dynamic
     output = output_node(graph)
     output.args = (tuple(pytree.tree_leaves(output.args[0])),)
-    propagate(graph, tensors, example, dynamic)
+    try:
+        propagate(graph, tensors, example, dynamic)
+    except VerificationError as e:
+        raise CaptureError(
+            f"the captured graph of {type(model).__name__} does not run for every size: {e}; pass "
+            "dynamic_shapes=None, or write that operation in other operators"
+        ) from e
     names = tuple(n.name for n in graph.nodes if n.op == "placeholder")
-    second = second_sizes(names, example, dynamic)[0]
-    entry = Entry(graph, arguments, out_spec, example, dynamic, second)
+    found = assumptions(
+        exported, dict(zip(names, example, strict=True)), dynamic, declared=declared
+    )
+    fixed: dict[str, dict[int, str]] = {}
+    for (place, dim), line in found.static.items():
+        fixed.setdefault(place, {})[dim] = line
+    entry = Entry(
+        graph,
+        arguments,
+        out_spec,
+        example,
+        dynamic,
+        second_sizes(names, example, dynamic)[0],
+        bounds=found.bounds,
+        fixed=fixed,
+        relations=found.relations,
+    )
     return Program(
         tensors=tensors,
         parameters=parameters,
@@ -319,6 +338,23 @@ def program_of(
             ),
         },
     )
+
+
+def _check_operators(model: nn.Module, graph: fx.Graph) -> None:
+    """Refuse regions of Python that torch.export keeps beside the graph."""
+    name = type(model).__name__
+    for node in graph.nodes:
+        if isinstance(node.target, HigherOrderOperator):
+            raise CaptureError(
+                f"forward of {name} calls {op_name(node)!r}, a branch or loop of its own, which "
+                "graphprune does not rewrite; "
+                + _REGIONS.get(op_name(node), "use torch.where instead")
+            )
+    if any(is_op(node, "_add_batch_dim", "_remove_batch_dim") for node in graph.nodes):
+        raise CaptureError(
+            f"forward of {name} calls torch.vmap, which torch.export does not resolve; write that "
+            "line with a batch dimension"
+        )
 
 
 def _specs(module: fx.GraphModule) -> tuple[pytree.TreeSpec, pytree.TreeSpec]:
@@ -416,6 +452,7 @@ def _interface(
     in_spec: pytree.TreeSpec,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    asked: Sequence[str],
 ) -> tuple[tuple[Argument, ...], tuple[Tensor, ...], dict[str, dict[int, str]]]:
     """Map the model's arguments to placeholders, drop those of constants, name dynamic sizes."""
     positional, keyword = in_spec.children()
@@ -443,7 +480,8 @@ def _interface(
             else:
                 leaves.append(Constant(leaf))
                 graph.erase_node(node)
-        arguments.append(Argument(name, spec, tuple(leaves)))
+        default = _other_default(signature.get(name), value, leaves)
+        arguments.append(Argument(name, spec, tuple(leaves), default))
     given = {a.name for a in arguments}
     arguments += [
         Argument(p.name, pytree.tree_structure(p.default), (Constant(p.default),))
@@ -452,11 +490,35 @@ def _interface(
     ]
     order = {name: i for i, name in enumerate(signature)}
     arguments.sort(key=lambda a: order.get(a.name, order.get(rest, len(order))))
-    return tuple(arguments), tuple(example), _symbols(tensors)
+    return tuple(arguments), tuple(example), _symbols(tensors, asked)
 
 
-def _symbols(placeholders: Sequence[fx.Node]) -> dict[str, dict[int, str]]:
+def _other_default(
+    parameter: inspect.Parameter | None, value: Any, leaves: Sequence[str | Constant]
+) -> Constant | None:
+    """Forward's default of an argument that was captured as a constant of another value."""
+    if parameter is None or parameter.default is inspect.Parameter.empty:
+        return None
+    if not all(isinstance(leaf, Constant) for leaf in leaves):
+        return None
+    default = parameter.default
+    if type(default) is type(value) and bool(default == value):
+        return None
+    if isinstance(default, int | float | str | None) and default == value:
+        return None
+    try:
+        encode(default)
+    except UnsupportedError:
+        return Constant(repr(default))
+    return Constant(default)
+
+
+def _symbols(
+    placeholders: Sequence[fx.Node], asked: Sequence[str] = ()
+) -> dict[str, dict[int, str]]:
     """Name every symbolic size: "batch", "sequence", then after the input it first occurs in.
+
+    The sides of an image are called "height" and "width" where these are asked for.
 
     torch.export may give the first dimension of two inputs two symbols of equal value, where the
     model never compares them; it is one batch all the same.
@@ -471,83 +533,26 @@ def _symbols(placeholders: Sequence[fx.Node]) -> dict[str, dict[int, str]]:
             key = (expression,) if dim else ("batch", int(size.node.hint))
             if key not in names:
                 wanted = "batch" if dim == 0 else "sequence" if dim == 1 else f"{node.name}_{dim}"
+                for side in ("height", "width"):
+                    if side in asked and dim in asked_dims(side, "", node.meta["val"]):
+                        wanted = side
                 names[key] = wanted if wanted not in names.values() else f"{node.name}_{dim}"
             dynamic.setdefault(node.name, {})[dim] = names[key]
     return dynamic
 
 
-def with_second_batch(model: nn.Module, program: Program, name: str, check: bool) -> Entry:
-    """The entry with sizes of a second batch chosen, and program and model compared on it.
+def _check_own_batch(
+    model: nn.Module, entry: Entry, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> None:
+    """Refuse a model whose graph is not right for the inputs that it was given.
 
     Raises:
-        CaptureError: they disagree, or the graph fails where the model runs.
+        CaptureError: a batch of one was enlarged, and the graph holds for the larger one alone.
     """
-    entry = program.entries[name]
-    refusal = ""
-    for sizes in second_sizes(entry.input_names, entry.example, entry.dynamic):
-        entry = replace(entry, second=sizes)
-        flat = second_inputs(entry)
-        shapes = {n: tuple(t.shape) for n, t in zip(entry.input_names, flat, strict=True)}
-        try:
-            args, kwargs = _model_call(model, entry, [t.clone() for t in flat])
-            expected = pytree.tree_leaves(model(*args, **kwargs))
-        except Exception as e:
-            refusal = str(e).partition("\n")[0]
-            continue
-        try:
-            actual = program.run([t.clone() for t in flat], name)
-        except Exception as e:
-            raise CaptureError(
-                f"the captured graph of {type(model).__name__} fails on inputs of shapes {shapes}, "
-                f"where the model runs: {e}"
-            ) from e
-        if check:
-            _check_agreement(model, expected, actual, shapes)
-        break
-    else:
+    try:
+        entry.flatten(args, kwargs)
+    except GraphPruneError as e:
         raise CaptureError(
-            f"{type(model).__name__} itself fails on the example inputs: {refusal}; check that "
-            "model(*example_inputs) runs"
-        )
-    return entry
-
-
-def _model_call(
-    model: nn.Module, entry: Entry, flat: Sequence[Tensor]
-) -> tuple[list[Any], dict[str, Any]]:
-    """Flat inputs as a call of the original model."""
-    values = dict(zip(entry.input_names, flat, strict=True))
-    given = {
-        a.name: pytree.tree_unflatten(
-            [leaf.value if isinstance(leaf, Constant) else values[leaf] for leaf in a.leaves],
-            a.spec,
-        )
-        for a in entry.arguments
-    }
-    signature = inspect.signature(model.forward).parameters
-    if any(name not in signature for name in given) and any(
-        p.kind is inspect.Parameter.VAR_POSITIONAL for p in signature.values()
-    ):
-        keyword = {n for n, p in signature.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
-        args = [value for name, value in given.items() if name not in keyword]
-        return args, {name: given[name] for name in keyword if name in given}
-    only = {n for n, p in signature.items() if p.kind is inspect.Parameter.POSITIONAL_ONLY}
-    args = [value for name, value in given.items() if name in only]
-    return args, {name: value for name, value in given.items() if name not in only}
-
-
-def _check_agreement(
-    model: nn.Module, expected: Sequence[Any], actual: Sequence[Any], shapes: Mapping[str, Any]
-) -> None:
-    for i, (a, b) in enumerate(zip(expected, actual, strict=True)):
-        half = isinstance(a, Tensor) and a.dtype in (torch.bfloat16, torch.float16)
-        error = relative_error(a, b)
-        if isinstance(a, Tensor) and a.dtype is not b.dtype:
-            error = float("inf")
-        if not error <= (_AGREEMENT_HALF if half else _AGREEMENT):
-            raise CaptureError(
-                f"the captured graph of {type(model).__name__} disagrees with the model on output "
-                f"{i} for inputs of shapes {shapes}: forward is random, or depends on values, "
-                "sizes or state in a way that torch.export fixed; pass example_inputs of the size "
-                "you deploy and dynamic_shapes=None"
-            )
+            f"{type(model).__name__} was captured with a batch of two, not one, and is not right "
+            f"for one: {e}; or pass dynamic_shapes=None to keep the batch of one"
+        ) from e

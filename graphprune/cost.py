@@ -49,7 +49,11 @@ def _recurrent(program: Program, entry: str) -> int:
     for node in program.entries[entry].graph.nodes:
         if is_op(node, "lstm"):
             arguments = bound_arguments(node)
-            steps = [int(s) for s in node.args[0].meta["val"].shape[:2]]
+            # The example's sizes: asking a symbol for its number would make a constant of it.
+            steps = [
+                s.node.hint if isinstance(s, torch.SymInt) else s
+                for s in node.args[0].meta["val"].shape[:2]
+            ]
             weights = [program.tensors[str(p.target)] for p in arguments["params"]]
             total += 2 * steps[0] * steps[1] * sum(w.numel() for w in weights if w.dim() == 2)
     return total

@@ -20,11 +20,13 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from graphprune.capture import exported_program, program_of, quiet, with_second_batch
+from graphprune.agreement import with_second_batch
+from graphprune.capture import exported_program, program_of
 from graphprune.compare import relative_error
 from graphprune.errors import CaptureError
 from graphprune.graph import flat_outputs
 from graphprune.program import Entry, Program
+from graphprune.quiet import quiet
 
 _Pasts = Sequence[Mapping[str, Tensor]]
 
@@ -55,7 +57,7 @@ def with_decode(model: nn.Module, program: Program, *, check: bool = True) -> Pr
         kwargs = {
             IDS: ids[:, past:].contiguous(),
             MASK: mask,
-            PAST: [{k: v.contiguous() for k, v in layer.items()} for layer in pasts],
+            PAST: [{k: v.clone().contiguous() for k, v in layer.items()} for layer in pasts],
         }
         dynamic = _dynamic(len(pasts))
         auto = torch.export.Dim.AUTO
@@ -65,6 +67,7 @@ def with_decode(model: nn.Module, program: Program, *, check: bool = True) -> Pr
             flat = pytree.tree_leaves(dynamic, is_leaf=_sizes)
             inputs = [n for n in exported.graph_signature.user_inputs if isinstance(n, str)]
             found = program_of(model, exported, (), kwargs, dict(zip(inputs, flat, strict=True)))
+            _check_dynamic(name, found.forward)
             merged = _merged(program, _with_cache(found))
             entry = with_second_batch(model, merged, "decode", check)
     result = replace(merged, entries={**merged.entries, "decode": entry})
@@ -200,6 +203,16 @@ def _dynamic(layers: int) -> dict[str, Any]:
         MASK: {0: "batch", 1: "past+sequence"},
         PAST: [{"key": held, "value": held} for _ in range(layers)],
     }
+
+
+def _check_dynamic(name: str, entry: Entry) -> None:
+    """Refuse a decoder that fixes a size which changes from token to token."""
+    for place, dims in entry.fixed.items():
+        for dim, line in dims.items():
+            raise CaptureError(
+                f"{name} with a cache takes one size alone in dimension {dim} of {place!r}"
+                f"{line and f', because of {line}'}; compile it without cache"
+            )
 
 
 def _sizes(node: Any) -> bool:

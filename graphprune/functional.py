@@ -157,10 +157,8 @@ def _no_form(node: fx.Node) -> str:
 
 def _functional(graph: fx.Graph, node: fx.Node) -> fx.Node:
     """The same computation as a new value, of the type of what was written to."""
-    name = op_name(node)
-    packet = getattr(torch.ops.aten, "copy" if name == "copy_" else name[:-1], None)
-    overload = getattr(packet, getattr(node.target, "_overloadname", ""), None)
-    if not name.endswith("_") or overload is None:
+    overload = _functional_overload(node)
+    if overload is None:
         raise CaptureError(_no_form(node))
     value = node.meta["val"]
     with graph.inserting_after(node):
@@ -175,6 +173,28 @@ def _functional(graph: fx.Graph, node: fx.Node) -> fx.Node:
         cast = graph.call_function(torch.ops.aten.to.dtype, (new, value.dtype))
     cast.meta = dict(node.meta)
     return cast
+
+
+def _functional_overload(node: fx.Node) -> Any:
+    """The operator that computes what an in-place one writes, or None: add for add_, or for ior."""
+    name = op_name(node)
+    if name.startswith("__i") and name.endswith("__"):
+        name = f"__{name[3:]}"  # a |= b
+    elif name.endswith("_"):
+        name = name[:-1]
+    else:
+        return None
+    packet = getattr(torch.ops.aten, name, None)
+    if packet is None:
+        return None
+    wanted = _argument_types(node.target)
+    # Overloads of one meaning have different names: floor_divide_.Tensor, floor_divide.default.
+    found = [getattr(packet, overload) for overload in packet.overloads()]
+    return next((o for o in found if _argument_types(o) == wanted), None)
+
+
+def _argument_types(overload: Any) -> list[str]:
+    return [str(argument.type) for argument in overload._schema.arguments]
 
 
 def _is_view(node: fx.Node) -> bool:

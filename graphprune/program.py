@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,7 +19,9 @@ from graphprune.graph import (
     output_node,
     propagate,
     set_bound,
+    terms,
 )
+from graphprune.sizes import Relation, Shape, check_sizes, limit_lines
 
 JSON = Any  # what json.dumps takes
 
@@ -34,12 +37,30 @@ class Constant:
 class Argument:
     """One argument of the model's forward: its name, its nesting, and one leaf a tensor.
 
-    A leaf is the name of a placeholder, or a `Constant`.
+    Attributes:
+        leaves: the name of a placeholder, or a `Constant`.
+        default: forward's own default where the leaves are constants of another value, else None.
     """
 
     name: str
     spec: pytree.TreeSpec
     leaves: tuple[str | Constant, ...]
+    default: Constant | None = None
+
+    def check_default(self) -> None:
+        """Refuse a call without this argument where its default is not what was captured.
+
+        Raises:
+            GraphPruneError: so it is; both values are named.
+        """
+        if self.default is not None:
+            values = [leaf.value for leaf in self.leaves if isinstance(leaf, Constant)]
+            captured = pytree.tree_unflatten(values, self.spec)
+            raise GraphPruneError(
+                f"a call without input {self.name!r} means {self.default.value!r}, forward's "
+                f"default, and the model was captured with {captured!r}; pass {self.name}="
+                f"{captured!r}, or compile again without it"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +81,7 @@ class Entry:
             there is none. A symbol that is not named has no bounds.
         fixed: placeholder name -> {dimension: why it has the example's size alone}, for dimensions
             that could be dynamic by what they are (batch, length).
+        relations: what else must hold between sizes for the graph to be right.
     """
 
     graph: fx.Graph
@@ -71,17 +93,74 @@ class Entry:
     cache: Mapping[str, int] = field(default_factory=dict)
     bounds: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
     fixed: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    relations: tuple[Relation, ...] = ()
 
     @property
     def input_names(self) -> tuple[str, ...]:
         """Names of the placeholders: the inputs of the ONNX file, in order."""
         return tuple(n.name for n in self.graph.nodes if n.op == "placeholder")
 
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """The shape of every placeholder, with the names of dynamic sizes."""
+        return {
+            name: [self.dynamic.get(name, {}).get(d, size) for d, size in enumerate(tensor.shape)]
+            for name, tensor in zip(self.input_names, self.example, strict=True)
+        }
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        """Bounds, relations and fixed dimensions, as `check_sizes` and its kin take them."""
+        return {"bounds": self.bounds, "relations": self.relations, "fixed": self.fixed}
+
+    def limit_lines(self) -> list[str]:
+        """What a person must know about the sizes of inputs, a line each."""
+        said = [r for r in self.relations if not self._named(r)]
+        lines = [f"{symbol}: verified at the example's size only" for symbol in self.unvaried()]
+        return [*limit_lines(self.bounds, said, self.fixed), *lines]
+
+    def _named(self, relation: Relation) -> bool:
+        """Whether an equation only says that sizes of one name are equal."""
+        if not re.fullmatch(r"[a-z ()+=]+", relation.text):
+            return False
+        # Sizes at which it does not hold by chance.
+        sizes = {symbol: 1009 + 2 * i**2 for i, symbol in enumerate(self.second)}
+        shapes = {
+            name: [
+                s if isinstance(s, int) else sum(map(sizes.__getitem__, terms(s))) for s in shape
+            ]
+            for name, shape in self.shapes.items()
+        }
+        return relation.holds(shapes)
+
+    def unvaried(self) -> list[str]:
+        """Dynamic sizes that are the same in both batches, although their bounds allow others."""
+        own = {
+            symbol: int(tensor.shape[dim])
+            for name, tensor in zip(self.input_names, self.example, strict=True)
+            for dim, symbol in self.dynamic.get(name, {}).items()
+        }
+        return [
+            symbol
+            for symbol, size in self.second.items()
+            if size == own.get(symbol) and self.bounds.get(symbol) != (size, size)
+        ]
+
+    def check_sizes(self, flat: Iterable[Tensor]) -> None:
+        """Refuse flat inputs of sizes that the graph was not captured for.
+
+        Raises:
+            GraphPruneError: the input, its dimension, what it may be and the way out.
+        """
+        given = {name: tensor.shape for name, tensor in zip(self.input_names, flat, strict=True)}
+        check_sizes(self.shapes, given, **self.limits)
+
     def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """Turn a call of the model into the flat list of tensors that the graph takes.
 
         Raises:
-            GraphPruneError: an argument is missing, unknown, or not what capture saw.
+            GraphPruneError: an argument is missing, unknown, not what capture saw, or of a size
+                that the graph was not captured for.
         """
         names = [a.name for a in self.arguments]
         tensors = [a.name for a in self.arguments if any(isinstance(x, str) for x in a.leaves)]
@@ -93,6 +172,7 @@ class Entry:
             constant = all(isinstance(leaf, Constant) for leaf in argument.leaves)
             if argument.name not in given:
                 if constant:
+                    argument.check_default()
                     continue
                 raise GraphPruneError(
                     f"input {argument.name!r} is missing; the model was captured with {tensors}"
@@ -105,7 +185,7 @@ class Entry:
                 )
             for leaf, value in zip(argument.leaves, leaves, strict=True):
                 if isinstance(leaf, Constant):
-                    if value != leaf.value:
+                    if isinstance(value, Tensor) or value != leaf.value:
                         raise GraphPruneError(
                             f"input {argument.name!r} was captured as {leaf.value!r} and cannot "
                             f"be {value!r} now; compile again with that value"
@@ -121,7 +201,9 @@ class Entry:
             raise GraphPruneError(
                 f"unknown inputs {unknown}; the model was captured with {tensors}"
             )
-        return [values[name] for name in self.input_names]
+        flat = [values[name] for name in self.input_names]
+        self.check_sizes(flat)
+        return flat
 
     def unflatten(self, flat: Iterable[Any]) -> Any:
         """Give flat outputs the structure that the original model returns."""
@@ -167,6 +249,12 @@ class Program:
         """Run an entry on flat inputs, without gradients, to flat outputs."""
         with torch.no_grad():
             return list(graph_module(self, entry)(*flat))
+
+    def limit_lines(self) -> list[str]:
+        """What a person must know about the sizes of inputs, of all entries, a line each."""
+        return list(
+            dict.fromkeys(x for entry in self.entries.values() for x in entry.limit_lines())
+        )
 
     def num_parameters(self) -> int:
         """Number of trainable parameters, tied ones counted once."""

@@ -106,6 +106,7 @@ class Report:
         passes: every pass since the dense program, in order.
         capture_seconds: how long capture took; 0 where the compilation began with a program.
         seconds: everything, verification included.
+        limits: the sizes of inputs that the model is for, where these are not all, in words.
     """
 
     model: str
@@ -114,6 +115,7 @@ class Report:
     passes: tuple[PassReport, ...] = ()
     capture_seconds: float = 0.0
     seconds: float = 0.0
+    limits: tuple[str, ...] = ()
 
     def extended(self, after: Size, passes: Sequence[PassReport], seconds: float) -> Report:
         """This report with more passes behind it."""
@@ -149,13 +151,16 @@ class Report:
             for p in data["passes"]
         )
         sizes = {key: Size(**data[key]) for key in ("before", "after")}
-        return cls(**{**data, **sizes, "passes": passes})
+        limits = tuple(data.get("limits", ()))
+        return cls(**{**data, **sizes, "passes": passes, "limits": limits})
 
     def __str__(self) -> str:
         lines = [f"{self.model}: {self.headline()}", f"verification: {self.verification()}"]
         lines.append(
             f"seconds: {self.seconds:.1f}, of these {self.capture_seconds:.1f} for capture"
         )
+        if self.limits:
+            lines += ["sizes of inputs:", *(f"  {line}" for line in self.limits)]
         if self.passes:
             lines += ["", *_aligned([HEADER, *self.rows()])]
         skipped = self.skipped_lines()
@@ -181,6 +186,8 @@ class Report:
         if self.passes:
             lines += ["", "| " + " | ".join(HEADER) + " |", "|---|---|---:|---:|---:|"]
             lines += ["| " + " | ".join(row) + " |" for row in self.rows()]
+        if self.limits:
+            lines += ["", "## Sizes of inputs", "", *(f"- {line}" for line in self.limits)]
         skipped = self.skipped_lines()
         if skipped:
             lines += ["", "## Skipped", "", *(f"- {line}" for line in skipped)]

@@ -25,6 +25,7 @@ from graphprune.errors import ArtifactError, GraphPruneError
 from graphprune.files import check_target, sha256, whole_folder
 from graphprune.graph import output_node
 from graphprune.program import Argument, Constant, Entry, Program
+from graphprune.sizes import limits_from_json, limits_to_json
 from graphprune.targets import resolve, target_name
 from graphprune.treespec import decode_spec, encode_spec
 
@@ -180,10 +181,7 @@ def read_tensors(file: Path, expected: str) -> dict[str, Tensor]:
 
 
 def _encode_entry(entry: Entry) -> JSON:
-    arguments = [
-        {"name": a.name, "spec": encode_spec(a.spec), "leaves": [_encode_leaf(x) for x in a.leaves]}
-        for a in entry.arguments
-    ]
+    arguments = [_encode_argument(argument) for argument in entry.arguments]
     return {
         "nodes": [_encode_node(n) for n in entry.graph.nodes],
         "arguments": arguments,
@@ -194,11 +192,14 @@ def _encode_entry(entry: Entry) -> JSON:
         },
         "second": dict(entry.second),
         "cache": dict(entry.cache),
-        "bounds": {symbol: list(bounds) for symbol, bounds in entry.bounds.items()},
-        "fixed": {
-            name: {str(d): why for d, why in dims.items()} for name, dims in entry.fixed.items()
-        },
+        **limits_to_json(**entry.limits),
     }
+
+
+def _encode_argument(argument: Argument) -> JSON:
+    leaves = [_encode_leaf(leaf) for leaf in argument.leaves]
+    data = {"name": argument.name, "spec": encode_spec(argument.spec), "leaves": leaves}
+    return data if argument.default is None else data | {"default": encode(argument.default.value)}
 
 
 def _encode_leaf(leaf: str | Constant) -> JSON:
@@ -247,10 +248,7 @@ def _decode_entry(
     for item in data["nodes"]:
         _decode_node(item, graph, nodes, tensors)
     placeholders = [n.name for n in graph.nodes if n.op == "placeholder"]
-    arguments = tuple(
-        Argument(a["name"], decode_spec(a["spec"]), tuple(_decode_leaf(x) for x in a["leaves"]))
-        for a in data["arguments"]
-    )
+    arguments = tuple(_decode_argument(argument) for argument in data["arguments"])
     given = [leaf for a in arguments for leaf in a.leaves if isinstance(leaf, str)]
     if sorted(given) != sorted(placeholders):
         raise ArtifactError(f"the arguments {given} are not the graph's inputs {placeholders}")
@@ -264,6 +262,11 @@ def _decode_entry(
         0 <= number < spec.num_leaves for number in cache.values()
     ):
         raise ArtifactError("the cache is not made of the graph's inputs and outputs")
+    limits = limits_from_json(data)
+    ranks = {p: examples[f"{name}/{p}"].dim() for p in placeholders}
+    for place, dim in (x for r in limits["relations"] for x in r.sizes.values()):
+        if not 0 <= dim < ranks.get(place, 0):
+            raise ArtifactError(f"{place!r} has no dimension {dim}")
     return Entry(
         graph=graph,
         arguments=arguments,
@@ -272,15 +275,14 @@ def _decode_entry(
         dynamic={p: {int(d): str(s) for d, s in x.items()} for p, x in data["dynamic"].items()},
         second={str(symbol): int(size) for symbol, size in data["second"].items()},
         cache=cache,
-        bounds={
-            str(s): (int(low), None if high is None else int(high))
-            for s, (low, high) in data.get("bounds", {}).items()
-        },
-        fixed={
-            str(p): {int(d): str(why) for d, why in x.items()}
-            for p, x in data.get("fixed", {}).items()
-        },
+        **limits,
     )
+
+
+def _decode_argument(data: JSON) -> Argument:
+    default = Constant(decode(data["default"], {})) if "default" in data else None
+    leaves = tuple(_decode_leaf(leaf) for leaf in data["leaves"])
+    return Argument(data["name"], decode_spec(data["spec"]), leaves, default)
 
 
 def _decode_leaf(data: JSON) -> str | Constant:

@@ -202,8 +202,9 @@ def unify(a: Axis, b: Axis, where: str) -> None:
     elif a.kind == b.kind == "product":
         if not _refine_products(factors(a), factors(b), where):
             _give_up(a, b, f"{a!r} and {b!r} have no common refinement at {where}")
-    elif not _refine_segments(segments(a), segments(b), where) and not _refine_products(
-        factors(a), factors(b), where
+    elif not _refine_segments(segments(a), segments(b), where) and (
+        # The only factor of a concatenation is itself: this would unify the two for ever.
+        a.kind == b.kind or not _refine_products(factors(a), factors(b), where)
     ):
         _give_up(a, b, f"{a!r} and {b!r} have no common refinement at {where}")
 

@@ -184,6 +184,9 @@ class AxisGroups(Sequence[AxisGroup]):
             note = f"  frozen: {g.frozen[0]}" if g.frozen else ""
             note += "  normalised" if g.normalised and not g.frozen else ""
             lines.append(f"{g.role:18}{g.size:>7}{g.cost:>13,}  {g.id}{note}")
+        limits = self.program.limit_lines()
+        if limits:
+            lines += ["", "sizes of inputs:", *(f"  {line}" for line in limits)]
         return "\n".join(lines)
 
 

@@ -47,6 +47,14 @@ Pickle = Annotated[
     typer.Option("--allow-pickle", help="Load pickled weights too; reading them can run code."),
 ]
 Threads = Annotated[int, typer.Option(min=1, help="Threads of ONNX Runtime.")]
+Dynamic = Annotated[
+    str,
+    typer.Option(
+        metavar="SIZES",
+        help="Sizes that must be dynamic beside batch and sequence: height,width of images, or "
+        "INPUT:DIMENSION.",
+    ),
+]
 Batch = Annotated[
     str,
     typer.Option(
@@ -151,6 +159,7 @@ def inspect_command(
     everything: Annotated[
         bool, typer.Option("--all", help="One row a group, also for like ones of many layers.")
     ] = False,
+    dynamic: Dynamic = "",
     as_json: Json = False,
     allow_pickle: Pickle = False,
 ) -> None:
@@ -163,15 +172,18 @@ def inspect_command(
         with display.step(f"load {model}") as advance:
             subject = open_subject(model, allow_pickle, advance)
         with display.step("capture and analyse"):
-            groups = axis_groups(captured(subject).program)
+            groups = axis_groups(captured(subject, dynamic=_listed(dynamic)).program)
     if as_json:
         parameters = groups.program.num_parameters()
         found = [g.to_json() for g in groups]
-        _print_json({"model": model, "parameters": parameters, "groups": found})
+        limits = groups.program.limit_lines()
+        _print_json({"model": model, "parameters": parameters, "groups": found, "limits": limits})
         return
     console = _console()
     console.print(groups_table(groups, everything))
     console.print(groups_footer(groups))
+    for line in groups.program.limit_lines():
+        console.print(line, markup=False)
 
 
 @app.command("compile")
@@ -261,6 +273,7 @@ def compile_command(
     cache: Annotated[
         bool, typer.Option("--cache", help="A decoder with its key/value cache, to generate with.")
     ] = False,
+    dynamic: Dynamic = "",
     batch: Batch = "",
     threads: Threads = 1,
     seed: Annotated[int, typer.Option(help="Everything random comes from it.")] = 0,
@@ -313,6 +326,7 @@ def compile_command(
         calibration_lines,
         cache,
         lesson,
+        _listed(dynamic),
     )
     summary = _run(model, steps, out, options, allow_pickle)
     _present(summary, as_json)
@@ -615,6 +629,11 @@ def _run(model: str, steps: list[Any], out: Path, options: Options, allow_pickle
         return compiled_and_measured(
             subject, steps, out, options, step=display.step, observer=display.observe
         )
+
+
+def _listed(names: str) -> tuple[str, ...]:
+    """Names with commas between them."""
+    return tuple(name.strip() for name in names.split(",") if name.strip())
 
 
 def _flag(ratio: float | None, common: Mapping[str, Any], **more: Any) -> Mapping[str, Any] | None:

@@ -63,6 +63,7 @@ class Options:
     lines: int = LINES
     cache: bool = False
     lesson: Lesson | None = None
+    dynamic: tuple[str, ...] = ()
 
 
 @final
@@ -397,24 +398,38 @@ def open_subject(name: str, allow_pickle: bool, advance: Advance) -> LoadedModel
     return load_model(name, allow_pickle=allow_pickle, progress=advance)
 
 
-def captured(subject: LoadedModel | Artifact, cache: bool = False) -> Compiled:
+def captured(
+    subject: LoadedModel | Artifact, cache: bool = False, dynamic: Sequence[str] = ()
+) -> Compiled:
     """A subject without further passes: a model captured, an artifact's program read.
 
     Args:
         subject: what `open_subject` found.
         cache: with a decoder's cached form; an artifact has it or not.
+        dynamic: names of sizes that must be dynamic; an artifact's are what they are.
 
     Raises:
-        GraphPruneError: the model cannot be captured, or with a cache not.
+        GraphPruneError: the model cannot be captured, or with a cache or these sizes not.
     """
     from graphprune.api import compile, load
     from graphprune.models import LoadedModel
 
     if not isinstance(subject, LoadedModel):
+        if dynamic:
+            raise GraphPruneError(
+                "--dynamic is for a model that is captured now, and an artifact's sizes are what "
+                "they were at capture; name the model itself"
+            )
         loaded = load(subject.path)
         return compile(loaded, [], cache=True) if cache else loaded
     inputs = dict(subject.example_inputs)
-    compiled = compile(subject.module, [], example_inputs=inputs, cache=cache)
+    compiled = compile(
+        subject.module,
+        [],
+        example_inputs=inputs,
+        dynamic_shapes=tuple(dynamic) or "auto",
+        cache=cache,
+    )
     compiled.files = subject.files()
     return compiled
 
@@ -438,7 +453,7 @@ def compiled_and_measured(
     if lesson is not None:
         subject, lesson = taught(subject, lesson, tokenizer_dir(subject), options.seed)
     with step("capture"):
-        start = captured(subject, options.cache)
+        start = captured(subject, options.cache, options.dynamic)
         # Sizes that the model refuses are refused before the work.
         inputs = timed_inputs(start.program, options.sizes) if options.measure else {}
     training = first = None

@@ -127,3 +127,52 @@ def test_unit_labels_name_the_unit_at_each_position() -> None:
     assert algebra.unit_labels(axis, heads).tolist() == [0, 0, 0, 1, 1, 1, -1, -1]
     assert algebra.unit_labels(axis, dims).tolist() == [0, 1, 2, 0, 1, 2, -1, -1]
     assert algebra.unit_labels(axis, other).tolist() == [-1] * 6 + [0, 1]
+
+
+def test_concats_without_a_common_refinement_freeze_with_the_place() -> None:
+    # A symbolic difference has no sign: neither boundary is known to come first.
+    n, m = sympy.Symbol("n", positive=True, integer=True), sympy.Symbol("m", positive=True)
+    left, right = concat([leaf(n), leaf(m)]), concat([leaf(m), leaf(n)])
+    unify(left, right, "the cat")
+    for part in [*leaves(left), *leaves(right)]:
+        assert "no common refinement at the cat" in next(iter(part.frozen))
+
+
+def _structure(
+    data: st.DataObject, size: int, depth: int, pool: list[algebra.Axis]
+) -> algebra.Axis:
+    """Any axis of a size, of new leaves and of ones that are already somewhere."""
+    known = [axis for axis in pool if axis.size == size]
+    reuse = data.draw(st.booleans())
+    if known and reuse:
+        return data.draw(st.sampled_from(known))
+    kind = data.draw(st.sampled_from(["leaf", "product", "concat"])) if depth else "leaf"
+    divisors = [d for d in range(2, size) if size % d == 0]
+    if kind == "product" and divisors:
+        outer = data.draw(st.sampled_from(divisors))
+        parts = [_structure(data, s, depth - 1, pool) for s in (outer, size // outer)]
+        result = product(parts)
+    elif kind == "concat" and size > 1:
+        first = data.draw(st.integers(1, size - 1))
+        result = concat([_structure(data, s, depth - 1, pool) for s in (first, size - first)])
+    else:
+        result = leaf(size)
+    pool.append(result)
+    return result
+
+
+@given(st.data())
+def test_any_two_structures_unify_or_freeze(data: st.DataObject) -> None:
+    pool: list[algebra.Axis] = []
+    size = data.draw(st.sampled_from([4, 6, 8, 12, 24]))
+    pairs = []
+    for _ in range(data.draw(st.integers(1, 4))):
+        left, right = (_structure(data, size, 3, pool) for _ in range(2))
+        unify(left, right, "here")
+        pairs.append((left, right))
+    for left, right in pairs:
+        for part in {find(p) for p in [*leaves(left), *leaves(right)]}:
+            if part.size > 1 and not part.frozen:
+                keep = {part: torch.arange(part.size - 1)}
+                a, b = algebra.kept_indices(left, keep), algebra.kept_indices(right, keep)
+                assert torch.equal(a, b)

@@ -1,5 +1,8 @@
 """Capture: names, dynamic sizes, ties, half precision, in-place operators, and clear refusals."""
 
+import warnings
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,11 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from graphprune.api import compile
+from graphprune.api import load as load_compiled
 from graphprune.capture import capture
 from graphprune.compare import batches, relative_error, second_inputs
-from graphprune.errors import CaptureError, GraphPruneError
+from graphprune.errors import CaptureError, GraphPruneError, VerificationError
 from graphprune.models.tiny import tiny
 from graphprune.program import Program, ProgramModule
+from graphprune.serialize import load, save
 
 
 def agrees(model: nn.Module, program: Program, inputs: dict[str, Tensor]) -> None:
@@ -385,3 +391,234 @@ def test_norms_without_running_statistics_train_and_evaluate() -> None:
     assert not torch.equal(module(x), module(x))
     module.eval()
     assert torch.allclose(module(x), model.eval()(x), atol=1e-6)
+
+
+def test_one_tensor_given_for_two_inputs_stays_two() -> None:
+    class Sum(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return x + 2 * y
+
+    x = torch.randn(3, 6)
+    for example in ((x, x), (x, x[:])):
+        program = capture(Sum(), example)
+        p, q = torch.randn(4, 6), torch.randn(4, 6)
+        assert torch.equal(program(p, q), p + 2 * q)
+        assert program.forward.input_names == ("x", "y")
+
+
+def test_an_argument_left_out_means_its_default(tmp_path: Path) -> None:
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor, scale: float = 1.0, shift: tuple[int, int] = (1, 2)) -> Tensor:
+            return x * scale + shift[0]
+
+    x = torch.ones(2, 3)
+    same = capture(Scaled(), {"x": x, "scale": 1.0, "shift": (1, 2)})
+    assert torch.equal(same(x), x * 2)
+    other = capture(Scaled(), {"x": x, "scale": 100.0, "shift": (5, 2)})
+    save(other, tmp_path / "saved")
+    for program in (other, load(tmp_path / "saved")):
+        assert torch.equal(program(x, 100.0, (5, 2)), x * 105)
+        with pytest.raises(GraphPruneError, match=r"'scale' means 1\.0.*with 100\.0"):
+            program(x, shift=(5, 2))
+        with pytest.raises(GraphPruneError, match=r"'shift' means \(1, 2\).*with \(5, 2\)"):
+            program(x, scale=100.0)
+        with pytest.raises(GraphPruneError, match=r"captured as 100\.0 and cannot be"):
+            program(x, torch.tensor(100.0), (5, 2))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: torch.vmap(torch.sin)(x), r"calls torch\.vmap"),
+        (lambda x: x[: int(x.abs().max().item())], r"a size depends on tensor values"),
+        (lambda x: x if x.sum() > 0 else -x, r"torch\.where"),
+        (
+            lambda x: torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,)),
+            r"a branch or loop of its own",
+        ),
+    ],
+)
+def test_what_cannot_be_captured_is_one_sentence(
+    change: Callable[[Tensor], Tensor], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return change(x)
+
+    with pytest.raises(CaptureError, match=message) as caught:
+        capture(Net(), (torch.ones(2, 3),))
+    assert "\n" not in str(caught.value)
+    assert "unhinted" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_flexible_attention_names_the_way_out() -> None:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    class Attention(nn.Module):
+        def forward(self, q: Tensor) -> Tensor:
+            result: Any = flex_attention(q, q, q)
+            return result
+
+    with pytest.raises(CaptureError, match=r"'flex_attention'.*use scaled_dot_product_attention"):
+        capture(Attention(), (torch.randn(2, 2, 16, 8),))
+
+
+def test_modules_of_other_tools_are_refused() -> None:
+    x = torch.randn(2, 8)
+    exported = torch.export.export(nn.Linear(8, 8), (x,)).module()
+    jit: Any = torch.jit
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scripted, traced = jit.script(nn.Linear(8, 8)), jit.trace(nn.Linear(8, 8), x)
+    for model, message in [
+        (scripted, r"torch\.jit module.*compile the nn\.Module"),
+        (traced, r"torch\.jit module"),
+        (nn.Sequential(scripted), r"'0' in Sequential is a torch\.jit module"),
+        (exported, r"module of an ExportedProgram.*compile the nn\.Module"),
+    ]:
+        with pytest.raises(CaptureError, match=message):
+            capture(model, (x,))
+
+
+def test_a_graph_that_fits_no_symbol_is_a_capture_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise VerificationError("node 'x' does not fit")
+
+    monkeypatch.setattr("graphprune.capture.propagate", fails)
+    with pytest.raises(CaptureError, match=r"graph of Linear .*does not fit; pass dynamic_shapes"):
+        capture(nn.Linear(6, 4), (torch.randn(2, 6),))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda m: m.__ior__(m.roll(1)),
+        lambda m: m.__iand__(m.roll(1)),
+        lambda m: m.__ixor__(m.roll(1)),
+        lambda m: m.int().__ilshift__(2),
+        lambda m: m.int().__irshift__(1),
+        lambda m: m.float().pow_(2),
+        lambda m: m.float().add_(1.5).floor_divide_(2),
+    ],
+)
+def test_operators_that_write_are_functional(write: Callable[[Tensor], Tensor]) -> None:
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * write(x > 0)
+
+    program = capture(Net(), (torch.randn(3, 6),))
+    x = torch.randn(4, 6)
+    assert torch.equal(program(x), x * write(x > 0))
+    for node in program.forward.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        assert schema is None or not schema.is_mutable
+
+
+def test_what_forward_keeps_for_next_time_is_not_what_was_traced() -> None:
+    class Lazy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if not hasattr(self, "table"):
+                self.table = torch.arange(6.0)
+            return x * self.table
+
+    model, x = Lazy(), torch.randn(3, 6)
+    program = capture(model, (x,))
+    assert not hasattr(model, "table")
+    assert torch.equal(model(x), x * torch.arange(6.0))
+    assert torch.equal(program(x), model(x))
+
+
+@pytest.mark.parametrize("extra", [None, 7, "name", "size"])
+def test_outputs_that_are_no_tensors(extra: Any, tmp_path: Path) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(6, 4)
+
+        def forward(self, x: Tensor, targets: Tensor | None = None) -> Any:
+            return self.a(x), x.shape[0] if extra == "size" else extra
+
+    compiled = compile(Net(), [], example_inputs=(torch.randn(2, 6),))
+    compiled.export(tmp_path / "out", baseline=False)
+    x = torch.randn(5, 6)
+    for module in (compiled.module, load_compiled(tmp_path / "out").module):
+        result = module(x)
+        assert isinstance(result, tuple)
+        assert result[0].shape == (5, 4)
+        assert result[1] == (5 if extra == "size" else extra)
+
+
+def test_a_graph_that_fails_at_another_length_is_kept_to_its_own(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = nn.Linear(6, 4)
+    run = Program.run
+
+    def only_eight(self: Program, flat: Any, entry: str = "forward") -> Any:
+        flat = list(flat)
+        if flat[0].shape[1] != 8:
+            raise RuntimeError("shape '[5]' is invalid")
+        return run(self, flat, entry)
+
+    monkeypatch.setattr(Program, "run", only_eight)
+    program = capture(model, (torch.randn(2, 8, 6),))
+    monkeypatch.undo()
+    assert program.forward.bounds == {"sequence": (8, 8)}
+    assert "is invalid; so it is kept to {'sequence': 8}" in caplog.text
+    assert program(torch.randn(5, 8, 6)).shape == (5, 8, 4)
+    with pytest.raises(GraphPruneError, match="only for sizes of 8;"):
+        program(torch.randn(2, 5, 6))
+
+
+def test_a_scan_in_chunks_is_captured_at_whole_chunks() -> None:
+    transformers: Any = pytest.importorskip("transformers")
+    config = transformers.Mamba2Config(
+        vocab_size=99,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_heads=8,
+        head_dim=8,
+        state_size=16,
+        n_groups=2,
+        chunk_size=4,
+        use_cache=False,
+    )
+    model = transformers.Mamba2ForCausalLM(config).eval()
+    program = capture(model, {"input_ids": torch.randint(0, 99, (2, 8))})
+    assert "sequence: verified at the example's size only" in program.limit_lines()
+    for length, right in [(8, True), (12, True), (10, False), (5, False)]:
+        ids = torch.randint(0, 99, (3, length))
+        if right:
+            agrees(model, program, {"input_ids": ids})
+        else:
+            with pytest.raises(GraphPruneError, match=r"input_ids|is right only"):
+                program(input_ids=ids)
+
+
+def test_long_and_short_rotary_frequencies_are_both_captured() -> None:
+    transformers: Any = pytest.importorskip("transformers")
+    config = transformers.Phi3Config(
+        vocab_size=99,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        original_max_position_embeddings=16,
+        pad_token_id=0,
+        eos_token_id=2,
+        rope_scaling={"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4},
+        use_cache=False,
+    )
+    model = transformers.Phi3ForCausalLM(config).eval()
+    ids = torch.randint(3, 99, (2, 8))
+    program = capture(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    for length in (8, 16, 17, 40):
+        ids = torch.randint(3, 99, (2, length))
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        try:
+            agrees(model, program, inputs)
+        except GraphPruneError:
+            assert length > 16

@@ -147,6 +147,18 @@ def test_inspect_shows_roles_and_reasons(run: Run, artifact: Path) -> None:
     assert [g["size"] for g in found["groups"] if g["role"] == "head"] == [2, 2]
 
 
+def test_sizes_of_images_can_be_dynamic(run: Run) -> None:
+    kept = json.loads(run("inspect", "tiny-cnn", "--json").stdout)["limits"]
+    assert any("--dynamic height,width" in line for line in kept)
+    assert "cannot change" in run("inspect", "tiny-cnn").stdout
+    asked = ("tiny-cnn", "--dynamic", "height, width")
+    assert not json.loads(run("inspect", *asked, "--json").stdout)["limits"]
+    made = run("compile", *asked, "--recipe", "clean", "--no-measure", "-o", "out")
+    assert made.exit_code == 0, made.stderr
+    manifest = json.loads(Path("out/manifest.json").read_text())
+    assert manifest["inputs"][0]["shape"] == ["batch", 3, "height", "width"]
+
+
 def test_bench_measures_an_artifact_and_a_model(run: Run, artifact: Path) -> None:
     row = json.loads(run("bench", str(artifact), "--batch", "2x16", "--json").stdout)
     assert row["batch"] == "2x16"
@@ -316,6 +328,9 @@ COMPILE = ("compile", "tiny-mlp", "-o", "out")
         (("compile", "tiny-mlp", "--neurons", "0.5", "-o", "foreign"), "did not write it"),
         (("compile", "tiny-mlp", "--neurons", "0.5", "-o", "file"), "file"),
         (("inspect", "a b"), "no folder"),
+        (("inspect", "tiny-vit", "--dynamic", "height"), "'height' cannot be dynamic"),
+        (("inspect", "tiny-mlp", "--dynamic", "width"), "no input"),
+        (("inspect", "tiny-mlp", "--dynamic", "depth"), "'depth' is no size"),
         (("inspect", "foreign"), "config.json"),
         (("bench", "tiny-mlp", "--against", "foreign"), "compile the model first"),
         ((*COMPILE, "--neurons", "0.5", "--score", "obs"), "--calibration FILE"),

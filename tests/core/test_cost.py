@@ -51,3 +51,24 @@ def test_sizes_that_depend_on_values_are_run() -> None:
     mask[:, 3] = True
     program = capture(Chosen(), (torch.randn(2, 7, 6), mask), dynamic_shapes=None)
     assert flops(program) == 2 * 2 * 6 * 5
+
+
+def test_counting_leaves_symbols_alone() -> None:
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.LSTM(6, 5, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.layer(x)[0]
+            return result
+
+    program = capture(Tagger(), (torch.randn(2, 7, 6),))
+    values = {n.name: str(n.meta["val"]) for n in program.forward.graph.nodes if "val" in n.meta}
+    assert flops(program) > 0
+    for node in program.forward.graph.nodes:
+        if node.name in values:
+            assert str(node.meta["val"]) == values[node.name]
+    (x,) = (n for n in program.forward.graph.nodes if n.op == "placeholder")
+    assert isinstance(x.meta["val"].shape[0], torch.SymInt)
+    assert x.meta["val"].shape[0].node.expr.free_symbols
