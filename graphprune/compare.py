@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from graphprune.errors import GraphPruneError
 from graphprune.graph import bound_arguments, is_op, op_name, terms
 from graphprune.program import Entry
 
@@ -133,7 +134,16 @@ def _bound_sizes(entry: Entry) -> list[dict[str, int]]:
                 for s, n in own.items()
             }
             result.append({**few, symbol: bound})
-    return result
+    return [sizes for sizes in result if _is_allowed(entry, _resized(entry, sizes))]
+
+
+def _is_allowed(entry: Entry, inputs: list[Tensor]) -> bool:
+    """Whether sizes hold to what they have to do with each other."""
+    try:
+        entry.check_sizes(inputs)
+    except GraphPruneError:
+        return False
+    return True
 
 
 def _own_sizes(

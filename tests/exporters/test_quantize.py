@@ -104,6 +104,10 @@ def lower(float_file: Callable[[Program], Path], tmp_path: Path) -> Lower:
     return lowered
 
 
+# Eight bits saturate on CPUs without VNNI, in ONNX Runtime's own kernels.
+SEVEN_BITS = True
+
+
 def marked(program: Program, scheme: str, **options: Any) -> Program:
     context = Context(calibration=[program.forward.example])
     return Quantize(scheme, **options).run(program, context).program
@@ -147,7 +151,7 @@ def tied() -> Program:
 def test_every_scheme_runs_and_stays_near(
     name: str, scheme: str, captured: Captured, lower: Lower
 ) -> None:
-    file = lower(captured(name), scheme)
+    file = lower(captured(name), scheme, reduce_range=SEVEN_BITS)
     least = 0.9 if scheme.startswith("int4") else 0.999
     assert all(d["cosine"] > least for d in file.notes["drift"])
     assert file.notes["products"] > 0
@@ -208,13 +212,13 @@ def test_rows_of_zeros_have_a_scale() -> None:
 
 
 def simulated(x: Tensor, weight: Tensor) -> Tensor:
-    """x W' with a uint8 scale for all of x, and an int8 scale for each row of W."""
+    """x W' with a uint8 scale for all of x, and a scale for each row of W, in seven bits."""
     low, high = x.min().clamp(max=0), x.max().clamp(min=0)
     scale = (high - low) / 255
     zero = (-low / scale).round().clamp(0, 255)
     codes = ((x / scale).round() + zero).clamp(0, 255) - zero
-    step = weight.abs().amax(1, keepdim=True) / 127
-    rows = (weight / step).round().clamp(-127, 127)
+    step = weight.abs().amax(1, keepdim=True) / 64
+    rows = (weight / step).round().clamp(-64, 64)
     return (codes @ rows.T) * scale * step.T
 
 
@@ -224,7 +228,8 @@ def test_onnx_runtime_computes_what_torch_simulates(lower: Lower) -> None:
     layer = nn.Linear(96, 40)
     source = capture(nn.Sequential(layer), (torch.randn(5, 96),))
     x = torch.randn(9, 96)
-    actual = torch.from_numpy(lower(source, "int8-dynamic").run(x.numpy()))
+    file = lower(source, "int8-dynamic", reduce_range=SEVEN_BITS)
+    actual = torch.from_numpy(file.run(x.numpy()))
     expected = simulated(x, layer.weight.detach()) + layer.bias.detach()
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
@@ -287,18 +292,20 @@ def test_costly_layers_stay_float_until_the_error_holds(lower: Lower) -> None:
         first.bias[0] = -1.0  # this unit never fires
     net = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third)
     source = capture(net, (torch.randn(16, 64),))
-    assert lower(source, "int8-dynamic").notes["drift"][0]["error"] > 0.03
-    kept = lower(source, "int8-dynamic", keep_error=0.03)
+    options = {"reduce_range": SEVEN_BITS}
+    assert lower(source, "int8-dynamic", **options).notes["drift"][0]["error"] > 0.05
+    kept = lower(source, "int8-dynamic", keep_error=0.05, **options)
     assert list(kept.notes["float"]) == ["2.weight"]
-    assert kept.notes["drift"][0]["error"] <= 0.03
+    assert kept.notes["drift"][0]["error"] <= 0.05
     alone = kept.notes["error_alone"]
     assert max(alone, key=alone.__getitem__) == "2.weight"
     with pytest.raises(ExportError, match="leaves nothing to quantise"):
-        lower(source, "int8-dynamic", keep_error=1e-9)
+        lower(source, "int8-dynamic", keep_error=1e-9, **options)
 
 
 def test_an_artifact_holds_the_dense_twin_in_both_forms(program: Program, tmp_path: Path) -> None:
-    artifact = export(marked(program, "int8-dynamic"), tmp_path / "out", baseline=program)
+    quantised = marked(program, "int8-dynamic", reduce_range=SEVEN_BITS)
+    artifact = export(quantised, tmp_path / "out", baseline=program)
     manifest = artifact.manifest
     assert manifest["precision"]["onnx"] == "int8-dynamic"
     assert all(a["error"] <= 1e-4 for a in manifest["parity"][MODEL])
@@ -426,7 +433,7 @@ def test_drift_is_the_worst_of_all_inputs() -> None:
     a, b = np.array([3.0, 4.0]), np.array([3.0, 4.5])
     (found,) = drifts(["y"], [[a], [a]], [[a], [b]])
     assert found.error == pytest.approx(0.1)
-    assert found.largest == pytest.approx(0.125)
+    assert found.largest == pytest.approx(0.5 / 3)  # of the row's scale, its lower value here
     assert found.cosine < 1
     (same,) = drifts(["y"], [[np.array([np.inf, 1.0])]], [[np.array([np.inf, 1.0])]])
     assert (same.cosine, same.error) == (1.0, 0.0)
