@@ -241,10 +241,10 @@ def _changed(values: Mapping[fx.Node, Any], marked: Mapping[fx.Node, Any], value
     """Where the result changes with what stands in the absent elements."""
     generator = torch.Generator().manual_seed(0)
     results = []
-    for turn in range(2):
+    for fill in (1.0, 1e30, -1e30):  # the large ones win every maximum, minimum and sort
         replaced = {
             n: pytree.tree_map(
-                lambda v, m, turn=turn: _filled(v, m, turn, generator), values[n], marked[n]
+                lambda v, m, fill=fill: _filled(v, m, fill, generator), values[n], marked[n]
             )
             for n in marked
         }
@@ -252,18 +252,19 @@ def _changed(values: Mapping[fx.Node, Any], marked: Mapping[fx.Node, Any], value
     return pytree.tree_map(_differ, *results)
 
 
-def _filled(value: Tensor, mark: Tensor | None, turn: int, generator: torch.Generator) -> Tensor:
+def _filled(value: Tensor, mark: Tensor | None, fill: float, generator: torch.Generator) -> Tensor:
     if mark is None:
         return value
     if not value.is_floating_point():
-        return torch.where(mark, torch.full_like(value, bool(turn)), value)
-    # Positive: a variance may be among them.
-    drawn = torch.rand(value.shape, generator=generator, dtype=torch.float64) + 1 + 3 * turn
+        return torch.where(mark, torch.full_like(value, fill > 1), value)
+    drawn = fill * (1 + torch.rand(value.shape, generator=generator, dtype=torch.float64))
     return torch.where(mark, drawn.to(value.dtype), value)
 
 
-def _differ(a: Any, b: Any) -> Tensor | None:
-    if not isinstance(a, Tensor):
+def _differ(first: Any, *others: Any) -> Tensor | None:
+    if not isinstance(first, Tensor):
         return None
-    different = ~((a == b) | (a.isnan() & b.isnan()))
+    different = torch.zeros(first.shape, dtype=torch.bool)
+    for other in others:
+        different = different | ~((first == other) | (first.isnan() & other.isnan()))
     return different if bool(different.any()) else None
