@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import tempfile
 import warnings
@@ -98,6 +99,17 @@ class _Stop(Exception):
     """The graph cannot be tried further."""
 
 
+@contextlib.contextmanager
+def _default(dtype: torch.dtype) -> Iterator[None]:
+    """What tensors are made of without a dtype, while inside."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def check(graph: Graph, cuts: int = 2, *, onnx: bool = False, thorough: bool = False) -> Outcome:
     """Capture the graph, cut free axes at random and compare.
 
@@ -108,34 +120,23 @@ def check(graph: Graph, cuts: int = 2, *, onnx: bool = False, thorough: bool = F
         thorough: before those, take one unit out of every free axis, one after the other.
     """
     outcome = Outcome()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            case = _prepared(graph, outcome)
-            _check_identity(case, outcome)
-            for i, kept in enumerate(_cuts(case, cuts, thorough)):
-                _check_cut(case, kept, outcome, onnx=onnx and i == 0)
-    except _Stop:
-        pass
-    finally:
-        torch.set_default_dtype(torch.float32)
+    with _default(torch.float64), warnings.catch_warnings(), contextlib.suppress(_Stop):
+        warnings.simplefilter("ignore")
+        case = _prepared(graph, outcome)
+        _check_identity(case, outcome)
+        for i, kept in enumerate(_cuts(case, cuts, thorough)):
+            _check_cut(case, kept, outcome, onnx=onnx and i == 0)
     return outcome
 
 
 def check_source(model: nn.Module, graph: Graph, kept: Kept) -> str:
     """Cut a printed module as it was cut when it failed; what is wrong, or "agrees"."""
     outcome = Outcome()
-    torch.set_default_dtype(torch.float64)
-    try:
+    with _default(torch.float64), contextlib.suppress(_Stop):
         case = _prepared(graph, outcome, type(model)().eval())
         _check_identity(case, outcome)
         if kept:
             _check_cut(case, kept, outcome, onnx=False)
-    except _Stop:
-        pass
-    finally:
-        torch.set_default_dtype(torch.float32)
     return "; ".join(f"{f.kind}: {f.detail}" for f in outcome.failures) or "agrees"
 
 
@@ -372,8 +373,9 @@ def _check_cut(case: _Case, kept: Kept, outcome: Outcome, *, onnx: bool) -> None
     outcome.cuts += 1
     outcome.plain += zeroed is not None
     outcome.unseen += not moved
-    if onnx and not outcome.failures:
-        _check_onnx(case, shrunk, kept, outcome)
+    if onnx and not case.entry.cache:
+        with _default(torch.float32), tempfile.TemporaryDirectory() as folder:
+            _check_onnx(case, shrunk, kept, outcome, Path(folder) / "model.onnx")
 
 
 def _wrong(case: _Case, outcome: Outcome, oracle: str, detail: str, kept: Kept) -> None:
@@ -455,40 +457,35 @@ def _zeroed(case: _Case, marks: Mapping[str, Tensor]) -> nn.Module:
     return model
 
 
-def _check_onnx(case: _Case, shrunk: Program, kept: Kept, outcome: Outcome) -> None:
+def _check_onnx(case: _Case, shrunk: Program, kept: Kept, outcome: Outcome, path: Path) -> None:
     """ONNX Runtime against float64, allowed what torch itself errs in float32."""
     from graphprune.exporters.convert import save_onnx, to_onnx
     from graphprune.exporters.ort import open_session
 
-    if case.entry.cache:
-        return
-    torch.set_default_dtype(torch.float32)
     single = shrunk.cast(torch.float64, torch.float32)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
+    try:
+        save_onnx(to_onnx(single), path)
+        session = open_session(path, 1)
+    except ExportError as e:
+        outcome.exported = _told(e)
+        return
+    except Exception as e:
+        _wrong(case, outcome, "ONNX", _told(e), kept)
+    names = [i.name for i in session.get_inputs()]
+    module, wide = graph_module(single), graph_module(shrunk)
+    for inputs in case.batches[: len(case.batches) // 2]:
+        given = [t.float() if t.is_floating_point() else t for t in inputs]
+        exact = _run(wide, [t.double() if t.is_floating_point() else t for t in given])
+        own = _run(module, given)
+        feeds = dict(zip(case.entry.input_names, (t.numpy() for t in given), strict=True))
         try:
-            save_onnx(to_onnx(single), path)
-            session = open_session(path, 1)
-        except ExportError as e:
-            outcome.exported = _told(e)
-            return
+            found = session.run(None, {n: feeds[n] for n in names})
         except Exception as e:
-            _wrong(case, outcome, "ONNX", _told(e), kept)
-        names = [i.name for i in session.get_inputs()]
-        module, wide = graph_module(single), graph_module(shrunk)
-        for inputs in case.batches[: len(case.batches) // 2]:
-            given = [t.float() if t.is_floating_point() else t for t in inputs]
-            exact = _run(wide, [t.double() if t.is_floating_point() else t for t in given])
-            own = _run(module, given)
-            feeds = dict(zip(case.entry.input_names, (t.numpy() for t in given), strict=True))
-            try:
-                found = session.run(None, {n: feeds[n] for n in names})
-            except Exception as e:
-                _wrong(case, outcome, "ONNX run", f"{_told(e)} {_shapes(inputs)}", kept)
-            for a, b, c in zip(exact, own, found, strict=True):
-                limit = max(1e-4, 20 * difference(a, b))
-                error = difference(a, torch.from_numpy(c))
-                if not error <= limit:
-                    detail = f"{error:.1e}, allowed {limit:.1e} {_shapes(inputs)}"
-                    _wrong(case, outcome, "ONNX", detail, kept)
+            _wrong(case, outcome, "ONNX run", f"{_told(e)} {_shapes(inputs)}", kept)
+        for a, b, c in zip(exact, own, found, strict=True):
+            limit = max(1e-4, 20 * difference(a, b))
+            error = difference(a, torch.from_numpy(c))
+            if not error <= limit:
+                detail = f"{error:.1e}, allowed {limit:.1e} {_shapes(inputs)}"
+                _wrong(case, outcome, "ONNX", detail, kept)
     outcome.exported = "ok"

@@ -337,11 +337,12 @@ def cached_attention(b: Source, c: Choices) -> None:
 def _weighted_cache(
     b: Source, c: Choices, q: str, k: str, v: str, heads: int, groups: int, width: int
 ) -> str:
+    queries = heads * groups
     if groups > 1 and c.odds(0.5):
         k, v = (b.let(f"{t}.repeat_interleave({groups}, dim=1)") for t in (k, v))
         groups = 1
     if groups == 1 and c.odds(0.4):
-        weights = _scores(b, c, q, k, heads * groups, width)
+        weights = _scores(b, c, q, k, queries, width)
         return b.let(f"{weights} @ {v}")
     gqa = ", enable_gqa=True" if groups > 1 else ""
     return b.let(f"F.scaled_dot_product_attention({q}, {k}, {v}{gqa})")
