@@ -546,7 +546,7 @@ def chosen(b: Source, c: Choices) -> None:
         f"{h}.index_fill(2, torch.arange(2), 0.5)",
         f"{h}.index_copy(2, torch.arange({width}).flip(0), {h} * 2)",
         f"{h} + {h}[..., :1]", f"{h} * {h}.select(-1, 1).unsqueeze(-1)",
-        f"torch.tril(torch.ones({width}, {width}, dtype=torch.float64)) @ {h}.mT @ {h}",
+        f"{h} @ torch.tril(torch.ones({width}, {width}, dtype=torch.float64))",
     )  # fmt: skip
     y = b.let(text)
     back(b, c, y, width)
