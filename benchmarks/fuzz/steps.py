@@ -859,7 +859,12 @@ def operators(b: Source, c: Choices) -> None:
         f"{aten}.linalg_vector_norm({h}, 2, [-1], True) * {h}",
         f"{aten}.repeat_interleave.self_int({h}, 2, -1)[..., ::2]",
         f"{aten}.new_empty_strided({h}, [{width}], [1]).zero_() + {h}",
+        f"{aten}.norm.ScalarOpt_dim({h}, 2, [-1], True) * {h}",
+        f"{aten}.reflection_pad1d({h}, [1, 1])[..., 1:-1]",
+        f"{aten}.reflection_pad2d({h}, [1, 1, 0, 0])[..., 2:]",
+        f"{aten}.replication_pad2d({h}, [0, 1, 1, 0])[:, 1:, 1:]",
+        f"{h} * torch.bincount(torch.arange({width}))",
         f"{aten}.special_log_softmax({h}, 1)",
     )
-    b.summed(zero or "linalg" not in text)
+    b.summed(zero or not ("vector_norm" in text or "aten.norm" in text))
     back(b, c, b.let(text), width)
