@@ -35,7 +35,7 @@ def with_second_batch(model: nn.Module, program: Program, name: str, check: bool
     entry = program.entries[name]
     failures: list[str] = []
     refusal = ""
-    for sizes in second_sizes(entry.input_names, entry.example, entry.dynamic):
+    for sizes in second_sizes(entry.input_names, entry.example, entry.dynamic, entry.bounds):
         entry = replace(entry, second=sizes)
         flat = second_inputs(entry)
         if not _allowed(entry, flat):

@@ -318,7 +318,7 @@ def program_of(
         out_spec,
         example,
         dynamic,
-        second_sizes(names, example, dynamic)[0],
+        second_sizes(names, example, dynamic, found.bounds)[0],
         bounds=found.bounds,
         fixed=fixed,
         relations=found.relations,

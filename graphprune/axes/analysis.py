@@ -154,7 +154,8 @@ def _normalise_subtracted_means(facts: Facts) -> None:
     for contraction in facts.contractions:
         if contraction.kind == "weights" or contraction.node not in facts.activations:
             continue
-        summed = set(algebra.leaves(contraction.axis))
+        # What still carries the axis, as rms_norm does, is no sum.
+        summed = set(algebra.leaves(contraction.axis)) - _leaves(facts, contraction.node)
         stack, seen = [contraction.node], {contraction.node}
         while stack:
             source = stack.pop()

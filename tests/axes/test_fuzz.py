@@ -1,6 +1,5 @@
 """The fuzzer: fixed graphs stay right, planted faults are seen, and a failure becomes small."""
 
-import os
 import re
 import runpy
 from collections.abc import Iterator
@@ -46,9 +45,7 @@ def test_fixed_graphs(number: int) -> None:
     assert failed(check(replace(draw(SEED, number), dynamic=number < 2), 1)) == []
 
 
-@pytest.mark.skipif(
-    os.environ.get("GRAPHPRUNE_SLOW") != "1", reason="200 graphs take minutes: GRAPHPRUNE_SLOW=1"
-)
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(20, 220))
 def test_more_fixed_graphs(number: int) -> None:
     assert failed(check(draw(SEED, number), 2)) == []

@@ -416,6 +416,7 @@ EXACT: dict[str, Callable[[Tensor], Tensor]] = {
     "RMS by hand": lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5),
     "L2": lambda x: F.normalize(x, dim=-1),
     "gate": lambda x: x * torch.sigmoid(x.mean(-1, keepdim=True)),
+    "RMS norm and a residual": lambda x: x + F.rms_norm(x, (16,)),
     "RMS and a residual": lambda x: x + x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1),
 }
 
