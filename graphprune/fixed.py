@@ -67,6 +67,9 @@ def with_fixed(model: nn.Module, program: Program, asked: Sequence[str]) -> Entr
                 reason,
             )
         fixed.setdefault(place[0], {})[place[1]] = reason
+    for place, name in demanded.items():
+        if place[1] not in entry.dynamic.get(place[0], {}):
+            _check_demanded(name, "the example inputs have a size of one there")
     return replace(entry, fixed=fixed)
 
 

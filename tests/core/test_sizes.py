@@ -259,6 +259,11 @@ def test_sizes_that_cannot_be_dynamic(names: list[str], message: str) -> None:
         capture(Convolutional().eval(), (torch.randn(2, 3, 16, 12),), dynamic_shapes=names)
 
 
+def test_a_size_of_one_in_the_examples_cannot_be_dynamic() -> None:
+    with pytest.raises(CaptureError, match=r"'height' cannot be dynamic: .* a size of one there"):
+        capture(Convolutional().eval(), (torch.randn(2, 3, 1, 12),), dynamic_shapes=["height"])
+
+
 def test_a_model_with_one_image_size_says_so(captured: Callable[[str], Program]) -> None:
     from graphprune.models.tiny import tiny
 
