@@ -157,13 +157,16 @@ def _compare(
                 f"entry {name!r} has {number} outputs, not {len(flat_outputs(entry.graph))}"
             )
         step = _Step(found, references, candidate, name, dense=dense, noise=noise, nodes=nodes)
-        pairs = _inputs(entry, candidate.entries[name])
-        for inputs, own in pairs:
+        compared = 0
+        for inputs, own in _inputs(entry, candidate.entries[name]):
             try:
                 step.compare(inputs, own)
+                compared += 1
             except Exception as e:
                 _refuse(found, references[0], name, inputs, e)
-        found.inputs = max(found.inputs, len(pairs) - len(found.refused))
+        if not compared:
+            raise VerificationError(f"entry {name!r} runs on no batch: {found.refused[0]}")
+        found.inputs = max(found.inputs, compared)
         step.refuse_all_nan()
     return found
 
