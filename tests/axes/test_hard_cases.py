@@ -59,6 +59,13 @@ CASES: dict[str, tuple[Step, int]] = {
     "norm 1": (lambda m, h: h / (1 + h.norm(p=1, dim=-1, keepdim=True)), 12),
     "rms": (lambda m, h: m.rms(h), 12),
     "prelu": (lambda m, h: m.prelu(h.transpose(1, 2)).transpose(1, 2), 12),
+    # Slopes along the last dimension, where the second one is as long.
+    "prelu kernel": (
+        lambda m, h: torch.ops.aten._prelu_kernel(
+            h[:, :1].expand(-1, 12, -1), m.prelu.weight
+        ).sum(1, True),
+        12,
+    ),
     "grouped convolution": (lambda m, h: m.conv(h.transpose(1, 2)).transpose(1, 2), 12),
     "multiplier": (lambda m, h: m.depthwise(h.transpose(1, 2)).transpose(1, 2), 24),
     "transposed convolution": (lambda m, h: m.transposed(h.transpose(1, 2)).transpose(1, 2), 10),

@@ -28,7 +28,7 @@ _BROADCAST = (
     "not_equal", "logical_and", "logical_or", "logical_xor", "bitwise_and", "bitwise_or",
     "bitwise_xor", "__and__", "__or__", "__xor__", "__lshift__", "__rshift__",
     "bitwise_left_shift", "bitwise_right_shift", "expand_as", "copy", "xlogy",
-    "float_power", "logaddexp", "polar", "complex",
+    "float_power", "logaddexp", "polar", "complex", "_prelu_kernel",
 )  # fmt: skip
 
 
@@ -50,7 +50,7 @@ def broadcast(c: RuleContext) -> Dims:
     return c.broadcast(*operands)
 
 
-@rule("prelu", "_prelu_kernel")
+@rule("prelu")
 def prelu(c: RuleContext) -> Dims:
     """One slope a channel, or one for all."""
     dims, weight = c.dims(c.get("self")), c.dims(c.get("weight"))
