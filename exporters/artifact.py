@@ -21,9 +21,10 @@ from graphprune.exporters.ort import (
 )
 from graphprune.exporters.past import filled, is_past, shapes_of
 from graphprune.exporters.quantize import quantise
+from graphprune.files import restore
 from graphprune.quantized import SCHEMES, Mark
 from graphprune.registry import suggest
-from graphprune.serialize import MANIFEST, check_hashes, read_json
+from graphprune.serialize import MANIFEST, check_hashes, digest, read_json
 
 FORMAT = "graphprune-artifact"
 VERSION = 1
@@ -49,6 +50,11 @@ class Artifact:
     def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
         self.path = path
         self.manifest = manifest
+
+    @property
+    def digest(self) -> str:
+        """What `graphprune.load(..., expect=)` takes: "sha256:…", over all files of the folder."""
+        return digest(self.path)
 
     @property
     def has_cache(self) -> bool:
@@ -221,6 +227,7 @@ def open_artifact(path: Path) -> Artifact:
     Raises:
         ArtifactError: missing, corrupt or tampered with; the file is named.
     """
+    restore(path)
     manifest = check_hashes(path)
     if manifest.get("version") != VERSION:
         raise ArtifactError(
