@@ -10,9 +10,12 @@ name before torch.fx writes it into Python source, and recomputes all metadata.
 
 from __future__ import annotations
 
+import io
 import json
 import keyword
 import re
+import tempfile
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -119,6 +122,33 @@ def load(path: Path, expect: str | None = None) -> Program:
         raise ArtifactError(f"{str(file)!r} cannot be used: {e}") from e
     except (GraphPruneError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
         raise ArtifactError(f"{str(file)!r} is corrupt: {type(e).__name__}: {e}") from e
+
+
+def to_bytes(program: Program) -> bytes:
+    """A program as the bytes of a ZIP archive of its three files."""
+    target = io.BytesIO()
+    with tempfile.TemporaryDirectory(prefix="graphprune-") as folder:
+        save_files(program, Path(folder))
+        with zipfile.ZipFile(target, "w") as archive:
+            for name in (PROGRAM, TENSORS, EXAMPLES):
+                archive.write(Path(folder) / name, name)
+    return target.getvalue()
+
+
+def from_bytes(data: bytes) -> Program:
+    """The program that `to_bytes` wrote.
+
+    Raises:
+        ArtifactError: it is corrupt, or no such archive.
+    """
+    with tempfile.TemporaryDirectory(prefix="graphprune-") as folder:
+        try:
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                for name in (PROGRAM, TENSORS, EXAMPLES):
+                    (Path(folder) / name).write_bytes(archive.read(name))
+        except (zipfile.BadZipFile, KeyError) as e:
+            raise ArtifactError(f"these bytes hold no program: {e}") from e
+        return load(Path(folder))
 
 
 def digest(path: Path) -> str:

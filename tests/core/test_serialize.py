@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import json
 import math
 import pickle
@@ -24,7 +26,7 @@ from graphprune.codec import decode, encode
 from graphprune.compare import second_inputs
 from graphprune.errors import ArtifactError, ExportError, GraphPruneError, UnsupportedError
 from graphprune.files import sha256
-from graphprune.program import Program
+from graphprune.program import Program, ProgramModule
 from graphprune.serialize import digest, load, save, save_files
 from graphprune.targets import resolve, target_name
 from graphprune.treespec import Output, decode_spec, encode_spec
@@ -499,3 +501,30 @@ def test_names_that_could_end_a_string_are_refused(
     file.write_text(json.dumps(data))
     with pytest.raises(ArtifactError, match="is not a tensor name"):
         load(tmp_path / "p")
+
+
+@pytest.mark.parametrize("how", ["pickle", "torch.save", "deepcopy"])
+def test_a_module_travels_as_its_saved_form(how: str, captured: Captured) -> None:
+    module = ProgramModule(captured("tiny-encoder"))
+    next(module.parameters()).requires_grad_(False)
+    module.train()
+    if how == "deepcopy":
+        again = copy.deepcopy(module)
+    elif how == "pickle":
+        again = pickle.loads(pickle.dumps(module))
+    else:
+        file = io.BytesIO()
+        torch.save(module, file)
+        file.seek(0)
+        again = torch.load(file, weights_only=False)
+    assert again.training
+    assert [p.requires_grad for p in again.parameters()] == [
+        p.requires_grad for p in module.parameters()
+    ]
+    inputs = dict(zip(module._entry.input_names, module._entry.example, strict=True))
+    with torch.no_grad():
+        expected, actual = module.eval()(**inputs), again.eval()(**inputs)
+    assert torch.equal(expected, actual)
+    with torch.no_grad():  # a copy, not a view
+        next(again.parameters()).zero_()
+    assert bool(next(module.parameters()).any())
