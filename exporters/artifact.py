@@ -23,9 +23,10 @@ from graphprune.exporters.ort import (
 )
 from graphprune.exporters.past import Shapes, filled, is_past, shapes_of
 from graphprune.exporters.quantize import quantise
+from graphprune.files import restore
 from graphprune.quantized import SCHEMES, Mark
 from graphprune.registry import suggest
-from graphprune.serialize import MANIFEST, check_hashes, read_json
+from graphprune.serialize import MANIFEST, check_hashes, digest, read_json
 from graphprune.sizes import check_sizes, limits_from_json
 
 FORMAT = "graphprune-artifact"
@@ -52,6 +53,11 @@ class Artifact:
     def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
         self.path = path
         self.manifest = manifest
+
+    @property
+    def digest(self) -> str:
+        """What `graphprune.load(..., expect=)` takes: "sha256:…", over all files of the folder."""
+        return digest(self.path)
 
     @property
     def has_cache(self) -> bool:
@@ -270,6 +276,7 @@ def open_artifact(path: Path) -> Artifact:
     Raises:
         ArtifactError: missing, corrupt or tampered with; the file is named.
     """
+    restore(path)
     manifest = check_hashes(path)
     if manifest.get("version") != VERSION:
         raise ArtifactError(

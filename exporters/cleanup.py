@@ -20,7 +20,9 @@ def clean_up(model: ir.Model) -> None:
     # Of torch.onnx's own fusions only this one: its RotaryEmbedding (onnxscript 0.7) hands ORT
     # cos and sin of batch 1, which ORT refuses for larger batches.
     _rms_normalization.fuse_rms_normalization(model)
-    common.IdentityEliminationPass()(model)
+    # The pass (onnx_ir 1.1) takes the outputs of loop bodies away.
+    if not any(_has_body(node) for node in model.graph):
+        common.IdentityEliminationPass()(model)
     _store_transposed(model.graph)
     for step in (
         common.RemoveUnusedNodesPass(),
@@ -33,6 +35,14 @@ def clean_up(model: ir.Model) -> None:
         node.doc_string = None
     for value in model.graph.initializers.values():
         value.metadata_props.clear()
+
+
+def _has_body(node: ir.Node) -> bool:
+    """Whether a node runs graphs of its own, as Loop and If do."""
+    import onnx_ir as ir
+
+    kinds = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+    return any(attribute.type in kinds for attribute in node.attributes.values())
 
 
 def _foldable(node: ir.Node) -> bool | None:

@@ -67,7 +67,10 @@ def _flat_names(entry: Entry) -> Iterable[str]:
 
 def _leaf_names(spec: pytree.TreeSpec) -> list[str]:
     tree = pytree.tree_unflatten(range(spec.num_leaves), spec)
-    paths, _ = pytree.tree_flatten_with_path(tree)
+    try:
+        paths, _ = pytree.tree_flatten_with_path(tree)
+    except ValueError:  # a class of output that is registered without names of its fields
+        return [str(i) for i in range(spec.num_leaves)]
     return [".".join(_key(k) for k in path) for path, _ in paths]
 
 

@@ -124,7 +124,7 @@ class Compiled:
             )
         return export(
             self.program,
-            Path(path),
+            Path(path).expanduser(),
             target=target,
             baseline=self._dense if baseline else None,
             extra=self.files,
@@ -135,7 +135,7 @@ class Compiled:
         """Write the program alone, to go on from with `graphprune.load`."""
         from graphprune.serialize import save
 
-        save(self.program, Path(path))
+        save(self.program, Path(path).expanduser())
 
     def __repr__(self) -> str:
         passes = ", ".join(p.name for p in self.report.passes) or "no passes"
@@ -207,21 +207,27 @@ def compile(
     return Compiled(finished, report, dense=dense, files=files, calibration=batches)
 
 
-def load(path: str | os.PathLike[str]) -> Compiled:
+def load(path: str | os.PathLike[str], *, expect: str | None = None) -> Compiled:
     """Go on from an artifact, or from what `Compiled.save` wrote. Executes nothing in it.
+
+    Args:
+        path: the folder.
+        expect: the `digest` of the artifact, "sha256:…", which its author published. The hashes
+            inside an artifact show a damaged copy; they show no author, who may change both.
 
     Raises:
         ArtifactError: there is none, or it is corrupt, tampered with, or not ours.
     """
     from graphprune.serialize import load as load_program
 
-    program = load_program(Path(path))
-    dense = Path(path) / "baseline.onnx"
+    folder = Path(path).expanduser()
+    program = load_program(folder, expect)
+    dense = folder / "baseline.onnx"
     return Compiled(
         program,
         _report_of(program, 0.0),
         dense=dense if dense.is_file() else None,
-        files=_side_files(Path(path)),
+        files=_side_files(folder),
     )
 
 

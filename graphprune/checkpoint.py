@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from graphprune.errors import ArtifactError, TrainingError
-from graphprune.files import check_target, sha256, whole_folder
+from graphprune.files import check_target, restore, sha256, whole_folder
 from graphprune.program import JSON, Program
 from graphprune.serialize import load, read_json, read_tensors, save_files, write_tensors
 from graphprune.sites import ZEROED
@@ -143,6 +143,7 @@ def read(path: Path, identity: Identity, settings: Mapping[str, JSON]) -> Checkp
         TrainingError: it is of another model, or was made with other settings.
         ArtifactError: it is corrupt, or not ours.
     """
+    restore(path)
     if not path.exists():
         return None
     data = read_json(path / STATE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import os
 import shutil
@@ -28,6 +29,7 @@ def check_target(path: Path, is_ours: Callable[[Path], bool]) -> None:
         ExportError: the path is a file, a folder of somebody else, or not writable.
     """
     path = path.absolute()
+    restore(path)
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise ExportError(f"{str(path)!r} is a file or a link, not a folder; choose another path")
     if path.is_dir() and any(path.iterdir()) and not is_ours(path):
@@ -42,12 +44,26 @@ def check_target(path: Path, is_ours: Callable[[Path], bool]) -> None:
         raise ExportError(f"{str(path)!r} cannot be written: {str(above)!r} is not writable")
 
 
+def restore(path: Path) -> None:
+    """Put a folder back where a writer was killed between taking it away and giving its successor.
+
+    Call this before reading. Where the system exchanges folders in one step there is no such
+    moment, and nothing to do.
+    """
+    path = path.absolute()
+    if not path.exists() and path.parent.is_dir():
+        for left in _leftovers(path, "old"):
+            with _locked(left) as free:
+                if free and not path.exists():
+                    left.rename(path)
+
+
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """A temporary sibling to write to, which takes the place of `path` when all went well.
 
-    Left by an exception, `path` is as it was and the sibling is gone. Killed, `path` is as it was;
-    the sibling that stays behind is removed by the next run that writes here.
+    Left by an exception, `path` is as it was and the sibling is gone. Killed, `path` is as it was,
+    at the latest after `restore`; the sibling is removed by the next run that writes here.
 
     Raises:
         ExportError: the disk is full, or the folder cannot be made or replaced.
@@ -55,13 +71,15 @@ def whole_folder(path: Path) -> Iterator[Path]:
     path = path.absolute()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        restore(path)
         _sweep(path)
         fresh = Path(tempfile.mkdtemp(prefix=_prefix(path, "new"), dir=path.parent))
     except OSError as e:
         raise _failed(path, e) from e
     try:
-        yield fresh
-        _replace(path, fresh)
+        with _locked(fresh):
+            yield fresh
+            _replace(path, fresh)
     except OSError as e:
         raise _failed(path, e) from e
     finally:
@@ -69,57 +87,93 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def _prefix(path: Path, kind: str) -> str:
-    return f"{_PREFIX}{path.name}-{kind}-{os.getpid()}-"
+    return f"{_PREFIX}{path.name}-{kind}-"
 
 
 def _replace(path: Path, fresh: Path) -> None:
-    """Exchange the folders; between the two renames lies the only moment without `path`.
-
-    A run killed in that moment leaves the old folder under a name that `_sweep` puts back.
-    """
-    fresh.chmod(0o777 & ~_umask())
+    """Let the folders change places; what was there before is at `fresh` then, or gone."""
+    _open_up(fresh)
     _sync(fresh)
     if not path.exists():
         fresh.rename(path)
-        return
-    old = path.parent / (_prefix(path, "old") + "x")
-    path.rename(old)
-    try:
-        fresh.rename(path)
-    except OSError:
-        old.rename(path)
-        raise
+    elif not _exchange(path, fresh):
+        _replace_in_two_steps(path, fresh)
+
+
+def _replace_in_two_steps(path: Path, fresh: Path) -> None:
+    """Between the two renames lies a moment without `path`; killed in it, `restore` helps."""
+    old = fresh.with_name(fresh.name.replace(_prefix(path, "new"), _prefix(path, "old"), 1))
+    with _locked(path):  # else a reader would take the old folder for a dead writer's
+        path.rename(old)
+        try:
+            fresh.rename(path)
+        except OSError:
+            old.rename(path)
+            raise
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _sweep(path: Path) -> None:
-    """Remove what killed runs left beside `path`; put an old folder back where it is missing."""
-    for left in sorted(path.parent.glob(f"{_PREFIX}{_escaped(path.name)}-*-*-*")):
-        kind, pid = left.name[len(_PREFIX) + len(path.name) + 1 :].split("-")[:2]
-        if _alive(pid) and pid != str(os.getpid()):
-            continue
-        if kind == "old" and not path.exists():
-            left.rename(path)
-        elif kind in {"old", "new"} and pid != str(os.getpid()):
-            shutil.rmtree(left, ignore_errors=True)
+def _exchange(a: Path, b: Path) -> bool:
+    """Exchange two folders in one step; False where the system or the disk cannot."""
+    import ctypes
 
-
-def _escaped(name: str) -> str:
-    import glob
-
-    return glob.escape(name)
-
-
-def _alive(pid: str) -> bool:
-    if not pid.isdigit():
-        return True
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
+    if os.name == "nt":
         return False
+    libc = ctypes.CDLL(None, use_errno=True)
+    here, flag = -100, 2  # AT_FDCWD; RENAME_EXCHANGE, RENAME_SWAP
+    if hasattr(libc, "renameat2"):
+        return bool(libc.renameat2(here, os.fsencode(a), here, os.fsencode(b), flag) == 0)
+    if hasattr(libc, "renamex_np"):
+        return bool(libc.renamex_np(os.fsencode(a), os.fsencode(b), flag) == 0)
+    return False
+
+
+def _sweep(path: Path) -> None:
+    """Remove what killed runs left beside `path`."""
+    for left in (*_leftovers(path, "new"), *_leftovers(path, "old")):
+        with _locked(left) as free:
+            if free:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _leftovers(path: Path, kind: str) -> list[Path]:
+    return sorted(path.parent.glob(f"{glob.escape(_prefix(path, kind))}*"))
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Hold a folder while inside, and say whether nobody else does.
+
+    The system lets go of it when the process ends, in whatever way; a number of a process would
+    outlive it, and stand for a stranger later.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # gone by now, or a system that opens no folders
+        yield not folder.exists()
+        return
+    try:
+        yield _lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        return True
+        return False
     return True
+
+
+def _open_up(folder: Path) -> None:
+    """Permissions as of any new files: some writers make theirs for the owner alone."""
+    mask = _umask()
+    folder.chmod(0o777 & ~mask)
+    for file in folder.rglob("*"):
+        file.chmod((0o777 if file.is_dir() else 0o666) & ~mask)
 
 
 def _umask() -> int:

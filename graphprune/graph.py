@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -155,6 +157,37 @@ class _Propagator(fx.Interpreter):
             ) from e
         n.meta["val"] = value
         return value
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target in _ARITHMETIC:
+            _check_numbers(target, args)
+        value = super().call_function(target, args, kwargs)
+        if not _fits(value):
+            raise OverflowError("it gives a number of more than 64 bits")
+        return value
+
+
+# Python's own, on sizes. A graph may come from a file, and Python's numbers have no end.
+_ARITHMETIC = {operator.mul, operator.add, operator.pow, math.pow}
+
+
+def _check_numbers(target: Any, args: Sequence[Any]) -> None:
+    """Refuse what would not end, or fill the memory, before the result is there to look at."""
+    if any(isinstance(a, str | bytes | list | tuple) for a in args):
+        raise TypeError("it computes with sizes, which are numbers")
+    if target is operator.pow and len(args) == 2:
+        base, exponent = (_number(a) for a in args)
+        if abs(base) > 1 and abs(exponent) > 63:
+            raise OverflowError("it gives a number of more than 64 bits")
+
+
+def _number(value: Any) -> Any:
+    return value.node.hint if isinstance(value, torch.SymInt | torch.SymFloat) else value
+
+
+def _fits(value: Any) -> bool:
+    number = _number(value) if isinstance(value, int | torch.SymInt) else 0
+    return -(2**63) <= number < 2**63
 
 
 def _fact(error: Exception) -> str:

@@ -474,6 +474,18 @@ class ProgramModule(nn.Module):
         self._function = None
         return self
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle (torch.save, multiprocessing) as the bytes of the saved form, no code in them.
+
+        The receiver reads it as `graphprune.load` reads a folder.
+        """
+        from graphprune.serialize import to_bytes
+
+        frozen = [name for name, p in self.named_parameters() if not p.requires_grad]
+        name = next(n for n, e in self._source.entries.items() if e is self._entry)
+        state = (to_bytes(self.program()), name, self._record, self.training, frozen)
+        return _module_from_bytes, state
+
     def program(self) -> Program:
         """The Program over this module's current parameters and buffers.
 
@@ -492,3 +504,14 @@ class ProgramModule(nn.Module):
         return self._source.with_tensors(
             {name: state[name].detach() for name in self._source.tensors}
         )
+
+
+def _module_from_bytes(
+    data: bytes, entry: str, record: tuple[str, ...], training: bool, frozen: list[str]
+) -> ProgramModule:
+    from graphprune.serialize import from_bytes
+
+    module = ProgramModule(from_bytes(data), entry, record).train(training)
+    for name in frozen:
+        module.get_parameter(name).requires_grad_(False)
+    return module

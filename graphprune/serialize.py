@@ -10,9 +10,12 @@ name before torch.fx writes it into Python source, and recomputes all metadata.
 
 from __future__ import annotations
 
+import io
 import json
 import keyword
 import re
+import tempfile
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ from torch import Tensor, fx
 
 from graphprune.codec import decode, encode
 from graphprune.errors import ArtifactError, GraphPruneError
-from graphprune.files import check_target, sha256, whole_folder
+from graphprune.files import check_target, restore, sha256, whole_folder
 from graphprune.graph import output_node
 from graphprune.program import Argument, Constant, Entry, Program
 from graphprune.sizes import limits_from_json, limits_to_json
@@ -38,8 +41,11 @@ MANIFEST = "manifest.json"
 _FORMAT = "graphprune-program"
 _VERSION = 1
 
-# fx puts node names and dotted tensor names into the Python that it generates.
-_TENSOR_NAME = re.compile(r"[\w\- :+@]+(\.[\w\- :+@]+)*")
+# fx puts node names and dotted tensor names into the Python that it generates, a part that is no
+# identifier between double quotes: anything may stand there that cannot end them.
+_TENSOR_NAME = re.compile(
+    r"""[^."\\\x00-\x1f\x7f\u2028\u2029]+(\.[^."\\\x00-\x1f\x7f\u2028\u2029]+)*"""
+)
 
 
 def save(program: Program, path: Path) -> None:
@@ -77,16 +83,29 @@ def save_files(program: Program, folder: Path) -> None:
     (folder / PROGRAM).write_text(json.dumps(data, indent=1, allow_nan=False), encoding="utf-8")
 
 
-def load(path: Path) -> Program:
+def load(path: Path, expect: str | None = None) -> Program:
     """Read a program from its folder, or from an artifact's, whose hashes are checked first.
+
+    Args:
+        path: the folder.
+        expect: its `digest`, from a place that whoever wrote the folder cannot write to.
 
     Raises:
         ArtifactError: missing, corrupt, tampered with, or not ours; the file is named.
     """
+    restore(path)
+    if expect is not None:
+        _check_digest(path, expect)
     folder = path
     if (path / MANIFEST).is_file():
         folder = path / "program"
-        check_hashes(path, "program/")
+        hashes = check_hashes(path, "program/")["sha256"]
+        for name in (PROGRAM, TENSORS, EXAMPLES):
+            if f"program/{name}" not in hashes:
+                raise ArtifactError(
+                    f"{str(path / MANIFEST)!r} has no hash of 'program/{name}'; export the "
+                    "artifact again"
+                )
     file = folder / PROGRAM
     data = read_json(file)
     if not isinstance(data, dict) or data.get("format") != _FORMAT:
@@ -106,6 +125,61 @@ def load(path: Path) -> Program:
         raise ArtifactError(f"{str(file)!r} is corrupt: {type(e).__name__}: {e}") from e
 
 
+def to_bytes(program: Program) -> bytes:
+    """A program as the bytes of a ZIP archive of its three files."""
+    target = io.BytesIO()
+    with tempfile.TemporaryDirectory(prefix="graphprune-") as folder:
+        save_files(program, Path(folder))
+        with zipfile.ZipFile(target, "w") as archive:
+            for name in (PROGRAM, TENSORS, EXAMPLES):
+                archive.write(Path(folder) / name, name)
+    return target.getvalue()
+
+
+def from_bytes(data: bytes) -> Program:
+    """The program that `to_bytes` wrote.
+
+    Raises:
+        ArtifactError: it is corrupt, or no such archive.
+    """
+    with tempfile.TemporaryDirectory(prefix="graphprune-") as folder:
+        try:
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                for name in (PROGRAM, TENSORS, EXAMPLES):
+                    (Path(folder) / name).write_bytes(archive.read(name))
+        except (zipfile.BadZipFile, KeyError) as e:
+            raise ArtifactError(f"these bytes hold no program: {e}") from e
+        return load(Path(folder))
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 of what names all other hashes of an artifact, or of a saved program.
+
+    Returns:
+        "sha256:" and 64 hex digits. Two folders of one digest hold the same files.
+
+    Raises:
+        ArtifactError: there is neither.
+    """
+    file = path / MANIFEST if (path / MANIFEST).is_file() else path / PROGRAM
+    if not file.is_file():
+        raise ArtifactError(f"there is no {str(file)!r}: not a folder that graphprune wrote")
+    return f"sha256:{sha256(file)}"
+
+
+def _check_digest(path: Path, expect: str) -> None:
+    if not re.fullmatch("sha256:[0-9a-f]{64}", expect):
+        raise ArtifactError(
+            f"expect is 'sha256:' and 64 hex digits, as Artifact.digest gives it, got {expect!r}"
+        )
+    found = digest(path)
+    if found != expect:
+        raise ArtifactError(
+            f"{str(path)!r} is {found}, not {expect}: it is another artifact, or somebody changed "
+            "it"
+        )
+
+
 def check_hashes(path: Path, prefix: str = "") -> JSON:
     """Compare an artifact's files with its manifest; returns the manifest.
 
@@ -122,7 +196,11 @@ def check_hashes(path: Path, prefix: str = "") -> JSON:
             raise ArtifactError(f"{str(path / MANIFEST)!r} names {name!r}, outside the artifact")
         if not name.startswith(prefix):
             continue
-        if not file.is_file() or file.is_symlink():
+        if file.resolve() != path.resolve() / name:
+            raise ArtifactError(
+                f"{str(file)!r} is a link, or lies in one; copy the artifact with what it links to"
+            )
+        if not file.is_file():
             raise ArtifactError(f"{str(file)!r} is missing; export the artifact again")
         if sha256(file) != expected:
             raise ArtifactError(

@@ -61,9 +61,9 @@ CASES: dict[str, tuple[Step, int]] = {
     "prelu": (lambda m, h: m.prelu(h.transpose(1, 2)).transpose(1, 2), 12),
     # Slopes along the last dimension, where the second one is as long.
     "prelu kernel": (
-        lambda m, h: torch.ops.aten._prelu_kernel(
-            h[:, :1].expand(-1, 12, -1), m.prelu.weight
-        ).sum(1, True),
+        lambda m, h: torch.ops.aten._prelu_kernel(h[:, :1].expand(-1, 12, -1), m.prelu.weight).sum(
+            1, True
+        ),
         12,
     ),
     "grouped convolution": (lambda m, h: m.conv(h.transpose(1, 2)).transpose(1, 2), 12),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import json
 import math
 import pickle
@@ -24,8 +26,8 @@ from graphprune.codec import decode, encode
 from graphprune.compare import second_inputs
 from graphprune.errors import ArtifactError, ExportError, GraphPruneError, UnsupportedError
 from graphprune.files import sha256
-from graphprune.program import Program
-from graphprune.serialize import load, save
+from graphprune.program import Program, ProgramModule
+from graphprune.serialize import digest, load, save, save_files
 from graphprune.targets import resolve, target_name
 from graphprune.treespec import Output, decode_spec, encode_spec
 
@@ -358,3 +360,171 @@ def test_every_error_is_of_ours(saved: Path) -> None:
 
 def _cuts(length: int) -> Iterator[int]:
     return iter(range(0, length - 1, max(1, length // 40)))
+
+
+# --- what a tampered or moved folder may not do ------------------------------------------------
+
+
+def _artifact(folder: Path, program: Program) -> Path:
+    """A folder with a manifest, as far as reading the program looks at it."""
+    (folder / "program").mkdir(parents=True)
+    save_files(program, folder / "program")
+    _seal(folder)
+    return folder
+
+
+def _seal(folder: Path, leave_out: str = "") -> None:
+    """Write hashes that fit the files, as whoever tampers with them would."""
+    files = [f for f in (folder / "program").iterdir() if f.name != leave_out]
+    hashes = {f"program/{f.name}": sha256(f) for f in files}
+    manifest = {"format": "graphprune-artifact", "sha256": hashes}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("name", ["program.json", "tensors.safetensors", "examples.safetensors"])
+def test_a_manifest_without_a_hash_of_the_program_is_refused(
+    name: str, captured: Captured, tmp_path: Path
+) -> None:
+    folder = _artifact(tmp_path / "a", captured("tiny-mlp"))
+    load(folder)
+    _seal(folder, leave_out=name)
+    with pytest.raises(ArtifactError, match=f"has no hash of 'program/{name}'"):
+        load(folder)
+
+
+def test_links_are_not_followed(captured: Captured, tmp_path: Path) -> None:
+    folder = _artifact(tmp_path / "a", captured("tiny-mlp"))
+    (folder / "program").rename(tmp_path / "elsewhere")
+    (folder / "program").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    with pytest.raises(ArtifactError, match="is a link, or lies in one"):
+        load(folder)
+    # The folder itself may be reached by one.
+    (folder / "program").unlink()
+    (tmp_path / "elsewhere").rename(folder / "program")
+    (tmp_path / "link").symlink_to(folder, target_is_directory=True)
+    load(tmp_path / "link")
+
+
+@pytest.mark.parametrize("kind", ["artifact", "program"])
+def test_a_digest_from_elsewhere_shows_another_author(
+    kind: str, captured: Captured, tmp_path: Path
+) -> None:
+    folder = tmp_path / "a"
+    program = captured("tiny-mlp")
+    if kind == "artifact":
+        _artifact(folder, program)
+    else:
+        save(program, folder)
+    published = digest(folder)
+    load(folder, published)
+    name = "layers.0.bias"
+    changed = program.with_tensors({name: program.tensors[name] + 1})
+    if kind == "artifact":
+        save_files(changed, folder / "program")
+        _seal(folder)
+    else:
+        save(changed, folder)
+    load(folder)  # all hashes inside fit
+    with pytest.raises(ArtifactError, match="it is another artifact, or somebody changed it"):
+        load(folder, published)
+    with pytest.raises(ArtifactError, match="expect is 'sha256:' and 64 hex digits"):
+        load(folder, "abc")
+    with pytest.raises(ArtifactError, match="not a folder that graphprune wrote"):
+        load(tmp_path, published)
+
+
+def _with_calls(folder: Path, calls: list[tuple[str, list[Any]]]) -> None:
+    """Put calls of Python's arithmetic in front of the output, each on the one before it."""
+    file = folder / "program.json"
+    data = json.loads(file.read_text())
+    nodes = data["entries"]["forward"]["nodes"]
+    for i, (target, args) in enumerate(calls):
+        given = [{"node": f"n{i - 1}"} if a is None else encode(a) for a in args]
+        nodes.insert(-1, {"op": "call_function", "name": f"n{i}", "target": target, "args": given})
+    file.write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        [("operator.pow", [10, 10**9])],
+        [("operator.mul", [10**12, 10**12])],
+        [("operator.mul", [3, 3])] + [("operator.mul", [None, None])] * 64,
+        [("operator.pow", [3, 3])] + [("operator.pow", [None, None])] * 8,
+        [("operator.mul", [[0, 0], 10**12])],
+        [("operator.add", ["a", "b"])],
+    ],
+)
+@pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="needs an alarm to end what hangs")
+def test_numbers_without_end_are_refused(
+    calls: list[tuple[str, list[Any]]], captured: Captured, tmp_path: Path
+) -> None:
+    save(captured("tiny-mlp"), tmp_path / "p")
+    _with_calls(tmp_path / "p", calls)
+    signal.alarm(60)
+    try:
+        with pytest.raises(ArtifactError, match=r"64 bits|sizes, which are numbers"):
+            load(tmp_path / "p")
+    finally:
+        signal.alarm(0)
+
+
+class Keys(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        names = ["a/b", "c[0]", "d e", "f(g)", "h'i", "1,2", "ümlaut", "{x}", "$"]
+        self.layers = nn.ModuleDict({name: nn.Linear(4, 4) for name in names})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers.values():
+            x = layer(x)
+        return x
+
+
+def test_names_of_modules_that_are_no_identifiers(tmp_path: Path) -> None:
+    program = capture(Keys().eval(), (torch.randn(2, 4),))
+    save(program, tmp_path / "p")
+    again = load(tmp_path / "p")
+    x = torch.randn(5, 4)
+    assert torch.equal(again(x), program(x))
+
+
+@pytest.mark.parametrize("name", ['a"b', "a\\", "a\nb", "a..b", "", 'x", __import__("os")) #'])
+def test_names_that_could_end_a_string_are_refused(
+    name: str, captured: Captured, tmp_path: Path
+) -> None:
+    program = captured("tiny-mlp")
+    save(program, tmp_path / "p")
+    file = tmp_path / "p" / "program.json"
+    data = json.loads(file.read_text())
+    data["aliases"] = {name: "layers.0.bias"}
+    file.write_text(json.dumps(data))
+    with pytest.raises(ArtifactError, match="is not a tensor name"):
+        load(tmp_path / "p")
+
+
+@pytest.mark.parametrize("how", ["pickle", "torch.save", "deepcopy"])
+def test_a_module_travels_as_its_saved_form(how: str, captured: Captured) -> None:
+    module = ProgramModule(captured("tiny-encoder"))
+    next(module.parameters()).requires_grad_(False)
+    module.train()
+    if how == "deepcopy":
+        again = copy.deepcopy(module)
+    elif how == "pickle":
+        again = pickle.loads(pickle.dumps(module))
+    else:
+        file = io.BytesIO()
+        torch.save(module, file)
+        file.seek(0)
+        again = torch.load(file, weights_only=False)
+    assert again.training
+    assert [p.requires_grad for p in again.parameters()] == [
+        p.requires_grad for p in module.parameters()
+    ]
+    inputs = dict(zip(module._entry.input_names, module._entry.example, strict=True))
+    with torch.no_grad():
+        expected, actual = module.eval()(**inputs), again.eval()(**inputs)
+    assert torch.equal(expected, actual)
+    with torch.no_grad():  # a copy, not a view
+        next(again.parameters()).zero_()
+    assert bool(next(module.parameters()).any())

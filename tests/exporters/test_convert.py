@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from graphprune.capture import capture
@@ -181,3 +182,35 @@ def test_weights_above_the_limit_go_to_a_second_file(
     assert [f.name for f in files] == ["model.onnx", "model.onnx.data"]
     assert files[1].stat().st_size >= program.nbytes() * 0.9
     check_parity(program, open_session(files[0], 1))
+
+
+def test_loops_keep_their_bodies(tmp_path: Path) -> None:
+    """nn.EmbeddingBag becomes a Loop, whose outputs are names of its body."""
+    program = capture(nn.EmbeddingBag(20, 8).eval(), (torch.randint(0, 20, (2, 5)),))
+    exported(program, tmp_path)
+
+
+class Plain:
+    """An output class that is registered without the names of its fields."""
+
+    def __init__(self, first: Tensor, second: Tensor) -> None:
+        self.first, self.second = first, second
+
+
+pytree.register_pytree_node(
+    Plain, lambda p: ([p.first, p.second], None), lambda values, _: Plain(*values)
+)
+
+
+def test_outputs_without_names_are_numbered(tmp_path: Path) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Plain:
+            y = self.a(x)
+            return Plain(y, y.relu())
+
+    model, _ = exported(capture(Net().eval(), (torch.randn(2, 4),)), tmp_path)
+    assert [v.name for v in model.graph.output] == ["output_0", "output_1"]
