@@ -21,6 +21,7 @@ from graphprune.program import Entry
 Bounds = Mapping[str, tuple[int, int | None]]
 
 LARGEST_BOUND = 1024  # a batch at a larger bound would take longer than all others together
+BEFORE_BOUNDS = 3  # batches of `batches` that are at no bound
 _SEED = 0x5EED
 _QUANTILE = 0.9  # of a row's magnitudes: its scale
 _SMALL = 1e-3  # of the rows' typical scale: what a row of next to nothing counts as
@@ -130,7 +131,7 @@ def _bound_sizes(entry: Entry) -> list[dict[str, int]]:
             if bound is None or not 2 < bound <= LARGEST_BOUND or bound == own.get(symbol):
                 continue
             few = {
-                s: _within(min(n, 2), entry.bounds.get(s, (0, None))) if s in leading else n
+                s: _within(1, entry.bounds.get(s, (0, None))) if s in leading else n
                 for s, n in own.items()
             }
             result.append({**few, symbol: bound})
@@ -273,14 +274,18 @@ def row_errors(expected: Tensor, actual: Tensor) -> tuple[Tensor, Tensor]:
     if not expected.numel():
         return torch.zeros(0, dtype=torch.float64), torch.ones(0, dtype=torch.float64)
     a, b = _rows(expected.detach()), _rows(actual.detach())
+    if a.dtype is not b.dtype:
+        a, b = a.double(), b.double()
     if not (expected.is_floating_point() or expected.is_complex()):
         difference = torch.where((a != b).any(1), math.inf, 0.0).double()
         return difference, torch.ones_like(difference)
-    a, b = a.double(), b.double()
+    wide = torch.promote_types(a.dtype, torch.float32)  # differences of near numbers are exact
+    a, b = a.to(wide), b.to(wide)
     finite = a.isfinite()
     same = (a == b) | (a.isnan() & b.isnan())
-    difference = torch.where(same, 0.0, (a - b).abs()).nan_to_num(math.inf, math.inf).amax(1)
-    scale = _quantile(a.abs(), finite)
+    difference = torch.where(same, 0.0, (a - b).abs()).nan_to_num(math.inf, math.inf)
+    difference = difference.amax(1).double()
+    scale = _quantile(a.abs(), finite).double()
     typical = scale[finite.any(1)].median() if bool(finite.any()) else scale.new_zeros(())
     return difference, scale.clamp_min(max(_SMALL * float(typical), _TINY))
 
