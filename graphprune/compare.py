@@ -58,7 +58,8 @@ def fresh_inputs(entry: Entry) -> list[Tensor]:
 
     1. Numbers of rows of a table are drawn over all of its rows.
     2. Masks get padding of random lengths; one sample stays whole.
-    3. Other whole numbers, and floats of two values, are the examples' own in another order.
+    3. Other whole numbers, and floats of two values, are the examples' own in another order; those
+       of one dimension (lengths, offsets) stay, for they may have to rise.
     4. Floats are drawn at the examples' mean and deviation, and of one sign where those are.
     5. A cache is the example's in another order.
     """
@@ -243,9 +244,9 @@ def _drawn(tensor: Tensor, generator: torch.Generator) -> Tensor:
 
 def _shuffled(tensor: Tensor, generator: torch.Generator) -> Tensor:
     """Rows over the first two dimensions drawn from the tensor's own; what is behind them stays."""
-    if not tensor.numel() or not tensor.dim():
+    if not tensor.numel() or tensor.dim() < 2:
         return tensor
-    rows = tensor.reshape(-1, *tensor.shape[2:]) if tensor.dim() > 1 else tensor
+    rows = tensor.reshape(-1, *tensor.shape[2:])
     at = torch.randint(0, len(rows), (len(rows),), generator=generator)
     return rows[at.to(tensor.device)].reshape(tensor.shape)
 

@@ -37,7 +37,7 @@ class FoldBatchNorm(Pass):
     """
 
     name: ClassVar[str] = "fold-batch-norm"
-    preserves: ClassVar[Invariant] = Invariant.INTERFACE | Invariant.NUMERICS | Invariant.NODES
+    preserves: ClassVar[Invariant] = Invariant.INTERFACE | Invariant.NUMERICS
     idempotent: ClassVar[bool] = True
 
     def run(self, program: Program, ctx: Context) -> PassResult:
@@ -128,7 +128,6 @@ def _fold(
             set_bound(layer, {"bias": graph.get_attr(bias_name)})
     norm.replace_all_uses_with(layer)
     graph.erase_node(norm)
-    layer.name = norm.name  # it computes now what the batch norm computed
     return {**changed, bias_name: bias}, bias_name
 
 

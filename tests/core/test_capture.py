@@ -40,7 +40,7 @@ def test_a_program_runs_like_its_model_on_every_size(name: str) -> None:
 
 def test_the_second_batch_has_another_size_length_and_padding(captured: Any) -> None:
     program = captured("tiny-bert")
-    first, second = batches(program.forward)
+    first, second = batches(program.forward)[:2]
     mask = program.forward.input_names.index("attention_mask")
     assert second[mask].shape[0] != first[mask].shape[0]
     assert second[mask].shape[1] != first[mask].shape[1]

@@ -62,8 +62,8 @@ def test_the_manifest_tells_what_was_done(made: Artifact, captured: Captured) ->
     assert small == dense - 16 * (12 + 1 + 24)
     assert manifest["sizes"]["model.onnx"] < manifest["sizes"]["baseline.onnx"]
     for file in ("model.onnx", "baseline.onnx"):
-        assert [p["shape"] for p in manifest["parity"][file]] == [[3, 5], [4, 5]]
-        assert max(p["error"] for p in manifest["parity"][file]) < 1e-6
+        assert [p["shape"] for p in manifest["parity"][file]] == [[3, 5], [4, 5], [3, 5]]
+        assert max(p["error"] for p in manifest["parity"][file]) < 1e-5
     assert manifest["measurements"][0]["ratio"] > 0
     assert manifest["versions"]["onnxruntime"]
     assert manifest["precision"] == {"program": ["float32"], "onnx": "float32"}

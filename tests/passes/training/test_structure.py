@@ -69,8 +69,15 @@ def _gated(program: Program, unit: Units) -> tuple[Program, dict[str, Tensor]]:
     """The program with a factor at every position where a unit is summed over: all ones."""
     size = axis_groups(program)[unit.id].size
     gated = mask(program, {unit.id: list(range(1, size))})
-    gates = {n: torch.ones_like(t) for n, t in gated.tensors.items() if n.startswith(MASK)}
-    return gated, gates
+    for node in gated.forward.graph.nodes:
+        if node.op == "call_function" and node.name.startswith(MASK):
+            node.target, node.args = torch.ops.aten.mul.Tensor, node.args[:2]
+    gates = {
+        n: torch.ones_like(t, dtype=torch.float64)
+        for n, t in gated.tensors.items()
+        if n.startswith(MASK)
+    }
+    return gated.with_tensors(gates), gates
 
 
 def _labels(program: Program, unit: Units, length: int) -> Tensor:
