@@ -235,6 +235,7 @@ def test_a_cut_can_be_seen(step: Pass, model: str, captured: Captured) -> None:
     ("model", "dtype"), [("tiny-llama", torch.bfloat16), ("tiny-cnn", torch.float16)], ids=str
 )
 @pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.slow
 def test_half_precision(name: str, model: str, dtype: torch.dtype, captured: Captured) -> None:
     program = captured(model).cast(torch.float32, dtype)
     result = _run(EXAMPLES[name][0], program)

@@ -102,6 +102,7 @@ def test_weights_that_an_operator_without_a_rule_reads() -> None:
 
 
 @pytest.mark.parametrize("model", tiny_names())
+@pytest.mark.slow
 def test_nothing_is_said_of_models_that_every_rule_knows(model: str, captured: Captured) -> None:
     """Vocabularies, outputs, routers and the three of a fused projection are as they must be."""
     assert frozen_parameters(axis_groups(captured(model))) == []

@@ -215,6 +215,7 @@ def test_bench_takes_several_opponents(run: Run, artifact: Path) -> None:
     assert "faster than int8" in shown
 
 
+@pytest.mark.slow
 def test_generate_streams_text_and_says_how_fast(run: Run, cached: Path) -> None:
     options = ("--prompt", "w7 w8 w9", "--max-new-tokens", "6")
     plain = run("generate", str(cached), *options)
@@ -235,6 +236,7 @@ def test_generate_streams_text_and_says_how_fast(run: Run, cached: Path) -> None
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+@pytest.mark.slow
 def test_compile_with_cache_alone_and_bench_a_step(run: Run, tmp_path: Path) -> None:
     result = run("compile", "tiny-gpt2", "--cache", "-o", "out", "--batch", "2x20")
     assert result.exit_code == 0, result.stderr
@@ -247,6 +249,7 @@ def test_compile_with_cache_alone_and_bench_a_step(run: Run, tmp_path: Path) -> 
     assert "one more token after 64" in sentence(refused)
 
 
+@pytest.mark.slow
 def test_what_generate_refuses(run: Run, cached: Path, artifact: Path, tmp_path: Path) -> None:
     import graphprune as gp
 

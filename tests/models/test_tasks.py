@@ -106,6 +106,7 @@ def test_a_runner_gives_a_session_only_the_inputs_that_it_has() -> None:
     ("name", "positions"),
     [("tiny-bert", 64), ("tiny-roberta", 62), ("tiny-llama", 128)],
 )
+@pytest.mark.slow
 def test_a_text_is_as_long_as_the_model_takes(
     name: str, positions: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

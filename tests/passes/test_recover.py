@@ -61,6 +61,7 @@ def _same(a: Program, b: Program) -> bool:
 @pytest.mark.parametrize("ratio", [0.37, 0.61])
 @pytest.mark.parametrize("rounds", [2, 5])
 @pytest.mark.parametrize("model", ["tiny-mlp", "tiny-cnn", "tiny-gpt2"])
+@pytest.mark.slow
 def test_the_total_is_that_of_one_step(
     model: str, rounds: int, ratio: float, captured: Captured
 ) -> None:
@@ -77,6 +78,7 @@ def test_the_total_is_that_of_one_step(
         assert here.items() <= _sizes(part).items()
 
 
+@pytest.mark.slow
 def test_the_total_holds_where_an_axis_beside_is_down_to_one_unit(captured: Captured) -> None:
     """The dims of a head, of whose four heads one is left, are counted by the same name."""
     program = captured("tiny-encoder")

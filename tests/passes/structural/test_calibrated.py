@@ -61,6 +61,7 @@ def drift(program: Program, other: Program, batches: list[dict[str, Tensor]]) ->
 @pytest.mark.parametrize(
     "name", ["tiny-bert", "tiny-gpt2", "tiny-llama", "tiny-t5", "tiny-mixtral", "tiny-encoder"]
 )
+@pytest.mark.slow
 def test_every_storage_is_found_cut_and_compensated(name: str, captured: Captured) -> None:
     program = captured(name)
     batches = batches_of(program)
@@ -402,6 +403,7 @@ def test_all_padding_and_broken_weights_are_told(captured: Captured) -> None:
 
 
 @pytest.mark.parametrize("score", ["obs", "fluctuation", "taylor"])
+@pytest.mark.slow
 def test_a_decoder_with_its_cache_loses_the_same_units(score: str, captured: Captured) -> None:
     """The weights of both entries are chosen and fitted once, by what flows through `forward`."""
     module, inputs = tiny("tiny-llama")

@@ -175,6 +175,7 @@ def test_of_single_zeros_exactly_the_whole_rows_and_columns_count(data: st.DataO
     ["tiny-encoder", "tiny-bert", "tiny-gpt2", "tiny-llama", "tiny-t5", "tiny-mixtral",
      "tiny-fused-vit", "tiny-cnn"],
 )  # fmt: skip
+@pytest.mark.slow
 def test_every_storage_loses_units_that_are_not_read(name: str, captured: Captured) -> None:
     program = _wide(captured(name))
     groups = axis_groups(program)
@@ -381,6 +382,7 @@ def test_half_precision_takes_no_constants_but_loses_what_is_silent() -> None:
     assert ["too coarse" in entry["reason"] for entry in report["skipped"]] == [True]
 
 
+@pytest.mark.slow
 def test_key_value_groups_go_from_a_cache_too() -> None:
     module, inputs = tiny("tiny-llama")
     cached = gp.compile(module, [], example_inputs=inputs, cache=True).program

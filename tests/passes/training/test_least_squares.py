@@ -195,6 +195,7 @@ def test_both_solvers_find_the_same_and_singular_systems_have_a_solution() -> No
     ],
     ids=lambda p: getattr(p, "name", p),
 )
+@pytest.mark.slow
 def test_what_is_left_of_a_cut_layer_finds_its_own_rows(
     model: str, step: Any, target: str, captured: Captured
 ) -> None:
@@ -251,6 +252,7 @@ def test_without_pruning_nothing_changes(model: str, captured: Captured) -> None
     ],
     ids=lambda ps: "+".join(p.name for p in ps),
 )
+@pytest.mark.slow
 def test_the_model_comes_nearer_to_the_dense_one(
     passes: Any, model: str, captured: Captured
 ) -> None:

@@ -388,6 +388,7 @@ def test_order_inside_heads_changes_nothing(model: str, captured: Captured) -> N
 
 
 @pytest.mark.parametrize("model", [*MODELS, "tiny-t5", "tiny-mixtral", "tiny-fused-vit"])
+@pytest.mark.slow
 def test_cutting_ragged_heads_is_zeroing_them(model: str, captured: Captured) -> None:
     program = _float64(captured(model))
     ledger = _half(program, 0.6)
@@ -420,6 +421,7 @@ def _run(program: Program, step: GradualStructure, data: Any = None, **options: 
 
 @pytest.mark.parametrize("density", [0.6, 0.3])
 @pytest.mark.parametrize("model", [*MODELS, "tiny-mlp"])
+@pytest.mark.slow
 def test_the_density_is_reached_and_cut(density: float, model: str, captured: Captured) -> None:
     program = captured(model)
     seen: list[Program] = []
@@ -552,6 +554,7 @@ def test_hidden_states_move_no_scores(captured: Captured) -> None:
 
 
 @pytest.mark.parametrize("at", [5, 10, 18], ids=lambda at: f"batch {at}")
+@pytest.mark.slow
 def test_resumed_is_as_if_never_stopped(
     at: int, captured: Captured, tmp_path: Path, breaks: Any
 ) -> None:
@@ -582,6 +585,7 @@ def test_a_checkpoint_of_other_options_is_refused(captured: Captured, tmp_path: 
 
 
 @pytest.mark.parametrize("model", MODELS)
+@pytest.mark.slow
 def test_what_is_left_exports(model: str, captured: Captured, tmp_path: Path) -> None:
     program = captured(model)
     training = Training(_data(program, 2), loss=_squares)
