@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
+from graphprune.capture import capture
 from graphprune.compare import relative_error
 from graphprune.errors import ExportError
 from graphprune.exporters.convert import save_onnx, to_onnx
@@ -36,6 +38,23 @@ from graphprune.program import Program
 def test_relative_error(expected: list[float], actual: list[float], error: float) -> None:
     got = relative_error(torch.tensor(expected), torch.tensor(actual))
     assert got == error or (got > 1e300 and error == math.inf)
+
+
+def test_a_batch_that_the_model_itself_refuses_is_left_out(tmp_path: Path) -> None:
+    """Rows by arithmetic on what comes in: most drawn numbers are out of the table's range."""
+
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(5, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.table(x.round().long())
+
+    program = capture(Rows().eval(), (torch.tensor([[0.0, 4.0, 1.0], [2.0, 2.0, 3.0]]),))
+    save_onnx(to_onnx(program), tmp_path / "model.onnx")
+    found = check_parity(program, open_session(tmp_path / "model.onnx", 1))
+    assert [a.shape for a in found] == [(2, 3, 6), (3, 2, 6)]
 
 
 def test_a_changed_weight_is_found_and_the_output_named(
