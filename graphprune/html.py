@@ -599,10 +599,10 @@ def _low_bit_lines(manifest: Mapping[str, Any]) -> list[str]:
     for file, notes in (manifest.get("quantization") or {}).items():
         drift = notes.get("drift") or ()
         worst, row = (max((d[key] for d in drift), default=0.0) for key in ("error", "largest"))
-        told = f"; outputs drift by {worst:.1e} of the float ones, {row:.1e} of a row's scale"
+        drifted = f"; outputs drift by {worst:.1e} of the float ones, {row:.1e} of a row's scale"
         lines.append(
             f"{file}: {notes['scheme']}, {notes['products']} products and {notes['tables']} tables "
-            f"quantised, {len(notes.get('float') or ())} left in float{told}."
+            f"quantised, {len(notes.get('float') or ())} left in float{drifted}."
         )
     return lines
 
