@@ -27,9 +27,10 @@ from graphprune.dynamic import asked_dims, asked_names, auto_shapes
 from graphprune.errors import CaptureError, GraphPruneError, UnsupportedError, VerificationError
 from graphprune.fixed import with_fixed
 from graphprune.functional import functionalize, inline_regions, spell_out
-from graphprune.graph import is_op, op_name, output_node, propagate
+from graphprune.graph import is_op, op_name, output_node
 from graphprune.guards import assumptions
 from graphprune.program import FROZEN, Argument, Constant, Entry, Program
+from graphprune.propagate import propagate
 from graphprune.quiet import attributes_kept, quiet
 
 log = logging.getLogger(__name__)

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import math
-import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch._dynamo.source import ConstantSource
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
-
-from graphprune.errors import VerificationError
+from torch import fx
 
 
 def op_name(node: fx.Node) -> str:
@@ -105,115 +97,3 @@ def terms(symbol: str) -> list[str]:
     Every term is some dynamic dimension's size alone.
     """
     return symbol.split("+")
-
-
-def symbol_inputs(
-    example: Sequence[Tensor], names: Sequence[str], dynamic: Mapping[str, Mapping[int, str]]
-) -> tuple[FakeTensorMode, list[Tensor]]:
-    """Fake inputs whose dynamic dimensions are symbols; equal symbol names are one symbol."""
-    env = ShapeEnv(duck_shape=False)
-    mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
-    symbols: dict[str, Any] = {}
-    for name, tensor in zip(names, example, strict=True):
-        for dim, symbol in dynamic.get(name, {}).items():
-            if symbol not in symbols and len(terms(symbol)) == 1:
-                source, size = ConstantSource(symbol), tensor.shape[dim]
-                expression = env.create_symbol(
-                    size, source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None
-                )
-                symbols[symbol] = env.create_symintnode(expression, hint=size, source=source)
-    fakes: list[Tensor] = []
-    for name, tensor in zip(names, example, strict=True):
-        sizes: list[Any] = list(tensor.shape)
-        for dim, symbol in dynamic.get(name, {}).items():
-            sizes[dim] = sum(symbols[term] for term in terms(symbol))
-        with mode:
-            fakes.append(torch.empty(sizes, dtype=tensor.dtype, device=tensor.device))
-    return mode, fakes
-
-
-class _Propagator(fx.Interpreter):
-    """Runs a graph on fake tensors and writes what each node computes to its metadata."""
-
-    def __init__(
-        self, graph: fx.Graph, tensors: Mapping[str, Tensor], mode: FakeTensorMode
-    ) -> None:
-        super().__init__(torch.nn.Module(), garbage_collect_values=False, graph=graph)
-        self.tensors, self.mode = tensors, mode
-        self.fakes: dict[str, Tensor] = {}
-
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target not in self.fakes:
-            self.fakes[target] = self.mode.from_tensor(self.tensors[target], static_shapes=True)
-        return self.fakes[target]
-
-    def run_node(self, n: fx.Node) -> Any:
-        try:
-            value = super().run_node(n)
-        except Exception as e:
-            raise VerificationError(
-                f"node {n.name!r} ({n.target}) does not fit its inputs "
-                f"{[_shape(a) for a in n.all_input_nodes]}: {_fact(e)}"
-            ) from e
-        n.meta["val"] = value
-        return value
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target in _ARITHMETIC:
-            _check_numbers(target, args)
-        value = super().call_function(target, args, kwargs)
-        if not _fits(value):
-            raise OverflowError("it gives a number of more than 64 bits")
-        return value
-
-
-# Python's own, on sizes. A graph may come from a file, and Python's numbers have no end.
-_ARITHMETIC = {operator.mul, operator.add, operator.pow, math.pow}
-
-
-def _check_numbers(target: Any, args: Sequence[Any]) -> None:
-    """Refuse what would not end, or fill the memory, before the result is there to look at."""
-    if any(isinstance(a, str | bytes | list | tuple) for a in args):
-        raise TypeError("it computes with sizes, which are numbers")
-    if target is operator.pow and len(args) == 2:
-        base, exponent = (_number(a) for a in args)
-        if abs(base) > 1 and abs(exponent) > 63:
-            raise OverflowError("it gives a number of more than 64 bits")
-
-
-def _number(value: Any) -> Any:
-    return value.node.hint if isinstance(value, torch.SymInt | torch.SymFloat) else value
-
-
-def _fits(value: Any) -> bool:
-    number = _number(value) if isinstance(value, int | torch.SymInt) else 0
-    return -(2**63) <= number < 2**63
-
-
-def _fact(error: Exception) -> str:
-    """The first line of an error: fx and the fake tensors append pages of their own."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
-
-
-def _shape(node: fx.Node) -> str:
-    value = node.meta.get("val")
-    return f"{node.name}{list(value.shape)}" if isinstance(value, Tensor) else node.name
-
-
-def propagate(
-    graph: fx.Graph,
-    tensors: Mapping[str, Tensor],
-    example: Sequence[Tensor],
-    dynamic: Mapping[str, Mapping[int, str]],
-) -> None:
-    """Recompute `meta["val"]` of every node from the tensors, under symbolic input dimensions.
-
-    Raises:
-        VerificationError: the graph and the tensors do not fit; the first such node is named.
-    """
-    names = [n.name for n in graph.nodes if n.op == "placeholder"]
-    mode, fakes = symbol_inputs(example, names, dynamic)
-    # The Python dispatcher gives symbolic sizes to operators whose C++ form takes integers only.
-    with mode, enable_python_dispatcher(), torch.no_grad():
-        _Propagator(graph, tensors, mode).run(*fakes)

@@ -26,8 +26,9 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.printers import PythonPrinter
 from torch.utils._sympy.solve import try_solve
 
-from graphprune.graph import op_name, symbol_inputs, terms
+from graphprune.graph import op_name, terms
 from graphprune.program import Entry, Program
+from graphprune.propagate import symbol_inputs
 from graphprune.sizes import Bounds, Relation
 
 Place = tuple[str, int]  # a placeholder and one of its dimensions

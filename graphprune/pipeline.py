@@ -33,9 +33,10 @@ from graphprune.events import (
     PipelineStarted,
     emit,
 )
-from graphprune.graph import copy_graph, output_node, propagate, value_of
+from graphprune.graph import copy_graph, output_node, value_of
 from graphprune.passbase import Context, Invariant, Pass, PassResult
 from graphprune.program import Entry, Program
+from graphprune.propagate import propagate
 from graphprune.recipe import dump, to_data
 
 DUMP = "GRAPHPRUNE_DUMP"

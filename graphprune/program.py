@@ -17,10 +17,10 @@ from graphprune.graph import (
     copy_graph,
     op_name,
     output_node,
-    propagate,
     set_bound,
     terms,
 )
+from graphprune.propagate import propagate
 from graphprune.sizes import Relation, Shape, check_sizes, limit_lines
 
 JSON = Any  # what json.dumps takes
