@@ -65,7 +65,7 @@ _FROZEN = {
     "places": """
         affine_grid_generator as_strided as_strided_copy as_strided_scatter col2im conv_tbc
         detach_copy diagonal diagonal_copy diagonal_scatter embedding_bag frexp gradient
-        grid_sampler grid_sampler_2d grid_sampler_3d im2col index_reduce logspace max_unpool2d
+        grid_sampler grid_sampler_2d grid_sampler_3d index_reduce logspace max_unpool2d
         max_unpool3d native_channel_shuffle pixel_shuffle pixel_unshuffle put range renorm
         select_copy _shape_as_tensor slice_copy split_copy split_with_sizes_copy unbind_copy unfold
         unfold_copy""",

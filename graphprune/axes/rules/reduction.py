@@ -243,6 +243,15 @@ def pool_with_places(c: RuleContext) -> list[Dims]:
     return [(*dims[:kept], *values[kept:])] * 2
 
 
+@rule("im2col")
+def im2col(c: RuleContext) -> Dims:
+    """Windows of an image: channels x places in the window, and positions."""
+    dims, positions = c.dims(c.get("self")), c.fresh()[-1]
+    window = algebra.leaf(math.prod(c.get("kernel_size")))
+    c.freeze((*dims[-2:], window, positions), "a position at")
+    return (*dims[:-3], algebra.product([dims[-3], window]), positions)
+
+
 @rule("pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d",
       "replication_pad1d", "replication_pad2d", "replication_pad3d")  # fmt: skip
 def pad(c: RuleContext) -> Dims:
