@@ -371,8 +371,8 @@ def _check_known(model: nn.Module, graph: fx.Graph) -> None:
         target = node.target
         if isinstance(target, OpOverload) and target.namespace == "aten" and not allowed(target):
             raise CaptureError(
-                f"forward of {type(model).__name__} calls {op_name(node)!r} at {location(node)}, an "
-                "operator that no saved program may call; write that line in other operators"
+                f"forward of {type(model).__name__} calls {op_name(node)!r} at {location(node)}, "
+                "an operator that no saved program may call; write that line in other operators"
             )
 
 

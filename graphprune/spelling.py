@@ -72,7 +72,7 @@ def _decomposed(node: fx.Node) -> fx.Graph:
 @functools.cache
 def _table() -> Mapping[Any, Callable[..., Any]]:
     """What each overload of `SPELLINGS`, or of an operator that one becomes, is made of."""
-    import torch._refs  # noqa: F401  (registers decompositions)
+    import torch._refs  # registers decompositions
 
     packets = [getattr(torch.ops.aten, name) for name in (*sorted(SPELLINGS), *_INSIDE)]
     overloads = [getattr(packet, name) for packet in packets for name in packet.overloads()]

@@ -31,7 +31,7 @@ _NAMES = {function: name for name, function in _PYTHON.items()}
 
 _OWN = {"grouped_mm"}
 _NAMESPACES = ("aten", "graphprune")
-# They have a rule, are in no captured graph, and read behind the ends of weights that are too short.
+# They have a rule, but read behind the end of a weight that is too short; capture leaves none.
 _UNCHECKED = {"native_batch_norm", "_native_batch_norm_legit_no_training"}
 
 
