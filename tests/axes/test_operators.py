@@ -252,7 +252,7 @@ FREE: dict[str, Function] = {
 
 def _special(name: str, *rest: int) -> Function:
     function = getattr(torch.special, name)
-    return lambda h: function(h.detach().tanh().abs() + 0.1, *rest)  # few have gradients
+    return lambda h: function(0.1 + 0.8 * h.detach().tanh().abs(), *rest)  # few have gradients
 
 
 # Rare operators with a rule, which the fuzzer does not draw.
@@ -395,7 +395,7 @@ def test_gradients_are_those_of_the_model(
         if got is None or want is None:
             assert not any(g is not None and g.any() for g in (got, want)), name
         else:
-            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4, msg=name)
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4, equal_nan=True, msg=name)
     assert sum(got is not None and bool(got.any()) for got in found) > len(model.functions)
 
 
@@ -445,7 +445,9 @@ def test_sizes_stay_dynamic() -> None:
         left, right = torch.broadcast_tensors(
             torch.tensordot(x, weight, dims=([2], [1])), x[..., :1]
         )
-        return torch.hstack([torch.multiply(left, right), torch.diff(left, dim=1)])
+        left = torch.subtract(left, x.sum_to_size(1, x.shape[1], 6).sum())
+        product = torch.multiply(left, right * x.shape[1])
+        return torch.hstack([torch.multiply(product, x.shape[1]), torch.diff(left, dim=1)])
 
     program = capture(Calls(function), (torch.randn(2, 4, 6),))
     assert called(program) & SPELLINGS == set()
