@@ -25,6 +25,7 @@ from graphprune.targets import allowed, on_tensors, resolve
 from graphprune.verify import verify_rewrite
 
 aten = torch.ops.aten
+untyped: Any = torch  # some functions of torch have no types
 
 # What no program may call, by the reason. A star stands for any letters.
 REFUSED = {
@@ -176,7 +177,7 @@ FREE: dict[str, Function] = {
     "atleast_1d": torch.atleast_1d,
     "atleast_2d": torch.atleast_2d,
     "atleast_3d": torch.atleast_3d,
-    "broadcast_tensors": lambda h: torch.broadcast_tensors(h[:, :1], h)[0],
+    "broadcast_tensors": lambda h: untyped.broadcast_tensors(h[:, :1], h)[0],
     "channel_shuffle": lambda h: F.channel_shuffle(h.transpose(1, 2), 2).transpose(1, 2),
     "column_stack": lambda h: torch.column_stack([h, h.tanh()]),
     "dsplit": lambda h: torch.dsplit(h, 2)[1],
@@ -203,7 +204,7 @@ FREE: dict[str, Function] = {
     "vstack": lambda h: torch.vstack([h, h.tanh()]),
     "addmv": lambda h: torch.addmv(W[0].sum(1), W[0], h[0, 0]),
     "addr": lambda h: torch.addr(h[0], h[0].sum(1), h[1, 0]),
-    "chain_matmul": lambda h: torch.chain_matmul(h[0], W[1].t(), W[1]),
+    "chain_matmul": lambda h: untyped.chain_matmul(h[0], W[1].t(), W[1]),
     "ger": lambda h: torch.ger(W[2][:, 0], h[0, 0]),
     "inner": lambda h: torch.inner(h, W[3]),
     "linalg_matmul": lambda h: torch.linalg.matmul(h, W[4].t()),
@@ -305,7 +306,7 @@ RARE: dict[str, Function] = {
 
 # A unit's number matters, or which other units there are.
 BOUND: dict[str, Function] = {
-    "block_diag": lambda h: torch.block_diag(h[0], h[1]),
+    "block_diag": lambda h: untyped.block_diag(h[0], h[1]),
     "cartesian_prod": lambda h: torch.cartesian_prod(h[0, 0], h[0, 1]),
     "cosine_embedding_loss": lambda h: F.cosine_embedding_loss(
         h[:, 0], h[:, 1], torch.ones_like(h[:, 0, 0])
@@ -442,7 +443,7 @@ def test_sizes_stay_dynamic() -> None:
     weight = torch.randn(5, 6)
 
     def function(x: Tensor) -> Tensor:
-        left, right = torch.broadcast_tensors(
+        left, right = untyped.broadcast_tensors(
             torch.tensordot(x, weight, dims=([2], [1])), x[..., :1]
         )
         left = torch.subtract(left, x.sum_to_size(1, x.shape[1], 6).sum())

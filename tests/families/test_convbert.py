@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,8 @@ def test_both_kinds_of_heads_are_cut_verified_and_exported(tmp_path: Path) -> No
         conv_kernel_size=3,
         max_position_embeddings=32,
     )
-    model = ConvBertModel(config).eval()
+    model: Any = ConvBertModel(config)
+    model.eval()
     randomise(model)
     ids = torch.randint(1, 60, (2, 10))
     padding = torch.ones_like(ids)
