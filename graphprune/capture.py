@@ -17,10 +17,11 @@ import sympy
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
-from torch._ops import HigherOrderOperator
+from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 
 from graphprune.agreement import with_second_batch
+from graphprune.axes.rules._base import location
 from graphprune.codec import encode
 from graphprune.compare import second_sizes
 from graphprune.dynamic import asked_dims, asked_names, auto_shapes
@@ -32,6 +33,8 @@ from graphprune.guards import assumptions
 from graphprune.program import FROZEN, Argument, Constant, Entry, Program
 from graphprune.propagate import propagate
 from graphprune.quiet import attributes_kept, quiet
+from graphprune.spelling import respell
+from graphprune.targets import allowed
 
 log = logging.getLogger(__name__)
 
@@ -291,9 +294,11 @@ def program_of(
             type(model).__name__,
             ", ".join(sorted(written)),
         )
+    respell(graph)
     spell_out(graph)
     _own_operators(graph)
     graph.eliminate_dead_code()
+    _check_known(model, graph)
     tensors, parameters, aliases, overlaps = _tensors(model, module, graph)
     arguments, example, symbols = _interface(model, graph, in_spec, args, kwargs, asked)
     dynamic = symbols if dynamic is None else dynamic
@@ -356,6 +361,20 @@ def _check_operators(model: nn.Module, graph: fx.Graph) -> None:
             f"forward of {name} calls torch.vmap, which torch.export does not resolve; write that "
             "line with a batch dimension"
         )
+
+
+def _check_known(model: nn.Module, graph: fx.Graph) -> None:
+    """Refuse ATen operators that no saved program may call; those of other libraries only freeze.
+
+    They are kernels behind public operators, and operators on sparse, nested or quantized tensors.
+    """
+    for node in graph.nodes:
+        target = node.target
+        if isinstance(target, OpOverload) and target.namespace == "aten" and not allowed(target):
+            raise CaptureError(
+                f"forward of {type(model).__name__} calls {op_name(node)!r} at {location(node)}, "
+                "an operator that no saved program may call; write that line in other operators"
+            )
 
 
 def _specs(module: fx.GraphModule) -> tuple[pytree.TreeSpec, pytree.TreeSpec]:

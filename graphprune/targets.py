@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from graphprune.axes.rules import RULES
 from graphprune.errors import ArtifactError, UnsupportedError
+from graphprune.ruleless import SPELLINGS, WITHOUT_RULE
 
 _PYTHON: dict[str, Callable[..., Any]] = {
     **{
@@ -27,9 +29,21 @@ _PYTHON: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 _NAMES = {function: name for name, function in _PYTHON.items()}
 
+_OWN = {"grouped_mm"}
 _NAMESPACES = ("aten", "graphprune")
-# Functional by its schema, and yet it opens a file.
-_DENIED = {"aten::from_file"}
+# They have a rule, but read behind the end of a weight that is too short; capture leaves none.
+_UNCHECKED = {"native_batch_norm", "_native_batch_norm_legit_no_training"}
+
+
+def is_arithmetic(target: Any) -> bool:
+    """Whether a call computes sizes, by a Python function that a saved graph may call."""
+    return target in _NAMES
+
+
+def on_tensors(target: torch._ops.OpOverload) -> bool:
+    """Whether an operator takes or returns tensors; some overloads are for numbers and strings."""
+    touched = [a.type for a in (*target._schema.arguments, *target._schema.returns)]
+    return any("Tensor" in str(kind) for kind in touched)
 
 
 def target_name(target: Any) -> str:
@@ -39,13 +53,13 @@ def target_name(target: Any) -> str:
         UnsupportedError: the target may not be in a saved graph.
     """
     if isinstance(target, torch._ops.OpOverload):
-        if _allowed(target):
+        if allowed(target):
             return f"{target._schema.name}.{target._overloadname}"
     elif target in _NAMES:
         return _NAMES[target]
     raise UnsupportedError(
-        f"operator {target} cannot be saved: a saved graph may call ATen operators that write to "
-        "nothing, integer arithmetic, and graphprune's own operators"
+        f"operator {target} cannot be saved: a saved graph may call the ATen operators that "
+        "graphprune knows, integer arithmetic, and graphprune's own operators"
     )
 
 
@@ -58,7 +72,7 @@ def resolve(name: Any) -> Any:
     if isinstance(name, str) and name in _PYTHON:
         return _PYTHON[name]
     target = _overload(name) if isinstance(name, str) else None
-    if target is None or not _allowed(target):
+    if target is None or not allowed(target):
         raise ArtifactError(f"operator {name!r} is not one that a saved graph may call")
     return target
 
@@ -77,13 +91,16 @@ def _overload(name: str) -> torch._ops.OpOverload | None:
     return found if isinstance(found, torch._ops.OpOverload) else None
 
 
-def _allowed(target: torch._ops.OpOverload) -> bool:
-    """Whether an operator only computes: in a known namespace, on tensors, writing to none."""
-    schema = target._schema
-    touched = [a.type for a in (*schema.arguments, *schema.returns)]
+def allowed(target: torch._ops.OpOverload) -> bool:
+    """Whether a program may call an operator: one on the list that writes to no argument."""
+    name = target._schema.name.partition("::")[2]
+    if target.namespace == "graphprune":
+        return name in _OWN
+    known = name in RULES or name in SPELLINGS or name in WITHOUT_RULE
     return (
-        target.namespace in _NAMESPACES
-        and not schema.is_mutable
-        and schema.name not in _DENIED
-        and any("Tensor" in str(t) for t in touched)
+        target.namespace == "aten"
+        and known
+        and name not in _UNCHECKED
+        and not target._schema.is_mutable
+        and on_tensors(target)
     )

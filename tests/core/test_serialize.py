@@ -147,7 +147,11 @@ HOSTILE_TARGETS: list[Any] = [
     "operator.attrgetter", "aten::from_file.default", "aten::add_.Tensor", "aten::add.out",
     "aten::nothing.default", "aten::linear", "aten::__class__.default", "aten::linear.__class__",
     "aten::linear._schema", "aten::save.default", "c10d::allreduce_.default", "torch.load",
-    "graphprune::attention.__init__", "quantized::linear_prepack.default", "../x", "", None, 3, [],
+    "graphprune::attention.__init__", "graphprune::attention.default",
+    "aten::_convert_indices_from_coo_to_csr.default", "aten::_unsafe_index.Tensor",
+    "aten::_unsafe_index_put.default", "aten::segment_reduce.default", "aten::ctc_loss.Tensor",
+    "aten::_embedding_bag.default", "aten::native_batch_norm.default",
+    "quantized::linear_prepack.default", "../x", "", None, 3, [],
 ]  # fmt: skip
 
 
@@ -215,6 +219,13 @@ INJECTION = '"); __import__("os").system("touch hacked"); ("'
 EDITS: dict[str, Edit] = {
     "unknown target": lambda d: first(d, "call_function").update(target="os.system"),
     "writing target": lambda d: first(d, "call_function").update(target="aten::zero_.default"),
+    "target that trusts indices": lambda d: first(d, "call_function").update(
+        target="aten::_convert_indices_from_coo_to_csr.default",
+        args=[{"node": "x"}, 4],
+    ),
+    "target that trusts places": lambda d: first(d, "call_function").update(
+        target="aten::_unsafe_index.Tensor", args=[{"node": "x"}, [{"node": "x"}]]
+    ),
     "target of a library": lambda d: first(d, "call_function").update(target="x::y.default"),
     "kind of node": lambda d: first(d, "call_function").update(op="call_module"),
     "method": lambda d: first(d, "call_function").update(op="call_method", target="share_memory_"),

@@ -19,6 +19,14 @@ _UNARY = (
     "signbit", "silu", "sin", "sinc", "sinh", "softplus", "softshrink", "softsign", "sqrt",
     "square", "tan", "tanh", "tanhshrink", "threshold", "to", "_to_copy", "trunc",
     "type_as", "zeros_like", "empty_like", "float", "double", "half", "int", "long",
+    "angle", "cauchy", "exponential", "geometric", "log_normal", "normal_functional", "poisson",
+    "randint_like", "random", "uniform", "zero", "feature_alpha_dropout", "i0", "isneginf",
+    "isposinf", "special_airy_ai",
+    "special_bessel_j0", "special_bessel_j1", "special_bessel_y0", "special_bessel_y1",
+    "special_erfcx", "special_i0e", "special_i1", "special_i1e", "special_log_ndtr",
+    "special_modified_bessel_i0", "special_modified_bessel_i1", "special_modified_bessel_k0",
+    "special_modified_bessel_k1", "special_ndtri", "special_scaled_modified_bessel_k0",
+    "special_scaled_modified_bessel_k1", "special_spherical_bessel_j0",
 )  # fmt: skip
 _BROADCAST = (
     "add", "sub", "rsub", "mul", "div", "true_divide", "floor_divide", "remainder", "fmod",
@@ -29,6 +37,14 @@ _BROADCAST = (
     "bitwise_xor", "__and__", "__or__", "__xor__", "__lshift__", "__rshift__",
     "bitwise_left_shift", "bitwise_right_shift", "expand_as", "copy", "xlogy",
     "float_power", "logaddexp", "polar", "complex", "_prelu_kernel",
+    "gcd", "heaviside", "igamma", "igammac", "lcm", "logaddexp2", "nextafter", "polygamma",
+    "special_chebyshev_polynomial_t", "special_chebyshev_polynomial_u",
+    "special_chebyshev_polynomial_v", "special_chebyshev_polynomial_w",
+    "special_hermite_polynomial_h", "special_hermite_polynomial_he",
+    "special_laguerre_polynomial_l", "special_legendre_polynomial_p",
+    "special_shifted_chebyshev_polynomial_t", "special_shifted_chebyshev_polynomial_u",
+    "special_shifted_chebyshev_polynomial_v", "special_shifted_chebyshev_polynomial_w",
+    "special_zeta",
 )  # fmt: skip
 
 

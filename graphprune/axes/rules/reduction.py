@@ -139,17 +139,6 @@ def layer_norm(c: RuleContext) -> Dims:
     return dims
 
 
-@rule("_weight_norm")
-def weight_norm(c: RuleContext) -> Dims:
-    """v · g / |v|, the norm taken over all dimensions but one: those are normalised."""
-    dims = c.dims(c.get("v"))
-    d = c.dim(len(dims), default=0)
-    for i, axis in enumerate(dims):
-        if i != d:
-            algebra.normalise(axis)
-    return c.broadcast(dims, c.dims(c.get("g")))
-
-
 @rule("rms_norm")
 def rms_norm(c: RuleContext) -> Dims:
     """A mean of squares over the last dimensions: exact once it is rescaled."""
@@ -225,7 +214,9 @@ _POOLS = (
     "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
     "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
     "upsample_nearest2d", "upsample_bilinear2d", "upsample_nearest1d", "upsample_linear1d",
-    "upsample_bicubic2d",
+    "upsample_bicubic2d", "upsample_nearest3d", "upsample_trilinear3d",
+    "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d",
+    "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "_upsample_lanczos2d_aa",
 )  # fmt: skip
 
 
@@ -241,7 +232,28 @@ def pool(c: RuleContext) -> Dims:
     return (*dims[:kept], *fresh)
 
 
-@rule("pad", "constant_pad_nd", "reflection_pad2d", "replication_pad2d", "reflection_pad1d")
+@rule("max_pool1d_with_indices", "max_pool2d_with_indices", "max_pool3d_with_indices",
+      "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d")  # fmt: skip
+def pool_with_places(c: RuleContext) -> list[Dims]:
+    """The largest values, and where they are: numbers of positions, channel by channel."""
+    dims, values = c.dims(c.node.args[0]), c.fresh(0)
+    sides = int("".join(ch for ch in op_name(c.node) if ch.isdigit()))
+    kept = len(dims) - sides
+    c.freeze((*dims[kept:], *values[kept:]), "a position at")
+    return [(*dims[:kept], *values[kept:])] * 2
+
+
+@rule("im2col")
+def im2col(c: RuleContext) -> Dims:
+    """Windows of an image: channels x places in the window, and positions."""
+    dims, positions = c.dims(c.get("self")), c.fresh()[-1]
+    window = algebra.leaf(math.prod(c.get("kernel_size")))
+    c.freeze((*dims[-2:], window, positions), "a position at")
+    return (*dims[:-3], algebra.product([dims[-3], window]), positions)
+
+
+@rule("pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d",
+      "replication_pad1d", "replication_pad2d", "replication_pad3d")  # fmt: skip
 def pad(c: RuleContext) -> Dims:
     """A padded or cropped axis keeps its numbering; others pass."""
     dims, fresh = list(c.dims(c.get("self"))), c.fresh()
