@@ -21,12 +21,15 @@ from graphprune.errors import (
     UnsupportedError,
 )
 from graphprune.events import JSON, Observer, PassFinished
+from graphprune.files import check_writable
 from graphprune.passbase import Context, Pass
 from graphprune.pipeline import Pipeline
 from graphprune.program import FROZEN, Program, ProgramModule
+from graphprune.quantized import check_order
 from graphprune.recipe import load as load_recipe
 from graphprune.recipe import to_data
 from graphprune.report import PassReport, Report, Size
+from graphprune.stream import check_not_empty
 from graphprune.training import Training
 
 if TYPE_CHECKING:
@@ -183,6 +186,7 @@ def compile(
     """
     start = time.perf_counter()
     steps = _steps(passes)
+    check_order(steps)
     if calibration is None and isinstance(model, Compiled):
         calibration = model.calibration
     batches = calibration_for(steps, calibration)
@@ -302,6 +306,7 @@ def check_training(steps: Sequence[Pass], training: object) -> None:
 
     Raises:
         RecipeError: so it is.
+        ExportError: the folder for its checkpoints cannot be written.
     """
     wanting = dict.fromkeys(step.name for step in steps if step.needs_training)
     if training is not None and not isinstance(training, Training):
@@ -313,6 +318,8 @@ def check_training(steps: Sequence[Pass], training: object) -> None:
             f"there is nothing to train {' and '.join(wanting)} with: give compile(..., "
             "training=Training(batches, loss=...))"
         )
+    if isinstance(training, Training) and training.checkpoints is not None:
+        check_writable(Path(training.checkpoints) / "checkpoint")
 
 
 def _listed(calibration: Iterable[Any]) -> list[Any]:
@@ -327,6 +334,8 @@ def _listed(calibration: Iterable[Any]) -> list[Any]:
             "calibration yields no batch; pass an iterable of batches like example_inputs, and "
             "make a generator anew if something has read it already"
         )
+    for number, batch in enumerate(batches):
+        check_not_empty(batch, number)
     return batches
 
 

@@ -352,9 +352,10 @@ def bench_command(
 ) -> None:
     """Measure on ONNX Runtime: interleaved repeats, pinned threads, median and spread."""
     from graphprune.cli.console import timing_table
-    from graphprune.cli.workflow import bench, open_subject, parse_batch
+    from graphprune.cli.workflow import bench, check_opponents, open_subject, parse_batch
 
     sizes = parse_batch(batch)
+    check_opponents(model, against)
     with _display() as display:
         with display.step(f"load {model}") as advance:
             subject = open_subject(model, allow_pickle, advance)
@@ -504,8 +505,10 @@ def sensitivity_command(
         parse_batch,
         parse_ratios,
     )
+    from graphprune.sensitivity import check_options
 
     parts = parse_ratios(ratios)
+    check_options(parts, score, role or [])
     check_calibration([], calibration)
     check_plot(plot)
     options = Options(

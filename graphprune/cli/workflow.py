@@ -21,7 +21,9 @@ from graphprune.cli.training import (
 )
 from graphprune.errors import GraphPruneError, RecipeError
 from graphprune.events import JSON, Observer
+from graphprune.files import check_writable
 from graphprune.passbase import Pass
+from graphprune.quantized import check_order
 from graphprune.report import count_text
 
 if TYPE_CHECKING:
@@ -208,7 +210,9 @@ def steps_of(
             "nothing to do: give --recipe NAME|FILE, --heads RATIO or --neurons RATIO; "
             "`graphprune recipes` and `graphprune passes` list what there is"
         )
-    return load(wanted if recipe is None else recipe, lr)
+    steps = load(wanted if recipe is None else recipe, lr)
+    check_order(steps)
+    return steps
 
 
 def parse_batch(text: str) -> tuple[int, ...]:
@@ -256,6 +260,7 @@ def check_plot(path: Path | None) -> None:
         )
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise GraphPruneError(f"{str(path)!r} cannot be written: there is no such folder for it")
+    check_writable(path)
 
 
 def sized_inputs(program: Program, sizes: tuple[int, ...]) -> dict[str, Any]:
@@ -387,15 +392,19 @@ def open_subject(name: str, allow_pickle: bool, advance: Advance) -> LoadedModel
     Raises:
         GraphPruneError: there is neither, or it cannot be loaded.
     """
-    # Before hub ids: a folder that was exported here has a manifest, whole or broken.
-    folder = Path(name).expanduser()
-    if (folder / "manifest.json").is_file():
+    # Before hub ids.
+    if _is_artifact(name):
         from graphprune.exporters import open_artifact
 
-        return open_artifact(folder)
+        return open_artifact(Path(name).expanduser())
     from graphprune.models import load_model
 
     return load_model(name, allow_pickle=allow_pickle, progress=advance)
+
+
+def _is_artifact(name: str) -> bool:
+    """Whether a folder of this name was exported here: it has a manifest, whole or broken."""
+    return (Path(name).expanduser() / "manifest.json").is_file()
 
 
 def captured(
@@ -448,13 +457,15 @@ def compiled_and_measured(
     from graphprune.models import LoadedModel
     from graphprune.models.calibration import count_tokens
     from graphprune.models.tasks.base import longest
+    from graphprune.pipeline import check_steps
 
     lesson = options.lesson
     if lesson is not None:
         subject, lesson = taught(subject, lesson, tokenizer_dir(subject), options.seed)
     with step("capture"):
         start = captured(subject, options.cache, options.dynamic)
-        # Sizes that the model refuses are refused before the work.
+        # What the model refuses is refused before the work.
+        check_steps(passes, start.program)
         inputs = timed_inputs(start.program, options.sizes) if options.measure else {}
     training = first = None
     if lesson is not None and lesson.trains:
@@ -563,7 +574,7 @@ def input_names(program: Program) -> list[str]:
 
 
 def check_calibration(steps: Sequence[Pass], source: Path | None, *, trains: bool = False) -> None:
-    """Refuse, before a model is loaded, passes that need data without any, or a missing file.
+    """Refuse, before a model is loaded, passes that need data without any, or an unreadable file.
 
     Args:
         steps: the passes.
@@ -574,11 +585,12 @@ def check_calibration(steps: Sequence[Pass], source: Path | None, *, trains: boo
         GraphPruneError: so it is.
     """
     from graphprune.api import calibration_for
+    from graphprune.models.calibration import check_source
 
     if source is None:
         calibration_for([] if trains else steps, None)
-    elif not source.exists():
-        raise GraphPruneError(f"there is no calibration file {str(source)!r}")
+    else:
+        check_source(source)
 
 
 def analysed(
@@ -661,8 +673,8 @@ def bench(
     """
     from graphprune.exporters import Artifact, export
 
-    if not isinstance(subject, Artifact) and against != "dense":
-        raise GraphPruneError("--against compares artifacts; compile the model first")
+    if isinstance(subject, Artifact):
+        subject.check_opponents(against)
     program = captured(subject).program
     inputs = timed_inputs(program, sizes)
     if isinstance(subject, Artifact):
@@ -810,7 +822,20 @@ def check_output(path: Path) -> None:
     from graphprune.exporters import is_artifact
     from graphprune.files import check_target
 
-    check_target(path, is_artifact)
+    check_target(path.expanduser(), is_artifact)
+
+
+def check_opponents(model: str, against: str) -> None:
+    """Refuse, before a model is loaded, to measure against what is not there.
+
+    Raises:
+        GraphPruneError: so it is; near matches are named.
+    """
+    from graphprune.exporters.artifact import DENSE, check_names
+
+    if not _is_artifact(model) and against != DENSE:
+        raise GraphPruneError("--against compares artifacts; compile the model first")
+    check_names(against)
 
 
 def check_task(task: str, data: Path | None, options: Mapping[str, int] | None = None) -> None:

@@ -26,6 +26,7 @@ from graphprune.events import JSON
 from graphprune.graph import bound_arguments, is_op
 from graphprune.optimiser import zero_masks
 from graphprune.passbase import Context, Invariant, Pass, PassResult
+from graphprune.passes.names import check_names
 from graphprune.passes.structural.obs import damped
 from graphprune.passes.training.regularise import site_dims
 from graphprune.passes.weights.prune import Skipped, Zeroing
@@ -69,6 +70,7 @@ class LeastSquares(Pass):
 
     name: ClassVar[str] = "least-squares"
     preserves: ClassVar[Invariant] = Invariant.INTERFACE | Invariant.SHAPES
+    needs_float: ClassVar[bool] = True
 
     damping: float = 0.01
     targets: tuple[str, ...] = ()
@@ -80,6 +82,9 @@ class LeastSquares(Pass):
     @property
     def needs_calibration(self) -> bool:
         return True
+
+    def check(self, program: Program) -> None:
+        check_names(self, program)
 
     def run(self, program: Program, ctx: Context) -> PassResult:
         refuse_quantised(program, ctx.running)

@@ -372,6 +372,96 @@ def test_bad_input_is_one_sentence_and_leaves_no_file(
     assert _tree(tmp_path) == before
 
 
+PRUNE = (*COMPILE, "--neurons", "0.5")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("compile", "tiny-mlp", "--neurons", "0.5", "-o", "file/out"), "cannot be written"),
+        (("compile", "tiny-mlp", "--neurons", "0.5", "-o", "/proc/out"), "cannot be written"),
+        ((*PRUNE, "--calibration", "latin.txt"), "'latin.txt' is no UTF-8"),
+        ((*PRUNE, "--calibration", "broken.npz"), "'broken.npz' is no .npz file"),
+        (("sensitivity", "tiny-mlp", "--calibration", "empty.txt"), "holds no sentence"),
+        (("sensitivity", "tiny-mlp", "--role", "haed"), "no role 'haed'; did you mean 'head'"),
+        (("sensitivity", "tiny-mlp", "--score", "obss"), "'obs'"),
+        (("sensitivity", "tiny-mlp", "--plot", "/proc/page.html"), "cannot be written"),
+        ((*COMPILE, "--recipe", "late.yaml"), "'prune-neurons' comes after 'quantize'"),
+        ((*COMPILE, "--recipe", "role.yaml"), "did you mean 'head'"),
+        (
+            (*PRUNE, "--task", "digits", "--checkpoints", "/proc/checkpoints"),
+            "'/proc/checkpoints/checkpoint' cannot be written",
+        ),
+        (("bench", "made", "--against", "dense,nowhere"), "nothing called 'nowhere'"),
+        (("bench", "made", "--against", "itn8"), "did you mean 'int8'"),
+        (("bench", "made", "--against", "foreign"), "'foreign' is no artifact"),
+        (("bench", "tiny-mlp", "--against", "int8"), "compile the model first"),
+    ],
+    ids=str,
+)
+def test_what_needs_no_model_to_be_seen_is_refused_before_one_is_loaded(
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    says: str,
+) -> None:
+    def loads(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("graphprune.models.load_model", loads)
+    monkeypatch.setattr("graphprune.exporters.open_artifact", loads)
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "broken.npz").write_text("no zip")
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "role.yaml").write_text("passes: [{prune-axis: {ratio: 0.5, role: haed}}]")
+    (tmp_path / "late.yaml").write_text(
+        "passes: [{quantize: {scheme: int8-dynamic}}, "
+        "{repeat: {passes: [{prune-neurons: {ratio: 0.5}}]}}]"
+    )
+    for folder, name in (("foreign", "letter.txt"), ("made", "manifest.json")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_text("{}")
+    before = _tree(tmp_path)
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert says in sentence(result)
+    assert _tree(tmp_path) == before
+
+
+def test_names_that_match_nothing_are_refused_before_any_pass_or_training(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def works(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("worked")
+
+    monkeypatch.setattr("graphprune.pipeline.run_pass", works)
+    monkeypatch.setattr("graphprune.cli.workflow.training_of", works)
+    (tmp_path / "late.yaml").write_text(
+        "passes: [{prune-neurons: {ratio: 0.5}}, {repeat: {passes: ["
+        "{prune-heads: {ratio: 0.5, ignore: [layers.0.wieght]}}]}}]"
+    )
+    for more in ((), ("--task", "digits")):
+        result = run(*COMPILE, "--recipe", "late.yaml", *more)
+        assert result.exit_code == 2, result.output
+        assert "ignore: 'layers.0.wieght' matches nothing; did you mean" in sentence(result)
+
+
+def test_a_twin_that_is_not_there_is_missed_before_the_program_is_read(
+    run: Run, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reads(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("read")
+
+    monkeypatch.setattr("graphprune.api.load", reads)
+    monkeypatch.setattr("graphprune.exporters.Artifact.has_baseline", False)
+    for against in ("dense", "int8"):
+        result = run("bench", str(copied), "--against", against)
+        assert result.exit_code == 2, result.output
+        assert "no dense twin" in sentence(result)
+
+
 @pytest.mark.parametrize(
     "file", ["model.onnx", "program/program.json", "program/tensors.safetensors"]
 )
