@@ -152,7 +152,7 @@ class Artifact:
         *,
         threads: int = 1,
         repeats: int = 20,
-        clock: Clock = "wall",
+        clock: Clock | None = None,
     ) -> Comparison:
         """Time the model and its dense twin in turns.
 
@@ -164,7 +164,8 @@ class Artifact:
                 compares with, the others are in its `others`.
             threads: ORT's threads within operators.
             repeats: rounds; each takes the fastest of three runs of both.
-            clock: "wall", or "cpu": CPU time of the calling thread, for one thread only.
+            clock: "cpu", CPU time of the calling thread, the default for one thread and for one
+                only; or "wall".
 
         Raises:
             GraphPruneError: no dense twin, or a batch that does not fit.

@@ -22,7 +22,7 @@ from graphprune.errors import (
 )
 from graphprune.events import JSON, Observer, PassFinished
 from graphprune.files import check_writable
-from graphprune.passbase import Context, Pass
+from graphprune.passbase import Context, Pass, flat
 from graphprune.pipeline import Pipeline
 from graphprune.program import FROZEN, Program, ProgramModule
 from graphprune.quantized import check_order
@@ -288,15 +288,16 @@ def calibration_for(steps: Sequence[Pass], calibration: Iterable[Any] | None) ->
         RecipeError: a pass needs them and there are none.
         GraphPruneError: what was given is no iterable of batches, or is empty.
     """
-    wanting = [step.name for step in steps if step.needs_calibration]
     if calibration is not None:
         return _listed(calibration)
+    wanting = {s.name: s.without_data for s in flat(steps) if s.needs_calibration and not s.inner}
     if wanting:
+        ways = " and ".join(f"{way} for {name}" for name, way in wanting.items() if way)
+        need = "need" if len(wanting) > 1 else "needs"
         raise RecipeError(
-            f"{' and '.join(dict.fromkeys(wanting))} as configured need calibration batches, and "
-            "there are none: give compile(..., calibration=batches), on the command line "
-            "--calibration FILE, or choose options that look at no data, such as "
-            "score='magnitude' with compensate='none'"
+            f"{' and '.join(wanting)} as configured {need} calibration batches, and there are "
+            "none: give compile(..., calibration=batches), on the command line --calibration FILE"
+            + (f", or choose what looks at no data: {ways}" if ways else "")
         )
     return None
 

@@ -206,12 +206,14 @@ class Pass(abc.ABC):
         needs_float: whether it changes values or shapes of tensors, under their names, and so
             refuses a program that is marked for quantisation (`quantized.refuse_quantised`); asked
             before any work.
+        without_data: options with which it needs no calibration; empty where it always does.
     """
 
     name: ClassVar[str]
     preserves: ClassVar[Invariant] = Invariant.ALL
     idempotent: ClassVar[bool] = False
     needs_float: ClassVar[bool] = False
+    without_data: ClassVar[str] = ""
 
     # Subclasses are slotted dataclasses; a base without slots would give them a dict again.
     __slots__ = ()

@@ -229,13 +229,15 @@ def parse_batch(text: str) -> tuple[int, ...]:
 
 
 def parse_ratios(text: str) -> list[float]:
-    """Numbers between 0 and 1 from "0.25,0.5".
+    """Numbers between 0 and 1 from "0.25,0.5" or "25%,50%".
 
     Raises:
         GraphPruneError: it reads otherwise.
     """
+    from graphprune.cli import ratio_of
+
     try:
-        found = [float(part) for part in text.split(",")]
+        found = [ratio_of(part.strip()) for part in text.split(",")]
     except ValueError as e:
         raise GraphPruneError(
             f"--ratios is numbers with commas, such as 0.25,0.5, got {text!r}"
@@ -655,8 +657,6 @@ def _clock(
             feeds,
             threads=threads,
             repeats=10,
-            # What else the machine does must not look like a slow layer.
-            clock="cpu" if threads == 1 else "wall",
         )
         return found.model.ms, found.against.ms
 
@@ -683,7 +683,7 @@ def bench(
         artifact = export(program, Path(folder) / "dense", baseline=program)
         timing = _timing(artifact, program, inputs, threads, "dense")
     # A model has no pruned form yet: the two sessions are the same, so one row says it all.
-    kept = ("batch", "threads", "rounds", "dense_ms", "dense_low_ms", "dense_high_ms")
+    kept = ("batch", "threads", "clock", "rounds", "dense_ms", "dense_low_ms", "dense_high_ms")
     return {key: timing[key] for key in kept}
 
 
@@ -778,6 +778,7 @@ def _timing_row(
     return {
         "batch": batch_text(program, inputs),
         "threads": threads,
+        "clock": found.clock,
         "rounds": found.rounds,
         "against": against,
         "dense_ms": found.against.ms,

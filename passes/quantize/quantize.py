@@ -52,6 +52,7 @@ class Quantize(Pass):
     name: ClassVar[str] = "quantize"
     preserves: ClassVar[Invariant] = Invariant.ALL
     idempotent: ClassVar[bool] = True
+    without_data: ClassVar[str] = "scheme='int8-dynamic'"
 
     scheme: str
     ignore: tuple[str, ...] = ()

@@ -52,6 +52,7 @@ class PruneAxis(Pass):
     name: ClassVar[str] = "prune-axis"
     preserves: ClassVar[Invariant] = Invariant.INTERFACE
     needs_float: ClassVar[bool] = True
+    without_data: ClassVar[str] = "score='magnitude' with compensate='none'"
 
     ratio: float
     role: str | tuple[str, ...] = ()

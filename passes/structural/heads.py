@@ -46,6 +46,7 @@ class PruneHeads(Pass):
     name: ClassVar[str] = "prune-heads"
     preserves: ClassVar[Invariant] = Invariant.INTERFACE
     needs_float: ClassVar[bool] = True
+    without_data: ClassVar[str] = "score='magnitude' with compensate='none'"
 
     ratio: float
     score: str = "magnitude"

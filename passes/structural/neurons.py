@@ -50,6 +50,7 @@ class PruneNeurons(Pass):
     name: ClassVar[str] = "prune-neurons"
     preserves: ClassVar[Invariant] = Invariant.INTERFACE
     needs_float: ClassVar[bool] = True
+    without_data: ClassVar[str] = "score='magnitude' with compensate='none'"
 
     ratio: float
     score: str = "magnitude"

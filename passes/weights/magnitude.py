@@ -46,6 +46,7 @@ class Magnitude(Pass):
     name: ClassVar[str] = "magnitude"
     preserves: ClassVar[Invariant] = Invariant.INTERFACE | Invariant.SHAPES
     needs_float: ClassVar[bool] = True
+    without_data: ClassVar[str] = "allocation='uniform'"
 
     sparsity: float | None = None
     pattern: str = "single"

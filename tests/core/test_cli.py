@@ -10,9 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from graphprune.cli import app
+from graphprune.cli.console import timing_table
+from graphprune.cli.workflow import parse_ratios
+from graphprune.errors import GraphPruneError
 
 Run = Callable[..., Result]
 
@@ -157,6 +161,37 @@ def test_sizes_of_images_can_be_dynamic(run: Run) -> None:
     assert made.exit_code == 0, made.stderr
     manifest = json.loads(Path("out/manifest.json").read_text())
     assert manifest["inputs"][0]["shape"] == ["batch", 3, "height", "width"]
+
+
+@pytest.mark.parametrize(("given", "ratio"), [("50%", 0.5), ("12.5%", 0.125), ("0.25", 0.25)])
+def test_ratios_may_be_per_cent(
+    run: Run, monkeypatch: pytest.MonkeyPatch, given: str, ratio: float
+) -> None:
+    found: list[Any] = []
+
+    def stops(model: str, steps: list[Any], *rest: Any) -> Any:
+        found.extend(steps)
+        raise GraphPruneError("enough")
+
+    monkeypatch.setattr("graphprune.cli._run", stops)
+    run("compile", "tiny-bert", "--heads", given, "--neurons", given, "-o", "out")
+    assert [step.ratio for step in found] == [ratio, ratio]
+    assert parse_ratios(f"{given}, 0.75") == [ratio, 0.75]
+    refused = run("compile", "tiny-bert", "--heads", "half", "-o", "out")
+    assert refused.exit_code == 2
+    assert "write 0.5, or 50%" in refused.stderr
+
+
+def test_times_have_three_digits_and_no_exponent_and_name_the_clock() -> None:
+    timing: dict[str, Any] = {"batch": "8x128", "threads": 1, "clock": "cpu"}
+    for name, values in (("dense", (1013.4, 999.9, 1e4)), ("pruned", (99.96, 0.01234, 12.34))):
+        for key, value in zip(("_ms", "_low_ms", "_high_ms"), values, strict=True):
+            timing[f"{name}{key}"] = value
+    console = Console(width=120)
+    with console.capture() as shown:
+        console.print(timing_table(timing))
+    for text in ("1,010 ms", "1,000 to 10,000", "100 ms", "0.0123 to 12.3", "CPU time"):
+        assert text in shown.get()
 
 
 def test_bench_measures_an_artifact_and_a_model(run: Run, artifact: Path) -> None:
@@ -324,7 +359,15 @@ COMPILE = ("compile", "tiny-mlp", "-o", "out")
         ((*COMPILE, "--recipe", "hlaf"), "'half'"),
         ((*COMPILE, "--recipe", "bad-pass.yaml"), "'prune-heads'"),
         ((*COMPILE, "--recipe", "bad-option.yaml"), "'ratio'"),
-        ((*COMPILE, "--recipe", "broken.yaml"), "not valid YAML"),
+        (
+            (*COMPILE, "--recipe", "broken.yaml"),
+            "'broken.yaml' is not valid YAML: line 1, column 10",
+        ),
+        (
+            (*COMPILE, "--recipe", "nul.yaml"),
+            "'nul.yaml' is not valid YAML: unacceptable character",
+        ),
+        ((*COMPILE, "--quantize", "int8-static"), "no data: scheme='int8-dynamic' for quantize"),
         ((*COMPILE, "--heads", "0.5"), "no axis group"),
         (("compile", "tiny-bert", "--recipe", "frozen.yaml", "-o", "out"), "frozen"),
         (("compile", "./nowhere", "--neurons", "0.5", "-o", "out"), "no folder"),
@@ -361,6 +404,7 @@ def test_bad_input_is_one_sentence_and_leaves_no_file(
     (tmp_path / "bad-pass.yaml").write_text("passes: [prune-haeds]")
     (tmp_path / "bad-option.yaml").write_text("passes: [{prune-heads: {ration: 0.5}}]")
     (tmp_path / "broken.yaml").write_text("passes: [")
+    (tmp_path / "nul.yaml").write_text("passes: \0")
     (tmp_path / "frozen.yaml").write_text("passes: [{prune-axis: {ratio: 0.5, role: residual}}]")
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "letter.txt").write_text("mine")
@@ -369,6 +413,7 @@ def test_bad_input_is_one_sentence_and_leaves_no_file(
     result = run(*arguments)
     assert result.exit_code == 2, result.output
     assert says in sentence(result)
+    assert "<unicode string>" not in result.stderr
     assert _tree(tmp_path) == before
 
 
