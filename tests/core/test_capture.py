@@ -324,8 +324,8 @@ def test_calls_are_checked_against_the_capture(captured: Any) -> None:
     ids = torch.randint(3, 99, (2, 6))
     with pytest.raises(GraphPruneError, match="'attention_mask' is missing"):
         program(input_ids=ids)
-    with pytest.raises(GraphPruneError, match=r"unknown inputs \['labels'\]"):
-        program(input_ids=ids, attention_mask=ids, labels=ids)
+    with pytest.raises(GraphPruneError, match=r"unknown inputs \['label'\]"):
+        program(input_ids=ids, attention_mask=ids, label=ids)
     with pytest.raises(GraphPruneError, match="must be a tensor"):
         program(input_ids=ids, attention_mask="x")
 
