@@ -83,12 +83,15 @@ class Artifact:
         Raises:
             GraphPruneError: the artifact was exported without one.
         """
+        self._check_baseline()
+        return self._checked(open_session(self.path / BASELINE, threads))
+
+    def _check_baseline(self) -> None:
         if not self.has_baseline:
             raise GraphPruneError(
                 f"{str(self.path)!r} has no dense twin: export with baseline=True, or name "
                 "another artifact to measure against"
             )
-        return self._checked(open_session(self.path / BASELINE, threads))
 
     def check_sizes(self, feeds: Mapping[str, Any]) -> None:
         """Refuse arrays of sizes that the model was not captured for.
@@ -149,7 +152,7 @@ class Artifact:
         *,
         threads: int = 1,
         repeats: int = 20,
-        clock: Clock = "wall",
+        clock: Clock | None = None,
     ) -> Comparison:
         """Time the model and its dense twin in turns.
 
@@ -161,7 +164,8 @@ class Artifact:
                 compares with, the others are in its `others`.
             threads: ORT's threads within operators.
             repeats: rounds; each takes the fastest of three runs of both.
-            clock: "wall", or "cpu": CPU time of the calling thread, for one thread only.
+            clock: "cpu", CPU time of the calling thread, the default for one thread and for one
+                only; or "wall".
 
         Raises:
             GraphPruneError: no dense twin, or a batch that does not fit.
@@ -169,6 +173,8 @@ class Artifact:
         if clock == "cpu" and threads != 1:
             raise GraphPruneError("clock='cpu' measures one thread; use clock='wall' for more")
         feeds = self.feeds(batch)
+        if isinstance(against, str):
+            self.check_opponents(against)
         others = self._opponents(against, feeds, threads)
         for name, other in others.items():
             strange = sorted({i.name for i in other.get_inputs()} - feeds.keys())
@@ -181,6 +187,17 @@ class Artifact:
             self.session(threads), others, feeds, threads=threads, repeats=repeats, clock=clock
         )
 
+    def check_opponents(self, against: str) -> None:
+        """Refuse, before anything is loaded, names that this artifact cannot be measured against.
+
+        Raises:
+            GraphPruneError: there is nothing of a name, or no dense twin where one is needed.
+        """
+        check_names(against)
+        for name in _names(against):
+            if name == DENSE or _scheme(name, ""):
+                self._check_baseline()
+
     def _opponents(
         self, against: str | Path | Artifact, feeds: Feeds, threads: int
     ) -> dict[str, Any]:
@@ -188,8 +205,7 @@ class Artifact:
             return {str(against.path): against.session(threads)}
         if isinstance(against, Path):
             return {str(against): open_artifact(against).session(threads)}
-        names = [name.strip() for name in against.split(",")]
-        return {name: self._opponent(name, feeds, threads) for name in names}
+        return {name: self._opponent(name, feeds, threads) for name in _names(against)}
 
     def _opponent(self, name: str, feeds: Feeds, threads: int) -> Any:
         if name == DENSE:
@@ -198,13 +214,7 @@ class Artifact:
         scheme = _scheme(name, own)
         if scheme:
             return self._low_bit_session(scheme, own, feeds, threads)
-        if not Path(name).exists():
-            known = [DENSE, "int8", "int4", *SCHEMES]
-            raise GraphPruneError(
-                f"there is nothing called {name!r} to measure against, and no such folder; "
-                f"{suggest(name, known)}"
-            )
-        return open_artifact(Path(name)).session(threads)
+        return open_artifact(Path(name).expanduser()).session(threads)
 
     def _low_bit_session(self, scheme: str, own: str, feeds: Feeds, threads: int) -> Any:
         """The dense twin quantised: as it was written, or made now where it was not."""
@@ -232,6 +242,35 @@ class Artifact:
 
     def __repr__(self) -> str:
         return f"Artifact({str(self.path)!r})"
+
+
+def check_names(against: str) -> None:
+    """Refuse names that stand for nothing that anything could be measured against.
+
+    Args:
+        against: as `Artifact.benchmark` takes it.
+
+    Raises:
+        GraphPruneError: the name is no scheme, and no folder of an artifact; near names are named.
+    """
+    for name in _names(against):
+        folder = Path(name).expanduser()
+        if name == DENSE or _scheme(name, "") or (folder / MANIFEST).is_file():
+            continue
+        if folder.exists():
+            raise GraphPruneError(
+                f"{name!r} is no artifact to measure against: it has no {MANIFEST}; compile that "
+                "model first"
+            )
+        known = [DENSE, "int8", "int4", *SCHEMES]
+        raise GraphPruneError(
+            f"there is nothing called {name!r} to measure against, and no such folder; "
+            f"{suggest(name, known)}"
+        )
+
+
+def _names(against: str) -> list[str]:
+    return [name.strip() for name in against.split(",")]
 
 
 def _shape(value: Any) -> Sequence[int]:

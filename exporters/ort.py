@@ -173,7 +173,7 @@ def compare(
     threads: int = 1,
     repeats: int = 20,
     runs: int = 3,
-    clock: Clock = "wall",
+    clock: Clock | None = None,
 ) -> Comparison:
     """Time two sessions in turns, A B A B …, so that what slows the machine slows both.
 
@@ -184,7 +184,7 @@ def compare(
         threads: how many threads the sessions were opened with; recorded.
         repeats: rounds.
         runs: runs of each session in a round, of which the fastest counts.
-        clock: "cpu" is right for one thread only, on a machine that does other things too.
+        clock: by default `default_clock(threads)`.
     """
     return compare_all(
         model,
@@ -205,9 +205,10 @@ def compare_all(
     threads: int = 1,
     repeats: int = 20,
     runs: int = 3,
-    clock: Clock = "wall",
+    clock: Clock | None = None,
 ) -> Comparison:
     """Like `compare`, with several opponents in the same rounds: the first, the rest as others."""
+    clock = clock or default_clock(threads)
     sessions = [model, *against.values()]
     first, *rest = interleaved(sessions, feeds, repeats=repeats, runs=runs, clock=clock)
     found: dict[str, Comparison] = {}
@@ -227,6 +228,11 @@ def compare_all(
         )
     main, *others = found
     return replace(found[main], others={name: found[name] for name in others})
+
+
+def default_clock(threads: int) -> Clock:
+    """CPU time of one thread, which other programs do not slow; of more, only the wall clock."""
+    return "cpu" if threads == 1 else "wall"
 
 
 def interleaved(

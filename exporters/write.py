@@ -34,6 +34,7 @@ from graphprune.exporters.names import input_names, limits_by_input
 from graphprune.exporters.ort import (
     Feeds,
     compare,
+    default_clock,
     feeds_of,
     file_bytes,
     interleaved,
@@ -135,7 +136,9 @@ def measure(program: Program, *, threads: int = 1, repeats: int = 10) -> float:
             feeds = _examples(program, "forward")
             quantise(path, path, replace(mark, keep_error=None), feeds[:1])
         session = open_session(path, threads)
-        (times,) = interleaved([session], _example(program, "forward"), repeats=repeats)
+        (times,) = interleaved(
+            [session], _example(program, "forward"), repeats=repeats, clock=default_clock(threads)
+        )
     return float(np.median(times))
 
 

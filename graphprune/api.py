@@ -21,12 +21,15 @@ from graphprune.errors import (
     UnsupportedError,
 )
 from graphprune.events import JSON, Observer, PassFinished
-from graphprune.passbase import Context, Pass
+from graphprune.files import check_writable
+from graphprune.passbase import Context, Pass, flat
 from graphprune.pipeline import Pipeline
 from graphprune.program import FROZEN, Program, ProgramModule
+from graphprune.quantized import check_order
 from graphprune.recipe import load as load_recipe
 from graphprune.recipe import to_data
 from graphprune.report import PassReport, Report, Size
+from graphprune.stream import check_not_empty
 from graphprune.training import Training
 
 if TYPE_CHECKING:
@@ -183,6 +186,7 @@ def compile(
     """
     start = time.perf_counter()
     steps = _steps(passes)
+    check_order(steps)
     if calibration is None and isinstance(model, Compiled):
         calibration = model.calibration
     batches = calibration_for(steps, calibration)
@@ -284,15 +288,16 @@ def calibration_for(steps: Sequence[Pass], calibration: Iterable[Any] | None) ->
         RecipeError: a pass needs them and there are none.
         GraphPruneError: what was given is no iterable of batches, or is empty.
     """
-    wanting = [step.name for step in steps if step.needs_calibration]
     if calibration is not None:
         return _listed(calibration)
+    wanting = {s.name: s.without_data for s in flat(steps) if s.needs_calibration and not s.inner}
     if wanting:
+        ways = " and ".join(f"{way} for {name}" for name, way in wanting.items() if way)
+        need = "need" if len(wanting) > 1 else "needs"
         raise RecipeError(
-            f"{' and '.join(dict.fromkeys(wanting))} as configured need calibration batches, and "
-            "there are none: give compile(..., calibration=batches), on the command line "
-            "--calibration FILE, or choose options that look at no data, such as "
-            "score='magnitude' with compensate='none'"
+            f"{' and '.join(wanting)} as configured {need} calibration batches, and there are "
+            "none: give compile(..., calibration=batches), on the command line --calibration FILE"
+            + (f", or choose what looks at no data: {ways}" if ways else "")
         )
     return None
 
@@ -302,6 +307,7 @@ def check_training(steps: Sequence[Pass], training: object) -> None:
 
     Raises:
         RecipeError: so it is.
+        ExportError: the folder for its checkpoints cannot be written.
     """
     wanting = dict.fromkeys(step.name for step in steps if step.needs_training)
     if training is not None and not isinstance(training, Training):
@@ -313,6 +319,8 @@ def check_training(steps: Sequence[Pass], training: object) -> None:
             f"there is nothing to train {' and '.join(wanting)} with: give compile(..., "
             "training=Training(batches, loss=...))"
         )
+    if isinstance(training, Training) and training.checkpoints is not None:
+        check_writable(Path(training.checkpoints) / "checkpoint")
 
 
 def _listed(calibration: Iterable[Any]) -> list[Any]:
@@ -327,6 +335,8 @@ def _listed(calibration: Iterable[Any]) -> list[Any]:
             "calibration yields no batch; pass an iterable of batches like example_inputs, and "
             "make a generator anew if something has read it already"
         )
+    for number, batch in enumerate(batches):
+        check_not_empty(batch, number)
     return batches
 
 

@@ -29,6 +29,7 @@ def check_target(path: Path, is_ours: Callable[[Path], bool]) -> None:
         ExportError: the path is a file, a folder of somebody else, or not writable.
     """
     path = path.absolute()
+    check_writable(path)
     restore(path)
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise ExportError(f"{str(path)!r} is a file or a link, not a folder; choose another path")
@@ -37,11 +38,27 @@ def check_target(path: Path, is_ours: Callable[[Path], bool]) -> None:
             f"{str(path)!r} exists and graphprune did not write it; choose another folder, or "
             "remove it first"
         )
+
+
+def check_writable(path: Path) -> None:
+    """Refuse, before any work, a place where no file or folder of this name can be made.
+
+    It is tried, because permissions are not all: disks are mounted read-only, and names too long.
+
+    Raises:
+        ExportError: so it is.
+    """
+    path = path.absolute()
     above = path.parent
-    while not above.exists():
+    while not os.path.exists(above):  # Path.exists raises where it may not look
         above = above.parent
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise ExportError(f"{str(path)!r} cannot be written: {str(above)!r} is not writable")
+    try:
+        Path(tempfile.mkdtemp(prefix=_prefix(path, "new"), dir=above)).rmdir()
+    except OSError as e:
+        raise ExportError(
+            f"{str(path)!r} cannot be written: {str(above)!r} takes no new file "
+            f"({e.strerror or e}); choose another place"
+        ) from e
 
 
 def restore(path: Path) -> None:

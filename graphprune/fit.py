@@ -282,11 +282,6 @@ class _Run:
             flat = flat_batch(self.program.forward, inputs_of(self.program, batch), number)
         except GraphPruneError as e:
             raise TrainingError(f"{kind} {str(e).removeprefix('calibration ')}") from e
-        for name, tensor in zip(self.program.forward.input_names, flat, strict=True):
-            if tensor.dim() and not len(tensor):
-                raise TrainingError(
-                    f"{kind} batch {number}: input {name!r} has 0 rows; leave empty batches out"
-                )
         sizes = tuple(tensor.shape for tensor in flat)
         if kind == "training" and sizes not in self.seen_sizes:
             with _named_batch(number):

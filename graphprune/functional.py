@@ -11,20 +11,12 @@ from torch._dispatch.python import enable_python_dispatcher
 
 from graphprune.errors import CaptureError
 from graphprune.graph import bound_arguments, is_op, op_name, set_bound
+from graphprune.memory import Memory, writes
 
 # Regions that only change a mode around the calls inside them.
 _REGIONS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
-# Views whose write-back is an operator of its own.
-_SCATTER = {"slice": "slice_scatter", "select": "select_scatter"}
-# Results that share memory with their first input.
-_VIEWS = {
-    "view", "reshape", "unsqueeze", "squeeze", "transpose", "permute", "t", "expand", "slice",
-    "select", "split", "split_with_sizes", "chunk", "unbind", "narrow", "flatten", "unflatten",
-    "numpy_T", "detach", "alias", "contiguous", "to", "diagonal", "view_as", "expand_as",
-    "movedim", "swapaxes", "getitem", "real", "imag", "_unsafe_view", "mT", "mH", "adjoint",
-}  # fmt: skip
-# Operators whose several results share memory with their input.
-_SPLITS = {"split", "split_with_sizes", "chunk", "unbind", "tensor_split"}
+# In-place operators that write no value.
+_SHAPES_ONLY = {"unsqueeze_", "squeeze_", "transpose_", "t_", "swapaxes_", "swapdims_"}
 
 
 def inline_regions(module: fx.GraphModule, graph: fx.Graph) -> None:
@@ -68,7 +60,7 @@ def _inlined(graph: fx.Graph, call: fx.Node, body: fx.Graph, first: int) -> Sequ
 
 
 def functionalize(graph: fx.Graph) -> set[str]:
-    """Turn in-place operators into functional ones, and writes through views into scatters.
+    """Turn in-place operators into functional ones, and make anew what sees the same memory.
 
     x.add_(y)              becomes   x2 = x + y,  later uses of x read x2
     x[a:b].copy_(y)        becomes   x2 = slice_scatter(x, y, a, b)
@@ -77,26 +69,31 @@ def functionalize(graph: fx.Graph) -> set[str]:
         Names of the tensors of the model that forward writes to: such state is not kept.
 
     Raises:
-        CaptureError: a write through a view that has no scatter form, or seen through another.
+        CaptureError: an operator has no functional form; or memory that was written to through a
+            view is read later, and the view has no scatter form.
     """
-    order = {node: i for i, node in enumerate(graph.nodes)}
+    memory = Memory(graph)
     written: set[str] = set()
+    done: list[fx.Node] = []
     for node in list(graph.nodes):
-        if node.op != "call_function" or not _mutates(node):
+        target = node.args[0] if node.args else None
+        memory.enter(node)
+        if node.op != "call_function" or not writes(node):
             continue
-        target = node.args[0]
         if not isinstance(target, fx.Node):
             raise CaptureError(_no_form(node))
-        root = _root(target)
+        if op_name(node) in _SHAPES_ONLY and memory.is_shared(target):
+            raise CaptureError(
+                f"{node.name!r} ({op_name(node)}) changes the shape of a tensor that shares memory "
+                "with another; rewrite that line of the model without the in-place operator"
+            )
+        root = memory.root(target)
         if root.op == "get_attr":
             written.add(str(root.target))
-        _check_other_views(root, target, node, order)
-        new = _functional(graph, node)
-        for made in (new, *new.all_input_nodes):
-            order.setdefault(made, order[node])
-        node.replace_all_uses_with(new)
+        memory.write(node, target, _functional(graph, node))
+        done.append(node)
+    for node in reversed(done):
         graph.erase_node(node)
-        _rebind(graph, target, new, order)
     return written
 
 
@@ -143,11 +140,6 @@ def _state_dtype(node: fx.Node) -> None:
         set_bound(node, {"dtype": node.meta["val"].dtype})
 
 
-def _mutates(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
-
-
 def _no_form(node: fx.Node) -> str:
     return (
         f"operator {node.target} at {node.name!r} writes to its inputs and has no functional form; "
@@ -161,7 +153,7 @@ def _functional(graph: fx.Graph, node: fx.Node) -> fx.Node:
     if overload is None:
         raise CaptureError(_no_form(node))
     value = node.meta["val"]
-    with graph.inserting_after(node):
+    with graph.inserting_before(node):
         new = graph.call_function(overload, node.args, dict(node.kwargs))
     new.meta = dict(node.meta)
     fakes = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
@@ -169,7 +161,7 @@ def _functional(graph: fx.Graph, node: fx.Node) -> fx.Node:
         dtype = overload(*fakes[0], **fakes[1]).dtype
     if dtype is value.dtype:
         return new
-    with graph.inserting_after(new):
+    with graph.inserting_before(node):
         cast = graph.call_function(torch.ops.aten.to.dtype, (new, value.dtype))
     cast.meta = dict(node.meta)
     return cast
@@ -195,79 +187,3 @@ def _functional_overload(node: fx.Node) -> Any:
 
 def _argument_types(overload: Any) -> list[str]:
     return [str(argument.type) for argument in overload._schema.arguments]
-
-
-def _is_view(node: fx.Node) -> bool:
-    """Whether a value may share memory with its first input; a cast to another type does not."""
-    if op_name(node) not in _VIEWS:
-        return False
-    if op_name(node) == "getitem":
-        return op_name(cast_node(node.args[0])) in _SPLITS
-    if op_name(node) != "to":
-        return True
-    return bool(node.meta["val"].dtype is cast_node(node.args[0]).meta["val"].dtype)
-
-
-def _root(node: fx.Node) -> fx.Node:
-    """The value whose memory a view shares."""
-    while _is_view(node) and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    return node
-
-
-def _check_other_views(
-    root: fx.Node, target: fx.Node, write: fx.Node, order: dict[fx.Node, int]
-) -> None:
-    """Refuse a write that a view made before it, other than those it goes through, shows later."""
-    now = order[write]
-    through = {target}
-    while target is not root:
-        target = cast_node(target.args[0])
-        through.add(target)
-    stack = [root]
-    while stack:
-        for user in stack.pop().users:
-            if not _is_view(user) or order.get(user, now) >= now:
-                continue
-            stack.append(user)
-            if user not in through and any(order.get(u, now + 1) > now for u in user.users):
-                raise CaptureError(
-                    f"{write.name!r} writes to memory that the view {user.name!r} reads later; "
-                    "rewrite that line of the model without the in-place operator"
-                )
-
-
-def cast_node(value: Any) -> fx.Node:
-    """An argument that is known to be a node."""
-    assert isinstance(value, fx.Node)
-    return value
-
-
-def _rebind(graph: fx.Graph, target: fx.Node, new: fx.Node, order: dict[fx.Node, int]) -> None:
-    """Let everything after `new` that reads `target`, or memory it is a part of, read the new."""
-    now = order[new]
-    for user in [u for u in target.users if u is not new and order.get(u, now + 1) > now]:
-        user.replace_input_with(target, new)
-    base = target.args[0] if _is_view(target) else None
-    if not isinstance(base, fx.Node) or not _memory_read_after(base, now, order):
-        return
-    scatter = _SCATTER.get(op_name(target))
-    if scatter is None:
-        raise CaptureError(
-            f"{new.name!r} writes through {target.name!r} ({op_name(target)}), which has no "
-            "functional form; rewrite that line of the model without the in-place operator"
-        )
-    rest = [v for k, v in bound_arguments(target).items() if k != "self"]
-    with graph.inserting_after(new):
-        written = graph.call_function(getattr(torch.ops.aten, scatter).default, (base, new, *rest))
-    written.meta = dict(base.meta)
-    order[written] = now
-    _rebind(graph, base, written, order)
-
-
-def _memory_read_after(node: fx.Node, now: int, order: dict[fx.Node, int]) -> bool:
-    """Whether the value, or one that it is a view of, is read later."""
-    if any(order.get(u, now + 1) > now for u in node.users):
-        return True
-    base = node.args[0] if _is_view(node) else None
-    return isinstance(base, fx.Node) and _memory_read_after(base, now, order)

@@ -69,6 +69,7 @@ def report_page(report: Report, manifest: Mapping[str, Any]) -> str:
             *_low_bit_lines(manifest),
         ],
         inputs=_interface(manifest),
+        limits=report.limits,
         footer=_footer(manifest),
     )
 

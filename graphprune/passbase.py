@@ -6,7 +6,7 @@ import abc
 import enum
 import importlib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
@@ -203,11 +203,17 @@ class Pass(abc.ABC):
         name: the kebab-case name in recipes and reports.
         preserves: what the pipeline checks to be unchanged afterwards.
         idempotent: whether a second run finds nothing to do.
+        needs_float: whether it changes values or shapes of tensors, under their names, and so
+            refuses a program that is marked for quantisation (`quantized.refuse_quantised`); asked
+            before any work.
+        without_data: options with which it needs no calibration; empty where it always does.
     """
 
     name: ClassVar[str]
     preserves: ClassVar[Invariant] = Invariant.ALL
     idempotent: ClassVar[bool] = False
+    needs_float: ClassVar[bool] = False
+    without_data: ClassVar[str] = ""
 
     # Subclasses are slotted dataclasses; a base without slots would give them a dict again.
     __slots__ = ()
@@ -222,6 +228,26 @@ class Pass(abc.ABC):
         """Whether `run` trains and needs `ctx.training`; asked before any work."""
         return False
 
+    @property
+    def inner(self) -> tuple[Pass, ...]:
+        """The passes that this one runs, in order."""
+        return ()
+
+    def check(self, program: Program) -> None:
+        """Refuse options that do not fit the program that the passes begin with.
+
+        Called once, before any of the passes runs. Only names of tensors are sure to be those that
+        `run` will see.
+        """
+        return
+
     @abc.abstractmethod
     def run(self, program: Program, ctx: Context) -> PassResult:
         """Return the program with this pass applied."""
+
+
+def flat(steps: Iterable[Pass]) -> Iterator[Pass]:
+    """Passes, and those that they run, in order."""
+    for step in steps:
+        yield step
+        yield from flat(step.inner)

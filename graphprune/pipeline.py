@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,10 @@ from graphprune.events import (
     PipelineStarted,
     emit,
 )
+from graphprune.graph import copy_graph, output_node, propagate, value_of
 from graphprune.graph import copy_graph, output_node, value_of
 from graphprune.passbase import Context, Invariant, Pass, PassResult
+from graphprune.passbase import Context, Invariant, Pass, PassResult, flat
 from graphprune.program import Entry, Program
 from graphprune.propagate import propagate
 from graphprune.recipe import dump, to_data
@@ -82,11 +84,13 @@ class Pipeline:
         """Run every pass; the given program stays as it is.
 
         Raises:
+            RecipeError: an option does not fit the program; raised before any pass runs.
             PassError: a pass crashed; `__cause__` is the crash, the passes already run are named.
             VerificationError: a pass did not do what it claims.
             UnsupportedError: a pass declines this program, with the reason.
         """
         start = time.perf_counter()
+        check_steps(self.passes, program)
         ctx = self._context(program, ctx)
         emit(ctx.observers, PipelineStarted(tuple(step.name for step in self.passes)))
         results: list[PassFinished] = []
@@ -110,6 +114,19 @@ class Pipeline:
             verify=ctx.verify and self.verify,
             observers=(*ctx.observers, *(o for o in self.observers if o not in ctx.observers)),
         )
+
+
+def check_steps(steps: Iterable[Pass], program: Program) -> None:
+    """Refuse passes whose options do not fit the program, before any of them runs.
+
+    Raises:
+        RecipeError: so it is.
+    """
+    for step in flat(steps):
+        step.check(program)
+        # A pass that adds or removes tensors, as a clean-up may, gives the next ones other names.
+        if not (step.inner or step.needs_float or Invariant.SHAPES in step.preserves):
+            return
 
 
 def run_pass(

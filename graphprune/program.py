@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.utils._pytree as pytree
@@ -24,6 +25,8 @@ from graphprune.propagate import propagate
 from graphprune.sizes import Relation, Shape, check_sizes, limit_lines
 
 JSON = Any  # what json.dumps takes
+
+LABELS = "labels"  # of a batch: what its loss compares with
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +158,25 @@ class Entry:
         given = {name: tensor.shape for name, tensor in zip(self.input_names, flat, strict=True)}
         check_sizes(self.shapes, given, **self.limits)
 
+    def signature(self) -> inspect.Signature:
+        """The arguments by name, as the original forward has them; constants are defaults."""
+        parameters: list[inspect.Parameter] = []
+        default: Any = inspect.Parameter.empty
+        for argument in self.arguments:
+            constants = [leaf.value for leaf in argument.leaves if isinstance(leaf, Constant)]
+            if len(constants) == len(argument.leaves) and argument.default is None:
+                default = pytree.tree_unflatten(constants, argument.spec)
+            elif default is not inspect.Parameter.empty:
+                default = None  # behind one with a default there must be one, needed or not
+            kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+            parameters.append(inspect.Parameter(argument.name, kind, default=default))
+        return inspect.Signature(parameters)
+
     def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """Turn a call of the model into the flat list of tensors that the graph takes.
+
+        A batch's `labels` are left out where capture had none: one loader serves training, which
+        reads them, and everything else.
 
         Raises:
             GraphPruneError: an argument is missing, unknown, not what capture saw, or of a size
@@ -167,6 +187,8 @@ class Entry:
         if len(args) > len(names):
             raise GraphPruneError(f"the captured model takes {len(names)} inputs, got {len(args)}")
         given = dict(zip(names, args, strict=False)) | dict(kwargs)
+        if LABELS not in tensors:
+            given.pop(LABELS, None)
         values: dict[str, Tensor] = {}
         for argument in self.arguments:
             constant = all(isinstance(leaf, Constant) for leaf in argument.leaves)
@@ -447,6 +469,7 @@ class ProgramModule(nn.Module):
             output.args = ((*values, *(by_name[name] for name in self._record)),)
         self._function: Callable[..., Any] | None = None
         self.training = False
+        self.__dict__["forward"] = _signed(self, self._entry.signature())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         flat = self._entry.flatten(args, kwargs)
@@ -504,6 +527,16 @@ class ProgramModule(nn.Module):
         return self._source.with_tensors(
             {name: state[name].detach() for name in self._source.tensors}
         )
+
+
+def _signed(module: ProgramModule, signature: inspect.Signature) -> Callable[..., Any]:
+    """A module's forward with a signature, which torch.export and transformers' Trainer read."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return ProgramModule.forward(module, *args, **kwargs)
+
+    cast(Any, forward).__signature__ = signature
+    return forward
 
 
 def _module_from_bytes(

@@ -6,11 +6,12 @@ only in the exported file. So a mark survives saving, and nothing in the core kn
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, final
 
-from graphprune.errors import ArtifactError, UnsupportedError
+from graphprune.errors import ArtifactError, RecipeError, UnsupportedError
+from graphprune.passbase import Pass, flat
 from graphprune.program import Program
 
 KEY = "quantize"  # in a program's metadata
@@ -90,7 +91,25 @@ def refuse_quantised(program: Program, name: str) -> None:
     """
     mark = mark_of(program)
     if mark is not None:
-        raise UnsupportedError(
-            f"pass {name!r} comes after 'quantize' ({mark.scheme}): scales and the layers kept in "
-            "float are chosen for the weights as they are then, so prune first and quantise last"
-        )
+        raise UnsupportedError(_too_late(name, mark.scheme))
+
+
+def check_order(steps: Iterable[Pass]) -> None:
+    """Refuse, before any work, passes of which one would find a marked program and refuse it.
+
+    Raises:
+        RecipeError: so it is.
+    """
+    scheme = ""
+    for step in flat(steps):
+        if step.name == KEY:
+            scheme = str(getattr(step, "scheme", KEY))
+        elif scheme and step.needs_float:
+            raise RecipeError(_too_late(step.name, scheme))
+
+
+def _too_late(name: str, scheme: str) -> str:
+    return (
+        f"pass {name!r} comes after 'quantize' ({scheme}): scales and the layers kept in float are "
+        "chosen for the weights as they are then, so prune first and quantise last"
+    )

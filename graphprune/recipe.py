@@ -113,7 +113,15 @@ def _parse(text: str, where: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as e:
-        raise RecipeError(f"{where} is not valid YAML: {e}") from e
+        raise RecipeError(f"{where} is not valid YAML: {_problem(e)}") from e
+
+
+def _problem(error: yaml.YAMLError) -> str:
+    """Where and what, without the name that the parser gives a text: <unicode string>."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+    return str(error).partition("\n")[0]
 
 
 def _from_data(data: Any, where: str, lr: float | None = None) -> list[Pass]:

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.axes import AxisGroup, AxisGroups, axis_groups
+from graphprune.axes.roles import ROLES as ALL_ROLES
 from graphprune.errors import GraphPruneError, RecipeError, UnsupportedError
 from graphprune.events import JSON
 from graphprune.passbase import Context
 from graphprune.program import Program
+from graphprune.registry import suggest
 from graphprune.rewrite import mask, shrink
 from graphprune.stream import Stream, flat_batch
 
@@ -123,13 +125,14 @@ def sensitivity(
         seed: for score "random".
 
     Raises:
-        RecipeError: a ratio or the score is not valid.
+        RecipeError: a ratio, the score or a role is not valid.
         UnsupportedError: no group has the roles, or all of them are frozen.
         GraphPruneError: there are no batches, or they do not fit.
     """
     from graphprune.passes.structural.calibrated import in_execution_order
     from graphprune.passes.structural.select import Selector, select
 
+    check_options(ratios, score, roles)
     removals = _removals(ratios, score)
     batches = list(calibration)
     groups = axis_groups(program)
@@ -160,6 +163,18 @@ def sensitivity(
             progress(len(chosen) * len(removals) + len(times), total)
     method = removals[0].method
     return Sensitivity(score, method, bench.samples, tuple(costs), tuple(times), skipped)
+
+
+def check_options(ratios: Sequence[float], score: str, roles: Sequence[str]) -> None:
+    """Refuse, before a model is loaded, options of `sensitivity` that are valid for no model.
+
+    Raises:
+        RecipeError: a ratio, the score or a role is not valid; near matches are named.
+    """
+    _removals(ratios, score)
+    for role in roles:
+        if role not in ALL_ROLES:
+            raise RecipeError(f"there is no role {role!r}; {suggest(role, ALL_ROLES)}")
 
 
 def _removals(ratios: Sequence[float], score: str) -> list[Removal]:

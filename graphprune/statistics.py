@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from typing import final
 
 import torch
 from torch import Tensor
@@ -54,12 +56,12 @@ class Gram:
         """L2 norm of each feature over all rows, float64 [in]."""
         return self.matrix.diagonal().sqrt()
 
-    def shortage(self, name: str) -> str:
-        """A sentence where fewer rows were seen than there are features; empty else, or of none."""
+    def shortage(self) -> str:
+        """A remark where fewer rows were seen than there are features; empty else, or of none."""
         if not 0 < self.count < len(self.total):
             return ""
         return (
-            f"{name}: {self.count} calibration rows for {len(self.total)} features; "
+            f"{self.count} calibration rows for {len(self.total)} features; "
             "more batches would do better"
         )
 
@@ -68,3 +70,25 @@ class Gram:
         top = torch.cat([self.matrix, self.total[:, None]], 1)
         last = torch.cat([self.total, torch.tensor([float(self.count)], dtype=torch.float64)])
         return torch.cat([top, last[None]], 0)
+
+
+@final
+class Remarks:
+    """What there is to say of single sites; the same of several of them is said once."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, list[str]] = {}
+
+    def add(self, name: str, remark: str) -> None:
+        """Take note of a remark about a site; of an empty one not."""
+        if remark:
+            self._names.setdefault(remark, []).append(name)
+
+    def warn(self, log: logging.Logger) -> list[str]:
+        """Log a sentence a remark, which names the first site and counts the others."""
+        found = []
+        for remark, names in self._names.items():
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            found.append(f"{names[0]}{more}: {remark}")
+            log.warning("%s", found[-1])
+        return found

@@ -13,6 +13,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from graphprune.axes.algebra import equal
@@ -268,6 +269,17 @@ def is_mask(node: fx.Node, value: Tensor) -> bool:
     return True
 
 
+def check_not_empty(batch: Any, number: int) -> None:
+    """Refuse a batch without a single value; for this no captured model is needed.
+
+    Raises:
+        GraphPruneError: so it is.
+    """
+    leaves = pytree.tree_leaves(dict(batch) if hasattr(batch, "keys") else batch)
+    if all(isinstance(leaf, Tensor) and not leaf.numel() for leaf in leaves):
+        raise GraphPruneError(f"calibration batch {number} holds nothing; leave empty batches out")
+
+
 def flat_batch(entry: Entry, batch: Any, number: int) -> list[Tensor]:
     """One batch as flat inputs, checked against the capture.
 
@@ -299,6 +311,11 @@ def flat_batch(entry: Entry, batch: Any, number: int) -> list[Tensor]:
             raise GraphPruneError(
                 f"calibration batch {number}: input {name!r} is {tensor.dtype}, the model was "
                 f"captured with {example.dtype}"
+            )
+        if not tensor.numel() and example.numel():
+            raise GraphPruneError(
+                f"calibration batch {number}: input {name!r} has shape {list(tensor.shape)}, which "
+                "holds nothing; leave empty batches out"
             )
         _check_ids(entry, name, tensor, number)
         for d, symbol in dims.items():

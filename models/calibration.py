@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,6 +88,20 @@ def calibration_batches(
         return token_batches(files[0], inputs, tokenizer_dir, segments=segments, length=segment)
     sentences = _drawn(_sentences(files[0]), lines)
     return text_batches(sentences, inputs, tokenizer_dir, length)
+
+
+def check_source(source: Path) -> None:
+    """Refuse a file from which no model could be calibrated, before a model is loaded.
+
+    Raises:
+        GraphPruneError: the file, and what it lacks, are named.
+    """
+    for file in _files(source):
+        if file.suffix == ".npz":
+            with _opened(file) as arrays:
+                list(arrays)
+        else:
+            _sentences(file)
 
 
 def text_batches(
@@ -269,14 +285,11 @@ def _drawn(sentences: list[str], lines: int) -> list[str]:
 
 
 def _arrays(file: Path, inputs: Sequence[str], lines: int) -> Batches:
-    try:
-        with np.load(file, allow_pickle=False) as found:
-            arrays: Mapping[str, Tensor] = {
-                name: torch.from_numpy(found[name]) for name in inputs if name in found
-            }
-            names = list(found)
-    except (OSError, ValueError, TypeError, zipfile.BadZipFile) as e:
-        raise GraphPruneError(f"{str(file)!r} is no .npz file of plain arrays: {e}") from e
+    with _opened(file) as found:
+        arrays: Mapping[str, Tensor] = {
+            name: torch.from_numpy(found[name]) for name in inputs if name in found
+        }
+        names = list(found)
     missing = [name for name in inputs if name not in arrays]
     if missing:
         raise GraphPruneError(
@@ -294,3 +307,13 @@ def _arrays(file: Path, inputs: Sequence[str], lines: int) -> Batches:
         {name: array[start : min(start + BATCH, count)] for name, array in arrays.items()}
         for start in range(0, count, BATCH)
     ]
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Mapping[str, Any]]:
+    """The arrays of an .npz file, each read when it is asked for."""
+    try:
+        with np.load(file, allow_pickle=False) as found:
+            yield found
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as e:
+        raise GraphPruneError(f"{str(file)!r} is no .npz file of plain arrays: {e}") from e

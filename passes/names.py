@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from graphprune.errors import RecipeError
+from graphprune.passbase import Pass
 from graphprune.program import Program
 from graphprune.registry import suggest
 
@@ -79,3 +80,14 @@ def refuse_unmatched(
             if not hint.startswith("did you mean"):
                 hint = f"names look like {sorted(names)[:3]}"
             raise RecipeError(f"{option}: {pattern!r} matches nothing; {hint}")
+
+
+def check_names(step: Pass, program: Program) -> None:
+    """Refuse a pass whose `targets` or `ignore` hold a pattern that matches nothing.
+
+    Raises:
+        RecipeError: the pattern and near names are named.
+    """
+    names = TensorNames(program).all()
+    for option in ("targets", "ignore"):
+        refuse_unmatched(option, getattr(step, option), names)

@@ -63,6 +63,10 @@ class PruneRecover(Pass):
             )
 
     @property
+    def inner(self) -> tuple[Pass, ...]:
+        return self.passes
+
+    @property
     def needs_calibration(self) -> bool:
         return any(step.needs_calibration for step in self.passes)
 

@@ -40,6 +40,10 @@ class Repeat(Pass):
             raise RecipeError(f"at_most must be at least 1, got {self.at_most!r}")
 
     @property
+    def inner(self) -> tuple[Pass, ...]:
+        return self.passes
+
+    @property
     def needs_calibration(self) -> bool:
         return any(step.needs_calibration for step in self.passes)
 

@@ -17,7 +17,7 @@ import torch
 from graphprune.errors import UnsupportedError
 from graphprune.html import report_page
 from graphprune.losses import logits_of
-from graphprune.passbase import Context, Invariant, Pass
+from graphprune.passbase import Context, Invariant, Pass, flat
 from graphprune.passes import (
     L1,
     Distill,
@@ -120,6 +120,19 @@ def test_classes_are_final_frozen_slotted_and_documented(cls: type[Pass]) -> Non
     assert cls.__doc__
     assert not cls.__doc__.startswith(f"{cls.__name__}("), "write a docstring"
     assert isinstance(cls.preserves, Invariant)
+
+
+@every_pass
+def test_passes_say_whether_they_refuse_a_quantised_program(step: Pass, captured: Captured) -> None:
+    quantised = Quantize("int8-dynamic").run(captured("tiny-mlp"), Context()).program
+    refuses = any(inner.needs_float for inner in flat([step]))
+    if not refuses:
+        Pipeline([step]).run(quantised)
+        return
+    batch = (quantised.forward.example[0],)
+    context = Context(reference=quantised, calibration=[batch], training=_training(quantised))
+    with pytest.raises(UnsupportedError, match="comes after 'quantize'"):
+        Pipeline([step]).run(quantised, context)
 
 
 @every_class

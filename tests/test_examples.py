@@ -86,3 +86,30 @@ def test_the_node_example_is_valid() -> None:
     if node is None:
         pytest.skip("node is not installed")
     subprocess.run([node, "--check", folder / "embed.mjs"], check=True)
+
+
+@pytest.mark.parametrize("content", [None, "no JSON"])
+def test_the_node_example_names_a_wrong_folder_in_one_sentence(
+    tmp_path: Path, content: str | None
+) -> None:
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("node is not installed")
+    shutil.copy(EXAMPLES / "node" / "embed.mjs", tmp_path)
+    for package, code in (
+        ("@huggingface/tokenizers", "export class Tokenizer {}"),
+        ("onnxruntime-node", "export default {}"),
+    ):
+        home = tmp_path / "node_modules" / package
+        home.mkdir(parents=True)
+        (home / "package.json").write_text('{"type": "module", "main": "index.js"}')
+        (home / "index.js").write_text(code)
+    if content is not None:
+        (tmp_path / "made" / "tokenizer").mkdir(parents=True)
+        (tmp_path / "made" / "tokenizer" / "tokenizer.json").write_text(content)
+    done = subprocess.run(
+        [node, "embed.mjs", "made"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "made/tokenizer/tokenizer.json cannot be read" in done.stderr

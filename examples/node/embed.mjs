@@ -16,7 +16,18 @@ const [folder = "out", ...given] = process.argv.slice(2);
 const sentences = given.length
   ? given
   : ["A man is eating food.", "Someone has a meal.", "The stock market fell today."];
-const readJson = async (...parts) => JSON.parse(await readFile(path.join(folder, ...parts), "utf8"));
+const readJson = async (...parts) => {
+  const file = path.join(folder, ...parts);
+  try {
+    return JSON.parse(await readFile(file, "utf8"));
+  } catch (error) {
+    console.error(
+      `${file} cannot be read (${error.code ?? error.message}): ` +
+        "give the folder of a text model that graphprune wrote",
+    );
+    process.exit(1);
+  }
+};
 
 const tokenizer = new Tokenizer(
   await readJson("tokenizer", "tokenizer.json"),

@@ -84,6 +84,23 @@ LabelColumn = Annotated[
 DEMO_MODEL = "minilm"
 
 
+def ratio_of(text: str) -> float:
+    """A part of one: "0.5" or "50%".
+
+    Raises:
+        ValueError: it is neither.
+    """
+    number = float(text.removesuffix("%"))
+    return number / 100 if text.endswith("%") else number
+
+
+def _ratio(text: str) -> float:
+    try:
+        return ratio_of(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no number: write 0.5, or 50%") from None
+
+
 def main() -> None:
     """The console script."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
@@ -195,10 +212,12 @@ def compile_command(
         str | None, typer.Option(help="A built-in recipe's name or a YAML file.")
     ] = None,
     heads: Annotated[
-        float | None, typer.Option(metavar="RATIO", help="Part of the attention heads to remove.")
+        float | None,
+        typer.Option(metavar="RATIO", parser=_ratio, help="Part of the attention heads to remove."),
     ] = None,
     neurons: Annotated[
-        float | None, typer.Option(metavar="RATIO", help="Part of the hidden neurons to remove.")
+        float | None,
+        typer.Option(metavar="RATIO", parser=_ratio, help="Part of the hidden neurons to remove."),
     ] = None,
     score: Annotated[
         str, typer.Option(help="For --heads and --neurons; default obs where there are data.")
@@ -350,11 +369,15 @@ def bench_command(
     as_json: Json = False,
     allow_pickle: Pickle = False,
 ) -> None:
-    """Measure on ONNX Runtime: interleaved repeats, pinned threads, median and spread."""
+    """Measure on ONNX Runtime: interleaved repeats, pinned threads, median and spread.
+
+    Times are CPU time of one thread; with --threads above 1, of the wall clock.
+    """
     from graphprune.cli.console import timing_table
-    from graphprune.cli.workflow import bench, open_subject, parse_batch
+    from graphprune.cli.workflow import bench, check_opponents, open_subject, parse_batch
 
     sizes = parse_batch(batch)
+    check_opponents(model, against)
     with _display() as display:
         with display.step(f"load {model}") as advance:
             subject = open_subject(model, allow_pickle, advance)
@@ -504,8 +527,10 @@ def sensitivity_command(
         parse_batch,
         parse_ratios,
     )
+    from graphprune.sensitivity import check_options
 
     parts = parse_ratios(ratios)
+    check_options(parts, score, role or [])
     check_calibration([], calibration)
     check_plot(plot)
     options = Options(

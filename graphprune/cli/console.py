@@ -190,7 +190,8 @@ def timing_table(timing: Mapping[str, JSON]) -> Table:
     """A benchmark: milliseconds of each model, and their ratio, each with its quartiles."""
     against = str(timing.get("against", "dense"))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column(f"batch {timing['batch']}, {timing['threads']} thread(s)")
+    clock = "CPU" if timing["clock"] == "cpu" else "wall"
+    table.add_column(f"batch {timing['batch']}, {timing['threads']} thread(s), {clock} time")
     for title in ("median", "quartiles"):
         table.add_column(title, justify="right")
     others = timing.get("others") or {}
@@ -205,8 +206,14 @@ def timing_table(timing: Mapping[str, JSON]) -> Table:
             stem = key.removesuffix("_ms")
             low, high = (row[key.replace(stem, f"{stem}_{q}")] for q in ("low", "high"))
             unit = "x" if key == "speedup" else " ms"
-            table.add_row(title, f"{row[key]:.3g}{unit}", f"{low:.3g} to {high:.3g}")
+            table.add_row(title, f"{_short(row[key])}{unit}", f"{_short(low)} to {_short(high)}")
     return table
+
+
+def _short(value: float) -> str:
+    """Three significant digits, without an exponent: 0.0123, 12.3, 1,230."""
+    rounded = float(f"{value:.3g}")
+    return f"{rounded:,.0f}" if rounded >= 100 else f"{rounded:.3g}"
 
 
 def sensitivity_tables(found: Sensitivity) -> list[tuple[str, Table]]:
@@ -229,7 +236,7 @@ def sensitivity_tables(found: Sensitivity) -> list[tuple[str, Table]]:
         times.add_column(title, justify="right")
     for t in found.times:
         faster = f"{t.dense_ms / t.ms:.2f}x"
-        times.add_row(t.role, f"{100 * t.ratio:g} %", f"{t.ms:.3g}", f"{t.dense_ms:.3g}", faster)
+        times.add_row(t.role, f"{100 * t.ratio:g} %", _short(t.ms), _short(t.dense_ms), faster)
     titled = [
         (
             f"output error of each group cut alone; score {found.score}, compensation "

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from graphprune.errors import GraphPruneError, RecipeError
 from graphprune.events import JSON, Event, Observer, PassStarted
+from graphprune.files import check_writable
 from graphprune.passbase import Context, Pass
 from graphprune.registry import suggest
 
@@ -160,6 +161,7 @@ def check_wish(wish: Wish) -> None:
 
     Raises:
         RecipeError: so they are.
+        ExportError: the folder for checkpoints cannot be written.
     """
     from graphprune.optimiser import Plan
 
@@ -193,6 +195,8 @@ def check_wish(wish: Wish) -> None:
     if wish.resume and wish.checkpoints is None:
         raise RecipeError("--resume goes on from checkpoints: give --checkpoints FOLDER")
     Plan(epochs=wish.dense_epochs, lr=wish.rate)
+    if wish.checkpoints is not None:
+        check_writable(wish.checkpoints / "checkpoint")
 
 
 def _refuse(options: Mapping[str, object], why: str) -> None:

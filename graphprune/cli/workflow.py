@@ -21,7 +21,9 @@ from graphprune.cli.training import (
 )
 from graphprune.errors import GraphPruneError, RecipeError
 from graphprune.events import JSON, Observer
+from graphprune.files import check_writable
 from graphprune.passbase import Pass
+from graphprune.quantized import check_order
 from graphprune.report import count_text
 
 if TYPE_CHECKING:
@@ -208,7 +210,9 @@ def steps_of(
             "nothing to do: give --recipe NAME|FILE, --heads RATIO or --neurons RATIO; "
             "`graphprune recipes` and `graphprune passes` list what there is"
         )
-    return load(wanted if recipe is None else recipe, lr)
+    steps = load(wanted if recipe is None else recipe, lr)
+    check_order(steps)
+    return steps
 
 
 def parse_batch(text: str) -> tuple[int, ...]:
@@ -225,13 +229,15 @@ def parse_batch(text: str) -> tuple[int, ...]:
 
 
 def parse_ratios(text: str) -> list[float]:
-    """Numbers between 0 and 1 from "0.25,0.5".
+    """Numbers between 0 and 1 from "0.25,0.5" or "25%,50%".
 
     Raises:
         GraphPruneError: it reads otherwise.
     """
+    from graphprune.cli import ratio_of
+
     try:
-        found = [float(part) for part in text.split(",")]
+        found = [ratio_of(part.strip()) for part in text.split(",")]
     except ValueError as e:
         raise GraphPruneError(
             f"--ratios is numbers with commas, such as 0.25,0.5, got {text!r}"
@@ -256,6 +262,7 @@ def check_plot(path: Path | None) -> None:
         )
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise GraphPruneError(f"{str(path)!r} cannot be written: there is no such folder for it")
+    check_writable(path)
 
 
 def sized_inputs(program: Program, sizes: tuple[int, ...]) -> dict[str, Any]:
@@ -387,15 +394,19 @@ def open_subject(name: str, allow_pickle: bool, advance: Advance) -> LoadedModel
     Raises:
         GraphPruneError: there is neither, or it cannot be loaded.
     """
-    # Before hub ids: a folder that was exported here has a manifest, whole or broken.
-    folder = Path(name).expanduser()
-    if (folder / "manifest.json").is_file():
+    # Before hub ids.
+    if _is_artifact(name):
         from graphprune.exporters import open_artifact
 
-        return open_artifact(folder)
+        return open_artifact(Path(name).expanduser())
     from graphprune.models import load_model
 
     return load_model(name, allow_pickle=allow_pickle, progress=advance)
+
+
+def _is_artifact(name: str) -> bool:
+    """Whether a folder of this name was exported here: it has a manifest, whole or broken."""
+    return (Path(name).expanduser() / "manifest.json").is_file()
 
 
 def captured(
@@ -448,13 +459,15 @@ def compiled_and_measured(
     from graphprune.models import LoadedModel
     from graphprune.models.calibration import count_tokens
     from graphprune.models.tasks.base import longest
+    from graphprune.pipeline import check_steps
 
     lesson = options.lesson
     if lesson is not None:
         subject, lesson = taught(subject, lesson, tokenizer_dir(subject), options.seed)
     with step("capture"):
         start = captured(subject, options.cache, options.dynamic)
-        # Sizes that the model refuses are refused before the work.
+        # What the model refuses is refused before the work.
+        check_steps(passes, start.program)
         inputs = timed_inputs(start.program, options.sizes) if options.measure else {}
     training = first = None
     if lesson is not None and lesson.trains:
@@ -563,7 +576,7 @@ def input_names(program: Program) -> list[str]:
 
 
 def check_calibration(steps: Sequence[Pass], source: Path | None, *, trains: bool = False) -> None:
-    """Refuse, before a model is loaded, passes that need data without any, or a missing file.
+    """Refuse, before a model is loaded, passes that need data without any, or an unreadable file.
 
     Args:
         steps: the passes.
@@ -574,11 +587,12 @@ def check_calibration(steps: Sequence[Pass], source: Path | None, *, trains: boo
         GraphPruneError: so it is.
     """
     from graphprune.api import calibration_for
+    from graphprune.models.calibration import check_source
 
     if source is None:
         calibration_for([] if trains else steps, None)
-    elif not source.exists():
-        raise GraphPruneError(f"there is no calibration file {str(source)!r}")
+    else:
+        check_source(source)
 
 
 def analysed(
@@ -643,8 +657,6 @@ def _clock(
             feeds,
             threads=threads,
             repeats=10,
-            # What else the machine does must not look like a slow layer.
-            clock="cpu" if threads == 1 else "wall",
         )
         return found.model.ms, found.against.ms
 
@@ -661,8 +673,8 @@ def bench(
     """
     from graphprune.exporters import Artifact, export
 
-    if not isinstance(subject, Artifact) and against != "dense":
-        raise GraphPruneError("--against compares artifacts; compile the model first")
+    if isinstance(subject, Artifact):
+        subject.check_opponents(against)
     program = captured(subject).program
     inputs = timed_inputs(program, sizes)
     if isinstance(subject, Artifact):
@@ -671,7 +683,7 @@ def bench(
         artifact = export(program, Path(folder) / "dense", baseline=program)
         timing = _timing(artifact, program, inputs, threads, "dense")
     # A model has no pruned form yet: the two sessions are the same, so one row says it all.
-    kept = ("batch", "threads", "rounds", "dense_ms", "dense_low_ms", "dense_high_ms")
+    kept = ("batch", "threads", "clock", "rounds", "dense_ms", "dense_low_ms", "dense_high_ms")
     return {key: timing[key] for key in kept}
 
 
@@ -766,6 +778,7 @@ def _timing_row(
     return {
         "batch": batch_text(program, inputs),
         "threads": threads,
+        "clock": found.clock,
         "rounds": found.rounds,
         "against": against,
         "dense_ms": found.against.ms,
@@ -810,7 +823,20 @@ def check_output(path: Path) -> None:
     from graphprune.exporters import is_artifact
     from graphprune.files import check_target
 
-    check_target(path, is_artifact)
+    check_target(path.expanduser(), is_artifact)
+
+
+def check_opponents(model: str, against: str) -> None:
+    """Refuse, before a model is loaded, to measure against what is not there.
+
+    Raises:
+        GraphPruneError: so it is; near matches are named.
+    """
+    from graphprune.exporters.artifact import DENSE, check_names
+
+    if not _is_artifact(model) and against != DENSE:
+        raise GraphPruneError("--against compares artifacts; compile the model first")
+    check_names(against)
 
 
 def check_task(task: str, data: Path | None, options: Mapping[str, int] | None = None) -> None:

@@ -8,7 +8,7 @@ from typing import ClassVar, final
 
 from graphprune.errors import RecipeError
 from graphprune.passbase import Context, Invariant, Pass, PassResult
-from graphprune.passes.names import check_patterns, matches, refuse_unmatched
+from graphprune.passes.names import check_names, check_patterns, matches, refuse_unmatched
 from graphprune.program import Program
 from graphprune.quantized import KEY, SCHEMES, Mark, mark_of
 from graphprune.registry import register, suggest
@@ -52,6 +52,7 @@ class Quantize(Pass):
     name: ClassVar[str] = "quantize"
     preserves: ClassVar[Invariant] = Invariant.ALL
     idempotent: ClassVar[bool] = True
+    without_data: ClassVar[str] = "scheme='int8-dynamic'"
 
     scheme: str
     ignore: tuple[str, ...] = ()
@@ -90,6 +91,9 @@ class Quantize(Pass):
     def needs_calibration(self) -> bool:
         """Whether export will need calibration batches."""
         return self.scheme == "int8-static"
+
+    def check(self, program: Program) -> None:
+        check_names(self, program)
 
     def run(self, program: Program, ctx: Context) -> PassResult:
         """Mark the program.

@@ -8,6 +8,7 @@ from typing import ClassVar, final
 from graphprune.axes import ROLES
 from graphprune.errors import RecipeError
 from graphprune.passbase import Context, Invariant, Pass, PassResult
+from graphprune.passes.names import check_names
 from graphprune.passes.structural.remove import Removal
 from graphprune.passes.structural.select import Selector
 from graphprune.program import Program
@@ -50,6 +51,8 @@ class PruneAxis(Pass):
 
     name: ClassVar[str] = "prune-axis"
     preserves: ClassVar[Invariant] = Invariant.INTERFACE
+    needs_float: ClassVar[bool] = True
+    without_data: ClassVar[str] = "score='magnitude' with compensate='none'"
 
     ratio: float
     role: str | tuple[str, ...] = ()
@@ -79,6 +82,9 @@ class PruneAxis(Pass):
     @property
     def needs_calibration(self) -> bool:
         return self._removal().needs_calibration
+
+    def check(self, program: Program) -> None:
+        check_names(self, program)
 
     def run(self, program: Program, ctx: Context) -> PassResult:
         return self._removal().run(program, ctx)

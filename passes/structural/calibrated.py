@@ -16,7 +16,6 @@ from torch import Tensor
 
 from graphprune.axes import AxisGroup, AxisGroups
 from graphprune.errors import RecipeError, UnsupportedError
-from graphprune.events import JSON
 from graphprune.passbase import Context
 from graphprune.passes.structural.obs import Problem, damped, greedy, idle_features, loss, refit
 from graphprune.program import Program
@@ -223,17 +222,6 @@ def in_execution_order(groups: AxisGroups, chosen: Sequence[AxisGroup]) -> list[
     }
     first = {g.id: min(number[c.node] for _, c in contractions(groups, g)) for g in chosen}
     return sorted(chosen, key=lambda g: first[g.id])
-
-
-def warn_if_few(parts: Sequence[Consumer]) -> list[JSON]:
-    """Say where there are fewer calibration rows than features: damping decides there."""
-    notes: list[JSON] = []
-    for part in parts:
-        note = part.gram.shortage(part.site.name)
-        if note:
-            log.warning("%s", note)
-            notes.append(note)
-    return notes
 
 
 def check_compensation(name: str) -> None:

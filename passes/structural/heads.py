@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 from graphprune.passbase import Context, Invariant, Pass, PassResult
+from graphprune.passes.names import check_names
 from graphprune.passes.structural.remove import Removal
 from graphprune.passes.structural.select import Selector
 from graphprune.program import Program
@@ -44,6 +45,8 @@ class PruneHeads(Pass):
 
     name: ClassVar[str] = "prune-heads"
     preserves: ClassVar[Invariant] = Invariant.INTERFACE
+    needs_float: ClassVar[bool] = True
+    without_data: ClassVar[str] = "score='magnitude' with compensate='none'"
 
     ratio: float
     score: str = "magnitude"
@@ -63,6 +66,9 @@ class PruneHeads(Pass):
     @property
     def needs_calibration(self) -> bool:
         return self._removal().needs_calibration
+
+    def check(self, program: Program) -> None:
+        check_names(self, program)
 
     def run(self, program: Program, ctx: Context) -> PassResult:
         return self._removal().run(program, ctx)

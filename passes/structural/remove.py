@@ -29,7 +29,6 @@ from graphprune.passes.structural.calibrated import (
     in_execution_order,
     marginal_costs,
     obs_order,
-    warn_if_few,
 )
 from graphprune.passes.structural.score import SCORES, score_named
 from graphprune.passes.structural.select import Selection, Selector, select
@@ -38,6 +37,7 @@ from graphprune.program import Program
 from graphprune.quantized import refuse_quantised
 from graphprune.registry import suggest
 from graphprune.sites import ZEROED
+from graphprune.statistics import Remarks
 from graphprune.stream import Stream
 
 log = logging.getLogger(__name__)
@@ -141,11 +141,12 @@ class Removal:
         keep: dict[str, Tensor] = {}
         errors: dict[str, JSON] = {}
         curves: dict[str, JSON] = {}
-        few: list[JSON] = []
+        few = Remarks()
         refitted: set[str] = set()
         for group in order:
             parts = gather(stream, program, groups, group, ctx)
-            few += warn_if_few(parts)
+            for part in parts:
+                few.add(part.site.name, part.gram.shortage())
             refitted |= {part.site.tensor for part in parts if self.method == "least-squares"}
             keep[group.id], scores = self._choose(
                 program, group, parts, counts[group.id], slopes, ctx
@@ -154,8 +155,9 @@ class Removal:
             program, errors[group.id] = compensate(
                 program, group, parts, keep[group.id], self.method, self.damping
             )
-        program = _without_zeros(program, refitted, few)
-        notes: dict[str, JSON] = {"output_error": errors, "score_curves": curves, "warnings": few}
+        warnings = few.warn(log)
+        program = _without_zeros(program, refitted, warnings)
+        notes = {"output_error": errors, "score_curves": curves, "warnings": warnings}
         return keep, program, notes
 
     def _choose(
@@ -261,7 +263,7 @@ class Removal:
         return [c.size // group.size for c in groups.channels(group)] or [1]
 
 
-def _without_zeros(program: Program, refitted: set[str], warnings: list[JSON]) -> Program:
+def _without_zeros(program: Program, refitted: set[str], warnings: list[str]) -> Program:
     """Take note where least squares has filled weights that an earlier pass had set to zero."""
     zeroed = program.metadata.get(ZEROED, ())
     filled = sorted(refitted & set(zeroed))

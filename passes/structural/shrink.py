@@ -49,6 +49,7 @@ class Shrink(Pass):
     name: ClassVar[str] = "shrink"
     preserves: ClassVar[Invariant] = Invariant.INTERFACE | Invariant.NUMERICS
     idempotent: ClassVar[bool] = True
+    needs_float: ClassVar[bool] = True
 
     def run(self, program: Program, ctx: Context) -> PassResult:
         refuse_quantised(program, ctx.running)

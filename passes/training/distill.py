@@ -46,6 +46,7 @@ class Distill(Pass):
 
     name: ClassVar[str] = "distill"
     preserves: ClassVar[Invariant] = Invariant.INTERFACE | Invariant.SHAPES
+    needs_float: ClassVar[bool] = True
 
     temperature: float = 2.0
     hidden: bool = True

@@ -34,6 +34,7 @@ class Finetune(Pass):
 
     name: ClassVar[str] = "finetune"
     preserves: ClassVar[Invariant] = Invariant.INTERFACE | Invariant.SHAPES
+    needs_float: ClassVar[bool] = True
 
     epochs: int = 2
     lr: float = 5e-5

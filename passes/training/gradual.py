@@ -15,6 +15,7 @@ from graphprune.fit import fit
 from graphprune.objective import Distillation
 from graphprune.optimiser import Plan, check_number
 from graphprune.passbase import Context, Invariant, Pass, PassResult
+from graphprune.passes.names import check_names
 from graphprune.passes.training.finetune import trained_report
 from graphprune.passes.training.schedule import check_schedule, scheduled
 from graphprune.passes.weights.allocate import global_sparsities
@@ -69,6 +70,7 @@ class GradualMagnitude(Pass):
 
     name: ClassVar[str] = "gradual-magnitude"
     preserves: ClassVar[Invariant] = Invariant.INTERFACE | Invariant.SHAPES
+    needs_float: ClassVar[bool] = True
 
     final: float | None = None
     schedule: str = "cubic"
@@ -125,6 +127,9 @@ class GradualMagnitude(Pass):
     @property
     def needs_training(self) -> bool:
         return True
+
+    def check(self, program: Program) -> None:
+        check_names(self, program)
 
     def run(self, program: Program, ctx: Context) -> PassResult:
         sites, skipped = self._zeroing().sites(program, ctx)

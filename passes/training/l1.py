@@ -41,6 +41,7 @@ class L1(Pass):
 
     name: ClassVar[str] = "l1"
     preserves: ClassVar[Invariant] = Invariant.INTERFACE | Invariant.SHAPES
+    needs_float: ClassVar[bool] = True
 
     alpha: float = 1e-4
     zero_below: float = 1e-4

@@ -26,6 +26,7 @@ from graphprune.events import JSON
 from graphprune.graph import bound_arguments, is_op
 from graphprune.optimiser import zero_masks
 from graphprune.passbase import Context, Invariant, Pass, PassResult
+from graphprune.passes.names import check_names
 from graphprune.passes.structural.obs import damped
 from graphprune.passes.training.regularise import site_dims
 from graphprune.passes.weights.prune import Skipped, Zeroing
@@ -34,7 +35,7 @@ from graphprune.quantized import refuse_quantised
 from graphprune.registry import register
 from graphprune.rewrite import removals, shrink
 from graphprune.sites import LinearSite, linear_sites
-from graphprune.statistics import Gram
+from graphprune.statistics import Gram, Remarks
 from graphprune.stream import Stream
 
 log = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ class LeastSquares(Pass):
 
     name: ClassVar[str] = "least-squares"
     preserves: ClassVar[Invariant] = Invariant.INTERFACE | Invariant.SHAPES
+    needs_float: ClassVar[bool] = True
 
     damping: float = 0.01
     targets: tuple[str, ...] = ()
@@ -80,6 +82,9 @@ class LeastSquares(Pass):
     @property
     def needs_calibration(self) -> bool:
         return True
+
+    def check(self, program: Program) -> None:
+        check_names(self, program)
 
     def run(self, program: Program, ctx: Context) -> PassResult:
         refuse_quantised(program, ctx.running)
@@ -155,7 +160,7 @@ class _Work:
     masks: Mapping[str, Tensor]
     damping: float
     reports: list[dict[str, JSON]] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    remarks: Remarks = field(default_factory=Remarks)
     rows: int = 0
 
     def fit(self, pairs: Sequence[_Pair], dense: Stream, pruned: Stream) -> None:
@@ -165,9 +170,7 @@ class _Work:
         several = len(pairs) > 1 and pairs[0].site.name == pairs[1].site.name
         gram, sums = self._collected(pairs, several, dense, pruned)
         self.rows = max(self.rows, gram.count)
-        if sentence := gram.shortage(pairs[0].site.name):
-            log.warning("%s", sentence)
-            self.warnings.append(sentence)
+        self.remarks.add(pairs[0].site.name, gram.shortage())
         collecting = time.perf_counter() - start
         for site in dict((p.site.name, p.site) for p in pairs).values():
             start = time.perf_counter()
@@ -263,7 +266,7 @@ class _Work:
             "summary": words,
             "sites": self.reports,
             "skipped": [{"name": name, "reason": why} for name, why in skipped],
-            "warnings": self.warnings,
+            "warnings": self.remarks.warn(log),
             "calibration_rows": self.rows,
         }
 

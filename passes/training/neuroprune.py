@@ -69,6 +69,7 @@ class NeuroPrune(Pass):
 
     name: ClassVar[str] = "neuroprune"
     preserves: ClassVar[Invariant] = Invariant.INTERFACE
+    needs_float: ClassVar[bool] = True
 
     alpha: float = 1e-4
     beta: float = 1e-4

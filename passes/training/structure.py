@@ -76,6 +76,7 @@ class GradualStructure(Pass):
 
     name: ClassVar[str] = "gradual-structure"
     preserves: ClassVar[Invariant] = Invariant.INTERFACE
+    needs_float: ClassVar[bool] = True
 
     density: float = 0.25
     score: str = "grain"

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from graphprune.errors import RecipeError
 from graphprune.passbase import Context, Invariant, Pass, PassResult
+from graphprune.passes.names import check_names
 from graphprune.passes.weights.pattern import removed_mask
 from graphprune.passes.weights.prune import Share, SiteBySite, Zeroing
 from graphprune.program import Program
@@ -44,6 +45,8 @@ class Magnitude(Pass):
 
     name: ClassVar[str] = "magnitude"
     preserves: ClassVar[Invariant] = Invariant.INTERFACE | Invariant.SHAPES
+    needs_float: ClassVar[bool] = True
+    without_data: ClassVar[str] = "allocation='uniform'"
 
     sparsity: float | None = None
     pattern: str = "single"
@@ -63,6 +66,9 @@ class Magnitude(Pass):
     @property
     def needs_calibration(self) -> bool:
         return Zeroing.of(self).needs_calibration(False)
+
+    def check(self, program: Program) -> None:
+        check_names(self, program)
 
     def run(self, program: Program, ctx: Context) -> PassResult:
         def solve(weight: Tensor, gram: object, inputs: object, share: Share) -> Tensor:

@@ -33,7 +33,7 @@ from graphprune.passes.weights.solve import Inputs, relative_error
 from graphprune.program import Program
 from graphprune.quantized import refuse_quantised
 from graphprune.sites import ZEROED, LinearSite, is_output_head, linear_sites
-from graphprune.statistics import Gram
+from graphprune.statistics import Gram, Remarks
 from graphprune.stream import Stream
 
 log = logging.getLogger(__name__)
@@ -66,6 +66,7 @@ class Visit:
         damping: see the passes.
         reports: site name -> what was done there.
         warnings: sentences for the report.
+        remarks: what there is to say of several sites alike.
     """
 
     program: Program
@@ -76,6 +77,7 @@ class Visit:
     damping: float
     reports: dict[str, dict[str, JSON]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    remarks: Remarks = field(default_factory=Remarks)
     _inputs: dict[int, Inputs] = field(default_factory=dict)
     _own: set[str] = field(default_factory=set)
 
@@ -106,8 +108,8 @@ class Visit:
                 how = "its eigenvalues were clamped"
                 if math.isfinite(made.damping):
                     how = f"damping was raised from {self.damping:g} to {made.damping:g}"
-                self.warn(
-                    f"{site.name}: its inputs do not span its {len(made.gram)} features; {how}"
+                self.remarks.add(
+                    site.name, f"its inputs do not span its {len(made.gram)} features; {how}"
                 )
         return self._inputs[id(gram)]
 
@@ -152,6 +154,7 @@ class Done:
         program: with the weights as they are by now.
         reports: site name -> what was done there.
         warnings: sentences for the report.
+        remarks: what there is to say of several sites alike.
         rows: calibration rows that a matrix saw at most, padding left out.
         collecting: seconds that went into running the model.
     """
@@ -159,6 +162,7 @@ class Done:
     program: Program
     reports: dict[str, dict[str, JSON]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    remarks: Remarks = field(default_factory=Remarks)
     rows: int = 0
     collecting: float = 0.0
 
@@ -318,6 +322,7 @@ class Zeroing:
             self._stream(done, sites, shares, method, ctx)
         else:
             done.visit(method, Visit(program, sites, shares, {}, {}, self.damping))
+        done.warnings += done.remarks.warn(log)
         report = _report(program, sites, done, skipped)
         if data:
             whole = time.perf_counter() - began
@@ -350,8 +355,10 @@ class Zeroing:
             grams, rows = _collected(stream, done.program, region, wanted, shared)
             done.collecting += time.perf_counter() - start
             done.rows = max(done.rows, *(gram.count for gram in grams.values()))
-            visit = Visit(done.program, region, shares, grams, rows, self.damping)
-            _warn_if_few(visit)
+            visit = Visit(
+                done.program, region, shares, grams, rows, self.damping, remarks=done.remarks
+            )
+            _remark_if_few(visit)
             done.visit(method, visit)
         ctx.progress(len(regions), len(regions), "regions")
 
@@ -564,14 +571,13 @@ def _norms(program: Program, sites: Sequence[LinearSite], ctx: Context) -> dict[
     return {name: total.sqrt() for name, total in squares.items()}
 
 
-def _warn_if_few(visit: Visit) -> None:
+def _remark_if_few(visit: Visit) -> None:
     """Say where there are fewer calibration rows than features, once for all that read the same."""
     told: set[int] = set()
     for site in visit.sites:
         gram = visit.grams[site.name]
-        sentence = gram.shortage(site.name)
-        if sentence and id(gram) not in told:
-            visit.warn(sentence)
+        if id(gram) not in told:
+            visit.remarks.add(site.name, gram.shortage())
             told.add(id(gram))
 
 

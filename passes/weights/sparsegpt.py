@@ -9,6 +9,7 @@ from typing import ClassVar, final
 from torch import Tensor
 
 from graphprune.passbase import Context, Invariant, Pass, PassResult
+from graphprune.passes.names import check_names
 from graphprune.passes.weights.prune import Share, SiteBySite, Zeroing
 from graphprune.passes.weights.solve import Inputs, sparsegpt
 from graphprune.program import Program
@@ -46,6 +47,7 @@ class SparseGPT(Pass):
 
     name: ClassVar[str] = "sparsegpt"
     preserves: ClassVar[Invariant] = Invariant.INTERFACE | Invariant.SHAPES
+    needs_float: ClassVar[bool] = True
 
     sparsity: float | None = None
     pattern: str = "single"
@@ -63,6 +65,9 @@ class SparseGPT(Pass):
     @property
     def needs_calibration(self) -> bool:
         return True
+
+    def check(self, program: Program) -> None:
+        check_names(self, program)
 
     def run(self, program: Program, ctx: Context) -> PassResult:
         return Zeroing.of(self).run(program, ctx, SiteBySite(solve), data=True)

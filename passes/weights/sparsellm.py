@@ -14,6 +14,7 @@ from torch import Tensor
 
 from graphprune.errors import RecipeError
 from graphprune.passbase import Context, Invariant, Pass, PassResult
+from graphprune.passes.names import check_names
 from graphprune.passes.weights.alternate import Alternation, Weights
 from graphprune.passes.weights.feedforward import FeedForward, find_feedforwards
 from graphprune.passes.weights.prune import SiteBySite, Visit, Zeroing
@@ -63,6 +64,7 @@ class SparseLLM(Pass):
 
     name: ClassVar[str] = "sparsellm"
     preserves: ClassVar[Invariant] = Invariant.INTERFACE | Invariant.SHAPES
+    needs_float: ClassVar[bool] = True
 
     sparsity: float | None = None
     pattern: str = "single"
@@ -91,6 +93,9 @@ class SparseLLM(Pass):
     @property
     def needs_calibration(self) -> bool:
         return True
+
+    def check(self, program: Program) -> None:
+        check_names(self, program)
 
     def run(self, program: Program, ctx: Context) -> PassResult:
         method = _Method(self.rounds, Weights(self.alpha, self.beta, self.gamma))

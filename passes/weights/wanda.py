@@ -10,6 +10,7 @@ from torch import Tensor
 
 from graphprune.errors import RecipeError
 from graphprune.passbase import Context, Invariant, Pass, PassResult
+from graphprune.passes.names import check_names
 from graphprune.passes.weights.magnitude import SCOPES
 from graphprune.passes.weights.pattern import removed_mask
 from graphprune.passes.weights.prune import Share, SiteBySite, Zeroing
@@ -47,6 +48,7 @@ class Wanda(Pass):
 
     name: ClassVar[str] = "wanda"
     preserves: ClassVar[Invariant] = Invariant.INTERFACE | Invariant.SHAPES
+    needs_float: ClassVar[bool] = True
 
     sparsity: float | None = None
     pattern: str = "single"
@@ -66,6 +68,9 @@ class Wanda(Pass):
     @property
     def needs_calibration(self) -> bool:
         return True
+
+    def check(self, program: Program) -> None:
+        check_names(self, program)
 
     def run(self, program: Program, ctx: Context) -> PassResult:
         def solve(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -149,6 +151,84 @@ def test_the_module_computes_what_the_program_computes(
     with torch.no_grad():
         ours = compiled.module(**inputs)
     torch.testing.assert_close(ours[0], compiled.program(**inputs)[0])
+
+
+def test_the_module_has_the_signature_of_the_captured_inputs(
+    captured: Callable[[str], Program],
+) -> None:
+    module = gp.compile(captured("tiny-bert"), []).module
+    named = inspect.signature(module.forward).parameters
+    assert list(named)[:3] == ["input_ids", "attention_mask", "token_type_ids"]
+    needed = [name for name, p in named.items() if p.default is inspect.Parameter.empty]
+    assert needed == ["input_ids", "attention_mask"]
+    assert inspect.signature(copy.deepcopy(module).forward) == inspect.signature(module.forward)
+
+
+class Middle(nn.Module):
+    """A flag and an input that is not always there, between and behind others."""
+
+    def forward(self, x: Tensor, flag: bool = True, y: Tensor | None = None) -> Tensor:
+        assert y is not None
+        return x + y if flag else x - y
+
+
+def test_a_signature_may_have_constants_before_inputs() -> None:
+    x, y = torch.randn(2, 3, 5)[:, :, 0:3].unbind()
+    module = gp.compile(Middle(), [], example_inputs={"x": x, "flag": False, "y": y}).module
+    assert str(inspect.signature(module.forward)) == "(x, flag, y)"
+    module = gp.compile(Middle(), [], example_inputs={"x": x, "y": y}).module
+    assert str(inspect.signature(module.forward)) == "(x, flag=True, y=None)"
+    assert torch.equal(module(x, y=y), x + y)
+
+
+def test_torch_export_takes_the_module_with_its_sizes_dynamic(
+    captured: Callable[[str], Program],
+) -> None:
+    program = captured("tiny-bert")
+    module = gp.compile(program, [PruneNeurons(0.5)]).module
+    ids, mask = program.forward.example
+    dims = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+    exported = torch.export.export(
+        module,
+        (),
+        {"input_ids": ids, "attention_mask": mask},
+        dynamic_shapes={"input_ids": dims, "attention_mask": dims},
+    ).module()
+    other = {"input_ids": ids.repeat(2, 1)[:3, :7], "attention_mask": mask.repeat(2, 1)[:3, :7]}
+    found, wanted = exported(**other)[0], module(**other)[0]
+    torch.testing.assert_close(found, wanted)
+    assert found.shape[:2] == (3, 7)
+
+
+def test_labels_in_a_batch_are_ignored_where_capture_had_none(
+    captured: Callable[[str], Program],
+) -> None:
+    program = captured("tiny-bert")
+    ids, mask = program.forward.example
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": torch.zeros(len(ids))}
+    compiled = gp.compile(program, [PruneNeurons(0.5, score="obs")], calibration=[batch])
+    bare = {name: value for name, value in batch.items() if name != "labels"}
+    same = gp.compile(program, [PruneNeurons(0.5, score="obs")], calibration=[bare])
+    assert torch.equal(compiled.module(**batch)[0], same.module(**bare)[0])
+    with pytest.raises(gp.GraphPruneError, match=r"unknown inputs .'label'."):
+        compiled.module(**bare, label=batch["labels"])
+
+
+class Scored(nn.Module):
+    """A model whose labels were captured."""
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        return x if labels is None else (x - labels).square()
+
+
+def test_labels_that_were_captured_are_an_input() -> None:
+    x, labels = torch.randn(2, 3), torch.randn(2, 3)
+    module = gp.compile(Scored(), [], example_inputs={"x": x, "labels": labels}).module
+    torch.testing.assert_close(module(x, labels), (x - labels).square())
+    with pytest.raises(gp.GraphPruneError, match="'labels' is missing"):
+        module(x)
+    module = gp.compile(Scored(), [], example_inputs=(x,)).module
+    assert torch.equal(module(x=x, labels=labels), x)
 
 
 def test_training_the_module_reaches_the_program_and_nothing_else(

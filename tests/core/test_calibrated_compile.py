@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +12,19 @@ from torch import Tensor, nn
 
 import graphprune as gp
 from graphprune.errors import RecipeError
-from graphprune.passes import PruneAxis, PruneHeads, PruneNeurons, RemoveDeadNodes, Repeat
+from graphprune.passes import (
+    Finetune,
+    FoldConstants,
+    PruneAxis,
+    PruneHeads,
+    PruneNeurons,
+    Quantize,
+    RemoveDeadNodes,
+    Repeat,
+)
 from graphprune.program import Program
+from graphprune.sensitivity import sensitivity
+from graphprune.stream import Stream
 
 Captured = Callable[[str], Program]
 
@@ -63,6 +75,54 @@ def test_what_is_no_iterable_of_batches_is_refused_before_any_work(
             example_inputs=(torch.ones(2),),
             calibration=calibration,
         )
+
+
+@pytest.mark.parametrize("empty", [(), {}, (torch.ones(0, 2),), {"x": torch.ones(2, 0)}], ids=str)
+def test_an_empty_batch_is_refused_before_any_work(empty: Any) -> None:
+    with pytest.raises(gp.GraphPruneError, match=r"calibration batch 1 holds nothing"):
+        gp.compile(
+            Explodes(), [], example_inputs=(torch.ones(2),), calibration=[(torch.ones(2),), empty]
+        )
+
+
+def test_an_empty_batch_is_refused_by_export_and_sensitivity(
+    captured: Captured, tmp_path: Path
+) -> None:
+    program = captured("tiny-mlp")
+    empty = (torch.ones(0, 12),)
+    with pytest.raises(gp.GraphPruneError, match="calibration batch 0"):
+        gp.compile(program, []).export(tmp_path / "out", calibration=[empty])
+    with pytest.raises(gp.GraphPruneError, match=r"calibration batch 0: input 'x' .*holds nothing"):
+        sensitivity(program, [empty])
+    # One input of several that holds nothing is seen once the model is known.
+    program = captured("tiny-bert")
+    ids, mask = program.forward.example
+    with pytest.raises(gp.GraphPruneError, match="calibration batch 0: input 'attention_mask'"):
+        Stream(program, [{"input_ids": ids, "attention_mask": mask[:0]}])
+
+
+def test_the_order_and_the_place_of_checkpoints_are_checked_before_any_work() -> None:
+    x = (torch.ones(2),)
+    with pytest.raises(RecipeError, match=r"'prune-heads' comes after 'quantize' \(int8-dynamic"):
+        gp.compile(Explodes(), [Quantize("int8-dynamic"), PruneHeads(0.5)], example_inputs=x)
+    training = gp.Training([{"x": x[0]}], loss="regression", checkpoints="/proc/checkpoints")
+    with pytest.raises(gp.GraphPruneError, match=r"/proc/checkpoints.* cannot be written"):
+        gp.compile(Explodes(), [Finetune()], example_inputs=x, training=training)
+
+
+def test_names_that_match_nothing_are_refused_before_any_pass_runs(
+    captured: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def works(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("worked")
+
+    monkeypatch.setattr("graphprune.pipeline.run_pass", works)
+    late = PruneNeurons(0.5, ignore=("layers.0.wieght",))
+    with pytest.raises(RecipeError, match=r"ignore: 'layers.0.wieght' matches nothing"):
+        gp.compile(captured("tiny-mlp"), [PruneNeurons(0.5), Repeat((late,))])
+    # A clean-up may give tensors the names that later passes mean.
+    with pytest.raises(AssertionError, match="worked"):
+        gp.compile(captured("tiny-mlp"), [FoldConstants(), late])
 
 
 def test_a_generator_serves_several_passes(captured: Captured) -> None:

@@ -10,9 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from graphprune.cli import app
+from graphprune.cli.console import timing_table
+from graphprune.cli.workflow import parse_ratios
+from graphprune.errors import GraphPruneError
 
 Run = Callable[..., Result]
 
@@ -157,6 +161,37 @@ def test_sizes_of_images_can_be_dynamic(run: Run) -> None:
     assert made.exit_code == 0, made.stderr
     manifest = json.loads(Path("out/manifest.json").read_text())
     assert manifest["inputs"][0]["shape"] == ["batch", 3, "height", "width"]
+
+
+@pytest.mark.parametrize(("given", "ratio"), [("50%", 0.5), ("12.5%", 0.125), ("0.25", 0.25)])
+def test_ratios_may_be_per_cent(
+    run: Run, monkeypatch: pytest.MonkeyPatch, given: str, ratio: float
+) -> None:
+    found: list[Any] = []
+
+    def stops(model: str, steps: list[Any], *rest: Any) -> Any:
+        found.extend(steps)
+        raise GraphPruneError("enough")
+
+    monkeypatch.setattr("graphprune.cli._run", stops)
+    run("compile", "tiny-bert", "--heads", given, "--neurons", given, "-o", "out")
+    assert [step.ratio for step in found] == [ratio, ratio]
+    assert parse_ratios(f"{given}, 0.75") == [ratio, 0.75]
+    refused = run("compile", "tiny-bert", "--heads", "half", "-o", "out")
+    assert refused.exit_code == 2
+    assert "write 0.5, or 50%" in refused.stderr
+
+
+def test_times_have_three_digits_and_no_exponent_and_name_the_clock() -> None:
+    timing: dict[str, Any] = {"batch": "8x128", "threads": 1, "clock": "cpu"}
+    for name, values in (("dense", (1013.4, 999.9, 1e4)), ("pruned", (99.96, 0.01234, 12.34))):
+        for key, value in zip(("_ms", "_low_ms", "_high_ms"), values, strict=True):
+            timing[f"{name}{key}"] = value
+    console = Console(width=120)
+    with console.capture() as shown:
+        console.print(timing_table(timing))
+    for text in ("1,010 ms", "1,000 to 10,000", "100 ms", "0.0123 to 12.3", "CPU time"):
+        assert text in shown.get()
 
 
 def test_bench_measures_an_artifact_and_a_model(run: Run, artifact: Path) -> None:
@@ -324,7 +359,15 @@ COMPILE = ("compile", "tiny-mlp", "-o", "out")
         ((*COMPILE, "--recipe", "hlaf"), "'half'"),
         ((*COMPILE, "--recipe", "bad-pass.yaml"), "'prune-heads'"),
         ((*COMPILE, "--recipe", "bad-option.yaml"), "'ratio'"),
-        ((*COMPILE, "--recipe", "broken.yaml"), "not valid YAML"),
+        (
+            (*COMPILE, "--recipe", "broken.yaml"),
+            "'broken.yaml' is not valid YAML: line 1, column 10",
+        ),
+        (
+            (*COMPILE, "--recipe", "nul.yaml"),
+            "'nul.yaml' is not valid YAML: unacceptable character",
+        ),
+        ((*COMPILE, "--quantize", "int8-static"), "no data: scheme='int8-dynamic' for quantize"),
         ((*COMPILE, "--heads", "0.5"), "no axis group"),
         (("compile", "tiny-bert", "--recipe", "frozen.yaml", "-o", "out"), "frozen"),
         (("compile", "./nowhere", "--neurons", "0.5", "-o", "out"), "no folder"),
@@ -361,6 +404,7 @@ def test_bad_input_is_one_sentence_and_leaves_no_file(
     (tmp_path / "bad-pass.yaml").write_text("passes: [prune-haeds]")
     (tmp_path / "bad-option.yaml").write_text("passes: [{prune-heads: {ration: 0.5}}]")
     (tmp_path / "broken.yaml").write_text("passes: [")
+    (tmp_path / "nul.yaml").write_text("passes: \0")
     (tmp_path / "frozen.yaml").write_text("passes: [{prune-axis: {ratio: 0.5, role: residual}}]")
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "letter.txt").write_text("mine")
@@ -369,7 +413,98 @@ def test_bad_input_is_one_sentence_and_leaves_no_file(
     result = run(*arguments)
     assert result.exit_code == 2, result.output
     assert says in sentence(result)
+    assert "<unicode string>" not in result.stderr
     assert _tree(tmp_path) == before
+
+
+PRUNE = (*COMPILE, "--neurons", "0.5")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("compile", "tiny-mlp", "--neurons", "0.5", "-o", "file/out"), "cannot be written"),
+        (("compile", "tiny-mlp", "--neurons", "0.5", "-o", "/proc/out"), "cannot be written"),
+        ((*PRUNE, "--calibration", "latin.txt"), "'latin.txt' is no UTF-8"),
+        ((*PRUNE, "--calibration", "broken.npz"), "'broken.npz' is no .npz file"),
+        (("sensitivity", "tiny-mlp", "--calibration", "empty.txt"), "holds no sentence"),
+        (("sensitivity", "tiny-mlp", "--role", "haed"), "no role 'haed'; did you mean 'head'"),
+        (("sensitivity", "tiny-mlp", "--score", "obss"), "'obs'"),
+        (("sensitivity", "tiny-mlp", "--plot", "/proc/page.html"), "cannot be written"),
+        ((*COMPILE, "--recipe", "late.yaml"), "'prune-neurons' comes after 'quantize'"),
+        ((*COMPILE, "--recipe", "role.yaml"), "did you mean 'head'"),
+        (
+            (*PRUNE, "--task", "digits", "--checkpoints", "/proc/checkpoints"),
+            "'/proc/checkpoints/checkpoint' cannot be written",
+        ),
+        (("bench", "made", "--against", "dense,nowhere"), "nothing called 'nowhere'"),
+        (("bench", "made", "--against", "itn8"), "did you mean 'int8'"),
+        (("bench", "made", "--against", "foreign"), "'foreign' is no artifact"),
+        (("bench", "tiny-mlp", "--against", "int8"), "compile the model first"),
+    ],
+    ids=str,
+)
+def test_what_needs_no_model_to_be_seen_is_refused_before_one_is_loaded(
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    says: str,
+) -> None:
+    def loads(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("graphprune.models.load_model", loads)
+    monkeypatch.setattr("graphprune.exporters.open_artifact", loads)
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "broken.npz").write_text("no zip")
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "role.yaml").write_text("passes: [{prune-axis: {ratio: 0.5, role: haed}}]")
+    (tmp_path / "late.yaml").write_text(
+        "passes: [{quantize: {scheme: int8-dynamic}}, "
+        "{repeat: {passes: [{prune-neurons: {ratio: 0.5}}]}}]"
+    )
+    for folder, name in (("foreign", "letter.txt"), ("made", "manifest.json")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_text("{}")
+    before = _tree(tmp_path)
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert says in sentence(result)
+    assert _tree(tmp_path) == before
+
+
+def test_names_that_match_nothing_are_refused_before_any_pass_or_training(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def works(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("worked")
+
+    monkeypatch.setattr("graphprune.pipeline.run_pass", works)
+    monkeypatch.setattr("graphprune.cli.workflow.training_of", works)
+    (tmp_path / "late.yaml").write_text(
+        "passes: [{prune-neurons: {ratio: 0.5}}, {repeat: {passes: ["
+        "{prune-heads: {ratio: 0.5, ignore: [layers.0.wieght]}}]}}]"
+    )
+    for more in ((), ("--task", "digits")):
+        result = run(*COMPILE, "--recipe", "late.yaml", *more)
+        assert result.exit_code == 2, result.output
+        assert "ignore: 'layers.0.wieght' matches nothing; did you mean" in sentence(result)
+
+
+def test_a_twin_that_is_not_there_is_missed_before_the_program_is_read(
+    run: Run, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reads(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("read")
+
+    monkeypatch.setattr("graphprune.api.load", reads)
+    monkeypatch.setattr("graphprune.exporters.Artifact.has_baseline", False)
+    for against in ("dense", "int8"):
+        result = run("bench", str(copied), "--against", against)
+        assert result.exit_code == 2, result.output
+        assert "no dense twin" in sentence(result)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 import graphprune as gp
 from graphprune import html
@@ -136,6 +138,26 @@ def report(**details: Any) -> Report:
     size = Size(10, 40, 100)
     done = PassReport("a<b>&", {"x": "<i>"}, True, "<u>", None, None, 0.0, ("<s>",), details)
     return Report("<script>alert(1)</script>", size, size, (done,))
+
+
+def test_the_sizes_that_a_model_is_for_are_on_the_page(captured: Captured, tmp_path: Path) -> None:
+    class Limited(nn.Module):
+        """Takes at least three, in threes, and one size alone."""
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return x[:, :3].sum(1) / 3 + x.reshape(len(x), -1, 3).mean() + y.unbind(1)[0]
+
+    inputs = (torch.randn(2, 12), torch.randn(2, 5))
+    compiled = gp.compile(Limited(), [], example_inputs=inputs)
+    lines = compiled.program.limit_lines()
+    assert len(lines) >= 3
+    made = compiled.export(tmp_path / "out", baseline=False)
+    page = read((made.path / "report.html").read_text())
+    text = (made.path / "report.md").read_text()
+    for line in lines:
+        assert line in page
+        assert line in text
+    assert "Sizes of inputs" not in html.report_page(report(), {})
 
 
 def test_names_are_text_not_markup(charts: bool) -> None:

@@ -113,6 +113,12 @@ def test_a_batch_that_does_not_fit_is_named(made: Artifact, batch: Any, message:
         made.benchmark(batch)
 
 
+def test_one_thread_is_measured_by_its_cpu_time_and_more_by_the_wall_clock(made: Artifact) -> None:
+    batch = {"x": torch.randn(2, 12)}
+    clocks = [made.benchmark(batch, threads=n, repeats=1).clock for n in (1, 2)]
+    assert clocks == ["cpu", "wall"]
+
+
 def test_cpu_time_of_many_threads_is_refused(made: Artifact) -> None:
     with pytest.raises(GraphPruneError, match="one thread"):
         made.benchmark({"x": torch.randn(2, 12)}, threads=2, clock="cpu")
