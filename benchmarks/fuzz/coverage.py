@@ -8,6 +8,7 @@ from graphprune.axes.rules import RULES
 NEVER = {
     "random": "bernoulli rand rand_like randn randn_like alpha_dropout feature_dropout empty "
     "empty_like new_empty empty_strided new_empty_strided empty_permuted",
+    "constants, which capture computes": "hann_window tril_indices triu_indices linspace",
     "no ATen operator; Python methods capture as `to`": "bool float double half int long",
     "written as other operators by capture": "view _unsafe_view softsign tanhshrink softmin "
     "lift_fresh numel sym_numel sym_stride sym_storage_offset",
