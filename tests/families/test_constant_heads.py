@@ -63,7 +63,8 @@ def test_half_of_the_heads_go(build: Callable[[], nn.Module], tmp_path: Path) ->
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)
     ids = torch.randint(3, 97, (2, 8))
-    program = capture(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    mask = torch.ones(2, 8, dtype=torch.float32 if build is _shift else torch.int64)
+    program = capture(model, {"input_ids": ids, "attention_mask": mask})
     compiled = compile(program, [PruneHeads(0.5)])
     before, after = axis_groups(program), axis_groups(compiled.program)
     heads = [g for g in before if g.role in ("head", "kv_group") and not g.frozen]
