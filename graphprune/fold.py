@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graphprune.graph import has_effect, is_op
+from graphprune.graph import bound_arguments, has_effect, is_op
 
 MAX_GROWTH = 65536
 
@@ -119,7 +119,7 @@ def spell_indices(graph: fx.Graph, sources: Mapping[str, Tensor]) -> None:
         with graph.inserting_before(node):
             part = graph.call_function(torch.ops.aten.slice.Tensor, (node.args[0], dim, *part_of))
             # A lookup copies; operators behind it may count on its strides.
-            layout = {"memory_format": torch.contiguous_format}
+            layout: dict[str, Any] = {"memory_format": torch.contiguous_format}
             copy = graph.call_function(torch.ops.aten.clone.default, (part,), layout)
         part.meta, copy.meta = dict(node.meta), dict(node.meta)
         node.replace_all_uses_with(copy)
@@ -128,12 +128,12 @@ def spell_indices(graph: fx.Graph, sources: Mapping[str, Tensor]) -> None:
 
 def _lookup(node: fx.Node) -> tuple[int, fx.Node] | None:
     """Dimension and index of a lookup by one tensor."""
-    if is_op(node, "index_select"):
-        source, dim, index = node.args
-        return dim % max(source.meta["val"].dim(), 1), index
+    given = bound_arguments(node)
+    if is_op(node, "index_select") and (rank := given["self"].meta["val"].dim()):
+        return given["dim"] % rank, given["index"]
     if is_op(node, "index"):
-        given = [(dim, index) for dim, index in enumerate(node.args[1]) if index is not None]
-        return given[0] if len(given) == 1 else None
+        found = [(dim, index) for dim, index in enumerate(given["indices"]) if index is not None]
+        return found[0] if len(found) == 1 else None
     return None
 
 
@@ -141,11 +141,10 @@ def _range(places: Tensor, size: int) -> tuple[int, int, int] | None:
     """Start, end and step of what goes through these places alone; None when nothing does."""
     if places.dim() != 1 or not places.numel():
         return None
-    steps = places.diff().unique().tolist()
-    if len(steps) > 1 or (steps and steps[0] <= 0):
-        return None
-    step = steps[0] if steps else 1
     first, last = int(places[0]), int(places[-1])
+    step, *others = sorted(set(places.diff().tolist())) or [1]
+    if others or step <= 0:
+        return None
     return first, size if last + step >= size else last + 1, step
 
 
