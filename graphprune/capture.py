@@ -9,7 +9,7 @@ import itertools
 import logging
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -27,8 +27,9 @@ from graphprune.compare import second_sizes
 from graphprune.dynamic import asked_dims, asked_names, auto_shapes
 from graphprune.errors import CaptureError, GraphPruneError, UnsupportedError, VerificationError
 from graphprune.fixed import with_fixed
+from graphprune.fold import fold, number_masks, spell_indices
 from graphprune.functional import functionalize, inline_regions, spell_out
-from graphprune.graph import is_op, op_name, output_node
+from graphprune.graph import erase_dead, is_op, op_name, output_node, tensor_nodes
 from graphprune.guards import assumptions
 from graphprune.program import FROZEN, Argument, Constant, Entry, Program
 from graphprune.propagate import propagate
@@ -311,6 +312,8 @@ def program_of(
             f"the captured graph of {type(model).__name__} does not run for every size: {e}; pass "
             "dynamic_shapes=None, or write that operation in other operators"
         ) from e
+    if _folded(graph, tensors, parameters, aliases):
+        propagate(graph, tensors, example, dynamic)
     names = tuple(n.name for n in graph.nodes if n.op == "placeholder")
     found = assumptions(
         exported, dict(zip(names, example, strict=True)), dynamic, declared=declared
@@ -344,6 +347,37 @@ def program_of(
             ),
         },
     )
+
+
+def _folded(
+    graph: fx.Graph,
+    tensors: dict[str, Tensor],
+    parameters: Collection[str],
+    aliases: dict[str, str],
+) -> bool:
+    """Compute constants, in place; buffers that nothing reads any more go.
+
+    Parameters are none: training would change them.
+
+    Returns:
+        Whether sizes are known now that were not, and metadata must be propagated again.
+    """
+    read = {str(node.target) for node in tensor_nodes(graph)}
+    number_masks(graph, _buffers(tensors, parameters))
+    folding = fold(graph, _buffers(tensors, parameters), {*tensors, *aliases})
+    tensors.update(folding.tensors)
+    spell_indices(graph, _buffers(tensors, parameters))
+    erase_dead(graph)
+    for name in (read | folding.tensors.keys()) - {str(n.target) for n in tensor_nodes(graph)}:
+        del tensors[name]
+    for alias, name in list(aliases.items()):
+        if name not in tensors:
+            del aliases[alias]
+    return folding.resized
+
+
+def _buffers(tensors: Mapping[str, Tensor], parameters: Collection[str]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name not in parameters}
 
 
 def _check_operators(model: nn.Module, graph: fx.Graph) -> None:

@@ -23,6 +23,22 @@ def is_op(node: fx.Node, *names: str) -> bool:
     return node.op == "call_function" and op_name(node) in names
 
 
+def has_effect(node: fx.Node) -> bool:
+    """Whether a node matters beyond its result."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and (schema.is_mutable or not schema.returns)
+
+
+def erase_dead(graph: fx.Graph) -> list[str]:
+    """Erase nodes without users and without effect, in place; return their names."""
+    erased = []
+    for node in reversed(list(graph.nodes)):
+        if not node.users and node.op in {"call_function", "get_attr"} and not has_effect(node):
+            erased.append(node.name)
+            graph.erase_node(node)
+    return erased[::-1]
+
+
 def value_of(node: fx.Node) -> Any:
     """The fake tensor, symbolic integer, or tuple of them that the node computes."""
     return node.meta["val"]

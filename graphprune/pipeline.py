@@ -33,9 +33,7 @@ from graphprune.events import (
     PipelineStarted,
     emit,
 )
-from graphprune.graph import copy_graph, output_node, propagate, value_of
 from graphprune.graph import copy_graph, output_node, value_of
-from graphprune.passbase import Context, Invariant, Pass, PassResult
 from graphprune.passbase import Context, Invariant, Pass, PassResult, flat
 from graphprune.program import Entry, Program
 from graphprune.propagate import propagate

@@ -7,6 +7,7 @@ graphprune's axis rules:
     element by element   absent where an operand is
     sums                 absent terms are left out; the result is absent where every term is
     attention            as the two products and the softmax that it is
+    recurrent layers     as anything else, once the absent terms of their first sum are left out
     anything else        absent where the result changes when absent elements are filled otherwise
 
 What a sum is divided by stays the number of all its terms: a mean over fewer units is that of zeros
@@ -41,6 +42,11 @@ _SUMS: dict[str, int | None] = {
     "baddbmm": 0, "einsum": None, "grouped_mm": None, "conv1d": 2, "conv2d": 2, "conv3d": 2,
     "convolution": 2, "conv_transpose1d": 2, "conv_transpose2d": 2, "conv_transpose3d": 2,
     "sum": None, "mean": None, "linalg_vector_norm": None, "norm": None, "count_nonzero": None,
+}  # fmt: skip
+
+_RECURRENT = {
+    "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell",
+    "rnn_relu_cell",
 }  # fmt: skip
 
 
@@ -164,6 +170,11 @@ def _call(
     if name in _SUMS:
         result = value() if whole else value(replaced=clean)
         return result, _summed(node, name, values, marked, value)
+    if name in _RECURRENT:  # a term is absent on both sides: either alone must not be seen
+        given = {n: mark for n, mark in marked.items() if n is node.args[0]}
+        weights = {n: mark for n, mark in marked.items() if n is not node.args[0]}
+        parts = (_changed(values, part, value, clean) for part in (given, weights))
+        return value(replaced=clean), pytree.tree_map(_either, *parts)
     result = value()
     return result, _changed(values, marked, value)
 
@@ -237,8 +248,13 @@ def _attention(
     return none
 
 
-def _changed(values: Mapping[fx.Node, Any], marked: Mapping[fx.Node, Any], value: Any) -> Any:
-    """Where the result changes with what stands in the absent elements."""
+def _changed(
+    values: Mapping[fx.Node, Any],
+    marked: Mapping[fx.Node, Any],
+    value: Any,
+    others: Mapping[fx.Node, Any] | None = None,
+) -> Any:
+    """Where the result changes with what stands in the absent elements; `others` stay."""
     generator = torch.Generator().manual_seed(0)
     results = []
     for fill in (1.0, 1e30, -1e30):  # the large ones win every maximum, minimum and sort
@@ -248,8 +264,12 @@ def _changed(values: Mapping[fx.Node, Any], marked: Mapping[fx.Node, Any], value
             )
             for n in marked
         }
-        results.append(value(replaced=replaced))
+        results.append(value(replaced={**(others or {}), **replaced}))
     return pytree.tree_map(_differ, *results)
+
+
+def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return a if b is None else b if a is None else a | b
 
 
 def _filled(value: Tensor, mark: Tensor | None, fill: float, generator: torch.Generator) -> Tensor:

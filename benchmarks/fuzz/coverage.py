@@ -13,6 +13,7 @@ NEVER = {
     "isneginf isposinf i0 lcm logaddexp2 nextafter polygamma zero im2col max_pool1d_with_indices "
     "max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool1d adaptive_max_pool2d "
     "adaptive_max_pool3d",
+    "constants, which capture computes": "hann_window tril_indices triu_indices linspace",
     "no ATen operator; Python methods capture as `to`": "bool float double half int long",
     "written as other operators by capture": "view _unsafe_view softsign tanhshrink softmin "
     "lift_fresh numel sym_numel sym_stride sym_storage_offset",

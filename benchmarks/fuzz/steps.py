@@ -290,6 +290,90 @@ def _weighted(
 
 
 @step(0.7)
+def shifted_attention(b: Source, c: Choices) -> None:
+    """Scores with a term by distance: a reshape between the heads and the end, or slopes."""
+    heads, width = c.n, c.of(4, 2)
+    layers = [b.linear(b.width, heads * width) for _ in range(3)]
+    q, k, v = (_heads(b, c, f"{layer}(x)", heads, width) for layer in layers)
+    scores = b.let(f"{q} @ {k}.transpose(-2, -1)")
+    way = c.of("shift", "transposed", "slopes", "table", "folded batch")
+    length = "x.shape[1]"
+    if way == "slopes":
+        slopes = c.of(
+            f"0.5 ** torch.arange(1, {heads + 1}, dtype=torch.float64)",
+            f"torch.linspace(0.1, 1, {heads}, dtype=torch.float64)",
+            f"torch.eye({heads}, dtype=torch.float64).cumsum(0).sum(1)",
+        )
+        bias = f"({slopes})[:, None, None] * torch.arange({length}, dtype=torch.float64)"
+    elif way == "table":
+        table = b.buffer(f"torch.rand({heads}, 9)")
+        bias = f"({table}.softmax(-1) * 2)[..., :1, None]"
+    else:
+        distances = b.let(f"torch.cat([{scores}, {scores}.tanh(), {scores}[..., :1]], -1)")
+        n = f"{distances}.shape[-1]"
+        bias = {
+            "shift": f"{distances}.reshape(x.shape[0], {heads}, {n}, {length})[:, :, 1:]"
+                     f".reshape(x.shape[0], {heads}, {length}, {n} - 1)[..., :{length}]",
+            "transposed": f"{distances}.view(x.shape[0], {heads}, -1)[..., :{length}].unsqueeze(2)",
+            "folded batch": f"{distances}.reshape(-1, {n}, {length}).sum(-1)[:, :{length}]"
+                            f".view(x.shape[0], {heads}, 1, {length})",
+        }[way]  # fmt: skip
+    z = b.let(f"({scores} + {bias}).softmax(-1) @ {v}")
+    back(b, c, _joined(b, c, z, heads, width), heads * width)
+
+
+@step()
+def numbered(b: Source, c: Choices) -> None:
+    """Lookups by masks and numbers: of places, and of units where the numbers are constant."""
+    width = 4 * c.n
+    h, _ = hidden(b, c, width)
+    half = width // 2
+    there = b.let("x.sum(-1) * 0 == 0")  # all of them, but nobody knows before
+    text, left = c.of(
+        (f"torch.zeros_like({h}).index_put(({there},), {h}[{there}])", width),
+        (f"{h}.index_put(({there},), {h}[{there}].tanh() * 2)", width),
+        (f"{h}.index_put((x.sum(-1) > 0,), {b.parameter(width)})", width),
+        (f"{h}.index_put((x.sum(-1) > 0,), {h}.new_ones(1))", width),
+        (f"{h}[torch.arange({h}.shape[0]), 0][:, None] * {h}", width),
+        (f"{h}[:, torch.arange({h}.shape[1]).flip(0)]", width),
+        (f"{h}[:, [0, 0, 1]].sum(1, keepdim=True)", width),
+        (f"{h}[..., {list(range(1, half + 1))}]", half),
+        (f"{h}[..., torch.arange({half}, {width})]", half),
+        (f"{h}[..., torch.arange({width}) % 2 == 1]", half),
+        (f"{h}[..., torch.arange({width}) >= {half}]", half),
+        (f"{h}[..., torch.arange({width}).flip(0)]", width),
+        (f"{h}.index_select(-1, torch.arange({half}) + 1)", half),
+        (f"torch.cat([{h}[..., {list(range(half))}], {h}[..., [-1]]], -1)", half + 1),
+        (f"{h}.view(*{h}.shape[:2], {half}, 2)[..., [1], :].expand(-1, -1, {half}, -1).flatten(2)",
+         width),
+    )  # fmt: skip
+    back(b, c, b.let(text), left)
+
+
+@step(0.5)
+def recurrent(b: Source, c: Choices) -> None:
+    """A recurrent layer over hidden units, whose own width stays."""
+    width, inner = 3 * c.n, c.of(4, 3)
+    h, _ = hidden(b, c, width)
+    both = c.odds(0.3)
+    kind = c.of("LSTM", "GRU", "RNN", "RNN", "LSTMCell", "GRUCell", "RNNCell")
+    if kind.endswith("Cell"):
+        nonlinearity = c.of("", ", nonlinearity='relu'") if kind == "RNNCell" else ""
+        cell = b.layer(f"nn.{kind}({width}, {inner}{nonlinearity})")
+        state = b.let(f"{cell}({h}[:, 0])")
+        state = b.let(f"{cell}({h}[:, -1], {state})")
+        y = b.let(f"({state}[0] if isinstance({state}, tuple) else {state}).unsqueeze(1)")
+        back(b, c, y, inner)
+        return
+    options = f"num_layers={c.of(1, 2)}, batch_first=True, bidirectional={both}"
+    if kind == "RNN":
+        options += f", nonlinearity={c.of('tanh', 'relu')!r}"
+    layer = b.layer(f"nn.{kind}({width}, {inner}, {options}, bias={c.odds(0.7)})")
+    y = b.let(f"{layer}({h})[0]")
+    back(b, c, y, inner * (1 + both))
+
+
+@step(0.7)
 def cross_attention(b: Source, c: Choices) -> None:
     """Queries of learned tokens, or keys of another input."""
     heads, width = c.n, 4

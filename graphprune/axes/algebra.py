@@ -303,6 +303,26 @@ def recut(axes: Sequence[Axis], sizes: Sequence[Size], where: str) -> list[Axis]
     return result if not rest else None
 
 
+def aligned(axes: Sequence[Axis], sizes: Sequence[Size]) -> list[tuple[list[Axis], list[Size]]]:
+    """Factors and sizes of a reshape, divided at every boundary that both sides have.
+
+    [2, 4, 15, 8] -> [2, 4, 8, 15] has the parts 2 -> 2, 4 -> 4 and 15, 8 -> 8, 15.
+    """
+    rest = [f for axis in axes for f in factors(axis)]
+    before = [sympy_product([f.size for f in rest[:n]]) for n in range(len(rest) + 1)]
+    result: list[tuple[list[Axis], list[Size]]] = []
+    taken = cut = 0
+    for end in range(1, len(sizes) + 1):
+        size = sympy_product(sizes[:end])
+        place = next((n for n in range(taken, len(before)) if equal(before[n], size)), None)
+        if place is not None:
+            result.append((rest[taken:place], list(sizes[cut:end])))
+            taken, cut = place, end
+    if taken < len(rest) or cut < len(sizes):
+        result.append((rest[taken:], list(sizes[cut:])))
+    return result
+
+
 def new_size(axis: Axis, keep: Mapping[Axis, Tensor]) -> Size:
     """The size of an axis once its leaves keep only these indices."""
     axis = find(axis)

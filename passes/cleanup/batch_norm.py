@@ -10,9 +10,9 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor, fx
 
-from graphprune.graph import bound_arguments, is_op, set_bound, tensor_nodes, value_of
+from graphprune.graph import bound_arguments, erase_dead, is_op, set_bound, tensor_nodes, value_of
 from graphprune.passbase import Context, Invariant, Pass, PassResult
-from graphprune.passes.cleanup.dead import erase_dead, without_tensors
+from graphprune.passes.cleanup.dead import without_tensors
 from graphprune.program import Program
 from graphprune.registry import register
 

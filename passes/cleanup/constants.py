@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
-import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from graphprune.errors import RecipeError
-from graphprune.graph import is_op, tensor_nodes
+from graphprune.fold import MAX_GROWTH, fold
+from graphprune.graph import erase_dead, tensor_nodes
 from graphprune.passbase import Context, Invariant, Pass, PassResult
-from graphprune.passes.cleanup.dead import erase_dead, has_effect, without_tensors
+from graphprune.passes.cleanup.dead import without_tensors
 from graphprune.program import Program
 from graphprune.registry import register
 
@@ -27,16 +26,19 @@ class FoldConstants(Pass):
 
     1. Parameters are not folded unless `parameters` is set: they would no longer train.
     2. A result that needs more than `max_growth` bytes beyond the tensors that it makes needless
-       stays a computation; an expanded mask would fill the file.
+       stays a computation, of the largest constants that do not; an expanded mask would fill the
+       file.
     3. Dynamic sizes, random operators and operators with an effect are never constant.
-    4. A lone `zeros` or `arange` is left alone: it is as cheap as reading a buffer.
+    4. A lone `zeros` or its like is left alone: it is as cheap as reading a buffer.
+
+    Capture folds what depends on no parameter; this is for more bytes, or for parameters.
     """
 
     name: ClassVar[str] = "fold-constants"
     preserves: ClassVar[Invariant] = Invariant.INTERFACE | Invariant.NUMERICS | Invariant.NODES
     idempotent: ClassVar[bool] = True
 
-    max_growth: int = 65536
+    max_growth: int = MAX_GROWTH
     parameters: bool = False
 
     def __post_init__(self) -> None:
@@ -45,22 +47,17 @@ class FoldConstants(Pass):
 
     def run(self, program: Program, ctx: Context) -> PassResult:
         graphs = program.fork_graphs()
+        sources = self._sources(program)
         folded: dict[str, Tensor] = {}
         skipped: list[dict[str, Any]] = []
         for graph in graphs.values():
-            values = _constants(graph, self._sources(program))
-            for node in _frontier(graph, values):
-                value = values[node]
-                growth = _nbytes(value) - _nbytes_freed(node, program)
-                if growth > self.max_growth:
-                    skipped.append({"node": node.name, "reason": f"grows by {growth} bytes"})
-                    continue
-                name = _free_name(f"folded_{node.name}", {**program.tensors, **folded})
-                folded[name] = value
-                with graph.inserting_before(node):
-                    constant = graph.get_attr(name)
-                constant.meta = dict(node.meta)
-                node.replace_all_uses_with(constant)
+            taken = {*program.tensors, *program.aliases, *folded}
+            found = fold(graph, sources, taken, self.max_growth)
+            folded |= found.tensors
+            skipped += [
+                {"node": name, "reason": f"grows by {growth} bytes"}
+                for name, growth in found.skipped.items()
+            ]
             erase_dead(graph)
         report: dict[str, Any] = {"folded": sorted(folded), "skipped": skipped}
         if not folded:
@@ -75,66 +72,6 @@ class FoldConstants(Pass):
             for name, t in program.tensors.items()
             if self.parameters or name not in program.parameters
         }
-
-
-def _constants(graph: fx.Graph, sources: Mapping[str, Tensor]) -> dict[fx.Node, Any]:
-    """Values of all nodes that depend on nothing but `sources`."""
-    values: dict[fx.Node, Any] = {}
-    written = {node.args[0] for node in graph.nodes if node.args and has_effect(node)}
-    with torch.no_grad():
-        for node in graph.nodes:
-            if node.op == "get_attr" and node.target in sources and node not in written:
-                values[node] = sources[node.target].detach()
-            elif _is_pure(node) and all(i in values for i in node.all_input_nodes):
-                args = fx.node.map_arg(node.args, values.__getitem__)
-                kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
-                values[node] = node.target(*args, **kwargs)
-    return values
-
-
-def _is_pure(node: fx.Node) -> bool:
-    if node.op != "call_function" or has_effect(node) or is_op(node, "dropout", "feature_dropout"):
-        return False
-    tags = getattr(node.target, "tags", ())
-    return torch.Tag.nondeterministic_seeded not in tags
-
-
-def _frontier(graph: fx.Graph, values: Mapping[fx.Node, Any]) -> list[fx.Node]:
-    """Constant tensors that something not constant reads, and that took computing to get."""
-    return [
-        node
-        for node in graph.nodes
-        if node in values
-        and node.op == "call_function"
-        and isinstance(values[node], Tensor)
-        and node.all_input_nodes
-        and any(user not in values for user in node.users)
-    ]
-
-
-def _nbytes(value: Tensor) -> int:
-    return value.numel() * value.element_size()
-
-
-def _nbytes_freed(node: fx.Node, program: Program) -> int:
-    """Bytes of the tensors that only this node's computation reads."""
-    region, stack = {node}, [node]
-    while stack:
-        for source in stack.pop().all_input_nodes:
-            if source not in region and all(user in region for user in source.users):
-                region.add(source)
-                stack.append(source)
-    return sum(_nbytes(program.tensors[str(n.target)]) for n in region if n.op == "get_attr")
-
-
-def _free_name(wanted: str, taken: Mapping[str, Tensor]) -> str:
-    # A tensor's name becomes an attribute path, so it must not be the beginning of another either.
-    heads = {name.split(".")[0] for name in taken}
-    name, n = wanted, 0
-    while name in heads:
-        n += 1
-        name = f"{wanted}_{n}"
-    return name
 
 
 def _newly_unread(before: Program, after: Program) -> list[str]:

@@ -6,9 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from torch import fx
-
-from graphprune.graph import tensor_nodes
+from graphprune.graph import erase_dead, tensor_nodes
 from graphprune.passbase import Context, Invariant, Pass, PassResult
 from graphprune.program import Program
 from graphprune.registry import register
@@ -39,22 +37,6 @@ class RemoveDeadNodes(Pass):
             return PassResult(program, False, report)
         cleaned = program.with_graphs(graphs) if any(nodes.values()) else program
         return PassResult(without_tensors(cleaned, unread), True, report)
-
-
-def erase_dead(graph: fx.Graph) -> list[str]:
-    """Erase nodes without users and without effect, in place; return their names."""
-    erased = []
-    for node in reversed(list(graph.nodes)):
-        if not node.users and node.op in {"call_function", "get_attr"} and not has_effect(node):
-            erased.append(node.name)
-            graph.erase_node(node)
-    return erased[::-1]
-
-
-def has_effect(node: fx.Node) -> bool:
-    """Whether a node matters beyond its result."""
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and (schema.is_mutable or not schema.returns)
 
 
 def without_tensors(program: Program, names: list[str]) -> Program:

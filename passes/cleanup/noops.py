@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, fx
 from torch._prims_common import is_contiguous_or_false
 
-from graphprune.graph import bound_arguments, op_name, value_of
+from graphprune.graph import bound_arguments, erase_dead, op_name, value_of
 from graphprune.passbase import Context, Pass, PassResult
-from graphprune.passes.cleanup.dead import erase_dead
 from graphprune.program import Program
 from graphprune.registry import register
 

@@ -98,6 +98,48 @@ def test_recut_with_symbolic_sizes() -> None:
     assert recut([leaf(batch), leaf(32)], [32, batch], "view") is None
 
 
+def test_a_reshape_is_divided_at_common_boundaries() -> None:
+    batch, length = sympy.symbols("batch length", positive=True, integer=True)
+    axes = [leaf(batch), leaf(4), leaf(length), leaf(8)]
+    parts = algebra.aligned(axes, [batch, 2, 2, 8, length, 1])
+    assert [([f.size for f in part], sizes) for part, sizes in parts] == [
+        ([batch], [batch]),
+        ([4], [2, 2]),
+        ([length, 8], [8, length]),
+        ([], [1]),
+    ]
+
+
+@given(st.data())
+def test_parts_of_a_reshape_are_reshaped_for_themselves(data: st.DataObject) -> None:
+    """Tensors of the parts, multiplied as an outer product, are reshaped alike part by part."""
+    primes = data.draw(st.lists(st.sampled_from([2, 3]), min_size=1, max_size=5))
+    before, after = (_grouped(data, data.draw(st.permutations(primes))) for _ in range(2))
+    parts = algebra.aligned([leaf(size) for size in before], after)
+    assert [f.size for part, _ in parts for f in part] == [size for size in before if size > 1]
+    assert [size for _, sizes in parts for size in sizes] == after
+    whole = torch.ones(())
+    reshaped = torch.ones(())
+    for part, sizes in parts:
+        numbers = torch.randn([f.size for f in part])
+        whole = torch.tensordot(whole, numbers, 0)
+        reshaped = torch.tensordot(reshaped, numbers.reshape(sizes), 0)
+    assert torch.equal(whole.reshape(after), reshaped)
+
+
+def _grouped(data: st.DataObject, primes: list[int]) -> list[int]:
+    """Products of neighbors, with ones between them."""
+    result = [1]
+    for prime in primes:
+        if data.draw(st.booleans()):
+            result[-1] *= prime
+        else:
+            result.append(prime)
+        if not data.draw(st.integers(0, 5)):
+            result.append(1)
+    return result
+
+
 @given(st.lists(st.integers(2, 4), min_size=2, max_size=4), st.randoms())
 def test_kept_indices_are_those_of_a_masked_tensor(shape: list[int], random: object) -> None:
     """Shrinking a dimension that is a product keeps exactly the rows whose every factor is kept."""

@@ -32,6 +32,9 @@ class Case(nn.Module):
         self.groups = nn.GroupNorm(4, 12)
         self.rms = nn.RMSNorm(12)
         self.prelu = nn.PReLU(12)
+        self.lstm = nn.LSTM(12, 5, 2, batch_first=True, bidirectional=True)
+        self.gru = nn.GRU(12, 5, bias=False)
+        self.cell = nn.LSTMCell(12, 5)
         self.row = nn.Parameter(torch.randn(1, 12))
         self.register_buffer("chosen", torch.arange(12) % 3 == 0)
 
@@ -93,6 +96,24 @@ CASES: dict[str, tuple[Step, int]] = {
     "positions mixed": (lambda m, h: h.transpose(1, 2) @ h, 12),
     "stack": (lambda m, h: torch.stack([h, h * 2], 2).flatten(2), 24),
     "expand": (lambda m, h: h[:, :, None].expand(-1, -1, 2, -1).reshape(*h.shape[:2], 24), 24),
+    "mask of positions": (
+        lambda m, h: h.sigmoid().index_put((h.sum(-1) > 0,), h[h.sum(-1) > 0] * 2),
+        12,
+    ),
+    "mask of the batch": (lambda m, h: h.index_put((h.sum((1, 2)) > 0,), m.c.bias), 12),
+    "numbers of positions": (lambda m, h: h[:, [0, 2, 5, 1]], 12),
+    "written positions": (
+        lambda m, h: h.transpose(0, 1).index_put((torch.tensor([0, 3]),), m.row).transpose(0, 1),
+        12,
+    ),
+    "written between others": (
+        lambda m, h: torch.ops.aten.index_put(h.mT, [None, None, torch.tensor([1])], m.row.mT).mT,
+        12,
+    ),
+    "constant numbers": (lambda m, h: h[..., [3, 4, 5, 6]] * h[..., torch.arange(8, 12)], 4),
+    "lstm": (lambda m, h: m.lstm(h)[0], 10),
+    "gru": (lambda m, h: m.gru(h)[0] + m.gru(h)[1], 5),
+    "cell": (lambda m, h: m.cell(h[:, 0], m.cell(h[:, 1]))[1].unsqueeze(1), 5),
     "vector norm -1": (lambda m, h: h / torch.linalg.vector_norm(h, -1, -1, True), 12),
 }
 
@@ -133,6 +154,15 @@ def test_what_is_free_can_be_cut(name: str) -> None:
         ("max", False),
         ("vector norm -1", False),
         ("gather", False),
+        ("mask of positions", True),
+        ("mask of the batch", True),
+        ("numbers of positions", True),
+        ("written positions", True),
+        ("written between others", True),
+        ("constant numbers", True),
+        ("lstm", True),
+        ("gru", True),
+        ("cell", True),
     ],
 )
 def test_free_or_frozen(name: str, free: bool) -> None:

@@ -3,6 +3,7 @@
 from graphprune.axes.rules import contraction as contraction
 from graphprune.axes.rules import elementwise as elementwise
 from graphprune.axes.rules import indexing as indexing
+from graphprune.axes.rules import recurrent as recurrent
 from graphprune.axes.rules import reduction as reduction
 from graphprune.axes.rules import shape as shape
 from graphprune.axes.rules._base import REWRITERS as REWRITERS

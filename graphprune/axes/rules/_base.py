@@ -183,15 +183,22 @@ class RuleContext:
         return pieces
 
     def recut(self, axes: Sequence[Axis], sizes: Sequence[Size]) -> Dims:
-        """The axes of a reshape; all are frozen when a boundary cannot be placed."""
-        result = algebra.recut(axes, sizes, self.where)
-        if result is None:
-            reason = (
-                f"the reshape {[a.size for a in axes]} -> {list(sizes)} cuts through an axis at"
-            )
-            self.freeze(axes, reason)
-            result = [algebra.leaf(s) for s in sizes]
-            self.freeze(result, reason)
+        """The axes of a reshape; what lies between two common boundaries is cut for itself.
+
+        Where a boundary inside cannot be placed, all that lies there is frozen.
+        """
+        result: list[Axis] = []
+        for part, wanted in algebra.aligned(axes, sizes):
+            cut = algebra.recut(part, wanted, self.where)
+            if cut is None:
+                reason = (
+                    f"the reshape {[a.size for a in part]} -> {list(wanted)} cuts through an axis "
+                    "at"
+                )
+                self.freeze(part, reason)
+                cut = [algebra.leaf(s) for s in wanted]
+                self.freeze(cut, reason)
+            result += cut
         return tuple(result)
 
     def contract(self, slot: str, dim: int, other: str | None = None) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import fx
 
@@ -22,19 +24,66 @@ def embedding(c: RuleContext) -> Dims:
 
 @rule("index")
 def index(c: RuleContext) -> Dims:
-    """Advanced indexing: indexed dimensions are replaced by the broadcast of the indices."""
+    """Advanced indexing: indexed dimensions are replaced by the broadcast of the indices.
+
+    A mask stands for as many dimensions as it has; of its ones there are as many as there are.
+    """
     dims, given = c.dims(c.get("self")), c.get("indices")
-    if any(g is not None and g.meta["val"].dtype in (torch.bool, torch.uint8) for g in given):
-        result: Dims = c.unknown()  # as many units as the mask has ones
-        return result
-    at = [i for i, g in enumerate(given) if g is not None]
-    indices = [c.dims(given[i]) for i in at]
-    c.freeze([dims[i] for i in at], "looked up by")
-    rank = max((len(d) for d in indices), default=0)
+    at, first, rank = _addressed(c, dims, given)
     kept = [a for i, a in enumerate(dims) if i not in at]
-    first = at[0] if at == list(range(at[0], at[-1] + 1)) else 0
-    looked_up = c.broadcast(*indices, sizes=c.sizes()[first : first + rank])
+    places = c.sizes()[first : first + rank]
+    if any(_is_mask(g) for g in given if g is not None):
+        looked_up: Dims = tuple(algebra.leaf(size) for size in places)
+        c.freeze(looked_up, "chosen by")
+        c.freeze([axis for g in given for axis in c.dims(g)], "chosen by")
+    else:
+        looked_up = c.broadcast(*(c.dims(g) for g in given), sizes=places)
     return (*kept[:first], *looked_up, *kept[first:])
+
+
+@rule("index_put")
+def index_put(c: RuleContext) -> Dims:
+    """Places are written by number; the axes that no index stands for pass."""
+    dims, values = c.dims(c.get("self")), c.dims(c.get("values"))
+    at, first, rank = _addressed(c, dims, c.get("indices"))
+    c.freeze([axis for g in c.get("indices") for axis in c.dims(g)], "addressed by")
+    kept = [a for i, a in enumerate(dims) if i not in at]
+    # What a lookup of these places would give, which the values are broadcast to.
+    wanted = (*kept[:first], *[None] * rank, *kept[first:])
+    for axis, value in zip(reversed(wanted), reversed(values), strict=False):
+        if axis is None:
+            c.freeze(value, "addressed by")
+        elif value.size != 1:
+            c.unify(axis, value)
+    return dims
+
+
+def _addressed(
+    c: RuleContext, dims: Dims, given: Sequence[fx.Node | None]
+) -> tuple[list[int], int, int]:
+    """Freeze the dimensions that indices stand for.
+
+    Returns:
+        These dimensions; where the places come among those that are left; how many dimensions
+        the places have.
+    """
+    at: list[int] = []
+    dim = rank = 0
+    for g in given:
+        several = 1
+        if g is not None:
+            fake = g.meta["val"]
+            several = fake.dim() if _is_mask(g) else 1
+            rank = max(rank, 1 if _is_mask(g) else fake.dim())
+            at += range(dim, dim + several)
+        dim += several
+    c.freeze([dims[i] for i in at], "looked up by")
+    first = at[0] if at and at == list(range(at[0], at[-1] + 1)) else 0
+    return at, first, rank
+
+
+def _is_mask(index: fx.Node) -> bool:
+    return index.meta["val"].dtype in (torch.bool, torch.uint8)
 
 
 @rule("index_select")
@@ -93,7 +142,7 @@ def scatter_part(c: RuleContext) -> Dims:
     return dims
 
 
-@rule("index_put", "scatter", "scatter_add", "masked_scatter", "scatter_reduce", "histc",
+@rule("scatter", "scatter_add", "masked_scatter", "scatter_reduce", "histc",
       "bincount", "one_hot", "bucketize", "searchsorted")  # fmt: skip
 def addressed(c: RuleContext) -> Dims:
     """Everything is addressed by number: all axes are frozen."""

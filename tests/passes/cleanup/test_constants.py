@@ -29,62 +29,35 @@ class Constants(nn.Module):
 class Expanded(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("mask", torch.randn(1, 64))
+        self.register_buffer("mask", torch.randn(1, 256))
 
     def forward(self, x: Tensor) -> Tensor:
         assert isinstance(self.mask, Tensor)
-        return x + self.mask.exp().expand(64, 64)
+        return x + self.mask.exp().expand(256, 256)
 
 
 def _ops(program: Program) -> list[str]:
     return [op_name(n) for n in program.forward.graph.nodes if n.op == "call_function"]
 
 
-def test_computations_on_buffers_become_one_buffer() -> None:
+def test_capture_folds_buffers_and_parameters_are_folded_on_request_only() -> None:
     program = capture(Constants(), (torch.randn(3, 8),))
-    result = Pipeline([FoldConstants()]).run(program)
-    after = result.program
-    assert sorted(_ops(after)) == ["add", "mul", "tanh"]
-    (name,) = result.results[0].report["folded"]
-    torch.testing.assert_close(
-        after.tensors[name], (program.tensors["base"] * 2).log().reshape(1, 8)
-    )
-    assert "base" not in after.tensors
-    assert after.parameters == program.parameters == {"weight"}
-
-
-def test_parameters_are_folded_on_request_only() -> None:
-    program = capture(Constants(), (torch.randn(3, 8),))
+    assert not Pipeline([FoldConstants()]).run(program).modified
     after = Pipeline([FoldConstants(parameters=True)]).run(program).program
     assert sorted(_ops(after)) == ["add", "mul"]
     assert after.parameters == frozenset()
 
 
-def test_results_that_grow_too_much_stay_computed() -> None:
-    program = capture(Expanded(), (torch.randn(3, 64, 64),))
+def test_what_capture_left_is_folded_where_more_bytes_are_allowed() -> None:
+    program = capture(Expanded(), (torch.randn(3, 256, 256),))
+    assert _ops(program) == ["expand", "add"]
     result = Pipeline([FoldConstants(max_growth=1024)]).run(program)
     assert not result.modified
     assert "grows by" in result.results[0].report["skipped"][0]["reason"]
-    folded = Pipeline([FoldConstants(max_growth=1 << 20)]).run(program).program
-    assert _ops(folded) == ["add"]
-
-
-def test_dynamic_sizes_are_not_constant() -> None:
-    class Positions(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x + torch.arange(x.shape[1])
-
-    program = capture(Positions(), (torch.randn(3, 8),))
-    assert not Pipeline([FoldConstants()]).run(program).modified
-
-
-def test_random_numbers_are_not_constant() -> None:
-    class Noise(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x + 0 * torch.rand(8)
-
-    program = capture(Noise(), (torch.randn(3, 8),))
-    assert not Pipeline([FoldConstants()]).run(program).modified
+    result = Pipeline([FoldConstants(max_growth=1 << 20)]).run(program)
+    assert _ops(result.program) == ["add"]
+    (name,) = result.results[0].report["folded"]
+    assert list(result.program.tensors) == [name]
 
 
 def test_a_negative_limit_is_refused() -> None:

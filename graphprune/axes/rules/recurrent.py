@@ -1,0 +1,75 @@
+"""Recurrent layers: what comes in is summed over, what they keep from step to step is frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from graphprune.axes import algebra
+from graphprune.axes.algebra import Axis
+from graphprune.axes.rules._base import Dims, RuleContext, rule
+
+_HIDDEN = "a hidden state of"
+
+
+@rule("lstm", "gru", "rnn_tanh", "rnn_relu")
+def recurrent(c: RuleContext) -> Any:
+    """Layers over [time, batch, features]: only the first one's input can lose units."""
+    if c.get("batch_sizes") is not None:  # packed: time and batch are one dimension
+        return c.unknown()
+    x, params = c.dims(c.get("input")), c.get("params")
+    time, batch = (1, 0) if c.get("batch_first") else (0, 1)
+    c.freeze(x[time], "ordered in time by")
+    directions = 2 if c.get("bidirectional") else 1
+    each = len(params) // (int(c.get("num_layers")) * directions)
+    first = [each * i for i in range(directions)]  # where the input weights of layer 0 are
+    for i, tensor in enumerate(params):
+        weight = c.dims(tensor)
+        c.freeze(weight[:1] if i in first else weight, _HIDDEN)
+        if i in first:
+            c.unify(x[-1], weight[1])
+    c.contract("input", len(x) - 1, "params:0")
+    hidden = [_state(c, number, x[batch]) for number in range(1, len(c.value))]
+    for state in _several(c.get("hx")):
+        _meet(c, c.dims(state), 1, x[batch])
+    width = algebra.leaf(c.sizes(0)[-1])
+    c.freeze(width, _HIDDEN)
+    return [(*x[:-1], width), *hidden]
+
+
+def _state(c: RuleContext, number: int, batch: Axis) -> Dims:
+    """Axes of a final state [layers, batch, hidden]."""
+    layers, _, hidden = c.fresh(number)
+    c.freeze((layers, hidden), _HIDDEN)
+    return layers, batch, hidden
+
+
+@rule("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
+def cell(c: RuleContext) -> Any:
+    """One step over [batch, features]."""
+    x, weight = c.dims(c.get("input")), c.dims(c.get("w_ih"))
+    c.unify(x[-1], weight[1])
+    c.contract("input", len(x) - 1, "w_ih")
+    c.freeze(weight[0], _HIDDEN)
+    for name in ("w_hh", "b_ih", "b_hh"):
+        c.freeze(c.dims(c.get(name)), _HIDDEN)
+    for state in _several(c.get("hx")):
+        _meet(c, c.dims(state), 0, x[0])
+    if not isinstance(c.value, (tuple, list)):
+        return _stepped(c, c.fresh(), x[0])
+    return [_stepped(c, c.fresh(number), x[0]) for number in range(len(c.value))]
+
+
+def _stepped(c: RuleContext, state: Dims, batch: Axis) -> Dims:
+    c.freeze(state[1], _HIDDEN)
+    return batch, state[1]
+
+
+def _meet(c: RuleContext, state: Dims, dim: int, batch: Axis) -> None:
+    """A state that comes in: its batch is that of the input, the rest is frozen."""
+    c.unify(state[dim], batch)
+    c.freeze([axis for i, axis in enumerate(state) if i != dim], _HIDDEN)
+
+
+def _several(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, (tuple, list)) else [value]
