@@ -33,8 +33,10 @@ _SAME = _DROPOUT | {
     "resolve_neg", "expand", "broadcast_to", "expand_as",
 }  # fmt: skip
 # Operators that cut a value in pieces, and the dimension where that is no argument.
-_PIECES = {"split": 0, "split_with_sizes": 0, "chunk": 0, "tensor_split": 0, "hsplit": 1,
-           "vsplit": 0, "dsplit": 2}  # fmt: skip
+_PIECES = {
+    "split": 0, "split_with_sizes": 0, "chunk": 0, "unsafe_split": 0, "unsafe_split_with_sizes": 0,
+    "unsafe_chunk": 0, "tensor_split": 0, "hsplit": 1, "vsplit": 0, "dsplit": 2,
+}  # fmt: skip
 
 # What a value is read as: a node, or why there is none.
 _Held = fx.Node | CaptureError
@@ -266,7 +268,8 @@ def writes(node: fx.Node) -> bool:
 
 def _storages(value: Any) -> set[int]:
     tensors = (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))
-    return {tensor.untyped_storage()._cdata for tensor in tensors}
+    # A sparse tensor has no storage; it is refused later, by the operator that made it.
+    return {t.untyped_storage()._cdata for t in tensors if t.layout is torch.strided}
 
 
 def _sizes(value: Tensor) -> list[Any]:

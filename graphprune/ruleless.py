@@ -43,7 +43,7 @@ _SPELLINGS = {
 # pivots do not.
 _FROZEN = {
     "recurrent layers": """
-        gru lstm _pack_padded_sequence _pad_packed_sequence rnn_relu rnn_tanh""",
+        _pack_padded_sequence _pad_packed_sequence""",
     "matrices": """
         addbmm bilinear cdist cholesky cholesky_inverse cholesky_solve corrcoef cov cross det
         frobenius_norm geqrf inverse linalg_cholesky linalg_cholesky_ex linalg_cond linalg_cross

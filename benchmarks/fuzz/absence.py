@@ -44,10 +44,7 @@ _SUMS: dict[str, int | None] = {
     "sum": None, "mean": None, "linalg_vector_norm": None, "norm": None, "count_nonzero": None,
 }  # fmt: skip
 
-_RECURRENT = {
-    "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell",
-    "rnn_relu_cell",
-}  # fmt: skip
+_RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
 
 
 @dataclass(slots=True)

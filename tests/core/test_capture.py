@@ -173,6 +173,7 @@ Write = Callable[[Tensor], object]
 WRITES: dict[str, Write] = {
     "dropout in eval mode": lambda x: F.dropout(x, 0.5, False).add_(1),
     "nothing but a type": lambda x: x.to(torch.float32).detach().contiguous().add_(1),
+    "unsafe_chunk": lambda x: torch.unsafe_chunk(x, 2, dim=-1)[0].sigmoid_(),
     "tensor_split": lambda x: torch.tensor_split(x, 3, dim=2)[1].add_(1),
     "split": lambda x: torch.split(x, 3, dim=-1)[2].add_(1),
     "chunk": lambda x: x.chunk(2, dim=-1)[0].mul_(2),

@@ -151,6 +151,7 @@ HOSTILE_TARGETS: list[Any] = [
     "aten::_convert_indices_from_coo_to_csr.default", "aten::_unsafe_index.Tensor",
     "aten::_unsafe_index_put.default", "aten::segment_reduce.default", "aten::ctc_loss.Tensor",
     "aten::_embedding_bag.default", "aten::native_batch_norm.default",
+        "aten::_weight_norm.default",
     "quantized::linear_prepack.default", "../x", "", None, 3, [],
 ]  # fmt: skip
 

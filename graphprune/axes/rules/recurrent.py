@@ -44,27 +44,6 @@ def _state(c: RuleContext, number: int, batch: Axis) -> Dims:
     return layers, batch, hidden
 
 
-@rule("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
-def cell(c: RuleContext) -> Any:
-    """One step over [batch, features]."""
-    x, weight = c.dims(c.get("input")), c.dims(c.get("w_ih"))
-    c.unify(x[-1], weight[1])
-    c.contract("input", len(x) - 1, "w_ih")
-    c.freeze(weight[0], _HIDDEN)
-    for name in ("w_hh", "b_ih", "b_hh"):
-        c.freeze(c.dims(c.get(name)), _HIDDEN)
-    for state in _several(c.get("hx")):
-        _meet(c, c.dims(state), 0, x[0])
-    if not isinstance(c.value, (tuple, list)):
-        return _stepped(c, c.fresh(), x[0])
-    return [_stepped(c, c.fresh(number), x[0]) for number in range(len(c.value))]
-
-
-def _stepped(c: RuleContext, state: Dims, batch: Axis) -> Dims:
-    c.freeze(state[1], _HIDDEN)
-    return batch, state[1]
-
-
 def _meet(c: RuleContext, state: Dims, dim: int, batch: Axis) -> None:
     """A state that comes in: its batch is that of the input, the rest is frozen."""
     c.unify(state[dim], batch)
