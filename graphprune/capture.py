@@ -312,6 +312,7 @@ def program_of(
             f"the captured graph of {type(model).__name__} does not run for every size: {e}; pass "
             "dynamic_shapes=None, or write that operation in other operators"
         ) from e
+    graph.owning_module = None  # the exported module, which has none of the new constants
     if _folded(graph, tensors, parameters, aliases):
         propagate(graph, tensors, example, dynamic)
     names = tuple(n.name for n in graph.nodes if n.op == "placeholder")

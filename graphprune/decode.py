@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -297,6 +297,9 @@ def _merged(program: Program, decode: Program) -> Program:
         if known in tensors and _equal(tensors[known], tensor):
             renamed[name] = known
             continue
+        if same := _same_constant(name, tensor, program, {*decode.tensors, *renamed.values()}):
+            renamed[name] = same
+            continue
         new = name
         while new in tensors or new in program.aliases:
             new = f"decode_{new}"
@@ -313,6 +316,24 @@ def _merged(program: Program, decode: Program) -> Program:
         tensors=tensors,
         entries={**program.entries, "decode": entry},
         metadata={**program.metadata, "overlapping": sorted(overlapping)},
+    )
+
+
+def _same_constant(
+    name: str, tensor: Tensor, program: Program, taken: Collection[str]
+) -> str | None:
+    """The name of a graph's own constant in the other graph, which numbers nodes otherwise."""
+    stem = name.rstrip("_0123456789")
+    return next(
+        (
+            other
+            for other, found in program.tensors.items()
+            if other not in taken
+            and other not in program.parameters
+            and other.rstrip("_0123456789") == stem
+            and _equal(found, tensor)
+        ),
+        None,
     )
 
 

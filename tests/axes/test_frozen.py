@@ -138,9 +138,9 @@ def test_few_lines_are_enough() -> None:
 
 
 def test_a_refusal_names_what_freezes_all() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 16, 1), nn.ChannelShuffle(4), nn.Conv2d(16, 5, 1))
+    model = nn.Sequential(nn.Conv2d(3, 16, 1), nn.PixelShuffle(2), nn.Conv2d(4, 5, 1))
     program = capture(model, (torch.randn(2, 3, 8, 8),))
-    with pytest.raises(UnsupportedError, match="16 channels before and 16 after `channel_shuffle`"):
+    with pytest.raises(UnsupportedError, match="16 channels before and 4 after `pixel_shuffle`"):
         gp.compile(program, [PruneNeurons(0.5)])
 
 

@@ -78,6 +78,12 @@ def test_what_would_grow_is_computed_from_what_would_not() -> None:
     assert sum(t.numel() for n, t in program.tensors.items() if n.startswith("folded_")) == 8
 
 
+def test_a_folded_graph_belongs_to_no_module_without_its_constants() -> None:
+    program = captured(lambda m, x: m.b(m.a(x) * torch.arange(12).cumsum(0)))
+    assert any(name.startswith("folded_") for name in program.tensors)
+    program.forward.graph.lint()
+
+
 def test_a_folded_program_can_be_saved(tmp_path: Any) -> None:
     program = captured(lambda m, x: x * m.base[None, None].expand(1, 5, 8).transpose(1, 2).mT.exp())
     save(program, tmp_path / "program")
