@@ -62,6 +62,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compiled.export(tmp_path_factory.mktemp("made") / "out").path
 
 
+@pytest.mark.slow
 def test_an_artifact_is_enough_without_torch(encoder: Path) -> None:
     banned = ("torch", "transformers", "graphprune")
     code = (

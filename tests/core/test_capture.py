@@ -658,6 +658,7 @@ def test_a_graph_that_fails_at_another_length_is_kept_to_its_own(
         program(torch.randn(2, 5, 6))
 
 
+@pytest.mark.slow
 def test_a_scan_in_chunks_is_captured_at_whole_chunks() -> None:
     transformers: Any = pytest.importorskip("transformers")
     config = transformers.Mamba2Config(

@@ -111,7 +111,9 @@ def test_scores_that_are_nan_are_refused(
         evaluate(task, broken, tokenizer_dir=words, data=file)
 
 
-@pytest.mark.parametrize("task", ["classification", "regression"])
+@pytest.mark.parametrize(
+    "task", ["classification", pytest.param("regression", marks=pytest.mark.slow)]
+)
 def test_module_program_and_session_are_judged_alike(
     task: str, words: Path, tmp_path: Path
 ) -> None:
