@@ -443,13 +443,19 @@ def _is_moved(dense: Sequence[Tensor], actual: Sequence[Tensor]) -> bool:
     )
 
 
-def _zeroed(case: _Case, marks: Mapping[str, Tensor]) -> nn.Module:
-    """The plain module with every slice of a removed unit zero; variances stay."""
+def _zeroed(case: _Case, marks: Mapping[str, Tensor]) -> nn.Module | None:
+    """The plain module with every slice of a removed unit zero; variances stay.
+
+    None where a removed unit goes into a constant that the module computes.
+    """
     model = module_of(case.source.text())
     model.load_state_dict(case.model.state_dict())
     aliases = case.program.aliases
     with torch.no_grad():
         named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+        known = {aliases.get(name, name) for name, _ in named}
+        if any(mark.any() for name, mark in marks.items() if name not in known):
+            return None
         for name, tensor in named:
             mark = marks.get(aliases.get(name, name))
             if mark is not None and not name.endswith("running_var"):

@@ -267,6 +267,7 @@ RARE: dict[str, Function] = {
     "lcm": lambda h: torch.lcm((9 * h.detach()).int(), torch.tensor(6, dtype=torch.int32)).float(),
     "logaddexp2": lambda h: torch.logaddexp2(h, h.tanh()),
     "nextafter": lambda h: torch.nextafter(h.detach(), h.detach() + 1),
+    "special_zeta": lambda h: torch.special.zeta(2.5, h.abs() + 1),
     "zero": lambda h: h + torch.empty_like(h).zero_(),
     **{
         f"special_{name}": _special(name)
@@ -284,7 +285,7 @@ RARE: dict[str, Function] = {
             "chebyshev_polynomial_w", "hermite_polynomial_h", "hermite_polynomial_he",
             "laguerre_polynomial_l", "legendre_polynomial_p", "shifted_chebyshev_polynomial_t",
             "shifted_chebyshev_polynomial_u", "shifted_chebyshev_polynomial_v",
-            "shifted_chebyshev_polynomial_w", "zeta",
+            "shifted_chebyshev_polynomial_w",
         )
     },
     # Channels first: [batch, 6, 4].
