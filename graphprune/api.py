@@ -23,9 +23,8 @@ from graphprune.errors import (
 from graphprune.events import JSON, Observer, PassFinished
 from graphprune.files import check_writable
 from graphprune.passbase import Context, Pass, flat
-from graphprune.pipeline import Pipeline
+from graphprune.pipeline import Pipeline, check_order
 from graphprune.program import FROZEN, Program, ProgramModule
-from graphprune.quantized import check_order
 from graphprune.recipe import load as load_recipe
 from graphprune.recipe import to_data
 from graphprune.report import PassReport, Report, Size

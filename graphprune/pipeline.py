@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graphprune.errors import GraphPruneError, PassError, VerificationError
+from graphprune.errors import GraphPruneError, PassError, RecipeError, VerificationError
 from graphprune.events import (
     JSON,
     Observer,
@@ -37,6 +37,7 @@ from graphprune.graph import copy_graph, output_node, value_of
 from graphprune.passbase import Context, Invariant, Pass, PassResult, flat
 from graphprune.program import Entry, Program
 from graphprune.propagate import propagate
+from graphprune.quantized import KEY, too_late
 from graphprune.recipe import dump, to_data
 
 DUMP = "GRAPHPRUNE_DUMP"
@@ -112,6 +113,20 @@ class Pipeline:
             verify=ctx.verify and self.verify,
             observers=(*ctx.observers, *(o for o in self.observers if o not in ctx.observers)),
         )
+
+
+def check_order(steps: Iterable[Pass]) -> None:
+    """Refuse, before any work, passes of which one would find a marked program and refuse it.
+
+    Raises:
+        RecipeError: so it is.
+    """
+    scheme = ""
+    for step in flat(steps):
+        if step.name == KEY:
+            scheme = str(getattr(step, "scheme", KEY))
+        elif scheme and step.needs_float:
+            raise RecipeError(too_late(step.name, scheme))
 
 
 def check_steps(steps: Iterable[Pass], program: Program) -> None:

@@ -6,12 +6,11 @@ only in the exported file. So a mark survives saving, and nothing in the core kn
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, final
 
-from graphprune.errors import ArtifactError, RecipeError, UnsupportedError
-from graphprune.passbase import Pass, flat
+from graphprune.errors import ArtifactError, UnsupportedError
 from graphprune.program import Program
 
 KEY = "quantize"  # in a program's metadata
@@ -91,24 +90,11 @@ def refuse_quantised(program: Program, name: str) -> None:
     """
     mark = mark_of(program)
     if mark is not None:
-        raise UnsupportedError(_too_late(name, mark.scheme))
+        raise UnsupportedError(too_late(name, mark.scheme))
 
 
-def check_order(steps: Iterable[Pass]) -> None:
-    """Refuse, before any work, passes of which one would find a marked program and refuse it.
-
-    Raises:
-        RecipeError: so it is.
-    """
-    scheme = ""
-    for step in flat(steps):
-        if step.name == KEY:
-            scheme = str(getattr(step, "scheme", KEY))
-        elif scheme and step.needs_float:
-            raise RecipeError(_too_late(step.name, scheme))
-
-
-def _too_late(name: str, scheme: str) -> str:
+def too_late(name: str, scheme: str) -> str:
+    """Why a pass that changes weights or shapes cannot come after quantize."""
     return (
         f"pass {name!r} comes after 'quantize' ({scheme}): scales and the layers kept in float are "
         "chosen for the weights as they are then, so prune first and quantise last"

@@ -23,7 +23,7 @@ from graphprune.errors import GraphPruneError, RecipeError
 from graphprune.events import JSON, Observer
 from graphprune.files import check_writable
 from graphprune.passbase import Pass
-from graphprune.quantized import check_order
+from graphprune.pipeline import check_order, check_steps
 from graphprune.report import count_text
 
 if TYPE_CHECKING:
@@ -459,7 +459,6 @@ def compiled_and_measured(
     from graphprune.models import LoadedModel
     from graphprune.models.calibration import count_tokens
     from graphprune.models.tasks.base import longest
-    from graphprune.pipeline import check_steps
 
     lesson = options.lesson
     if lesson is not None:
