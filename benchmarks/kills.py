@@ -161,7 +161,8 @@ def _forked(work: Callable[[], None], *, in_window: bool = False) -> int:
 
 def _die_between_renames() -> None:
     """As on a file system without an exchange of folders, and killed where that shows."""
-    rename, seen = Path.rename, []
+    seen: list[Path] = []
+    rename = Path.rename
 
     def renamed(self: Path, target: Path) -> Path:
         if seen:
