@@ -25,12 +25,12 @@ import torch
 from onnx import helper, numpy_helper
 
 from benchmarks.common import Row, Settings, main
-from graphprune.capture import capture
-from graphprune.exporters.convert import save_onnx, to_onnx
-from graphprune.exporters.names import input_names, output_names
-from graphprune.exporters.ort import feeds_of, interleaved, open_session
+from graphprune.capture.capture import capture
+from graphprune.exporters.onnx.convert import save_onnx, to_onnx
+from graphprune.exporters.onnx.names import input_names, output_names
+from graphprune.exporters.runtime.session import feeds_of, interleaved, open_session
+from graphprune.ir.program import Program, graph_module
 from graphprune.models import load_model
-from graphprune.program import Program, graph_module
 
 MICROSOFT = "com.microsoft"
 

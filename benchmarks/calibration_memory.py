@@ -20,13 +20,13 @@ from torch import Tensor
 
 from benchmarks.common import Row, Settings, main
 from graphprune.axes import axis_groups
-from graphprune.capture import capture
+from graphprune.axes.sites import is_output_head, linear_sites
+from graphprune.calibration.stream import Stream
+from graphprune.capture.capture import capture
+from graphprune.ir.program import Program
 from graphprune.models import load_model
-from graphprune.passbase import Context
 from graphprune.passes import SparseGPT
-from graphprune.program import Program
-from graphprune.sites import is_output_head, linear_sites
-from graphprune.stream import Stream
+from graphprune.pipeline.base import Context
 
 LENGTH = 512
 BATCH = 4

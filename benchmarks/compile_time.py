@@ -17,9 +17,9 @@ from torch import Tensor, nn
 import graphprune
 from benchmarks.common import Row, Settings, main
 from graphprune.axes import axis_groups
-from graphprune.capture import capture
+from graphprune.capture.capture import capture
 from graphprune.models import load_model
-from graphprune.models.inputs import text_batch
+from graphprune.models.loading.inputs import text_batch
 from graphprune.passes import PruneHeads, PruneNeurons
 
 

@@ -32,9 +32,9 @@ import torch
 
 import graphprune
 from benchmarks.common import Row, Settings, main
-from graphprune.exporters.generate import Decoder
-from graphprune.exporters.ort import interleaved, open_session
-from graphprune.exporters.past import Feeds, filled, shapes_of
+from graphprune.exporters.runtime.generate import Decoder
+from graphprune.exporters.runtime.kv_cache import Feeds, filled, shapes_of
+from graphprune.exporters.runtime.session import interleaved, open_session
 from graphprune.models import load_model
 
 MODEL, PROMPT = "smollm2", 128

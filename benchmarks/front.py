@@ -31,13 +31,13 @@ import graphprune
 from benchmarks.common import Row, Settings, main
 from graphprune.api import Compiled
 from graphprune.exporters import Artifact
-from graphprune.html import points_page
 from graphprune.models import load_model
-from graphprune.models.calibration import LINES, calibration_batches, text_batches
+from graphprune.models.data.calibration import LINES, calibration_batches, text_batches
 from graphprune.models.tasks import evaluate
 from graphprune.models.tasks.neighbours import SENTENCES, python_sentences
-from graphprune.passbase import Pass
 from graphprune.passes import PruneHeads, PruneNeurons, Quantize
+from graphprune.pipeline.base import Pass
+from graphprune.report.page import points_page
 
 TOKENS = 128
 # (name, part of the FFN neurons removed, part of the 12 heads removed)

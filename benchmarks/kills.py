@@ -25,10 +25,10 @@ from rich.progress import track
 from torch import Tensor
 
 import graphprune
-from graphprune import files
-from graphprune.models.tiny import tiny
+from graphprune.models.zoo.tiny import tiny
 from graphprune.passes import Finetune
-from graphprune.serialize import load
+from graphprune.storage import folders as files
+from graphprune.storage.program import load
 
 WINDOW = 3  # every such kill comes between two renames
 

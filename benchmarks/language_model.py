@@ -34,11 +34,9 @@ import torch
 import graphprune
 from benchmarks.common import Row, Settings, main
 from graphprune.errors import GraphPruneError
-from graphprune.events import Event, PassProgress
 from graphprune.models import load_model
-from graphprune.models.calibration import token_batches
+from graphprune.models.data.calibration import token_batches
 from graphprune.models.tasks import evaluate
-from graphprune.passbase import Pass
 from graphprune.passes import (
     Magnitude,
     PruneHeads,
@@ -47,6 +45,8 @@ from graphprune.passes import (
     SparseLLM,
     Wanda,
 )
+from graphprune.pipeline.base import Pass
+from graphprune.pipeline.events import Event, PassProgress
 
 MODEL = "smollm2"
 

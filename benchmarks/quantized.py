@@ -19,8 +19,8 @@ from benchmarks.common import Row, Settings, main
 from benchmarks.minilm_structured import TOKENS, _inputs
 from graphprune.exporters import Artifact, Comparison, export
 from graphprune.models import load_model
-from graphprune.passbase import Pass
 from graphprune.passes import PruneHeads, PruneNeurons, Quantize
+from graphprune.pipeline.base import Pass
 
 CUTS: Mapping[str, tuple[Pass, ...]] = {
     "dense": (),

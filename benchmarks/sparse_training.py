@@ -46,15 +46,16 @@ import graphprune
 from benchmarks.common import Row, Settings, main
 from graphprune.api import Compiled
 from graphprune.axes import axis_groups
-from graphprune.cost import flops
+from graphprune.axes.sites import is_output_head, linear_sites
 from graphprune.errors import GraphPruneError
 from graphprune.exporters import export
+from graphprune.ir.cost import flops
+from graphprune.ir.program import Program
 from graphprune.models import load_model
-from graphprune.models.batches import Batches, table_batches
-from graphprune.models.heads import with_head
-from graphprune.models.tables import Schema
+from graphprune.models.data.batches import Batches, table_batches
+from graphprune.models.data.tables import Schema
 from graphprune.models.tasks.labelled import judge
-from graphprune.passbase import Pass
+from graphprune.models.zoo.heads import with_head
 from graphprune.passes import (
     L1,
     Distill,
@@ -67,9 +68,8 @@ from graphprune.passes import (
     PruneNeurons,
     Shrink,
 )
-from graphprune.program import Program
-from graphprune.recipe import dump
-from graphprune.sites import is_output_head, linear_sites
+from graphprune.pipeline.base import Pass
+from graphprune.pipeline.recipe import dump
 
 TOKENS = 128
 LR = 2e-4  # of all sparse training; the penalties need steps as long as the weights are large

@@ -17,9 +17,9 @@ from torch import Tensor
 import graphprune as gp
 from graphprune.axes import AxisGroup, AxisGroups, axis_groups
 from graphprune.errors import RecipeError
-from graphprune.models.tiny import tiny
-from graphprune.passbase import Context, Invariant, Pass, PassResult
-from graphprune.registry import register
+from graphprune.models.zoo.tiny import tiny
+from graphprune.pipeline.base import Context, Invariant, Pass, PassResult
+from graphprune.pipeline.registry import register
 
 
 @register

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import graphprune as gp
 from graphprune.models import load_model
-from graphprune.models.digits import train
 from graphprune.models.tasks import evaluate
+from graphprune.models.zoo.digits import train
 from graphprune.passes import PruneHeads, PruneNeurons
 
 

@@ -3,16 +3,16 @@
 if __name__ != "graphprune.exporters":
     raise ImportError(f"{__name__!r} is part of graphprune: import graphprune.exporters")
 
-from graphprune.exporters.artifact import Artifact as Artifact
-from graphprune.exporters.artifact import is_artifact as is_artifact
-from graphprune.exporters.artifact import open_artifact as open_artifact
-from graphprune.exporters.convert import to_onnx as to_onnx
-from graphprune.exporters.ort import Comparison as Comparison
-from graphprune.exporters.ort import Footprint as Footprint
-from graphprune.exporters.ort import Timing as Timing
-from graphprune.exporters.parity import Agreement as Agreement
-from graphprune.exporters.write import export as export
-from graphprune.exporters.write import measure as measure
+from graphprune.exporters.artifact.artifact import Artifact as Artifact
+from graphprune.exporters.artifact.artifact import is_artifact as is_artifact
+from graphprune.exporters.artifact.artifact import open_artifact as open_artifact
+from graphprune.exporters.artifact.export import export as export
+from graphprune.exporters.artifact.export import measure as measure
+from graphprune.exporters.onnx.convert import to_onnx as to_onnx
+from graphprune.exporters.runtime.parity import Agreement as Agreement
+from graphprune.exporters.runtime.session import Comparison as Comparison
+from graphprune.exporters.runtime.session import Footprint as Footprint
+from graphprune.exporters.runtime.session import Timing as Timing
 
 __all__ = [
     "Agreement",

@@ -9,9 +9,9 @@ if TYPE_CHECKING:
     from graphprune.api import inspect as inspect
     from graphprune.api import load as load
     from graphprune.errors import GraphPruneError as GraphPruneError
-    from graphprune.program import Program as Program
-    from graphprune.report import Report as Report
-    from graphprune.training import Training as Training
+    from graphprune.ir.program import Program as Program
+    from graphprune.report.report import Report as Report
+    from graphprune.training.spec import Training as Training
 
 __version__ = "0.1.0"
 
@@ -33,9 +33,9 @@ _HOMES = {
     "inspect": "graphprune.api",
     "load": "graphprune.api",
     "GraphPruneError": "graphprune.errors",
-    "Program": "graphprune.program",
-    "Report": "graphprune.report",
-    "Training": "graphprune.training",
+    "Program": "graphprune.ir.program",
+    "Report": "graphprune.report.report",
+    "Training": "graphprune.training.spec",
 }
 
 

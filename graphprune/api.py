@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor, nn
 
+from graphprune.calibration.stream import check_not_empty
 from graphprune.errors import (
     ArtifactError,
     ExportError,
@@ -20,16 +21,15 @@ from graphprune.errors import (
     RecipeError,
     UnsupportedError,
 )
-from graphprune.events import JSON, Observer, PassFinished
-from graphprune.files import check_writable
-from graphprune.passbase import Context, Pass, flat
-from graphprune.pipeline import Pipeline, check_order
-from graphprune.program import FROZEN, Program, ProgramModule
-from graphprune.recipe import load as load_recipe
-from graphprune.recipe import to_data
-from graphprune.report import PassReport, Report, Size
-from graphprune.stream import check_not_empty
-from graphprune.training import Training
+from graphprune.ir.program import FROZEN, Program, ProgramModule
+from graphprune.pipeline.base import Context, Pass, flat
+from graphprune.pipeline.events import JSON, Observer, PassFinished
+from graphprune.pipeline.pipeline import Pipeline, check_order
+from graphprune.pipeline.recipe import load as load_recipe
+from graphprune.pipeline.recipe import to_data
+from graphprune.report.report import PassReport, Report, Size
+from graphprune.storage.folders import check_writable
+from graphprune.training.spec import Training
 
 if TYPE_CHECKING:
     from graphprune.axes import AxisGroups
@@ -135,7 +135,7 @@ class Compiled:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the program alone, to go on from with `graphprune.load`."""
-        from graphprune.serialize import save
+        from graphprune.storage.program import save
 
         save(self.program, Path(path).expanduser())
 
@@ -166,14 +166,14 @@ def compile(
         passes: a list of passes; or a recipe: the name of a built-in one, a file, or a dict.
         example_inputs: a dict of keyword arguments or a tuple; batch and sequence become dynamic.
         dynamic_shapes: "auto"; a list of sizes that must be dynamic too, such as ("height",
-            "width"), see `graphprune.capture.capture`; or what torch.export takes.
+            "width"), see `graphprune.capture.capture.capture`; or what torch.export takes.
         calibration: batches like example_inputs, for passes that look at activations; read once.
         training: batches, a loss and an evaluation, for passes that train.
         cache: also capture a decoder's form with a key/value cache, which is what is exported then:
             one ONNX file that reads prompts and goes on token by token.
         verify: prove after every pass that removing equals masking.
         seed: everything random comes from it.
-        observers: called with events (graphprune.events) while passes run.
+        observers: called with events (graphprune.pipeline.events) while passes run.
 
     Raises:
         RecipeError: a pass, an option or a recipe is not valid; raised before any work.
@@ -221,7 +221,7 @@ def load(path: str | os.PathLike[str], *, expect: str | None = None) -> Compiled
     Raises:
         ArtifactError: there is none, or it is corrupt, tampered with, or not ours.
     """
-    from graphprune.serialize import load as load_program
+    from graphprune.storage.program import load as load_program
 
     folder = Path(path).expanduser()
     program = load_program(folder, expect)
@@ -257,7 +257,7 @@ def _side_files(path: Path) -> dict[str, Path | bytes]:
     """What lies in an artifact beside the model, to go into the next one too."""
     if not (path / "manifest.json").is_file():
         return {}
-    from graphprune.serialize import check_hashes, read_json
+    from graphprune.storage.program import check_hashes, read_json
 
     names = list(read_json(path / "manifest.json")["sha256"])
     for name in names:
@@ -360,13 +360,13 @@ def _begin(
         raise GraphPruneError(
             f"model must be an nn.Module, a Program or a Compiled, got {type(model).__name__}"
         )
-    from graphprune.capture import capture
+    from graphprune.capture.capture import capture
 
     if example_inputs is None:
         example_inputs = _derived_inputs(model)
     program = capture(model, example_inputs, dynamic_shapes=dynamic_shapes)
     if cache:
-        from graphprune.decode import with_decode
+        from graphprune.capture.decoder import with_decode
 
         program = with_decode(model, program)
     return program, program, True
@@ -387,7 +387,7 @@ def _derived_inputs(model: nn.Module) -> Any:
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "main_input_name"):
         return None
-    from graphprune.models.inputs import example_inputs
+    from graphprune.models.loading.inputs import example_inputs
 
     return example_inputs(model, config)
 

@@ -18,16 +18,16 @@ from torch import Tensor, fx
 
 from graphprune.axes import AxisGroup, AxisGroups, axis_groups
 from graphprune.axes.roles import ROLES as ALL_ROLES
+from graphprune.calibration.stream import Stream, flat_batch
 from graphprune.errors import GraphPruneError, RecipeError, UnsupportedError
-from graphprune.events import JSON
-from graphprune.passbase import Context
-from graphprune.program import Program
-from graphprune.registry import suggest
-from graphprune.rewrite import mask, shrink
-from graphprune.stream import Stream, flat_batch
+from graphprune.ir.program import Program
+from graphprune.pipeline.base import Context
+from graphprune.pipeline.events import JSON
+from graphprune.pipeline.registry import suggest
+from graphprune.rewrite.shrink import mask, shrink
 
 if TYPE_CHECKING:
-    from graphprune.passes.structural.remove import Removal
+    from graphprune.passes.structural.removal import Removal
 
 ROLES = ("head", "kv_group", "neuron")
 RATIOS = (0.25, 0.5, 0.75)
@@ -129,8 +129,8 @@ def sensitivity(
         UnsupportedError: no group has the roles, or all of them are frozen.
         GraphPruneError: there are no batches, or they do not fit.
     """
-    from graphprune.passes.structural.calibrated import in_execution_order
-    from graphprune.passes.structural.select import Selector, select
+    from graphprune.passes.structural.selection import Selector, select
+    from graphprune.passes.structural.statistics import in_execution_order
 
     check_options(ratios, score, roles)
     removals = _removals(ratios, score)
@@ -178,8 +178,8 @@ def check_options(ratios: Sequence[float], score: str, roles: Sequence[str]) -> 
 
 
 def _removals(ratios: Sequence[float], score: str) -> list[Removal]:
-    from graphprune.passes.structural.remove import Removal
-    from graphprune.passes.structural.select import Selector
+    from graphprune.passes.structural.removal import Removal
+    from graphprune.passes.structural.selection import Selector
 
     if not ratios:
         raise RecipeError("sensitivity needs at least one ratio, for instance 0.5")
@@ -190,7 +190,7 @@ def _removals(ratios: Sequence[float], score: str) -> list[Removal]:
 
 
 def _kept(group: AxisGroup, removal: Removal) -> int:
-    from graphprune.passes.structural.allocate import kept_count, removed_count
+    from graphprune.passes.structural.allocation import kept_count, removed_count
 
     return kept_count(removed_count(removal.ratio, group.size), group.size, removal.round_to)
 
@@ -232,7 +232,7 @@ class _Bench:
     def _variants(
         self, group: AxisGroup, removals: Sequence[Removal]
     ) -> Iterator[tuple[Removal, Tensor, list[list[Tensor]]]]:
-        from graphprune.passes.structural.calibrated import compensate, gather
+        from graphprune.passes.structural.statistics import compensate, gather
 
         if not removals[0].needs_calibration:
             # Without statistics a mask does, also where no product with a weight sums the units.
@@ -252,7 +252,7 @@ class _Bench:
 
     def _order(self, group: AxisGroup, parts: Any, removal: Removal) -> list[int]:
         """Units in the order in which OBS removes them; smaller cuts are its beginnings."""
-        from graphprune.passes.structural.calibrated import obs_order
+        from graphprune.passes.structural.statistics import obs_order
 
         if removal.score != "obs":
             return []
@@ -262,9 +262,9 @@ class _Bench:
     def _chosen(
         self, group: AxisGroup, parts: Any, removal: Removal, order: Sequence[int] = ()
     ) -> Tensor:
-        from graphprune.passes.structural.allocate import best
-        from graphprune.passes.structural.calibrated import DATA_SCORES
-        from graphprune.passes.structural.score import score_named
+        from graphprune.passes.structural.allocation import best
+        from graphprune.passes.structural.scores import score_named
+        from graphprune.passes.structural.statistics import DATA_SCORES
 
         count = _kept(group, removal)
         if removal.score == "obs":

@@ -7,24 +7,24 @@ from graphprune.passes.cleanup.batch_norm import FoldBatchNorm as FoldBatchNorm
 from graphprune.passes.cleanup.constants import FoldConstants as FoldConstants
 from graphprune.passes.cleanup.dead import RemoveDeadNodes as RemoveDeadNodes
 from graphprune.passes.cleanup.noops import RemoveNoOps as RemoveNoOps
+from graphprune.passes.control.recover import PruneRecover as PruneRecover
+from graphprune.passes.control.repeat import Repeat as Repeat
 from graphprune.passes.quantize.quantize import Quantize as Quantize
-from graphprune.passes.recover import PruneRecover as PruneRecover
-from graphprune.passes.repeat import Repeat as Repeat
+from graphprune.passes.sparsity.least_squares import LeastSquares as LeastSquares
+from graphprune.passes.sparsity.magnitude import Magnitude as Magnitude
+from graphprune.passes.sparsity.sparsegpt import SparseGPT as SparseGPT
+from graphprune.passes.sparsity.sparsellm import SparseLLM as SparseLLM
+from graphprune.passes.sparsity.wanda import Wanda as Wanda
 from graphprune.passes.structural.axis import PruneAxis as PruneAxis
 from graphprune.passes.structural.heads import PruneHeads as PruneHeads
 from graphprune.passes.structural.neurons import PruneNeurons as PruneNeurons
 from graphprune.passes.structural.shrink import Shrink as Shrink
 from graphprune.passes.training.distill import Distill as Distill
 from graphprune.passes.training.finetune import Finetune as Finetune
-from graphprune.passes.training.gradual import GradualMagnitude as GradualMagnitude
+from graphprune.passes.training.gradual_magnitude import GradualMagnitude as GradualMagnitude
+from graphprune.passes.training.gradual_structure import GradualStructure as GradualStructure
 from graphprune.passes.training.l1 import L1 as L1
-from graphprune.passes.training.least_squares import LeastSquares as LeastSquares
 from graphprune.passes.training.neuroprune import NeuroPrune as NeuroPrune
-from graphprune.passes.training.structure import GradualStructure as GradualStructure
-from graphprune.passes.weights.magnitude import Magnitude as Magnitude
-from graphprune.passes.weights.sparsegpt import SparseGPT as SparseGPT
-from graphprune.passes.weights.sparsellm import SparseLLM as SparseLLM
-from graphprune.passes.weights.wanda import Wanda as Wanda
 
 __all__ = [
     "L1",

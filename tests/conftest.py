@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from graphprune.capture import capture
-from graphprune.models.tiny import tiny
-from graphprune.program import Program
+from graphprune.capture.capture import capture
+from graphprune.ir.program import Program
+from graphprune.models.zoo.tiny import tiny
 
 torch.set_num_threads(1)
 

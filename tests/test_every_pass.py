@@ -15,9 +15,7 @@ import pytest
 import torch
 
 from graphprune.errors import UnsupportedError
-from graphprune.html import report_page
-from graphprune.losses import logits_of
-from graphprune.passbase import Context, Invariant, Pass, flat
+from graphprune.ir.program import Program
 from graphprune.passes import (
     L1,
     Distill,
@@ -42,13 +40,15 @@ from graphprune.passes import (
     SparseLLM,
     Wanda,
 )
-from graphprune.pipeline import Pipeline, fingerprint
-from graphprune.program import Program
-from graphprune.recipe import dump, loads
-from graphprune.registry import options, registered
-from graphprune.report import PassReport, Report, Size
-from graphprune.training import Training
-from graphprune.verify import verify_rewrite
+from graphprune.pipeline.base import Context, Invariant, Pass, flat
+from graphprune.pipeline.pipeline import Pipeline, fingerprint
+from graphprune.pipeline.recipe import dump, loads
+from graphprune.pipeline.registry import options, registered
+from graphprune.report.page import report_page
+from graphprune.report.report import PassReport, Report, Size
+from graphprune.training.losses import logits_of
+from graphprune.training.spec import Training
+from graphprune.verify.equivalence import verify_rewrite
 
 Captured = Callable[[str], Program]
 

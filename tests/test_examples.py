@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import graphprune
-from graphprune.models.sentence import SentenceEncoder
-from graphprune.models.tiny import tiny
+from graphprune.models.zoo.sentence import SentenceEncoder
+from graphprune.models.zoo.tiny import tiny
 from graphprune.passes import PruneNeurons
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -5,8 +5,9 @@
 A graph is drawn from its seed and number: some steps (attention, convolutions, norms, slices,
 in-place writes, lookups, …) over a sequence or an image, written as the source of an nn.Module.
 Its parameters, buffers and inputs are random, everything is float64. It is captured; every free
-axis group, that is neither frozen nor normalized, may lose units; `graphprune.rewrite.shrink`
-removes them; and the result is compared at up to four shapes and two scales of the inputs.
+axis group, that is neither frozen nor normalized, may lose units;
+`graphprune.rewrite.shrink.shrink` removes them; and the result is compared at up to four shapes and
+two scales of the inputs.
 
 graphprune's own reference (`rewrite.mask`) is not used, because it shares its axis facts with the
 rewrite. What is taken from graphprune is only which slices of which parameters are to go. From

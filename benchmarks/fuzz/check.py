@@ -20,10 +20,10 @@ from benchmarks.fuzz.drawing import write
 from benchmarks.fuzz.source import Graph, Source, inputs_of, module_of, randomize
 from graphprune.axes import AxisGroup, AxisGroups, axis_groups
 from graphprune.axes.rules import RULES
-from graphprune.capture import capture
+from graphprune.capture.capture import capture
 from graphprune.errors import CaptureError, ExportError, UnsupportedError
-from graphprune.program import Entry, Program, graph_module
-from graphprune.rewrite import shrink
+from graphprune.ir.program import Entry, Program, graph_module
+from graphprune.rewrite.shrink import shrink
 
 TOLERANCE = 1e-8  # in float64, of a row's own size
 SCALES = (1.0, 30.0)
@@ -465,8 +465,8 @@ def _zeroed(case: _Case, marks: Mapping[str, Tensor]) -> nn.Module | None:
 
 def _check_onnx(case: _Case, shrunk: Program, kept: Kept, outcome: Outcome, path: Path) -> None:
     """ONNX Runtime against float64, allowed what torch itself errs in float32."""
-    from graphprune.exporters.convert import save_onnx, to_onnx
-    from graphprune.exporters.ort import open_session
+    from graphprune.exporters.onnx.convert import save_onnx, to_onnx
+    from graphprune.exporters.runtime.session import open_session
 
     single = shrunk.cast(torch.float64, torch.float32)
     try:

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import graphprune.ops
+import graphprune.ir.operators
 
 
 class Net(nn.Module):

@@ -11,9 +11,9 @@ from torch import fx
 from graphprune.axes import algebra
 from graphprune.axes.algebra import Axis
 from graphprune.axes.rules import RULES
-from graphprune.axes.rules._base import Dims, Facts, RuleContext, frozen_like, place, size_of
-from graphprune.graph import flat_outputs, op_name
-from graphprune.program import Entry, Program
+from graphprune.axes.rules.registry import Dims, Facts, RuleContext, frozen_like, place, size_of
+from graphprune.ir.graph import flat_outputs, op_name
+from graphprune.ir.program import Entry, Program
 
 
 @dataclass(frozen=True)

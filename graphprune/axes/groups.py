@@ -15,7 +15,7 @@ from graphprune.axes.algebra import Axis
 from graphprune.axes.analysis import Axes, infer_axes
 from graphprune.axes.roles import roles
 from graphprune.errors import UnsupportedError
-from graphprune.program import Program
+from graphprune.ir.program import Program
 
 NAMES = "axis_names"  # in a program's metadata: id by position -> id to go by
 

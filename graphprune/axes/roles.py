@@ -9,8 +9,8 @@ from torch import fx
 from graphprune.axes import algebra
 from graphprune.axes.algebra import Axis
 from graphprune.axes.analysis import Axes, axis_leaves, dims_of
-from graphprune.axes.rules._base import Contraction, Facts
-from graphprune.graph import op_name
+from graphprune.axes.rules.registry import Contraction, Facts
+from graphprune.ir.graph import op_name
 
 ROLES = (
     "head",

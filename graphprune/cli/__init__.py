@@ -546,7 +546,7 @@ def sensitivity_command(
             subject = open_subject(model, allow_pickle, advance)
         found = analysed(subject, parts, score, role or [], options, display.step)
     if plot is not None:
-        from graphprune.html import sensitivity_page
+        from graphprune.report.page import sensitivity_page
 
         plot.write_text(sensitivity_page(found, model), encoding="utf-8")
     if as_json:
@@ -619,7 +619,7 @@ def demo_command(
 ) -> None:
     """Prune a real sentence encoder, prove it, export it, and measure what it gained."""
     from graphprune.cli.workflow import Options, demo_sentences
-    from graphprune.recipe import load
+    from graphprune.pipeline.recipe import load
 
     with tempfile.TemporaryDirectory(prefix="graphprune-") as folder:
         # The sentence encoder is calibrated on text that every Python installation has.

@@ -20,7 +20,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from graphprune.events import (
+from graphprune.pipeline.events import (
     JSON,
     Event,
     PassFinished,
@@ -30,7 +30,7 @@ from graphprune.events import (
 
 if TYPE_CHECKING:
     from graphprune.axes import AxisGroup, AxisGroups
-    from graphprune.report import Report
+    from graphprune.report.report import Report
     from graphprune.sensitivity import Cost, Sensitivity
 
 

@@ -13,9 +13,9 @@ from graphprune.errors import GraphPruneError
 
 if TYPE_CHECKING:
     from graphprune.exporters import Artifact
-    from graphprune.exporters.generate import Decoder
+    from graphprune.exporters.runtime.generate import Decoder
     from graphprune.models import LoadedModel
-    from graphprune.models.text import Text
+    from graphprune.models.data.text import Text
 
 
 @final
@@ -51,7 +51,7 @@ class Generation:
     def __iter__(self) -> Iterator[str]:
         import numpy as np
 
-        from graphprune.exporters.generate import generate
+        from graphprune.exporters.runtime.generate import generate
 
         options = self._sampling
         tokens = generate(
@@ -112,15 +112,15 @@ def generated(
     """
     from graphprune.cli.workflow import captured, tokenizer_dir
     from graphprune.exporters import Artifact
-    from graphprune.exporters.generate import Decoder, check_options
-    from graphprune.models.text import Text
+    from graphprune.exporters.runtime.generate import Decoder, check_options
+    from graphprune.models.data.text import Text
 
     check_options(sampling.max_new_tokens, sampling.temperature, sampling.top_k)
     folder = tokenizer_dir(subject)
     if folder is None:
         raise GraphPruneError(
             "the model comes without a tokenizer, so there is no text to read or write; in Python, "
-            "graphprune.exporters.generate takes token ids"
+            "graphprune.exporters.runtime.generate takes token ids"
         )
     text = Text(folder)
     ids = text.chat(prompt) if sampling.chat else text.encode(prompt)

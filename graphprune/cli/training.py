@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from graphprune.errors import GraphPruneError, RecipeError
-from graphprune.events import JSON, Event, Observer, PassStarted
-from graphprune.files import check_writable
-from graphprune.passbase import Context, Pass
-from graphprune.registry import suggest
+from graphprune.pipeline.base import Context, Pass
+from graphprune.pipeline.events import JSON, Event, Observer, PassStarted
+from graphprune.pipeline.registry import suggest
+from graphprune.storage.folders import check_writable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from graphprune.api import Compiled
     from graphprune.exporters import Artifact
     from graphprune.models import LoadedModel
-    from graphprune.models.tables import Schema, Table
-    from graphprune.training import Training
+    from graphprune.models.data.tables import Schema, Table
+    from graphprune.training.spec import Training
 
 DIGITS = "digits"
 TASKS = ("classification", "regression", DIGITS)
@@ -136,7 +136,7 @@ def lesson_of(wish: Wish, steps: Sequence[Pass]) -> Lesson | None:
             f"{training or f'--task {wish.task}'} needs --train FILE: a table with TABs and a "
             "header line"
         )
-    from graphprune.models.tables import Schema, read_table
+    from graphprune.models.data.tables import Schema, read_table
 
     tables = {
         file: read_table(file, wish.task, wish.text, wish.label)
@@ -163,7 +163,7 @@ def check_wish(wish: Wish) -> None:
         RecipeError: so they are.
         ExportError: the folder for checkpoints cannot be written.
     """
-    from graphprune.optimiser import Plan
+    from graphprune.training.optimizer import Plan
 
     learning = {
         "--epochs": wish.epochs,
@@ -242,7 +242,7 @@ def _headed(
     subject: LoadedModel | Artifact, lesson: Lesson, folder: Path | None, seed: int
 ) -> tuple[LoadedModel | Artifact, Lesson]:
     from graphprune.models import LoadedModel
-    from graphprune.models.heads import with_head
+    from graphprune.models.zoo.heads import with_head
 
     schema = lesson.schema
     if schema is None:
@@ -283,13 +283,13 @@ def training_of(
         folder: the subject's tokenizer.
         length: the most tokens of a text.
     """
-    from graphprune.models.batches import Batches, table_batches
-    from graphprune.training import Training
+    from graphprune.models.data.batches import Batches, table_batches
+    from graphprune.training.spec import Training
 
     wish = lesson.wish
     judge: Batches | None = None
     if lesson.schema is None:
-        from graphprune.models.digits import digits
+        from graphprune.models.zoo.digits import digits
 
         images, labels = digits("train")
         data = Batches({"pixel_values": images}, labels, wish.size)
@@ -316,7 +316,7 @@ def training_of(
 
 def calibration_from(training: Training, count: int) -> list[dict[str, Tensor]]:
     """Calibration batches of at most so many training examples, drawn with a fixed seed."""
-    from graphprune.models.batches import Batches
+    from graphprune.models.data.batches import Batches
 
     assert isinstance(training.data, Batches)
     return training.data.unlabelled(count)
@@ -331,7 +331,7 @@ def trained_first(
     """
     from graphprune.api import compile
     from graphprune.passes import Finetune
-    from graphprune.pipeline import Pipeline
+    from graphprune.pipeline.pipeline import Pipeline
 
     def announced(event: Event) -> None:
         if isinstance(event, PassStarted):
@@ -358,9 +358,9 @@ def schema_of(subject: LoadedModel | Artifact, task: str) -> Schema:
         GraphPruneError: it has no head for this task.
     """
     from graphprune.models import LoadedModel
-    from graphprune.models.heads import head_classes, head_width
-    from graphprune.models.loaded import LABELS, SCHEMA
-    from graphprune.models.tables import Schema
+    from graphprune.models.data.tables import Schema
+    from graphprune.models.loading.loaded import LABELS, SCHEMA
+    from graphprune.models.zoo.heads import head_classes, head_width
 
     if isinstance(subject, LoadedModel):
         classes = head_classes(subject) or ()

@@ -20,11 +20,11 @@ from graphprune.cli.training import (
     training_of,
 )
 from graphprune.errors import GraphPruneError, RecipeError
-from graphprune.events import JSON, Observer
-from graphprune.files import check_writable
-from graphprune.passbase import Pass
-from graphprune.pipeline import check_order, check_steps
-from graphprune.report import count_text
+from graphprune.pipeline.base import Pass
+from graphprune.pipeline.events import JSON, Observer
+from graphprune.pipeline.pipeline import check_order, check_steps
+from graphprune.report.report import count_text
+from graphprune.storage.folders import check_writable
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
     from graphprune.api import Compiled
     from graphprune.exporters import Artifact, Comparison
+    from graphprune.ir.program import Program
     from graphprune.models import LoadedModel
-    from graphprune.program import Program
-    from graphprune.report import Report
+    from graphprune.report.report import Report
     from graphprune.sensitivity import Sensitivity
 
 Advance = Callable[[int, int], None]
@@ -200,7 +200,7 @@ def steps_of(
     Raises:
         RecipeError: neither or both are given, or one of them is not valid.
     """
-    from graphprune.recipe import load
+    from graphprune.pipeline.recipe import load
 
     wanted = [{name: options} for name, options in flags.items() if options is not None]
     if recipe is not None and wanted:
@@ -314,7 +314,7 @@ def timed_inputs(program: Program, sizes: tuple[int, ...]) -> dict[str, Any]:
         return sized_inputs(program, sizes)
     import torch
 
-    from graphprune.decode import IDS, MASK, past_of_zeros, step
+    from graphprune.capture.decoder import IDS, MASK, past_of_zeros, step
 
     problem = ""
     for past in sizes[1:2] or (_SEQUENCE, _SEQUENCE // 4):
@@ -353,7 +353,7 @@ def _arguments(program: Program, flat: Mapping[str, Tensor]) -> dict[str, Any]:
     """Flat inputs by name as keyword arguments of the program."""
     import torch.utils._pytree as pytree
 
-    from graphprune.program import Constant
+    from graphprune.ir.program import Constant
 
     return {
         argument.name: pytree.tree_unflatten(
@@ -455,9 +455,9 @@ def compiled_and_measured(
 ) -> Summary:
     """Capture, prune, export, time, judge; each long step is announced through `step`."""
     from graphprune.api import compile
-    from graphprune.exporters.results import add_results
+    from graphprune.exporters.artifact.results import add_results
     from graphprune.models import LoadedModel
-    from graphprune.models.calibration import count_tokens
+    from graphprune.models.data.calibration import count_tokens
     from graphprune.models.tasks.base import longest
 
     lesson = options.lesson
@@ -539,14 +539,14 @@ def demo_sentences(file: Path) -> Path:
 def calibration(
     subject: LoadedModel | Artifact, program: Program, source: Path, lines: int
 ) -> list[dict[str, Tensor]]:
-    """Calibration batches for a subject from a file, as `graphprune.models.calibration` reads it.
+    """Calibration batches from a file, as `graphprune.models.data.calibration` reads it.
 
     A language model gets running text, in segments of 512 tokens or as long as it takes.
 
     Raises:
         GraphPruneError: the file is missing, holds nothing usable, or the model takes no text.
     """
-    from graphprune.models.calibration import SEGMENT, calibration_batches, predicts_tokens
+    from graphprune.models.data.calibration import SEGMENT, calibration_batches, predicts_tokens
     from graphprune.models.tasks.base import longest
 
     names = input_names(program)
@@ -586,7 +586,7 @@ def check_calibration(steps: Sequence[Pass], source: Path | None, *, trains: boo
         GraphPruneError: so it is.
     """
     from graphprune.api import calibration_for
-    from graphprune.models.calibration import check_source
+    from graphprune.models.data.calibration import check_source
 
     if source is None:
         calibration_for([] if trains else steps, None)
@@ -634,8 +634,8 @@ def _clock(
 ) -> Callable[[Program, Program], tuple[float, float]]:
     """Milliseconds of a program and of the dense one, in turns; the dense one is exported once."""
     from graphprune.exporters import to_onnx
-    from graphprune.exporters.convert import save_onnx
-    from graphprune.exporters.ort import compare, feeds_of, open_session
+    from graphprune.exporters.onnx.convert import save_onnx
+    from graphprune.exporters.runtime.session import compare, feeds_of, open_session
 
     sessions: dict[int, Any] = {}
 
@@ -805,7 +805,7 @@ def _megabytes(artifact: Artifact) -> dict[str, float]:
 def tokenizer_dir(subject: LoadedModel | Artifact) -> Path | None:
     """The folder with a subject's tokenizer, or None."""
     from graphprune.models import LoadedModel
-    from graphprune.models.loaded import TOKENIZER
+    from graphprune.models.loading.loaded import TOKENIZER
 
     if isinstance(subject, LoadedModel):
         return subject.tokenizer_dir
@@ -820,7 +820,7 @@ def check_output(path: Path) -> None:
         ExportError: so it is.
     """
     from graphprune.exporters import is_artifact
-    from graphprune.files import check_target
+    from graphprune.storage.folders import check_target
 
     check_target(path.expanduser(), is_artifact)
 
@@ -831,7 +831,7 @@ def check_opponents(model: str, against: str) -> None:
     Raises:
         GraphPruneError: so it is; near matches are named.
     """
-    from graphprune.exporters.artifact import DENSE, check_names
+    from graphprune.exporters.artifact.artifact import DENSE, check_names
 
     if not _is_artifact(model) and against != DENSE:
         raise GraphPruneError("--against compares artifacts; compile the model first")
@@ -853,7 +853,7 @@ def check_task(task: str, data: Path | None, options: Mapping[str, int] | None =
 
 def describe_recipes() -> list[dict[str, str]]:
     """The built-in recipes: name, what each needs beside the model, what it does."""
-    from graphprune.recipe import builtin_recipes, load
+    from graphprune.pipeline.recipe import builtin_recipes, load
 
     return [
         {
@@ -873,7 +873,7 @@ def _needs(steps: Sequence[Pass]) -> str:
 
 def describe_passes() -> list[dict[str, JSON]]:
     """Every pass: name, first line of its docstring, options with type, default, meaning."""
-    from graphprune.registry import options, registered
+    from graphprune.pipeline.registry import options, registered
 
     described: list[dict[str, JSON]] = []
     for name, cls in registered().items():
@@ -882,7 +882,7 @@ def describe_passes() -> list[dict[str, JSON]]:
         rows = [
             {
                 "option": field.name,
-                "type": str(field.type).replace("graphprune.passbase.", ""),
+                "type": str(field.type).replace("graphprune.pipeline.base.", ""),
                 "default": "required"
                 if field.default is dataclasses.MISSING
                 else _yaml(field.default),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from graphprune.errors import GraphPruneError
-from graphprune.models.tables import Schema
+from graphprune.models.data.tables import Schema
 from graphprune.models.tasks.base import DATA
 from graphprune.models.tasks.base import TaskResult as TaskResult
 from graphprune.models.tasks.base import find_data as find_data

@@ -14,10 +14,10 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from graphprune.decode import PAST
+from graphprune.capture.decoder import PAST
 from graphprune.errors import GraphPruneError
-from graphprune.models.sentence import masked_mean
-from graphprune.models.tokenize import TOKENS, tokenizer
+from graphprune.models.data.tokenize import TOKENS, tokenizer
+from graphprune.models.zoo.sentence import masked_mean
 
 Runner = Callable[[Mapping[str, Tensor]], Tensor]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from graphprune.models.digits import digits
 from graphprune.models.tasks.base import TaskResult, runner
+from graphprune.models.zoo.digits import digits
 
 
 def accuracy(

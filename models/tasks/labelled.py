@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from graphprune.errors import GraphPruneError
-from graphprune.losses import pearson, spearman
-from graphprune.models.batches import table_batches
-from graphprune.models.tables import Schema, Table
+from graphprune.models.data.batches import table_batches
+from graphprune.models.data.tables import Schema, Table
 from graphprune.models.tasks.base import TaskResult, longest, runner
+from graphprune.training.losses import pearson, spearman
 
 # A model takes those that it has.
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from graphprune.errors import GraphPruneError
+from graphprune.models.data.tokenize import encoder
 from graphprune.models.tasks.base import Runner, runner
-from graphprune.models.tokenize import encoder
 
 _PROBE = 8  # tokens that show the width of the logits
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from graphprune.errors import GraphPruneError
+from graphprune.models.data.tokenize import encoder
 from graphprune.models.tasks.base import TaskResult, find_data
 from graphprune.models.tasks.language import scorer
-from graphprune.models.tokenize import encoder
 
 WINDOW = 512
 # More at once is no faster on a CPU, and a row of logits is as wide as the vocabulary.

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from graphprune.losses import spearman
-from graphprune.models.tables import read_table
+from graphprune.models.data.tables import read_table
 from graphprune.models.tasks.base import TaskResult, embed, find_data
+from graphprune.training.losses import spearman
 
 
 def spearman_of_cosine(

@@ -10,11 +10,18 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor, fx
 
-from graphprune.graph import bound_arguments, erase_dead, is_op, set_bound, tensor_nodes, value_of
-from graphprune.passbase import Context, Invariant, Pass, PassResult
+from graphprune.ir.graph import (
+    bound_arguments,
+    erase_dead,
+    is_op,
+    set_bound,
+    tensor_nodes,
+    value_of,
+)
+from graphprune.ir.program import Program
 from graphprune.passes.cleanup.dead import without_tensors
-from graphprune.program import Program
-from graphprune.registry import register
+from graphprune.pipeline.base import Context, Invariant, Pass, PassResult
+from graphprune.pipeline.registry import register
 
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 

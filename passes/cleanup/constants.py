@@ -7,13 +7,13 @@ from typing import Any, ClassVar, final
 
 from torch import Tensor
 
+from graphprune.capture.fold import MAX_GROWTH, fold
 from graphprune.errors import RecipeError
-from graphprune.fold import MAX_GROWTH, fold
-from graphprune.graph import erase_dead, tensor_nodes
-from graphprune.passbase import Context, Invariant, Pass, PassResult
+from graphprune.ir.graph import erase_dead, tensor_nodes
+from graphprune.ir.program import Program
 from graphprune.passes.cleanup.dead import without_tensors
-from graphprune.program import Program
-from graphprune.registry import register
+from graphprune.pipeline.base import Context, Invariant, Pass, PassResult
+from graphprune.pipeline.registry import register
 
 
 @register

@@ -6,10 +6,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from graphprune.graph import erase_dead, tensor_nodes
-from graphprune.passbase import Context, Invariant, Pass, PassResult
-from graphprune.program import Program
-from graphprune.registry import register
+from graphprune.ir.graph import erase_dead, tensor_nodes
+from graphprune.ir.program import Program
+from graphprune.pipeline.base import Context, Invariant, Pass, PassResult
+from graphprune.pipeline.registry import register
 
 
 @register

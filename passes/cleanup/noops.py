@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, fx
 from torch._prims_common import is_contiguous_or_false
 
-from graphprune.graph import bound_arguments, erase_dead, op_name, value_of
-from graphprune.passbase import Context, Pass, PassResult
-from graphprune.program import Program
-from graphprune.registry import register
+from graphprune.ir.graph import bound_arguments, erase_dead, op_name, value_of
+from graphprune.ir.program import Program
+from graphprune.pipeline.base import Context, Pass, PassResult
+from graphprune.pipeline.registry import register
 
 
 @register

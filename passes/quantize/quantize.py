@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
 from graphprune.errors import RecipeError
-from graphprune.passbase import Context, Invariant, Pass, PassResult
-from graphprune.passes.names import check_names, check_patterns, matches, refuse_unmatched
-from graphprune.program import Program
-from graphprune.quantized import KEY, SCHEMES, Mark, mark_of
-from graphprune.registry import register, suggest
+from graphprune.ir.program import Program
+from graphprune.ir.quantization import KEY, SCHEMES, Mark, mark_of
+from graphprune.passes.name_patterns import check_names, check_patterns, matches, refuse_unmatched
+from graphprune.pipeline.base import Context, Invariant, Pass, PassResult
+from graphprune.pipeline.registry import register, suggest
 
 _BLOCKS = (16, 32, 64, 128, 256)  # what ONNX Runtime's MatMulNBits takes
 

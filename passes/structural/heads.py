@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from graphprune.passbase import Context, Invariant, Pass, PassResult
-from graphprune.passes.names import check_names
-from graphprune.passes.structural.remove import Removal
-from graphprune.passes.structural.select import Selector
-from graphprune.program import Program
-from graphprune.registry import register
+from graphprune.ir.program import Program
+from graphprune.passes.name_patterns import check_names
+from graphprune.passes.structural.removal import Removal
+from graphprune.passes.structural.selection import Selector
+from graphprune.pipeline.base import Context, Invariant, Pass, PassResult
+from graphprune.pipeline.registry import register
 
 
 @register

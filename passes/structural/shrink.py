@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.axes import AxisGroup, AxisGroups, algebra, axis_groups
-from graphprune.axes.rules._base import Contraction
-from graphprune.dependence import PRODUCTS, Known, dependence
-from graphprune.events import JSON
-from graphprune.graph import bound_arguments, is_op, op_name, tensor_nodes
-from graphprune.passbase import Context, Invariant, Pass, PassResult
-from graphprune.program import Program
-from graphprune.quantized import refuse_quantised
-from graphprune.registry import register
-from graphprune.rewrite import removed_since
-from graphprune.sites import LinearSite, contractions, linear_sites, sites_of
+from graphprune.axes.dependence import PRODUCTS, Known, dependence
+from graphprune.axes.rules.registry import Contraction
+from graphprune.axes.sites import LinearSite, contractions, linear_sites, sites_of
+from graphprune.ir.graph import bound_arguments, is_op, op_name, tensor_nodes
+from graphprune.ir.program import Program
+from graphprune.ir.quantization import refuse_quantised
+from graphprune.pipeline.base import Context, Invariant, Pass, PassResult
+from graphprune.pipeline.events import JSON
+from graphprune.pipeline.registry import register
+from graphprune.rewrite.shrink import removed_since
 
 _ROUNDING = 1e-5  # of a constant; attention's weights do not sum to one exactly
 

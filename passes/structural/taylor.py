@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from graphprune.axes import AxisGroup, AxisGroups
+from graphprune.axes.sites import consumers
+from graphprune.calibration.stream import flat_batch
 from graphprune.errors import GraphPruneError
-from graphprune.passbase import Context
-from graphprune.program import Program, graph_module
-from graphprune.sites import consumers
-from graphprune.stream import flat_batch
+from graphprune.ir.program import Program, graph_module
+from graphprune.pipeline.base import Context
 
 _PROJECTIONS = 2  # random directions of the output a batch
 

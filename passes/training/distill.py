@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 from graphprune.errors import RecipeError
-from graphprune.fit import fit
-from graphprune.objective import Distillation
-from graphprune.optimiser import Plan
-from graphprune.passbase import Context, Invariant, Pass, PassResult
+from graphprune.ir.program import Program
 from graphprune.passes.training.finetune import trained_report
-from graphprune.program import Program
-from graphprune.registry import register
+from graphprune.pipeline.base import Context, Invariant, Pass, PassResult
+from graphprune.pipeline.registry import register
+from graphprune.training.fit import fit
+from graphprune.training.objective import Distillation
+from graphprune.training.optimizer import Plan
 
 
 @register

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from graphprune.fit import Fitted, fit
-from graphprune.optimiser import Plan
-from graphprune.passbase import Context, Invariant, Pass, PassResult
-from graphprune.program import JSON, Program
-from graphprune.registry import register
-from graphprune.verify import combined
+from graphprune.ir.program import JSON, Program
+from graphprune.pipeline.base import Context, Invariant, Pass, PassResult
+from graphprune.pipeline.registry import register
+from graphprune.training.fit import Fitted, fit
+from graphprune.training.optimizer import Plan
+from graphprune.verify.equivalence import combined
 
 
 @register

@@ -10,15 +10,15 @@ from torch import Tensor
 
 from graphprune.axes import axis_groups
 from graphprune.errors import UnsupportedError
-from graphprune.fit import fit
-from graphprune.optimiser import Plan, check_number
-from graphprune.passbase import Context, Invariant, Pass, PassResult
+from graphprune.ir.program import Program
 from graphprune.passes.training.finetune import trained_report
 from graphprune.passes.training.neuroprune import check_zeroing
-from graphprune.passes.training.regularise import find_parts, l1_penalty, views
-from graphprune.passes.training.sparse import sparsity_of, topology, zero_small
-from graphprune.program import Program
-from graphprune.registry import register
+from graphprune.passes.training.penalties import find_parts, l1_penalty, views
+from graphprune.passes.training.zeros import sparsity_of, topology, zero_small
+from graphprune.pipeline.base import Context, Invariant, Pass, PassResult
+from graphprune.pipeline.registry import register
+from graphprune.training.fit import fit
+from graphprune.training.optimizer import Plan, check_number
 
 
 @register

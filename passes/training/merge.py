@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from graphprune.axes import AxisGroup, AxisGroups
-from graphprune.passes.training.regularise import site_dims
-from graphprune.program import Program
-from graphprune.sites import consumers, contractions
+from graphprune.axes.sites import consumers, contractions
+from graphprune.ir.program import Program
+from graphprune.passes.training.penalties import site_dims
 
 
 @final

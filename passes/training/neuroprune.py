@@ -10,22 +10,22 @@ from torch import Tensor
 
 from graphprune.axes import axis_groups
 from graphprune.errors import RecipeError, UnsupportedError
-from graphprune.fit import fit
-from graphprune.optimiser import Plan, check_number
-from graphprune.passbase import Context, Invariant, Keep, Pass, PassResult
+from graphprune.ir.program import JSON, Program
 from graphprune.passes.training.finetune import trained_report
 from graphprune.passes.training.merge import merge_units, plan_merge
-from graphprune.passes.training.regularise import (
+from graphprune.passes.training.penalties import (
     Parts,
     attachment_penalty,
     find_parts,
     group_penalty,
     views,
 )
-from graphprune.passes.training.sparse import sparsity_of, topology, zero_small
-from graphprune.program import JSON, Program
-from graphprune.registry import register, suggest
-from graphprune.rewrite import removed_since
+from graphprune.passes.training.zeros import sparsity_of, topology, zero_small
+from graphprune.pipeline.base import Context, Invariant, Keep, Pass, PassResult
+from graphprune.pipeline.registry import register, suggest
+from graphprune.rewrite.shrink import removed_since
+from graphprune.training.fit import fit
+from graphprune.training.optimizer import Plan, check_number
 
 CONTRACTING = ("rows", "columns")
 

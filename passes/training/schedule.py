@@ -10,8 +10,8 @@ much to take, and comes to rest at `end`: its slope there is zero.
 from __future__ import annotations
 
 from graphprune.errors import RecipeError
-from graphprune.optimiser import check_number
-from graphprune.registry import suggest
+from graphprune.pipeline.registry import suggest
+from graphprune.training.optimizer import check_number
 
 SCHEDULES = ("cubic", "linear")
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from graphprune.axes import AxisGroup, AxisGroups
-from graphprune.passes.training.regularise import site_dims
-from graphprune.program import Program
-from graphprune.sites import consumers, contractions
+from graphprune.axes.sites import consumers, contractions
+from graphprune.ir.program import Program
+from graphprune.passes.training.penalties import site_dims
 
 HEADS = ("head", "kv_group")
 DIMS = ("qk_dim", "v_dim")

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 import graphprune as gp
-from graphprune import html
 from graphprune.axes import algebra, axis_groups, frozen_parameters
-from graphprune.capture import capture
+from graphprune.capture.capture import capture
 from graphprune.errors import UnsupportedError
-from graphprune.models.tiny import tiny_names
+from graphprune.ir.program import Program
+from graphprune.models.zoo.tiny import tiny_names
 from graphprune.passes import PruneHeads, PruneNeurons
-from graphprune.program import Program
-from graphprune.report import Report
+from graphprune.report import page as html
+from graphprune.report.report import Report
 
 Captured = Callable[[str], Program]
 

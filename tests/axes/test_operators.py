@@ -13,16 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphprune.axes import axis_groups
+from graphprune.axes.ruleless import SPELLINGS, WITHOUT_RULE
 from graphprune.axes.rules import RULES
-from graphprune.capture import capture
+from graphprune.capture.capture import capture
 from graphprune.errors import ArtifactError, CaptureError
-from graphprune.graph import op_name
-from graphprune.program import Program, graph_module
-from graphprune.rewrite import mask, shrink
-from graphprune.ruleless import SPELLINGS, WITHOUT_RULE
-from graphprune.serialize import load, save
-from graphprune.targets import allowed, on_tensors, resolve
-from graphprune.verify import verify_rewrite
+from graphprune.ir.graph import op_name
+from graphprune.ir.program import Program, graph_module
+from graphprune.rewrite.shrink import mask, shrink
+from graphprune.storage.allowlist import allowed, on_tensors, resolve
+from graphprune.storage.program import load, save
+from graphprune.verify.equivalence import verify_rewrite
 
 aten = torch.ops.aten
 untyped: Any = torch  # some functions of torch have no types
@@ -87,7 +87,7 @@ def functional_operators() -> set[str]:
 
 
 def test_every_operator_without_a_rule_is_listed() -> None:
-    """A new operator of torch needs a rule, a line in graphprune/ruleless.py, or one above."""
+    """A new operator of torch needs a rule, a line in graphprune/axes/ruleless.py, or one above."""
     left = functional_operators() - RULES.keys() - SPELLINGS - WITHOUT_RULE
     assert {n for n in left if not any(fnmatch.fnmatch(n, p) for p in PATTERNS)} == set()
     unused = [p for p in PATTERNS if not any(fnmatch.fnmatch(n, p) for n in left)]

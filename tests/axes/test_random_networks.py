@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graphprune.axes import axis_groups
-from graphprune.capture import capture
-from graphprune.rewrite import mask, shrink
-from graphprune.verify import verify_rewrite
+from graphprune.capture.capture import capture
+from graphprune.rewrite.shrink import mask, shrink
+from graphprune.verify.equivalence import verify_rewrite
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,

@@ -9,7 +9,7 @@ import torch
 
 from graphprune.api import compile
 from graphprune.axes import axis_groups
-from graphprune.models.tiny import randomise
+from graphprune.models.zoo.tiny import randomise
 from graphprune.passes import PruneHeads
 
 

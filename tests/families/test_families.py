@@ -11,12 +11,12 @@ import torch
 
 from graphprune.api import compile
 from graphprune.axes import AxisGroup, axis_groups
-from graphprune.compare import batches, relative_error
-from graphprune.models.tiny import tiny_names
+from graphprune.ir.program import Program
+from graphprune.models.zoo.tiny import tiny_names
 from graphprune.passes import PruneHeads, PruneNeurons
-from graphprune.program import Program
-from graphprune.rewrite import mask, shrink
-from graphprune.verify import TOLERANCE, verify_rewrite
+from graphprune.rewrite.shrink import mask, shrink
+from graphprune.verify.equivalence import TOLERANCE, verify_rewrite
+from graphprune.verify.error import batches, relative_error
 
 Key = tuple[str, int, bool]
 

@@ -36,7 +36,7 @@ import yaml
 from torch import Tensor
 
 import graphprune
-from graphprune.models.tiny import tiny
+from graphprune.models.zoo.tiny import tiny
 
 HERE = Path(__file__).parent / "expected"
 TOLERANCE = 2e-3

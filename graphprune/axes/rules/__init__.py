@@ -6,5 +6,5 @@ from graphprune.axes.rules import indexing as indexing
 from graphprune.axes.rules import recurrent as recurrent
 from graphprune.axes.rules import reduction as reduction
 from graphprune.axes.rules import shape as shape
-from graphprune.axes.rules._base import REWRITERS as REWRITERS
-from graphprune.axes.rules._base import RULES as RULES
+from graphprune.axes.rules.registry import REWRITERS as REWRITERS
+from graphprune.axes.rules.registry import RULES as RULES

@@ -6,7 +6,7 @@ import math
 
 from graphprune.axes import algebra
 from graphprune.axes.algebra import Axis
-from graphprune.axes.rules._base import Dims, RewriteContext, RuleContext, rewriter, rule
+from graphprune.axes.rules.registry import Dims, RewriteContext, RuleContext, rewriter, rule
 
 
 @rule("linear")

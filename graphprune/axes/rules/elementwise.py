@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from graphprune.axes.rules._base import Dims, RuleContext, rule
+from graphprune.axes.rules.registry import Dims, RuleContext, rule
 
 _UNARY = (
     "abs", "acos", "acosh", "alias", "alpha_dropout", "asin", "asinh", "atan", "atanh",

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from graphprune.axes import algebra
-from graphprune.axes.rules._base import Dims, RuleContext, rule
+from graphprune.axes.rules.registry import Dims, RuleContext, rule
 
 
 @rule("embedding")

@@ -7,7 +7,7 @@ from typing import Any
 
 from graphprune.axes import algebra
 from graphprune.axes.algebra import Axis
-from graphprune.axes.rules._base import Dims, RuleContext, rule
+from graphprune.axes.rules.registry import Dims, RuleContext, rule
 
 _HIDDEN = "a hidden state of"
 

@@ -7,8 +7,8 @@ import math
 import torch
 
 from graphprune.axes import algebra
-from graphprune.axes.rules._base import Dims, RewriteContext, RuleContext, rewriter, rule
-from graphprune.graph import op_name
+from graphprune.axes.rules.registry import Dims, RewriteContext, RuleContext, rewriter, rule
+from graphprune.ir.graph import op_name
 
 
 def _reduced(c: RuleContext, dims: Dims, over: list[int]) -> Dims:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from graphprune.axes import algebra
 from graphprune.axes.algebra import Axis
-from graphprune.axes.rules._base import (
+from graphprune.axes.rules.registry import (
     Dims,
     RewriteContext,
     RuleContext,
@@ -18,7 +18,7 @@ from graphprune.axes.rules._base import (
     rule,
     size_of,
 )
-from graphprune.graph import op_name
+from graphprune.ir.graph import op_name
 
 
 @rule("view", "reshape", "_unsafe_view", "flatten", "unflatten")

@@ -5,12 +5,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from graphprune.capture import capture
-from graphprune.graph import is_op
-from graphprune.models.tiny import randomise
+from graphprune.capture.capture import capture
+from graphprune.ir.graph import is_op
+from graphprune.ir.program import Program
+from graphprune.models.zoo.tiny import randomise
 from graphprune.passes import FoldBatchNorm, PruneNeurons
-from graphprune.pipeline import Pipeline, PipelineResult
-from graphprune.program import Program
+from graphprune.pipeline.pipeline import Pipeline, PipelineResult
 
 Captured = Callable[[str], Program]
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graphprune.capture import capture
+from graphprune.capture.capture import capture
 from graphprune.errors import RecipeError
-from graphprune.graph import op_name
+from graphprune.ir.graph import op_name
+from graphprune.ir.program import Program
 from graphprune.passes import FoldConstants
-from graphprune.pipeline import Pipeline
-from graphprune.program import Program
+from graphprune.pipeline.pipeline import Pipeline
 
 
 class Constants(nn.Module):

@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import torch
 
+from graphprune.ir.program import Program
 from graphprune.passes import RemoveDeadNodes
-from graphprune.pipeline import Pipeline
-from graphprune.program import Program
+from graphprune.pipeline.pipeline import Pipeline
 
 Captured = Callable[[str], Program]
 

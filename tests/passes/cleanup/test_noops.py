@@ -3,11 +3,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from graphprune.capture import capture
-from graphprune.graph import op_name
+from graphprune.capture.capture import capture
+from graphprune.ir.graph import op_name
+from graphprune.ir.program import Program
 from graphprune.passes import RemoveNoOps
-from graphprune.pipeline import Pipeline
-from graphprune.program import Program
+from graphprune.pipeline.pipeline import Pipeline
 
 
 class NoOps(nn.Module):

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from graphprune.errors import ArtifactError, RecipeError, UnsupportedError
-from graphprune.passbase import Context
+from graphprune.ir.program import Program
+from graphprune.ir.quantization import KEY, Mark, mark_of
 from graphprune.passes import (
     FoldConstants,
     PruneAxis,
@@ -20,11 +21,10 @@ from graphprune.passes import (
     RemoveNoOps,
     Repeat,
 )
-from graphprune.pipeline import Pipeline
-from graphprune.program import Program
-from graphprune.quantized import KEY, Mark, mark_of
-from graphprune.recipe import dump, loads
-from graphprune.serialize import load, save
+from graphprune.pipeline.base import Context
+from graphprune.pipeline.pipeline import Pipeline
+from graphprune.pipeline.recipe import dump, loads
+from graphprune.storage.program import load, save
 
 Captured = Callable[[str], Program]
 
@@ -91,7 +91,7 @@ def test_pruning_afterwards_is_refused(
     def work(*args: Any) -> Any:
         raise AssertionError("work was done before the refusal")
 
-    monkeypatch.setattr("graphprune.passes.structural.remove.select", work)
+    monkeypatch.setattr("graphprune.passes.structural.removal.select", work)
     with pytest.raises(UnsupportedError, match=r"'prune-\w+' comes after 'quantize'.*prune first"):
         Pipeline([late]).run(marked(captured("tiny-encoder")))
 

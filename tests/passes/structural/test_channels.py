@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 import graphprune as gp
 from graphprune.axes import axis_groups
-from graphprune.capture import capture
-from graphprune.passbase import Context
+from graphprune.capture.capture import capture
+from graphprune.ir.program import Program
 from graphprune.passes import PruneAxis, PruneNeurons
-from graphprune.pipeline import Pipeline
-from graphprune.program import Program
+from graphprune.pipeline.base import Context
+from graphprune.pipeline.pipeline import Pipeline
 
 
 class Grouped(nn.Module):

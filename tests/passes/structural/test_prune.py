@@ -10,11 +10,11 @@ import torch
 
 from graphprune.axes import axis_groups
 from graphprune.errors import RecipeError, UnsupportedError
-from graphprune.events import PassFinished
-from graphprune.passbase import Pass
+from graphprune.ir.program import Program
 from graphprune.passes import PruneAxis, PruneHeads, PruneNeurons
-from graphprune.pipeline import Pipeline
-from graphprune.program import Program
+from graphprune.pipeline.base import Pass
+from graphprune.pipeline.events import PassFinished
+from graphprune.pipeline.pipeline import Pipeline
 
 Captured = Callable[[str], Program]
 

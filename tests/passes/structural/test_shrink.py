@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 import graphprune as gp
 from graphprune.axes import axis_groups
-from graphprune.capture import capture
-from graphprune.models.tiny import tiny
-from graphprune.passbase import Context
+from graphprune.axes.sites import consumers
+from graphprune.capture.capture import capture
+from graphprune.ir.program import Program
+from graphprune.models.zoo.tiny import tiny
 from graphprune.passes import Magnitude, Shrink
 from graphprune.passes.quantize.quantize import Quantize
-from graphprune.program import Program
-from graphprune.sites import consumers
+from graphprune.pipeline.base import Context
 
 Captured = Callable[[str], Program]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import graphprune as gp
 from graphprune.models import load_model
-from graphprune.models.tokenize import tokenizer
+from graphprune.models.data.tokenize import tokenizer
 from graphprune.passes import Distill, Finetune, PruneNeurons
 
 

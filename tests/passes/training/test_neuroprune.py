@@ -15,10 +15,10 @@ from torch.nn import functional as F
 
 import graphprune as gp
 from graphprune.axes import axis_groups
-from graphprune.capture import capture
+from graphprune.axes.sites import ZEROED
+from graphprune.capture.capture import capture
 from graphprune.errors import RecipeError, UnsupportedError
-from graphprune.losses import logits_of
-from graphprune.passbase import Context
+from graphprune.ir.program import Program
 from graphprune.passes import L1, Finetune, NeuroPrune, PruneNeurons
 from graphprune.passes.training.merge import (
     Merge,
@@ -27,7 +27,7 @@ from graphprune.passes.training.merge import (
     plan_merge,
     unit_distances,
 )
-from graphprune.passes.training.regularise import (
+from graphprune.passes.training.penalties import (
     Part,
     attachment_penalty,
     connectivity,
@@ -35,12 +35,12 @@ from graphprune.passes.training.regularise import (
     group_penalty,
     l1_penalty,
 )
-from graphprune.passes.training.sparse import sparsity_of, topology, zero_small
-from graphprune.pipeline import Pipeline
-from graphprune.program import Program
-from graphprune.rewrite import shrink
-from graphprune.sites import ZEROED
-from graphprune.training import Training
+from graphprune.passes.training.zeros import sparsity_of, topology, zero_small
+from graphprune.pipeline.base import Context
+from graphprune.pipeline.pipeline import Pipeline
+from graphprune.rewrite.shrink import shrink
+from graphprune.training.losses import logits_of
+from graphprune.training.spec import Training
 
 Captured = Callable[[str], Program]
 
@@ -177,7 +177,7 @@ def _duplicated(program: Program, group: Any, noise: float = 0.0) -> Program:
 
 
 def _outgoing(groups: Any, group: Any) -> list[Any]:
-    from graphprune.sites import consumers
+    from graphprune.axes.sites import consumers
 
     return [site for site, _ in consumers(groups, group)]
 

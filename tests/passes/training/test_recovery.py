@@ -15,17 +15,17 @@ from torch.nn import functional as F
 
 import graphprune as gp
 from graphprune.errors import RecipeError, TrainingError, UnsupportedError
-from graphprune.fit import Fitted
-from graphprune.losses import logits_of
-from graphprune.models.tiny import tiny
-from graphprune.objective import Distillation, Objective, residual_values
-from graphprune.passbase import Context
+from graphprune.ir.program import Program, ProgramModule
+from graphprune.models.zoo.tiny import tiny
 from graphprune.passes import Distill, Finetune, PruneAxis, PruneHeads, PruneNeurons, Quantize
 from graphprune.passes.training.finetune import trained_report
-from graphprune.pipeline import Pipeline
-from graphprune.program import Program, ProgramModule
-from graphprune.recipe import dump, loads
-from graphprune.training import Training
+from graphprune.pipeline.base import Context
+from graphprune.pipeline.pipeline import Pipeline
+from graphprune.pipeline.recipe import dump, loads
+from graphprune.training.fit import Fitted
+from graphprune.training.losses import logits_of
+from graphprune.training.objective import Distillation, Objective, residual_values
+from graphprune.training.spec import Training
 
 Captured = Callable[[str], Program]
 

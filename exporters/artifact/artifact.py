@@ -1,0 +1,327 @@
+"""Artifact: the folder that `export` writes, opened."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+
+from graphprune.capture.decoder import PAST
+from graphprune.errors import ArtifactError, ExportError, GraphPruneError
+from graphprune.exporters.quantize.quantize import quantise
+from graphprune.exporters.runtime.kv_cache import Shapes, filled, is_past, shapes_of
+from graphprune.exporters.runtime.session import (
+    Clock,
+    Comparison,
+    Feeds,
+    Footprint,
+    compare_all,
+    feeds_of,
+    footprint,
+    open_session,
+)
+from graphprune.ir.quantization import SCHEMES, Mark
+from graphprune.ir.sizes import check_sizes, limits_from_json
+from graphprune.pipeline.registry import suggest
+from graphprune.storage.folders import restore
+from graphprune.storage.program import MANIFEST, check_hashes, digest, read_json
+
+FORMAT = "graphprune-artifact"
+VERSION = 1
+MODEL = "model.onnx"
+BASELINE = "baseline.onnx"
+DENSE = "dense"  # how `benchmark` calls the dense twin
+
+
+def low_bit_baseline(scheme: str) -> str:
+    """The file of the dense twin quantised by a scheme: baseline-int8.onnx, baseline-int4.onnx."""
+    return f"baseline-{scheme.partition('-')[0]}.onnx"
+
+
+@final
+class Artifact:
+    """A compiled model on disk: model.onnx, its dense twin, the program, manifest and report.
+
+    Attributes:
+        path: the folder.
+        manifest: what manifest.json says.
+    """
+
+    def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    @property
+    def digest(self) -> str:
+        """What `graphprune.load(..., expect=)` takes: "sha256:…", over all files of the folder."""
+        return digest(self.path)
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether model.onnx reads and extends a key/value cache."""
+        return any(is_past(i["name"]) for i in self.manifest["inputs"])
+
+    @property
+    def has_baseline(self) -> bool:
+        """Whether the dense twin was written too."""
+        return BASELINE in self.manifest["sha256"]
+
+    def session(self, threads: int | None = None) -> Any:
+        """An onnxruntime.InferenceSession over model.onnx; None leaves the threads to ORT.
+
+        Its `run` refuses sizes that the model was not captured for, with a GraphPruneError; the
+        file alone computes something there.
+        """
+        return self._checked(open_session(self.path / MODEL, threads))
+
+    def baseline_session(self, threads: int | None = None) -> Any:
+        """The same over the dense twin.
+
+        Raises:
+            GraphPruneError: the artifact was exported without one.
+        """
+        self._check_baseline()
+        return self._checked(open_session(self.path / BASELINE, threads))
+
+    def _check_baseline(self) -> None:
+        if not self.has_baseline:
+            raise GraphPruneError(
+                f"{str(self.path)!r} has no dense twin: export with baseline=True, or name "
+                "another artifact to measure against"
+            )
+
+    def check_sizes(self, feeds: Mapping[str, Any]) -> None:
+        """Refuse arrays of sizes that the model was not captured for.
+
+        Raises:
+            GraphPruneError: the input, its dimension, what it may be and the way out.
+        """
+        self._check(feeds, {i["name"]: i["shape"] for i in self.manifest["inputs"]})
+
+    def _check(self, feeds: Mapping[str, Any], shapes: Shapes) -> None:
+        limits = limits_from_json(self.manifest)
+        known = {name: shape for name, shape in shapes.items() if name in feeds}
+        # An input that is missing is for ONNX Runtime to name.
+        limits["relations"] = [
+            r for r in limits["relations"] if all(n in known for n, _ in r.sizes.values())
+        ]
+        check_sizes(known, {name: _shape(feeds[name]) for name in known}, **limits)
+
+    def _checked(self, session: Any) -> Any:
+        """The session, with sizes checked before each run."""
+        shapes = shapes_of(session)
+
+        def checked(run: Callable[..., Any]) -> Callable[..., Any]:
+            def checked_run(names: Any, feeds: Mapping[str, Any], options: Any = None) -> Any:
+                self._check(feeds, shapes)
+                return run(names, feeds, options)
+
+            return checked_run
+
+        session.run = checked(session.run)
+        session.run_with_ort_values = checked(session.run_with_ort_values)
+        return session
+
+    def feeds(self, batch: Any) -> Feeds:
+        """A batch, as the model takes it, as arrays by input name.
+
+        Of a decoder with a cache, token ids and mask are enough: the past is as long as the mask is
+        longer than the ids, and zero where it is not given.
+
+        Raises:
+            GraphPruneError: an input is missing, or of a size that the model was not captured for.
+        """
+        shapes = {i["name"]: i["shape"] for i in self.manifest["inputs"]}
+        names = [name for name in shapes if not is_past(name)]
+        whole = (
+            any(key == PAST or is_past(str(key)) for key in batch)
+            if isinstance(batch, Mapping)
+            else isinstance(batch, tuple | list) and len(batch) > len(names)
+        )
+        feeds = filled(shapes, feeds_of(batch, list(shapes) if whole else names), strict=True)
+        self.check_sizes(feeds)
+        return feeds
+
+    def benchmark(
+        self,
+        batch: Any,
+        against: str | Path | Artifact = DENSE,
+        *,
+        threads: int = 1,
+        repeats: int = 20,
+        clock: Clock | None = None,
+    ) -> Comparison:
+        """Time the model and its dense twin in turns.
+
+        Args:
+            batch: inputs as the model takes them; not part of the artifact, because speed-ups
+                depend on batch and length.
+            against: "dense"; "int8" or a scheme, for the dense twin quantised; another artifact or
+                its folder; or several names with commas, "dense,int8": the first is what the result
+                compares with, the others are in its `others`.
+            threads: ORT's threads within operators.
+            repeats: rounds; each takes the fastest of three runs of both.
+            clock: "cpu", CPU time of the calling thread, the default for one thread and for one
+                only; or "wall".
+
+        Raises:
+            GraphPruneError: no dense twin, or a batch that does not fit.
+        """
+        if clock == "cpu" and threads != 1:
+            raise GraphPruneError("clock='cpu' measures one thread; use clock='wall' for more")
+        feeds = self.feeds(batch)
+        if isinstance(against, str):
+            self.check_opponents(against)
+        others = self._opponents(against, feeds, threads)
+        for name, other in others.items():
+            strange = sorted({i.name for i in other.get_inputs()} - feeds.keys())
+            if strange:
+                raise GraphPruneError(
+                    f"{name!r} takes inputs {strange} that {str(self.path)!r} does not: only "
+                    "forms of one model can be measured against each other"
+                )
+        return compare_all(
+            self.session(threads), others, feeds, threads=threads, repeats=repeats, clock=clock
+        )
+
+    def check_opponents(self, against: str) -> None:
+        """Refuse, before anything is loaded, names that this artifact cannot be measured against.
+
+        Raises:
+            GraphPruneError: there is nothing of a name, or no dense twin where one is needed.
+        """
+        check_names(against)
+        for name in _names(against):
+            if name == DENSE or _scheme(name, ""):
+                self._check_baseline()
+
+    def _opponents(
+        self, against: str | Path | Artifact, feeds: Feeds, threads: int
+    ) -> dict[str, Any]:
+        if isinstance(against, Artifact):
+            return {str(against.path): against.session(threads)}
+        if isinstance(against, Path):
+            return {str(against): open_artifact(against).session(threads)}
+        return {name: self._opponent(name, feeds, threads) for name in _names(against)}
+
+    def _opponent(self, name: str, feeds: Feeds, threads: int) -> Any:
+        if name == DENSE:
+            return self.baseline_session(threads)
+        own = self.manifest.get("quantization", {}).get(MODEL, {}).get("scheme", "")
+        scheme = _scheme(name, own)
+        if scheme:
+            return self._low_bit_session(scheme, own, feeds, threads)
+        return open_artifact(Path(name).expanduser()).session(threads)
+
+    def _low_bit_session(self, scheme: str, own: str, feeds: Feeds, threads: int) -> Any:
+        """The dense twin quantised: as it was written, or made now where it was not."""
+        file = low_bit_baseline(scheme)
+        if scheme == own and file in self.manifest["sha256"]:
+            return open_session(self.path / file, threads)
+        self.baseline_session(threads)
+        mark = Mark(scheme)
+        if mark.needs_calibration:
+            raise GraphPruneError(
+                f"the dense twin quantised by {scheme!r} needs calibration batches, which an "
+                f"artifact does not hold; compile with quantize {scheme!r} to have it written"
+            )
+        with tempfile.TemporaryDirectory(prefix="graphprune-") as folder:
+            path = Path(folder) / file
+            quantise(self.path / BASELINE, path, mark, [feeds])
+            return open_session(path, threads)
+
+    def footprint(self, batch: Any, *, dense: bool = False, threads: int = 1) -> Footprint:
+        """Load time and peak memory of the model, or of its dense twin, in a process of its own."""
+        feeds = self.feeds(batch)
+        if dense:
+            feeds = filled(shapes_of(self.baseline_session(threads)), feeds)
+        return footprint(self.path / (BASELINE if dense else MODEL), feeds, threads)
+
+    def __repr__(self) -> str:
+        return f"Artifact({str(self.path)!r})"
+
+
+def check_names(against: str) -> None:
+    """Refuse names that stand for nothing that anything could be measured against.
+
+    Args:
+        against: as `Artifact.benchmark` takes it.
+
+    Raises:
+        GraphPruneError: the name is no scheme, and no folder of an artifact; near names are named.
+    """
+    for name in _names(against):
+        folder = Path(name).expanduser()
+        if name == DENSE or _scheme(name, "") or (folder / MANIFEST).is_file():
+            continue
+        if folder.exists():
+            raise GraphPruneError(
+                f"{name!r} is no artifact to measure against: it has no {MANIFEST}; compile that "
+                "model first"
+            )
+        known = [DENSE, "int8", "int4", *SCHEMES]
+        raise GraphPruneError(
+            f"there is nothing called {name!r} to measure against, and no such folder; "
+            f"{suggest(name, known)}"
+        )
+
+
+def _names(against: str) -> list[str]:
+    return [name.strip() for name in against.split(",")]
+
+
+def _shape(value: Any) -> Sequence[int]:
+    """The shape of an array, of what becomes one, or of a value that ONNX Runtime holds."""
+    return value.shape() if callable(getattr(value, "shape", None)) else np.shape(value)
+
+
+def _scheme(name: str, own: str) -> str:
+    """The scheme that "int8", "int4" or a scheme's own name stands for; "" for none."""
+    if name in SCHEMES:
+        return name
+    defaults = {"int8": "int8-dynamic", "int4": "int4-weights"}
+    return own if own.partition("-")[0] == name else defaults.get(name, "")
+
+
+def is_artifact(path: Path) -> bool:
+    """Whether a folder is one that `export` wrote; its files are not checked.
+
+    Raises:
+        ExportError: it is, but somebody put files of their own into it.
+    """
+    try:
+        manifest = read_json(path / MANIFEST)
+    except ArtifactError:
+        return False
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        return False
+    known = {MANIFEST, *manifest.get("sha256", ())}
+    files = (f.relative_to(path).as_posix() for f in path.rglob("*") if not f.is_dir())
+    foreign = sorted(set(files) - known)
+    if foreign:
+        raise ExportError(
+            f"{str(path)!r} holds {foreign[0]!r}, which graphprune did not write and would remove; "
+            "move it away, or choose another folder"
+        )
+    return True
+
+
+def open_artifact(path: Path) -> Artifact:
+    """Open a folder that `export` wrote, comparing every file with its hash.
+
+    Raises:
+        ArtifactError: missing, corrupt or tampered with; the file is named.
+    """
+    restore(path)
+    manifest = check_hashes(path)
+    if manifest.get("version") != VERSION:
+        raise ArtifactError(
+            f"{str(path / MANIFEST)!r} has version {manifest.get('version')!r}, this graphprune "
+            f"reads {VERSION}; install the graphprune that wrote it"
+        )
+    if MODEL not in manifest["sha256"] or not manifest.get("inputs"):
+        raise ArtifactError(f"{str(path / MANIFEST)!r} names no {MODEL!r}; export it again")
+    return Artifact(path, manifest)

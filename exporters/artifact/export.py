@@ -1,0 +1,325 @@
+"""export: write a Program as an artifact, proven equal and measured."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from graphprune.calibration.stream import flat_batch
+from graphprune.capture.decoder import IDS, MASK, empty_cache
+from graphprune.errors import ExportError
+from graphprune.exporters.artifact.artifact import (
+    BASELINE,
+    FORMAT,
+    MODEL,
+    VERSION,
+    Artifact,
+    is_artifact,
+    low_bit_baseline,
+    open_artifact,
+)
+from graphprune.exporters.artifact.results import PAGE, write_page
+from graphprune.exporters.onnx.convert import save_onnx, to_onnx
+from graphprune.exporters.onnx.names import input_names, limits_by_input
+from graphprune.exporters.onnx.translations import OPSET
+from graphprune.exporters.quantize.quantize import quantise
+from graphprune.exporters.runtime.kv_cache import filled, shapes_of
+from graphprune.exporters.runtime.parity import check_parity
+from graphprune.exporters.runtime.session import (
+    Feeds,
+    compare,
+    default_clock,
+    feeds_of,
+    file_bytes,
+    interleaved,
+    open_session,
+)
+from graphprune.ir.program import Program
+from graphprune.ir.quantization import SCHEMES, Mark, mark_of
+from graphprune.report.report import Report
+from graphprune.rewrite.shrink import kept_indices
+from graphprune.storage.folders import check_target, sha256, whole_folder
+from graphprune.storage.program import MANIFEST, save_files
+from graphprune.verify.error import second_inputs
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+# What runs an artifact, and the quantisation schemes that it has operators for.
+TARGETS: Mapping[str, tuple[str, ...]] = {"onnxruntime": tuple(SCHEMES)}
+
+_Notes = dict[str, Any]
+
+
+def export(
+    program: Program,
+    path: Path,
+    *,
+    target: str = "onnxruntime",
+    baseline: Program | Path | None = None,
+    report: str | None = None,
+    extra: Mapping[str, Path | bytes] | None = None,
+    calibration: Iterable[Any] | None = None,
+) -> Artifact:
+    """Write an artifact; one that was there before is replaced as a whole, or not at all.
+
+    Args:
+        program: what to export.
+        path: the artifact's folder.
+        target: what will run it.
+        baseline: the dense program, written as baseline.onnx by the same exporter; or the
+            baseline.onnx of an artifact that this program comes from, which is copied.
+        report: text of report.md; by default from the program's own report or history.
+        extra: more files by name (tokenizer, labels), as paths to copy or bytes.
+        calibration: batches like the example inputs; quantisation "int8-static" needs them, and
+            measures its drift on the first of them.
+
+    A program that is marked for quantisation is written in float, proven equal, and then quantised;
+    so is its dense twin, as a third file, while baseline.onnx stays float.
+
+    Raises:
+        ExportError: the folder is not ours or cannot be written, the graph has no ONNX form, ONNX
+            Runtime disagrees with the program, or the target cannot run the quantised operators.
+    """
+    mark = mark_of(program)
+    _check_runs(target, mark)
+    check_target(path, is_artifact)
+    _check_extra(extra or {})
+    notes: _Notes = {"parity": {}, "sizes": {}, "parameters": {}, "quantization": {}}
+    batches = _calibration(program, calibration, mark)
+    with whole_folder(path) as folder:
+        model = _write_model(program, folder / MODEL, notes)
+        if baseline is program:
+            _copy_model(folder / MODEL, folder / BASELINE)
+        elif isinstance(baseline, Path):
+            _copy_model(baseline, folder / BASELINE)
+            notes["sizes"][BASELINE] = file_bytes(folder / BASELINE)
+        elif baseline is not None:
+            _write_model(baseline, folder / BASELINE, notes)
+        if mark is not None:
+            _write_quantised(program, mark, batches, folder, notes)
+        notes["measurements"] = _measurements(program, folder)
+        (folder / "program").mkdir()
+        save_files(program, folder / "program")
+        (folder / "report.md").write_text(report or _report(program), encoding="utf-8")
+        _copy_extra(extra or {}, folder)
+        manifest = _manifest(program, target, model, notes, folder)
+        if "report" in program.metadata:
+            write_page(Report.from_json(program.metadata["report"]), manifest, folder)
+        text = json.dumps(manifest, indent=1, allow_nan=False)
+        (folder / MANIFEST).write_text(text, encoding="utf-8")
+    return open_artifact(path)
+
+
+def measure(program: Program, *, threads: int = 1, repeats: int = 10) -> float:
+    """Milliseconds that ONNX Runtime takes for the program's example inputs, without a cache.
+
+    A program marked for quantisation is measured quantised, all layers of it; in float where the
+    scheme needs calibration.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / MODEL
+        save_onnx(to_onnx(program), path)
+        mark = mark_of(program)
+        if mark is not None and not mark.needs_calibration:
+            feeds = _examples(program, "forward")
+            quantise(path, path, replace(mark, keep_error=None), feeds[:1])
+        session = open_session(path, threads)
+        (times,) = interleaved(
+            [session], _example(program, "forward"), repeats=repeats, clock=default_clock(threads)
+        )
+    return float(np.median(times))
+
+
+def _write_model(program: Program, path: Path, notes: _Notes) -> ir.Model:
+    model = to_onnx(program, program.deployed)
+    save_onnx(model, path)
+    agreements = check_parity(program, open_session(path))
+    notes["parity"][path.name] = [a.to_json() for a in agreements]
+    notes["sizes"][path.name] = file_bytes(path)
+    notes["parameters"][path.name] = program.num_parameters()
+    return model
+
+
+def _check_runs(target: str, mark: Mark | None) -> None:
+    if target not in TARGETS:
+        raise ExportError(f"unknown target {target!r}; there is {', '.join(map(repr, TARGETS))}")
+    if mark is not None and mark.scheme not in TARGETS[target]:
+        able = [name for name, schemes in TARGETS.items() if mark.scheme in schemes]
+        raise ExportError(
+            f"target {target!r} has no operators for scheme {mark.scheme!r}; it runs "
+            f"{list(TARGETS[target])}, and {able} run {mark.scheme!r}"
+        )
+
+
+def _copy_model(source: Path, target: Path) -> None:
+    data = source.with_suffix(".onnx.data")
+    if data.exists():  # the file names its data, so that a copy must be written anew
+        import onnx
+
+        model = onnx.load(source)
+        data = target.with_suffix(".onnx.data")
+        onnx.save_model(model, target, save_as_external_data=True, location=data.name)
+    else:
+        shutil.copyfile(source, target)
+
+
+def _write_quantised(
+    program: Program, mark: Mark, batches: Sequence[Feeds], folder: Path, notes: _Notes
+) -> None:
+    """Quantise model.onnx in place, and the dense twin into a file of its own."""
+    feeds = _examples(program, program.deployed)
+    notes["quantization"][MODEL] = quantise(folder / MODEL, folder / MODEL, mark, feeds, batches)
+    notes["sizes"][MODEL] = file_bytes(folder / MODEL)
+    if (folder / BASELINE).exists():
+        twin = low_bit_baseline(mark.scheme)
+        # The twin is there to be timed: nothing kept in float for its quality's sake.
+        every = replace(mark, keep_error=None)
+        if program.deployed != "forward":
+            shapes = shapes_of(open_session(folder / BASELINE, 1))
+            feeds, batches = ([filled(shapes, feed) for feed in all_] for all_ in (feeds, batches))
+        notes["quantization"][twin] = quantise(
+            folder / BASELINE, folder / twin, every, feeds, batches
+        )
+        notes["sizes"][twin] = file_bytes(folder / twin)
+
+
+def _calibration(
+    program: Program, calibration: Iterable[Any] | None, mark: Mark | None
+) -> list[Feeds]:
+    """Calibration batches as ONNX Runtime takes them; read only where the program is marked.
+
+    Raises:
+        GraphPruneError: a batch does not fit the model's inputs.
+        ExportError: a batch holds NaN or infinity, or there is none where one is needed.
+    """
+    found: list[Feeds] = []
+    if mark is None:
+        return found
+    entry = program.forward
+    for number, batch in enumerate(calibration or ()):
+        flat = flat_batch(entry, batch, number)
+        for name, tensor in zip(entry.input_names, flat, strict=True):
+            if not bool(tensor.isfinite().all()):
+                raise ExportError(f"calibration batch {number}: {name!r} holds NaN or infinity")
+        found.append(_deployed_feeds(program, flat))
+    if mark.needs_calibration and not found:
+        raise ExportError(
+            f"scheme {mark.scheme!r} takes the activations' ranges from calibration batches, and "
+            "there are none: give export(..., calibration=batches)"
+        )
+    return found
+
+
+def _deployed_feeds(program: Program, flat: Sequence[Tensor]) -> Feeds:
+    """Flat inputs of `forward` for the exported file; a decoder with a cache reads them at once."""
+    feeds = feeds_of(tuple(flat), input_names(program.forward))
+    if program.deployed == "forward":
+        return feeds
+    entry = program.in_float32().entries[program.deployed]
+    ids = feeds[IDS]
+    given = {IDS: ids, MASK: feeds.get(MASK, np.ones_like(ids)), **empty_cache(entry, len(ids))}
+    return feeds_of(tuple(given[name] for name in entry.input_names), input_names(entry))
+
+
+def _examples(program: Program, name: str) -> list[Feeds]:
+    """The example inputs, and another batch size and length where those may change."""
+    program = program.in_float32()
+    entry = program.entries[name]
+    inputs = [list(entry.example), *([second_inputs(entry)] if entry.dynamic else [])]
+    return [feeds_of(tuple(flat), input_names(entry)) for flat in inputs]
+
+
+def _example(program: Program, name: str) -> dict[str, Any]:
+    entry = program.entries[name]
+    return feeds_of(entry.example, input_names(entry))
+
+
+def _measurements(program: Program, folder: Path) -> list[Any]:
+    """A short comparison on the example inputs: a first idea, not a benchmark."""
+    if not (folder / BASELINE).exists():
+        return []
+    sessions = [open_session(folder / name, 1) for name in (MODEL, BASELINE)]
+    comparison = compare(sessions[0], sessions[1], _example(program, program.deployed), repeats=5)
+    return [comparison.to_json()]
+
+
+def _manifest(
+    program: Program, target: str, model: ir.Model, notes: _Notes, folder: Path
+) -> dict[str, Any]:
+    floats = sorted({str(t.dtype)[6:] for t in program.tensors.values() if t.is_floating_point()})
+    hashes = {
+        file.relative_to(folder).as_posix(): sha256(file)
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+    mark = mark_of(program)
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": program.metadata.get("model", ""),
+        "target": target,
+        "entry": program.deployed,
+        "opset": OPSET,
+        "precision": {"program": floats, "onnx": "float32" if mark is None else mark.scheme},
+        "versions": _versions(),
+        "inputs": [_described(v) for v in model.graph.inputs],
+        "outputs": [_described(v) for v in model.graph.outputs],
+        **limits_by_input(program.entries[program.deployed]),
+        "history": list(program.history),
+        "kept": kept_indices(program.history),
+        **notes,
+        "sha256": hashes,
+    }
+
+
+def _described(value: ir.Value) -> dict[str, Any]:
+    shape = [s if isinstance(s, int) else str(s) for s in value.shape or ()]
+    return {"name": value.name, "type": str(value.dtype).lower(), "shape": shape}
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "safetensors", "numpy")
+    found = {name: version(name) for name in packages}
+    return {"python": platform.python_version(), "platform": platform.platform(), **found}
+
+
+def _report(program: Program) -> str:
+    data = program.metadata.get("report")
+    if data is not None:
+        return Report.from_json(data).to_markdown()
+    name = program.metadata.get("model", "model")
+    return f"# {name}\n\n{program.num_parameters():,} parameters.\n"
+
+
+def _check_extra(extra: Mapping[str, Path | bytes]) -> None:
+    twins = {low_bit_baseline(scheme) for scheme in SCHEMES}
+    reserved = {MODEL, BASELINE, MANIFEST, "report.md", PAGE, "program", *twins}
+    for name, source in extra.items():
+        parts = Path(name).parts
+        if not parts or Path(name).is_absolute() or ".." in parts or parts[0] in reserved:
+            raise ExportError(f"an extra file cannot be called {name!r}; choose another name")
+        if isinstance(source, Path) and not source.is_file():
+            raise ExportError(f"the extra file {str(source)!r} does not exist")
+
+
+def _copy_extra(extra: Mapping[str, Path | bytes], folder: Path) -> None:
+    for name, source in extra.items():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(source, Path):
+            shutil.copyfile(source, target)
+        else:
+            target.write_bytes(source)

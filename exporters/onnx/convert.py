@@ -1,0 +1,182 @@
+"""Program -> ONNX model: torch.export once more, torch.onnx, then clean-up."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import fx
+
+from graphprune.errors import ExportError
+from graphprune.exporters.onnx.attention import lower_attention
+from graphprune.exporters.onnx.cleanup import clean_up
+from graphprune.exporters.onnx.names import (
+    input_names,
+    is_tensor_output,
+    limits_by_input,
+    output_names,
+    rename_symbols,
+)
+from graphprune.exporters.onnx.translations import OPSET, translations
+from graphprune.ir.graph import output_node
+from graphprune.ir.program import Entry, Program, graph_module
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+EXTERNAL_ABOVE = 1_000_000_000  # bytes of weights; protobuf ends at 2 GiB
+
+
+def to_onnx(program: Program, entry: str = "forward") -> ir.Model:
+    """The entry as an ONNX model in float32, with the model's own input and output names.
+
+    ONNX cannot say that sizes have bounds: they are JSON in the file's metadata, graphprune.bounds,
+    graphprune.relations and graphprune.capture.fixed.
+
+    Raises:
+        ExportError: torch.export or torch.onnx refuses the graph; the reason is quoted.
+    """
+    program = program.in_float32()
+    spec = program.entries[entry]
+    module = lower(program, entry)
+    with _quiet():
+        try:
+            exported = torch.export.export(
+                module, spec.example, dynamic_shapes=_dynamic(spec), strict=False
+            )
+            converted = torch.onnx.export(
+                exported,
+                dynamo=True,
+                opset_version=OPSET,
+                custom_translation_table=translations(),
+                optimize=False,
+                verbose=False,
+            )
+        except Exception as e:
+            raise ExportError(f"the program cannot be written as ONNX: {_reason(e)}") from e
+        assert converted is not None
+        model: ir.Model = converted.model
+        _name_sizes(model, spec)
+        clean_up(model)
+        _name_interface(model, input_names(spec), output_names(spec))
+    for key, limits in limits_by_input(spec).items():
+        if limits:
+            model.metadata_props[f"graphprune.{key}"] = json.dumps(limits)
+    return model
+
+
+def lower(program: Program, entry: str = "forward") -> fx.GraphModule:
+    """The entry as a flat module that torch.onnx turns into operators fast in ONNX Runtime."""
+    module = graph_module(program, entry)
+    output = output_node(module.graph)
+    flags = is_tensor_output(program.entries[entry])
+    values = cast(tuple[Any, ...], output.args[0])
+    output.args = (tuple(n for n, keep in zip(values, flags, strict=True) if keep),)
+    lower_attention(module.graph)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return module
+
+
+def save_onnx(model: ir.Model, path: Path) -> list[Path]:
+    """Write and check the model; weights above 1 GB go to a second file. Returns the files.
+
+    Raises:
+        ExportError: onnx.checker refuses the file.
+    """
+    import onnx
+    import onnx_ir as ir
+
+    weights = [v.const_value for v in model.graph.initializers.values()]
+    size = sum(int(w.nbytes) for w in weights if w is not None)
+    files = [path]
+    if size > EXTERNAL_ABOVE:
+        data = path.with_suffix(".onnx.data")
+        files.append(data)
+        ir.save(model, path, external_data=data.name)
+    else:
+        ir.save(model, path)
+    try:
+        onnx.checker.check_model(str(path), full_check=False)
+    except onnx.checker.ValidationError as e:
+        raise ExportError(f"the exported file is not valid ONNX: {e}") from e
+    return files
+
+
+def _dynamic(entry: Entry) -> tuple[Any, ...]:
+    # DYNAMIC rather than a named Dim: upper bounds (a position table's length) are then inferred.
+    dims = torch.export.Dim.DYNAMIC
+    return tuple({d: dims for d in entry.dynamic.get(n, {})} or None for n in entry.input_names)
+
+
+def _name_interface(model: ir.Model, inputs: list[str], names: list[str]) -> None:
+    """Name inputs and outputs; an output that is an input, a weight or another output is copied.
+
+    Two outputs that compute the same have become one value by now.
+    """
+    import onnx_ir as ir
+
+    graph = model.graph
+    inner = [*graph.initializers.values(), *(v for node in graph for v in node.outputs)]
+    for value in (v for v in inner if v.name in {*inputs, *names}):
+        value.name = f"{value.name}_value"
+    for value, name in zip(graph.inputs, inputs, strict=True):
+        value.name = name
+    seen = {id(v) for v in graph.inputs}
+    for i, (value, name) in enumerate(zip(list(graph.outputs), names, strict=True)):
+        if id(value) in seen or value.is_initializer():
+            copy = ir.node("Identity", [value])
+            graph.append(copy)
+            graph.outputs[i] = copy.outputs[0]
+            graph.outputs[i].shape, graph.outputs[i].type = value.shape, value.type
+        seen.add(id(graph.outputs[i]))
+        graph.outputs[i].name = name
+
+
+def _name_sizes(model: ir.Model, entry: Entry) -> None:
+    """Call dynamic sizes by the names of the entry instead of s53."""
+    import onnx_ir as ir
+
+    names: dict[str, str] = {}
+    for value, placeholder in zip(model.graph.inputs, entry.input_names, strict=True):
+        for dim, name in entry.dynamic.get(placeholder, {}).items():
+            assert value.shape is not None
+            names[str(value.shape[dim])] = name
+    values = [*model.graph.inputs, *model.graph.outputs]
+    for node in model.graph:
+        values += node.outputs
+    for value in values:
+        if value.shape is not None:
+            value.shape = ir.Shape(
+                [s if isinstance(s, int) else rename_symbols(str(s), names) for s in value.shape]
+            )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch.onnx's remarks about packages that are not installed from the user."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause's first line: torch.onnx wraps it in pages of advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,64 @@
+"""The cache inputs of an exported decoder, and feeds that fill them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from graphprune.capture.decoder import IDS, MASK, PAST
+from graphprune.errors import GraphPruneError
+
+Feeds = dict[str, npt.NDArray[Any]]
+Shapes = Mapping[str, Sequence[int | str]]
+
+
+def is_past(name: str) -> bool:
+    """Whether an input of an ONNX file holds keys or values of past tokens."""
+    return name.startswith(f"{PAST}.")
+
+
+def shapes_of(session: Any) -> dict[str, Sequence[int | str]]:
+    """The inputs of a session by name; a dynamic size is a string."""
+    return {i.name: i.shape for i in session.get_inputs()}
+
+
+def filled(shapes: Shapes, feeds: Feeds, *, strict: bool = False) -> Feeds:
+    """Feeds for a model with these inputs: what of the cache is not given, or does not fit, is 0.
+
+    Pruned and dense model keep different heads, so one cache cannot be for both. How long the past
+    is follows from the mask, which is longer than the new tokens by it.
+
+    Args:
+        shapes: the model's inputs.
+        feeds: what there is.
+        strict: refuse a cache that does not fit.
+
+    Raises:
+        GraphPruneError: the mask is shorter than the tokens, or a cache does not fit and must.
+    """
+    result: Feeds = {}
+    for name, shape in shapes.items():
+        if not is_past(name):
+            result[name] = feeds[name]
+            continue
+        batch, sequence = feeds[IDS].shape
+        past = feeds[MASK].shape[1] - sequence
+        if past < 0:
+            raise GraphPruneError(
+                f"{MASK!r} is {feeds[MASK].shape[1]} long for {sequence} new tokens: it covers the "
+                "past and the new tokens"
+            )
+        wanted = (batch, int(shape[1]), past, int(shape[3]))
+        held = feeds.get(name)
+        if strict and held is not None and held.shape != wanted:
+            raise GraphPruneError(
+                f"{name!r} has shape {list(held.shape)}; with these tokens and this mask the model "
+                f"takes {list(wanted)}"
+            )
+        if held is None or held.shape != wanted:
+            held = np.zeros(wanted, np.float32)
+        result[name] = held
+    return result

@@ -1,0 +1,137 @@
+"""Parity: what ONNX Runtime computes is what the Program computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from graphprune.capture.decoder import IDS, MASK, empty_cache
+from graphprune.errors import ExportError
+from graphprune.exporters.onnx.names import input_names, is_tensor_output, output_names
+from graphprune.exporters.runtime.session import feeds_of
+from graphprune.ir.program import Entry, Program
+from graphprune.verify.error import batches, relative_error, row_errors
+
+TOLERANCE = 1e-4  # of a row's scale (compare.row_errors)
+_ROUNDING = 30  # times torch's own rounding: what another order of the same sums may make of it
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """How far one output of ORT is from the Program's, in the worst row.
+
+    Attributes:
+        output: its name in the file.
+        shape: on this batch.
+        error: relative to the row's scale, or to what rounding makes of the row in torch.
+    """
+
+    output: str
+    shape: tuple[int, ...]
+    error: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def check_parity(program: Program, session: Any, tolerance: float = TOLERANCE) -> list[Agreement]:
+    """Run the Program and ORT on every batch of `compare.batches`.
+
+    A decoder with a cache also reads a prompt without any past, and a single token after one.
+
+    Args:
+        program: what was exported, in any float type; it is compared in float32.
+        session: an ORT session over the exported file.
+        tolerance: largest difference allowed in a row, relative to the row's scale. A row in which
+            float32 rounds by more, as torch in float64 shows, may differ by a few times that.
+
+    Raises:
+        ExportError: an output differs by more, or has another shape; it is named.
+    """
+    program = program.in_float32()
+    entry = program.entries[program.deployed]
+    result = []
+    for i, inputs in enumerate([*batches(entry), *_steps(entry)]):
+        # Drawn values may be none that the model takes; the examples are.
+        if i == 0 or _runs(program, inputs):
+            result += _compare(program, session, inputs, tolerance)
+    return result
+
+
+def _runs(program: Program, inputs: Sequence[Tensor]) -> bool:
+    try:
+        program.run(inputs, program.deployed)
+    except (RuntimeError, IndexError, ValueError):
+        return False
+    return True
+
+
+def _steps(entry: Entry) -> list[list[Tensor]]:
+    """For an entry with a cache: its example's new tokens without a past, and the first of them.
+
+    The prompt's last sample is padded on the left, as batches of prompts are.
+    """
+    if not entry.cache:
+        return []
+    given = dict(zip(entry.input_names, entry.example, strict=True))
+    length = given[IDS].shape[1]
+    past = given[MASK].shape[1] - length
+    mask = torch.ones_like(given[MASK][:, :length])
+    mask[-1, 0] = 0
+    prompt = {**given, MASK: mask, **empty_cache(entry, mask.shape[0])}
+    token = {**given, IDS: given[IDS][:, :1], MASK: given[MASK][:, : past + 1]}
+    return [[case[name] for name in entry.input_names] for case in (prompt, token)]
+
+
+def _compare(
+    program: Program, session: Any, inputs: Sequence[Tensor], tolerance: float
+) -> list[Agreement]:
+    entry = program.entries[program.deployed]
+    shapes = [tuple(t.shape) for t in inputs]
+    feeds = feeds_of(tuple(inputs), input_names(entry))
+    try:
+        actual = session.run(None, {i.name: feeds[i.name] for i in session.get_inputs()})
+    except Exception as e:
+        raise ExportError(f"ONNX Runtime fails on inputs of shapes {shapes}: {e}") from e
+    flags = is_tensor_output(entry)
+    kept = [i for i, keep in enumerate(flags) if keep]
+    results = program.run(inputs, program.deployed)
+    exact: list[Any] = []
+    result = []
+    for number, name, b in zip(kept, output_names(entry), actual, strict=True):
+        a = results[number]
+        found = torch.from_numpy(np.asarray(b))
+        error = relative_error(a, found)
+        if not error <= tolerance:
+            exact = exact or _in_float64(program, inputs)
+            error = _beyond_rounding(a, found, exact[number], tolerance)
+        if not error <= tolerance:
+            raise ExportError(
+                f"output {name!r} of ONNX Runtime differs from the program by {error:.1e} of a "
+                f"row's scale on inputs of shapes {shapes}, allowed is {tolerance:.0e}; "
+                "please report this with the model"
+            )
+        result.append(Agreement(name, tuple(a.shape), error))
+    return result
+
+
+def _in_float64(program: Program, inputs: Sequence[Tensor]) -> list[Any]:
+    wide = program.cast(torch.float32, torch.float64, refresh=False)
+    given = [t.double() if t.dtype is torch.float32 else t for t in inputs]
+    return wide.run(given, program.deployed)
+
+
+def _beyond_rounding(torch32: Any, ort: Tensor, torch64: Any, tolerance: float) -> float:
+    """ORT's error in the worst row, where torch's own rounding may widen a row's scale."""
+    if not isinstance(torch64, Tensor) or ort.shape != torch64.shape:
+        return relative_error(torch32, ort)
+    difference, scale = row_errors(torch64, ort)
+    rounding = row_errors(torch64, torch32)[0].nan_to_num(0.0, 0.0, 0.0)
+    return float((difference / torch.maximum(scale, _ROUNDING / tolerance * rounding)).max())

@@ -1,0 +1,354 @@
+"""What a rule sees, and how rules are registered.
+
+A rule says, for one ATen operator, which axes its outputs have and which axes are the same. If the
+operator also takes sizes as arguments, a rewriter rebuilds those arguments after axes shrank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graphprune.axes import algebra
+from graphprune.axes.algebra import Axis, Size
+from graphprune.ir.graph import bound_arguments, op_name, set_bound
+
+Dims = tuple[Axis, ...]
+Rule = Callable[["RuleContext"], Any]
+Rewriter = Callable[["RewriteContext"], None]
+
+RULES: dict[str, Rule] = {}
+REWRITERS: dict[str, Rewriter] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register the axis rule of ATen operators, by base name ("linear"), for all overloads.
+
+    The function takes a `RuleContext` and returns the output's axes: a tuple of `Axis`, one a
+    dimension, or a list of such tuples for an operator with several outputs.
+    """
+
+    def register(function: Rule) -> Rule:
+        for name in names:
+            if name in RULES:
+                raise ValueError(f"operator {name!r} has a rule already")
+            RULES[name] = function
+        return function
+
+    return register
+
+
+def rewriter(*names: str) -> Callable[[Rewriter], Rewriter]:
+    """Register what rebuilds the size arguments of ATen operators after axes shrank."""
+
+    def register(function: Rewriter) -> Rewriter:
+        for name in names:
+            if name in REWRITERS:
+                raise ValueError(f"operator {name!r} has a rewriter already")
+            REWRITERS[name] = function
+        return function
+
+    return register
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Contraction:
+    """An axis that disappears in a sum at a node: where the mask of a removed unit belongs.
+
+    Attributes:
+        node: the operator that sums.
+        operand: the node that is summed over, given as argument `slot`.
+        slot: schema name of that argument; "name:i" for the i-th of a list.
+        dim: its dimension that vanishes, and the axis of it.
+        kind: "weights" (with a parameter), "activations" (of two activations), or "reduction".
+    """
+
+    node: fx.Node
+    operand: fx.Node
+    slot: str
+    dim: int
+    axis: Axis
+    kind: str
+
+
+@dataclass(slots=True)
+class Facts:
+    """What the walk over one entry graph found.
+
+    Attributes:
+        dims: the axes of every value.
+        extra: axes that a call's rewriter needs.
+        contractions: where axes are summed over.
+        attention: the part that axes play in attention.
+        gathered: (index, axis of the table) of every lookup.
+        experts: axes of experts.
+        weights: values made of tensors of the program and of sizes alone.
+        activations: values that depend on the inputs' values.
+    """
+
+    dims: dict[fx.Node, Any] = field(default_factory=dict)
+    extra: dict[fx.Node, dict[str, Axis]] = field(default_factory=dict)
+    contractions: list[Contraction] = field(default_factory=list)
+    attention: list[tuple[fx.Node, str, Axis]] = field(default_factory=list)
+    gathered: list[tuple[fx.Node, Axis]] = field(default_factory=list)
+    experts: list[Axis] = field(default_factory=list)
+    weights: set[fx.Node] = field(default_factory=set)
+    activations: set[fx.Node] = field(default_factory=set)
+
+
+class RuleContext:
+    """One operator call, for its rule."""
+
+    def __init__(self, node: fx.Node, facts: Facts) -> None:
+        self.node = node
+        self.facts = facts
+        self.arguments = bound_arguments(node)
+        self.value = node.meta["val"]
+
+    @property
+    def where(self) -> str:
+        """The place of this call, for reasons: operator and module path."""
+        return place(self.node)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """An argument by its schema name."""
+        return self.arguments.get(name, default)
+
+    def dims(self, argument: Any) -> Dims:
+        """The axes of a tensor argument; empty for scalars and None."""
+        if not isinstance(argument, fx.Node):
+            return ()
+        found = self.facts.dims.get(argument, ())
+        return found if isinstance(found, tuple) else ()
+
+    def static(self, name: str, default: Any = None) -> Any:
+        """An argument with every symbolic size replaced by its value in the metadata."""
+        return resolve(self.get(name, default))
+
+    def dim(self, rank: int, name: str = "dim", default: Any = None) -> int:
+        """A dimension argument, made non-negative."""
+        index = self.get(name, default)
+        return int(index) % rank if rank else 0
+
+    def dim_list(self, rank: int, name: str = "dim") -> list[int]:
+        """A list of dimensions, made non-negative; None or empty means all."""
+        given = self.get(name)
+        if given is None or (isinstance(given, (list, tuple)) and not given):
+            return list(range(rank))
+        return [int(d) % rank for d in ([given] if isinstance(given, int) else given)]
+
+    def unify(self, a: Axis, b: Axis) -> None:
+        algebra.unify(a, b, self.where)
+
+    def freeze(self, axes: Axis | Sequence[Axis], why: str = "") -> None:
+        """Freeze axes, with this call as the reason."""
+        for axis in [axes] if isinstance(axes, Axis) else axes:
+            algebra.freeze(axis, f"{why or 'fixed by'} {self.where}")
+
+    def fresh(self, index: int | None = None) -> Dims:
+        """New leaves of the output's sizes (of output `index`, when there are several)."""
+        value = self.value if index is None else self.value[index]
+        return tuple(algebra.leaf(size_of(s)) for s in value.shape)
+
+    def sizes(self, index: int | None = None) -> tuple[Size, ...]:
+        """The sizes of the output."""
+        value = self.value if index is None else self.value[index]
+        return tuple(size_of(s) for s in value.shape)
+
+    def broadcast(self, *operands: Dims, sizes: Sequence[Size] | None = None) -> Dims:
+        """Align axes from the right and unify those of equal size; size-1 dimensions stay free."""
+        wanted = self.sizes() if sizes is None else sizes
+        result: list[Axis] = []
+        for i, size in enumerate(reversed(wanted)):
+            found: Axis | None = None
+            for dims in operands:
+                if i < len(dims):
+                    axis = dims[len(dims) - 1 - i]
+                    if algebra.equal(axis.size, size):
+                        if found is None:
+                            found = axis
+                        elif size != 1:
+                            self.unify(found, axis)
+            result.append(found if found is not None else algebra.leaf(size))
+        return tuple(reversed(result))
+
+    def cut(self, axis: Axis, sizes: Sequence[Size]) -> list[Axis]:
+        """Cut an axis in consecutive pieces of these sizes."""
+        pieces = [algebra.leaf(s) for s in sizes]
+        self.unify(axis, algebra.concat(pieces))
+        return pieces
+
+    def recut(self, axes: Sequence[Axis], sizes: Sequence[Size]) -> Dims:
+        """The axes of a reshape; what lies between two common boundaries is cut for itself.
+
+        Where a boundary inside cannot be placed, all that lies there is frozen.
+        """
+        result: list[Axis] = []
+        for part, wanted in algebra.aligned(axes, sizes):
+            cut = algebra.recut(part, wanted, self.where)
+            if cut is None:
+                reason = (
+                    f"the reshape {[a.size for a in part]} -> {list(wanted)} cuts through an axis "
+                    "at"
+                )
+                self.freeze(part, reason)
+                cut = [algebra.leaf(s) for s in wanted]
+                self.freeze(cut, reason)
+            result += cut
+        return tuple(result)
+
+    def contract(self, slot: str, dim: int, other: str | None = None) -> None:
+        """Record that dimension `dim` of argument `slot` is summed over here.
+
+        Args:
+            slot: schema name of the operand; "name:i" for the i-th of a list of tensors.
+            dim: its dimension, non-negative.
+            other: schema name of the operand it is contracted with; None for a reduction.
+        """
+        operand = self.operand(slot)
+        axis = self.dims(operand)[dim]
+        kind = "reduction"
+        if other is not None:
+            both = {operand, self.operand(other)}
+            kind = "weights" if both & self.facts.weights else "activations"
+        self.facts.contractions.append(Contraction(self.node, operand, slot, dim, axis, kind))
+
+    def operand(self, slot: str) -> fx.Node:
+        name, _, index = slot.partition(":")
+        value = self.get(name)
+        node = value[int(index)] if index else value
+        assert isinstance(node, fx.Node)
+        return node
+
+    def remember(self, **axes: Axis) -> None:
+        """Keep axes for this call's rewriter."""
+        self.facts.extra.setdefault(self.node, {}).update(axes)
+
+    def attention(self, role: str, axis: Axis) -> None:
+        """Record the part an axis plays in attention: "head", "qk_dim" or "v_dim"."""
+        self.facts.attention.append((self.node, role, axis))
+
+    def unknown(self) -> Any:
+        """Freeze all that this call touches: the answer for an operator without a rule."""
+        name = op_name(self.node)
+        for node in self.node.all_input_nodes:
+            for dims in _flat(self.facts.dims.get(node, ())):
+                for axis in dims:
+                    algebra.freeze(axis, f"no rule for {name!r} at {location(self.node)}")
+        outputs = frozen_like(
+            self.value, f"made by {name!r}, which has no rule, at {location(self.node)}"
+        )
+        return outputs
+
+
+class RewriteContext:
+    """One operator call, for its rewriter, after axes shrank.
+
+    Sizes come from the axes of the call's output, never from looking for equal numbers.
+    """
+
+    def __init__(
+        self, node: fx.Node, facts: Facts, keep: dict[Axis, Tensor], symbols: Callable[[Size], Any]
+    ) -> None:
+        self.node = node
+        self.facts = facts
+        self.keep = keep
+        self._symbols = symbols
+        self.arguments = bound_arguments(node)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self.arguments.get(name, default)
+
+    def dims(self, node: Any) -> Dims:
+        found = self.facts.dims.get(node, ()) if isinstance(node, fx.Node) else ()
+        return found if isinstance(found, tuple) else ()
+
+    @property
+    def output(self) -> Any:
+        return self.facts.dims.get(self.node, ())
+
+    def extra(self, name: str) -> Axis | None:
+        return self.facts.extra.get(self.node, {}).get(name)
+
+    def changed(self, axis: Axis | None) -> bool:
+        """Whether the axis lost units."""
+        return axis is not None and any(a in self.keep for a in algebra.leaves(axis))
+
+    def size(self, axis: Axis) -> Any:
+        """The new size as an int, or as a graph node when it depends on the inputs."""
+        return self._symbols(algebra.new_size(axis, self.keep))
+
+    def static_size(self, axis: Axis) -> int:
+        """The new size of an axis that no input size enters."""
+        return int(algebra.new_size(axis, self.keep))
+
+    def resize(self, sizes: Sequence[Any], dims: Sequence[Axis]) -> list[Any]:
+        """Size arguments with those of shrunk axes replaced."""
+        return [
+            self.size(a) if self.changed(a) and s != 1 else s
+            for s, a in zip(sizes, dims, strict=True)
+        ]
+
+    def set(self, **arguments: Any) -> None:
+        """Replace arguments by their schema names."""
+        set_bound(self.node, arguments)
+
+    def scale_after(self, factor: float) -> None:
+        """Multiply the result by a number, to pin what was derived from the old size.
+
+        The product takes over the call's name and axes: it is what the call computed before.
+        """
+        graph, name = self.node.graph, self.node.name
+        with graph.inserting_after(self.node):
+            scaled = graph.call_function(torch.ops.aten.mul.Tensor, (self.node, factor))
+        scaled.meta = dict(self.node.meta)
+        self.node.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
+        self.node.name, scaled.name = scaled.name, name
+        self.facts.dims[scaled] = self.facts.dims[self.node]
+
+
+def resolve(value: Any) -> Any:
+    """Graph nodes inside an argument replaced by their symbolic values."""
+    return torch.utils._pytree.tree_map(
+        lambda v: v.meta["val"] if isinstance(v, fx.Node) else v, value
+    )
+
+
+def size_of(size: Any) -> Size:
+    """A torch size as an int or a sympy expression."""
+    if isinstance(size, torch.SymInt):
+        expression = size.node.expr
+        return int(expression) if expression.is_Integer else expression
+    return int(size)
+
+
+def frozen_like(value: Any, reason: str) -> Any:
+    """Frozen leaves for a value: a tensor, or a tuple or list of them."""
+    if isinstance(value, Tensor):
+        dims = tuple(algebra.leaf(size_of(s)) for s in value.shape)
+        for axis in dims:
+            algebra.freeze(axis, reason)
+        return dims
+    if isinstance(value, (tuple, list)):
+        return [frozen_like(v, reason) for v in value]
+    return ()
+
+
+def _flat(dims: Any) -> list[Dims]:
+    return [dims] if isinstance(dims, tuple) else [d for part in dims for d in _flat(part)]
+
+
+def location(node: fx.Node) -> str:
+    """Where in the user's model a node comes from: its module path, else its name."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next(reversed([p for p, _ in stack.values()]), "") if stack else ""
+    return path.removeprefix("L['self'].").removeprefix("L__self___") or node.name
+
+
+def place(node: fx.Node) -> str:
+    """An operator and its location, as reasons show it: `softmax` at encoder.layer.0."""
+    return f"`{op_name(node)}` at {location(node)}"

@@ -1,0 +1,195 @@
+"""Linear sites: every product of an activation with a weight, in one view whatever the storage.
+
+Rows are output units, columns are input features: `linear`, `addmm` and `matmul` with a weight on
+either side of a transpose, and each expert of a grouped product, all look the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+
+from graphprune.axes import AxisGroup, AxisGroups, algebra
+from graphprune.axes.rules.registry import Contraction
+from graphprune.ir.graph import bound_arguments, is_op, op_name
+from graphprune.ir.program import Program
+
+ZEROED = "zeroed"  # in a program's metadata: names of tensors whose zeros are meant to stay
+
+_TRANSPOSES = {"t", "numpy_T", "transpose", "permute", "mT", "swapaxes"}
+_COPIES = {"to", "contiguous", "clone", "detach", "alias"}
+
+
+@dataclass(frozen=True, slots=True)
+class LinearSite:
+    """One product of an activation with a weight of the program.
+
+    Attributes:
+        name: the weight's tensor name; "name[e]" for expert e.
+        entry: the entry graph it is in.
+        node: the operator.
+        operand: the activation that is multiplied, [..., in].
+        tensor: name of the weight.
+        transposed: the weight is stored [in, out].
+        bias: name of the bias tensor, if the operator adds one directly.
+        expert: index of the expert, for a grouped product.
+        offsets: the node with each expert's last row, for a grouped product.
+    """
+
+    name: str
+    entry: str
+    node: fx.Node = field(repr=False)
+    operand: fx.Node = field(repr=False)
+    tensor: str
+    transposed: bool
+    bias: str | None = None
+    expert: int | None = None
+    offsets: fx.Node | None = field(default=None, repr=False)
+
+    def matrix(self, program: Program) -> Tensor:
+        """The weight as [out, in], a view where the storage allows it."""
+        weight = program.tensors[self.tensor]
+        if self.expert is not None:
+            weight = weight[self.expert]
+        return weight.T if self.transposed else weight
+
+    def with_matrix(self, program: Program, matrix: Tensor, bias: Tensor | None = None) -> Program:
+        """The program with another weight [out, in] (and bias [out]) at this site."""
+        old = program.tensors[self.tensor]
+        new = (matrix.T if self.transposed else matrix).to(old.dtype).contiguous()
+        if self.expert is not None:
+            whole = old.clone()
+            whole[self.expert] = new
+            new = whole
+        changed = {self.tensor: new}
+        if bias is not None:
+            assert self.bias is not None
+            changed[self.bias] = bias.to(program.tensors[self.bias].dtype)
+        return program.with_tensors(changed)
+
+
+def linear_sites(groups: AxisGroups, entry: str = "forward") -> list[LinearSite]:
+    """Every linear site of an entry graph, in execution order; experts one by one."""
+    facts = groups.axes.facts[entry]
+    found = [s for c in facts.contractions for s in sites_of(entry, c, groups.program)]
+    number = {n: i for i, n in enumerate(groups.program.entries[entry].graph.nodes)}
+    return sorted(found, key=lambda site: number[site.node])  # stable: experts keep their order
+
+
+# What may lie between a product and an output of the model that are one thing to the user: casts,
+# cuts, and what is done to each value alone (a cap on logits, a sigmoid).
+_OUTWARD = {
+    "to", "contiguous", "clone", "alias", "view", "reshape", "unsqueeze", "squeeze", "flatten",
+    "slice", "select", "add", "sub", "mul", "div", "tanh", "sigmoid", "softmax", "log_softmax",
+}  # fmt: skip
+
+
+def is_output_head(site: LinearSite, program: Program) -> bool:
+    """Whether the product is an output of the model: logits, a vocabulary's or of classes.
+
+    True too for a weight that a table lookup shares: the embedding that is also the output head.
+    """
+    graph = program.entries[site.entry].graph
+    for node in graph.nodes:
+        if is_op(node, "embedding") and _weight(bound_arguments(node)["weight"])[0] == site.tensor:
+            return True
+    stack, seen = [site.node], set()
+    while stack:
+        for user in stack.pop().users:
+            if user.op == "output":
+                return True
+            others = [n for n in user.all_input_nodes if n.op != "get_attr"]
+            if op_name(user) in _OUTWARD and len(others) == 1 and user not in seen:
+                seen.add(user)
+                stack.append(user)
+    return False
+
+
+def consumers(groups: AxisGroups, group: AxisGroup) -> list[tuple[LinearSite, Tensor]]:
+    """The sites that contract a group, in execution order, with the unit of each input feature.
+
+    Returns:
+        (site, units) pairs; units is int64 [in], -1 where a feature is of no unit of the group.
+        Contractions that are no linear site (attention scores, convolutions) are not listed.
+    """
+    leaf = algebra.find(groups[group.id].axis)
+    found = []
+    for entry, facts in groups.axes.facts.items():
+        for contraction in facts.contractions:
+            if leaf not in set(algebra.leaves(contraction.axis)):
+                continue
+            for site in sites_of(entry, contraction, groups.program):
+                found.append((site, algebra.unit_labels(contraction.axis, leaf)))
+    return found
+
+
+def contractions(groups: AxisGroups, group: AxisGroup) -> list[tuple[str, Contraction]]:
+    """Every place where the group is summed over, linear site or not: (entry, contraction)."""
+    leaf = algebra.find(groups[group.id].axis)
+    return [
+        (entry, contraction)
+        for entry, facts in groups.axes.facts.items()
+        for contraction in facts.contractions
+        if leaf in set(algebra.leaves(contraction.axis))
+    ]
+
+
+def sites_of(entry: str, contraction: Contraction, program: Program) -> Sequence[LinearSite]:
+    """The linear sites of one contraction: none, one, or one for each expert."""
+    node = contraction.node
+    bound = bound_arguments(node)
+    value = contraction.operand.meta["val"]
+    if contraction.dim != value.dim() - 1:
+        return ()
+    if is_op(node, "linear"):
+        tensor, flipped = _weight(bound["weight"])
+        columns_last = True
+    elif is_op(node, "addmm", "mm", "matmul", "grouped_mm"):
+        names = {"addmm": "mat2", "mm": "mat2", "matmul": "other", "grouped_mm": "weight"}
+        tensor, flipped = _weight(bound[names[op_name(node)]])
+        columns_last = False
+        if bound.get("alpha", 1) != 1 or bound.get("beta", 1) != 1:
+            return ()  # `addmm` scales: the product is not that of the weight
+    else:
+        return ()
+    if tensor is None:
+        return ()
+    transposed = flipped == columns_last
+    if is_op(node, "grouped_mm"):
+        count = program.tensors[tensor].shape[0]
+        return [
+            LinearSite(
+                f"{tensor}[{e}]", entry, node, contraction.operand, tensor, transposed,
+                expert=e, offsets=bound["offs"],
+            )
+            for e in range(count)
+        ]  # fmt: skip
+    if program.tensors[tensor].dim() != 2:
+        return ()
+    bias, _ = _weight(bound.get("bias", bound.get("self") if is_op(node, "addmm") else None))
+    if bias is not None and program.tensors[bias].dim() != 1:
+        bias = None
+    return [LinearSite(tensor, entry, node, contraction.operand, tensor, transposed, bias)]
+
+
+def _weight(node: object) -> tuple[str | None, bool]:
+    """The tensor behind a node, and whether its last two dimensions are swapped on the way."""
+    flipped = False
+    while isinstance(node, fx.Node) and node.op != "get_attr":
+        name = op_name(node)
+        if name in _TRANSPOSES:
+            before, after = node.all_input_nodes[0].meta["val"], node.meta["val"]
+            if list(after.shape) != [*before.shape[:-2], before.shape[-1], before.shape[-2]]:
+                return None, False
+            marked = torch.empty([2 + i for i in range(before.dim())], device="meta")
+            moved = node.target(marked, *node.args[1:], **node.kwargs)  # type: ignore[operator]
+            if [s - 2 for s in moved.shape[-2:]] != [before.dim() - 1, before.dim() - 2]:
+                return None, False
+            flipped = not flipped
+        elif name not in _COPIES:
+            return None, False
+        node = node.args[0]
+    return (str(node.target), flipped) if isinstance(node, fx.Node) else (None, False)

@@ -1,0 +1,1 @@
+"""Activations on calibration batches, streamed layer by layer."""

@@ -1,0 +1,365 @@
+"""Streaming calibration: batches go through a graph region by region, and weights change between.
+
+A layer-wise method must see what the already pruned layers before it produce. So the batches are
+held where few values are alive (between two blocks: the hidden state and the mask), run from there
+to the site in question to collect, and, once the pass has changed the weights, run on to the next
+such place. Peak memory is what is alive at a cut, times the batches, plus one region of one batch.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx
+
+from graphprune.axes.algebra import equal
+from graphprune.axes.rules.registry import size_of
+from graphprune.axes.sites import LinearSite
+from graphprune.errors import GraphPruneError
+from graphprune.ir.graph import is_op
+from graphprune.ir.program import Entry, Program
+
+Observe = Callable[[LinearSite, Tensor], None]
+
+# A cut between two sites: at most this times the fewest bytes alive among so many pairs around.
+_HARDLY_MORE = 1.25
+_NEAR = 8
+
+
+class Stream:
+    """Calibration batches on their way through an entry graph.
+
+    Args:
+        program: where the graph comes from; its tensors may be replaced from call to call.
+        batches: each like the example inputs: a dict of keyword arguments, a tuple, or a tensor.
+        entry: the entry graph.
+
+    Raises:
+        GraphPruneError: there is no batch, or one does not fit the model's inputs.
+    """
+
+    def __init__(self, program: Program, batches: Iterable[Any], entry: str = "forward") -> None:
+        self.entry = program.entries[entry]
+        self.nodes = list(self.entry.graph.nodes)
+        self.number = {node: i for i, node in enumerate(self.nodes)}
+        self.last_use = {
+            node: max((self.number[user] for user in node.users), default=-1) for node in self.nodes
+        }
+        self.alive = self._alive()
+        self.position = 0
+        self.done = 0  # what lies before has been collected, and need not run twice
+        self.states: list[dict[fx.Node, Any]] = []
+        placeholders = [n for n in self.nodes if n.op == "placeholder"]
+        for i, batch in enumerate(batches):
+            flat = flat_batch(self.entry, batch, i)
+            self.states.append(dict(zip(placeholders, flat, strict=True)))
+        if not self.states:
+            raise GraphPruneError("calibration yields no batch; pass an iterable of input batches")
+        self.rows = [_Rows(placeholders, state) for state in self.states]
+
+    def collect(
+        self,
+        program: Program,
+        sites: Sequence[LinearSite],
+        observe: Observe,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        """Run every batch up to the last of these sites, and show each site its input rows.
+
+        Afterwards the weights of these sites, and of anything later, may change; what lies before
+        the first of them has been left behind. Sites must be visited in execution order.
+
+        Args:
+            program: the tensors to run with.
+            sites: of this entry, none of them before a place that was left behind.
+            observe: called with a site and its input rows [n, in], padding dropped.
+
+        Raises:
+            GraphPruneError: an input is NaN or infinite; site and batch are named.
+        """
+        before = -1
+        for i, site, rows in self.visit(program, sites):
+            if i > before:
+                progress(i, len(self.states))
+                before = i
+            observe(site, rows)
+        progress(len(self.states), len(self.states))
+
+    def visit(
+        self, program: Program, sites: Sequence[LinearSite]
+    ) -> Iterator[tuple[int, LinearSite, Tensor]]:
+        """The same one by one: number of the batch, site, its input rows. To be read to the end.
+
+        For two streams that go side by side.
+        """
+        wanted: dict[fx.Node, list[LinearSite]] = {}
+        for site in sites:
+            wanted.setdefault(site.node, []).append(site)
+        first = min(self.number[node] for node in wanted)
+        last = max(self.number[node] for node in wanted)
+        self.advance(program, self._cheapest(min(max(self.position, self.done), first), first))
+        for i, state in enumerate(self.states):
+            values = dict(state)
+            for j in range(self.position, last + 1):
+                node = self.nodes[j]
+                for site in wanted.get(node, ()):
+                    yield i, site, self._input(site, values, i)
+                if j < last:
+                    self._step(program, values, j)
+        self.done = last
+
+    def advance(self, program: Program, position: int) -> None:
+        """Run every batch on to a node's place in the graph and keep only what is alive there."""
+        for state in self.states:
+            for j in range(self.position, position):
+                self._step(program, state, j)
+        self.position = max(self.position, position)
+
+    def outputs(self, program: Program) -> list[list[Tensor]]:
+        """Run every batch to the end from where it is: flat outputs of each."""
+        results = []
+        for state in self.states:
+            values = dict(state)
+            for j in range(self.position, len(self.nodes) - 1):
+                self._step(program, values, j)
+            results.append([values[n] for n in self.nodes[-1].args[0]])
+        return results
+
+    def regions(self, sites: Sequence[LinearSite]) -> list[list[LinearSite]]:
+        """The sites in runs between which few values are alive: the parts of a model's blocks.
+
+        Read off the bytes alive, not off names: where hardly more is alive between two sites than
+        anywhere near before them, or after them, one region ends and the next begins.
+
+        Args:
+            sites: of this entry, in execution order.
+        """
+        nodes = list(dict.fromkeys(site.node for site in sites))
+        alive = self._alive(made_of_weights(self.entry.graph))
+        between = [
+            min(alive[self.number[a] + 1 : self.number[b] + 1])
+            for a, b in itertools.pairwise(nodes)
+        ]
+        starts = {node for i, node in enumerate(nodes[1:]) if _is_cut(between, i)}
+        regions: list[list[LinearSite]] = []
+        for i, site in enumerate(sites):
+            if i == 0 or (site.node in starts and site.node is not sites[i - 1].node):
+                regions.append([])
+            regions[-1].append(site)
+        return regions
+
+    def _step(self, program: Program, values: dict[fx.Node, Any], j: int) -> None:
+        node = self.nodes[j]
+
+        def value(source: fx.Node) -> Any:
+            # Tensors are read anew each time: the pass may have replaced them since.
+            return (
+                program.tensors[str(source.target)] if source.op == "get_attr" else values[source]
+            )
+
+        if node.op == "call_function":
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+            with torch.no_grad():
+                values[node] = node.target(*args, **kwargs)
+        for source in node.all_input_nodes:
+            if self.last_use[source] <= j:
+                values.pop(source, None)
+
+    def _input(self, site: LinearSite, values: dict[fx.Node, Any], batch: int) -> Tensor:
+        value = values[site.operand]
+        if not bool(value.isfinite().all()):
+            raise GraphPruneError(
+                f"calibration batch {batch} gives NaN or infinity at {site.operand.name!r}, the "
+                f"input of {site.name!r}: check the batch and the weights before it"
+            )
+        if site.offsets is not None:
+            ends = values[site.offsets]
+            assert site.expert is not None
+            start = int(ends[site.expert - 1]) if site.expert else 0
+            return value[start : int(ends[site.expert])]
+        return self.rows[batch].of(site.operand, value)
+
+    def _cheapest(self, start: int, stop: int) -> int:
+        """The place in [start, stop] where the fewest bytes are alive, the latest of equals."""
+        return min(range(start, stop + 1), key=lambda j: (self.alive[j], -j))
+
+    def _alive(self, counted: Container[fx.Node] | None = None) -> list[int]:
+        """Bytes alive before each node, of all values or of some, at the example's sizes."""
+        alive = 0
+        ending: dict[int, int] = {}
+        result = []
+        for j, node in enumerate(self.nodes):
+            result.append(alive)
+            mine = node.op != "get_attr" and (counted is None or node in counted)
+            size = _bytes(node) if mine else 0
+            if self.last_use[node] > j:
+                alive += size
+                ending[self.last_use[node]] = ending.get(self.last_use[node], 0) + size
+            alive -= ending.pop(j, 0)
+        return result
+
+
+def made_of_weights(graph: fx.Graph) -> set[fx.Node]:
+    """Values that a matrix of the model has a part in: no masks, no tables of positions."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        matrix = node.op == "get_attr" and node.meta["val"].dim() > 1
+        if matrix or any(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _is_cut(between: Sequence[int], i: int) -> bool:
+    """Whether hardly more is alive at pair i than at the best of the pairs before it, or after it.
+
+    Both sides are asked, because a decoder beside its encoder's output has more alive throughout,
+    and a pooled output less.
+    """
+    before, after = between[max(i - _NEAR, 0) : i], between[i + 1 : i + 1 + _NEAR]
+    full = [side for side in (before, after) if len(side) == _NEAR]
+    least = max(map(min, full)) if full else min(between)
+    return between[i] <= _HARDLY_MORE * least
+
+
+class _Rows:
+    """Which rows of an activation are padding, from the batch's own masks."""
+
+    def __init__(self, placeholders: Sequence[fx.Node], state: Mapping[fx.Node, Any]) -> None:
+        self.masks = {
+            tuple(_sizes(node)): state[node].bool()
+            for node in placeholders
+            if is_mask(node, state[node])
+        }
+
+    def of(self, node: fx.Node, value: Tensor) -> Tensor:
+        """The rows [n, features] of a value, padded positions left out.
+
+        A mask belongs to a value by the symbols of its sizes: a decoder's length may happen to be
+        the encoder's.
+        """
+        rows = value.reshape(-1, value.shape[-1])
+        lead = tuple(_sizes(node)[:-1])
+        for (batch, length), mask in self.masks.items():
+            if lead == (batch, length) or (len(lead) == 1 and equal(lead[0], batch * length)):
+                return rows[mask.reshape(-1).to(rows.device)]
+            if lead == (length, batch):
+                return rows[mask.T.reshape(-1).to(rows.device)]
+        return rows
+
+
+def _sizes(node: fx.Node) -> list[Any]:
+    return [size_of(s) for s in node.meta["val"].shape]
+
+
+def is_mask(node: fx.Node, value: Tensor) -> bool:
+    """Whether an input is a padding mask: zeros and ones that no table is indexed with."""
+    if value.dim() != 2 or bool(((value != 0) & (value != 1)).any()):
+        return False
+    stack = list(node.users)
+    while stack:
+        user = stack.pop()
+        if is_op(user, "embedding", "gather", "index_select"):
+            return False
+        if is_op(user, "to", "clone", "contiguous", "detach", "alias"):
+            stack += user.users
+    return True
+
+
+def check_not_empty(batch: Any, number: int) -> None:
+    """Refuse a batch without a single value; for this no captured model is needed.
+
+    Raises:
+        GraphPruneError: so it is.
+    """
+    leaves = pytree.tree_leaves(dict(batch) if hasattr(batch, "keys") else batch)
+    if all(isinstance(leaf, Tensor) and not leaf.numel() for leaf in leaves):
+        raise GraphPruneError(f"calibration batch {number} holds nothing; leave empty batches out")
+
+
+def flat_batch(entry: Entry, batch: Any, number: int) -> list[Tensor]:
+    """One batch as flat inputs, checked against the capture.
+
+    Raises:
+        GraphPruneError: other inputs, other types, or sizes that the graph does not take.
+    """
+    try:
+        if isinstance(batch, Tensor):
+            flat = entry.flatten((batch,), {})
+        elif hasattr(batch, "keys"):
+            flat = entry.flatten((), dict(batch))
+        else:
+            flat = entry.flatten(tuple(batch), {})
+    except (GraphPruneError, TypeError) as e:
+        raise GraphPruneError(f"calibration batch {number}: {e}") from e
+    found: dict[str, int] = {}
+    for name, tensor, example in zip(entry.input_names, flat, entry.example, strict=True):
+        dims = entry.dynamic.get(name, {})
+        fits = tensor.dim() == example.dim() and all(
+            d in dims or tensor.shape[d] == example.shape[d] for d in range(example.dim())
+        )
+        if not fits:
+            wanted = [dims.get(d, s) for d, s in enumerate(example.shape)]
+            raise GraphPruneError(
+                f"calibration batch {number}: input {name!r} has shape {list(tensor.shape)}, "
+                f"the model takes {wanted}"
+            )
+        if tensor.dtype is not example.dtype:
+            raise GraphPruneError(
+                f"calibration batch {number}: input {name!r} is {tensor.dtype}, the model was "
+                f"captured with {example.dtype}"
+            )
+        if not tensor.numel() and example.numel():
+            raise GraphPruneError(
+                f"calibration batch {number}: input {name!r} has shape {list(tensor.shape)}, which "
+                "holds nothing; leave empty batches out"
+            )
+        _check_ids(entry, name, tensor, number)
+        for d, symbol in dims.items():
+            if found.setdefault(symbol, tensor.shape[d]) != tensor.shape[d]:
+                raise GraphPruneError(
+                    f"calibration batch {number}: input {name!r} has {tensor.shape[d]} for "
+                    f"{symbol}, another input {found[symbol]}"
+                )
+    return flat
+
+
+def _check_ids(entry: Entry, name: str, tensor: Tensor, number: int) -> None:
+    """Whether a table has a row for every id: another model's tokenizer makes other ids."""
+    if tensor.is_floating_point() or not tensor.numel():
+        return
+    (node,) = (n for n in entry.graph.nodes if n.op == "placeholder" and n.name == name)
+    for user in node.users:
+        if is_op(user, "embedding") and user.args[1] is node:
+            table = user.args[0]
+            assert isinstance(table, fx.Node)
+            rows = int(table.meta["val"].shape[0])
+            if not 0 <= int(tensor.min()) <= int(tensor.max()) < rows:
+                raise GraphPruneError(
+                    f"calibration batch {number}: {name!r} holds ids from {int(tensor.min())} to "
+                    f"{int(tensor.max())}, the model has a table of {rows}: the tokenizer is not "
+                    "the model's"
+                )
+
+
+def _bytes(node: fx.Node) -> int:
+    def size(value: Any) -> int:
+        if isinstance(value, Tensor):
+            numel = 1
+            for s in value.shape:
+                numel *= s.node.hint if isinstance(s, torch.SymInt) else int(s)
+            return numel * value.element_size()
+        return sum(map(size, value)) if isinstance(value, (tuple, list)) else 0
+
+    return size(node.meta.get("val"))
+
+
+def rows_without_padding(
+    entry: Entry, flat: Sequence[Tensor]
+) -> Callable[[fx.Node, Tensor], Tensor]:
+    """How to read the rows [n, features] of a node's value for one batch, padded ones left out."""
+    placeholders = [n for n in entry.graph.nodes if n.op == "placeholder"]
+    return _Rows(placeholders, dict(zip(placeholders, flat, strict=True))).of

@@ -1,0 +1,1 @@
+"""The program: graphs over named tensors, what their nodes compute and cost."""

@@ -1,0 +1,550 @@
+"""Program: one set of named tensors, and one or more entry graphs over them."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+
+from graphprune.errors import GraphPruneError
+from graphprune.ir.graph import (
+    bound_arguments,
+    copy_graph,
+    op_name,
+    output_node,
+    set_bound,
+    terms,
+)
+from graphprune.ir.propagate import propagate
+from graphprune.ir.sizes import Relation, Shape, check_sizes, limit_lines
+
+JSON = Any  # what json.dumps takes
+
+LABELS = "labels"  # of a batch: what its loss compares with
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """A non-tensor argument (a flag, a number, None) that capture baked into the graph."""
+
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Argument:
+    """One argument of the model's forward: its name, its nesting, and one leaf a tensor.
+
+    Attributes:
+        leaves: the name of a placeholder, or a `Constant`.
+        default: forward's own default where the leaves are constants of another value, else None.
+    """
+
+    name: str
+    spec: pytree.TreeSpec
+    leaves: tuple[str | Constant, ...]
+    default: Constant | None = None
+
+    def check_default(self) -> None:
+        """Refuse a call without this argument where its default is not what was captured.
+
+        Raises:
+            GraphPruneError: so it is; both values are named.
+        """
+        if self.default is not None:
+            values = [leaf.value for leaf in self.leaves if isinstance(leaf, Constant)]
+            captured = pytree.tree_unflatten(values, self.spec)
+            raise GraphPruneError(
+                f"a call without input {self.name!r} means {self.default.value!r}, forward's "
+                f"default, and the model was captured with {captured!r}; pass {self.name}="
+                f"{captured!r}, or compile again without it"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One graph over the program's tensors, with how to call it.
+
+    Attributes:
+        graph: ATen calls; flat placeholders, one flat output tuple; `get_attr` targets are tensor
+            names of the program. `node.meta["val"]` holds symbolic fake values, always fresh.
+        arguments: the arguments of the original forward, in order.
+        out_spec: the nesting of the outputs.
+        example: one tensor a placeholder, in order.
+        dynamic: placeholder name -> {dimension: symbol name}, for instance {0: "batch"}.
+        second: symbol name -> its size in the second batch that everything is compared on.
+        cache: placeholder that holds keys or values of past tokens, [batch, heads, past, width] ->
+            number of the flat output that continues it.
+        bounds: symbol name -> smallest and largest size that the graph is right for; None where
+            there is none. A symbol that is not named has no bounds.
+        fixed: placeholder name -> {dimension: why it has the example's size alone}, for dimensions
+            that could be dynamic by what they are (batch, length).
+        relations: what else must hold between sizes for the graph to be right.
+    """
+
+    graph: fx.Graph
+    arguments: tuple[Argument, ...]
+    out_spec: pytree.TreeSpec
+    example: tuple[Tensor, ...]
+    dynamic: Mapping[str, Mapping[int, str]]
+    second: Mapping[str, int]
+    cache: Mapping[str, int] = field(default_factory=dict)
+    bounds: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
+    fixed: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    relations: tuple[Relation, ...] = ()
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Names of the placeholders: the inputs of the ONNX file, in order."""
+        return tuple(n.name for n in self.graph.nodes if n.op == "placeholder")
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """The shape of every placeholder, with the names of dynamic sizes."""
+        return {
+            name: [self.dynamic.get(name, {}).get(d, size) for d, size in enumerate(tensor.shape)]
+            for name, tensor in zip(self.input_names, self.example, strict=True)
+        }
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        """Bounds, relations and fixed dimensions, as `check_sizes` and its kin take them."""
+        return {"bounds": self.bounds, "relations": self.relations, "fixed": self.fixed}
+
+    def limit_lines(self) -> list[str]:
+        """What a person must know about the sizes of inputs, a line each."""
+        said = [r for r in self.relations if not self._named(r)]
+        lines = [f"{symbol}: verified at the example's size only" for symbol in self.unvaried()]
+        return [*limit_lines(self.bounds, said, self.fixed), *lines]
+
+    def _named(self, relation: Relation) -> bool:
+        """Whether an equation only says that sizes of one name are equal."""
+        if not re.fullmatch(r"[a-z ()+=]+", relation.text):
+            return False
+        # Sizes at which it does not hold by chance.
+        sizes = {symbol: 1009 + 2 * i**2 for i, symbol in enumerate(self.second)}
+        shapes = {
+            name: [
+                s if isinstance(s, int) else sum(map(sizes.__getitem__, terms(s))) for s in shape
+            ]
+            for name, shape in self.shapes.items()
+        }
+        return relation.holds(shapes)
+
+    def unvaried(self) -> list[str]:
+        """Dynamic sizes that are the same in both batches, although their bounds allow others."""
+        own = {
+            symbol: int(tensor.shape[dim])
+            for name, tensor in zip(self.input_names, self.example, strict=True)
+            for dim, symbol in self.dynamic.get(name, {}).items()
+        }
+        return [
+            symbol
+            for symbol, size in self.second.items()
+            if size == own.get(symbol) and self.bounds.get(symbol) != (size, size)
+        ]
+
+    def check_sizes(self, flat: Iterable[Tensor]) -> None:
+        """Refuse flat inputs of sizes that the graph was not captured for.
+
+        Raises:
+            GraphPruneError: the input, its dimension, what it may be and the way out.
+        """
+        given = {name: tensor.shape for name, tensor in zip(self.input_names, flat, strict=True)}
+        check_sizes(self.shapes, given, **self.limits)
+
+    def signature(self) -> inspect.Signature:
+        """The arguments by name, as the original forward has them; constants are defaults."""
+        parameters: list[inspect.Parameter] = []
+        default: Any = inspect.Parameter.empty
+        for argument in self.arguments:
+            constants = [leaf.value for leaf in argument.leaves if isinstance(leaf, Constant)]
+            if len(constants) == len(argument.leaves) and argument.default is None:
+                default = pytree.tree_unflatten(constants, argument.spec)
+            elif default is not inspect.Parameter.empty:
+                default = None  # behind one with a default there must be one, needed or not
+            kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+            parameters.append(inspect.Parameter(argument.name, kind, default=default))
+        return inspect.Signature(parameters)
+
+    def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        """Turn a call of the model into the flat list of tensors that the graph takes.
+
+        A batch's `labels` are left out where capture had none: one loader serves training, which
+        reads them, and everything else.
+
+        Raises:
+            GraphPruneError: an argument is missing, unknown, not what capture saw, or of a size
+                that the graph was not captured for.
+        """
+        names = [a.name for a in self.arguments]
+        tensors = [a.name for a in self.arguments if any(isinstance(x, str) for x in a.leaves)]
+        if len(args) > len(names):
+            raise GraphPruneError(f"the captured model takes {len(names)} inputs, got {len(args)}")
+        given = dict(zip(names, args, strict=False)) | dict(kwargs)
+        if LABELS not in tensors:
+            given.pop(LABELS, None)
+        values: dict[str, Tensor] = {}
+        for argument in self.arguments:
+            constant = all(isinstance(leaf, Constant) for leaf in argument.leaves)
+            if argument.name not in given:
+                if constant:
+                    argument.check_default()
+                    continue
+                raise GraphPruneError(
+                    f"input {argument.name!r} is missing; the model was captured with {tensors}"
+                )
+            leaves, spec = pytree.tree_flatten(given.pop(argument.name))
+            if len(leaves) != len(argument.leaves):
+                raise GraphPruneError(
+                    f"input {argument.name!r} has another structure ({spec}) than at capture "
+                    f"({argument.spec})"
+                )
+            for leaf, value in zip(argument.leaves, leaves, strict=True):
+                if isinstance(leaf, Constant):
+                    if isinstance(value, Tensor) or value != leaf.value:
+                        raise GraphPruneError(
+                            f"input {argument.name!r} was captured as {leaf.value!r} and cannot "
+                            f"be {value!r} now; compile again with that value"
+                        )
+                elif not isinstance(value, Tensor):
+                    raise GraphPruneError(
+                        f"input {argument.name!r} must be a tensor, got {type(value).__name__}"
+                    )
+                else:
+                    values[leaf] = value
+        unknown = sorted(k for k, v in given.items() if v is not None)
+        if unknown:
+            raise GraphPruneError(
+                f"unknown inputs {unknown}; the model was captured with {tensors}"
+            )
+        flat = [values[name] for name in self.input_names]
+        self.check_sizes(flat)
+        return flat
+
+    def unflatten(self, flat: Iterable[Any]) -> Any:
+        """Give flat outputs the structure that the original model returns."""
+        return pytree.tree_unflatten(list(flat), self.out_spec)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A model as a value: tensors by name, entry graphs over them, and what was done so far.
+
+    Nothing in a Program is ever written to; a change is a new Program that shares what it kept.
+
+    Attributes:
+        tensors: every parameter, buffer and constant, once, under its dotted name.
+        parameters: the names in `tensors` that are trainable parameters.
+        aliases: tied names -> the name in `tensors` that holds their storage.
+        entries: "forward" and, for decoders captured with a cache, "decode".
+        history: one JSON record for everything that was done, in order.
+    """
+
+    tensors: Mapping[str, Tensor]
+    parameters: frozenset[str]
+    aliases: Mapping[str, str]
+    entries: Mapping[str, Entry]
+    history: tuple[JSON, ...] = ()
+    metadata: Mapping[str, JSON] = field(default_factory=dict)
+
+    @property
+    def forward(self) -> Entry:
+        return self.entries["forward"]
+
+    @property
+    def deployed(self) -> str:
+        """The entry that is exported: "decode" where there is one, else "forward"."""
+        return "decode" if "decode" in self.entries else "forward"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward entry as the model would run, without gradients."""
+        with torch.no_grad():
+            return ProgramModule(self)(*args, **kwargs)
+
+    def run(self, flat: Iterable[Tensor], entry: str = "forward") -> list[Any]:
+        """Run an entry on flat inputs, without gradients, to flat outputs."""
+        with torch.no_grad():
+            return list(graph_module(self, entry)(*flat))
+
+    def limit_lines(self) -> list[str]:
+        """What a person must know about the sizes of inputs, of all entries, a line each."""
+        return list(
+            dict.fromkeys(x for entry in self.entries.values() for x in entry.limit_lines())
+        )
+
+    def num_parameters(self) -> int:
+        """Number of trainable parameters, tied ones counted once."""
+        return sum(self.tensors[name].numel() for name in self.parameters)
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors, tied ones counted once."""
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    def with_tensors(self, changed: Mapping[str, Tensor]) -> Program:
+        """The same graphs over some other tensors; shapes may change only with a rewrite."""
+        return replace(self, tensors={**self.tensors, **changed})
+
+    def with_graphs(
+        self, graphs: Mapping[str, fx.Graph], tensors: Mapping[str, Tensor] | None = None
+    ) -> Program:
+        """A Program with these graphs (and tensors), metadata refreshed.
+
+        Raises:
+            VerificationError: graphs and tensors do not fit each other; the node is named.
+        """
+        entries = {
+            name: replace(entry, graph=graphs.get(name, entry.graph))
+            for name, entry in self.entries.items()
+        }
+        program = replace(
+            self, entries=entries, tensors=self.tensors if tensors is None else tensors
+        )
+        for entry in program.entries.values():
+            propagate(entry.graph, program.tensors, entry.example, entry.dynamic)
+        return program
+
+    def fork_graphs(self) -> dict[str, fx.Graph]:
+        """Copies of all entry graphs, node names and metadata kept, free to edit."""
+        return {name: copy_graph(entry.graph) for name, entry in self.entries.items()}
+
+    def fork(self) -> Program:
+        """The same program over copies of its graphs, free to edit; tensors are shared."""
+        graphs = self.fork_graphs()
+        entries = {n: replace(entry, graph=graphs[n]) for n, entry in self.entries.items()}
+        return replace(self, entries=entries)
+
+    def record(self, event: JSON) -> Program:
+        """The same program with one more line of history."""
+        return replace(self, history=(*self.history, event))
+
+    def cast(self, source: torch.dtype, target: torch.dtype, *, refresh: bool = True) -> Program:
+        """The same program with `source` floats, and casts to them, turned into `target`.
+
+        With refresh=False the graphs' metadata stays stale: enough to run it, and much faster.
+        """
+        graphs = self.fork_graphs()
+
+        def swap(value: Any) -> Any:
+            return target if value is source else value
+
+        for graph in graphs.values():
+            for node in graph.nodes:
+                if node.op == "call_function":
+                    node.args = pytree.tree_map(swap, node.args)
+                    node.kwargs = pytree.tree_map(swap, node.kwargs)
+        tensors = {k: t.to(target) if t.dtype is source else t for k, t in self.tensors.items()}
+        entries = {
+            name: replace(
+                entry,
+                example=tuple(t.to(target) if t.dtype is source else t for t in entry.example),
+            )
+            for name, entry in self.entries.items()
+        }
+        if refresh:
+            return replace(self, entries=entries).with_graphs(graphs, tensors)
+        stale = {n: replace(entry, graph=graphs[n]) for n, entry in entries.items()}
+        return replace(self, entries=stale, tensors=tensors)
+
+    def on(self, device: torch.device) -> Program:
+        """The same program with its tensors, examples and every device in its graphs elsewhere."""
+        if all(t.device == device for t in self.tensors.values()):
+            return self
+        graphs = self.fork_graphs()
+
+        def swap(value: Any) -> Any:
+            return device if isinstance(value, torch.device) else value
+
+        for graph in graphs.values():
+            for node in graph.nodes:
+                if node.op == "call_function":
+                    node.args = pytree.tree_map(swap, node.args)
+                    node.kwargs = pytree.tree_map(swap, node.kwargs)
+        entries = {
+            name: replace(entry, example=tuple(t.to(device) for t in entry.example))
+            for name, entry in self.entries.items()
+        }
+        tensors = {name: t.to(device) for name, t in self.tensors.items()}
+        return replace(self, entries=entries).with_graphs(graphs, tensors)
+
+    def in_float32(self) -> Program:
+        """The program with every bfloat16 and float16 value widened to float32."""
+        program = self
+        for dtype in (torch.bfloat16, torch.float16):
+            if self._mentions(dtype):
+                program = program.cast(dtype, torch.float32)
+        return program
+
+    def _mentions(self, dtype: torch.dtype) -> bool:
+        """Whether a tensor has this type, or a graph casts to it."""
+        if any(t.dtype is dtype for t in self.tensors.values()):
+            return True
+        return any(
+            dtype in pytree.tree_leaves((node.args, node.kwargs))
+            for entry in self.entries.values()
+            for node in entry.graph.nodes
+        )
+
+
+def _root(program: Program) -> nn.Module:
+    """A bare module tree that holds the program's tensors, not copied, under their dotted names."""
+    root = nn.Module()
+    held: dict[str, Tensor] = {}
+    for name, tensor in program.tensors.items():
+        if name in program.parameters:
+            held[name] = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+        else:
+            held[name] = tensor
+    for alias, name in program.aliases.items():
+        held[alias] = held[name]
+    for name, tensor in held.items():
+        *path, leaf = name.split(".")
+        module = root
+        for part in path:
+            if part not in module._modules:
+                module.add_module(part, nn.Module())
+            child = module._modules[part]
+            assert child is not None
+            module = child
+        if isinstance(tensor, nn.Parameter):
+            module.register_parameter(leaf, tensor)
+        else:
+            module.register_buffer(leaf, tensor)
+    return root
+
+
+def graph_module(program: Program, entry: str = "forward") -> fx.GraphModule:
+    """One entry as a flat torch.fx GraphModule: tensors in, tuple of tensors out."""
+    return fx.GraphModule(_root(program), copy_graph(program.entries[entry].graph))
+
+
+# In a program's metadata: parameters that had no `requires_grad` when the model was captured.
+FROZEN = "frozen"
+
+# Operators with a mode, and the argument that holds it.
+_MODES = {
+    "dropout": "train",
+    "feature_dropout": "train",
+    "alpha_dropout": "train",
+    "feature_alpha_dropout": "train",
+    "rrelu": "training",
+    "batch_norm": "training",
+    "instance_norm": "use_input_stats",
+}
+
+
+class ProgramModule(nn.Module):
+    """A Program's entry as a module with the inputs and outputs of the original model.
+
+    Parameters share memory with the program that it was made from, tied ones are one Parameter.
+    `train()` and `eval()` switch dropout and normalisation inside the graph.
+
+    Args:
+        record: names of nodes; after a call, `recorded` holds what they computed.
+    """
+
+    def __init__(
+        self, program: Program, entry: str = "forward", record: Iterable[str] = ()
+    ) -> None:
+        super().__init__()
+        # The graph runs over this tree: on it no submodule's name can hide behind a method of ours.
+        root = _root(program)
+        self.__dict__["_tree"] = root
+        self._modules, self._parameters = root._modules, root._parameters
+        self._buffers = root._buffers
+        self._source = program
+        self._entry = program.entries[entry]
+        self._graph = copy_graph(self._entry.graph)
+        self._record = tuple(record)
+        self.recorded: dict[str, Any] = {}
+        if self._record:
+            by_name = {node.name: node for node in self._graph.nodes}
+            output = output_node(self._graph)
+            values: Any = output.args[0]
+            output.args = ((*values, *(by_name[name] for name in self._record)),)
+        self._function: Callable[..., Any] | None = None
+        self.training = False
+        self.__dict__["forward"] = _signed(self, self._entry.signature())
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        flat = self._entry.flatten(args, kwargs)
+        if self._function is None:
+            # fx writes the graph as a Python function of the module that holds its tensors.
+            code = self._graph.python_code("self")
+            namespace = dict(code.globals)
+            exec(compile(code.src, "<graphprune program>", "exec"), namespace)
+            self._function = namespace["forward"]
+        results = self._function(self.__dict__["_tree"], *flat)
+        if self._record:
+            count = len(results) - len(self._record)
+            self.recorded = dict(zip(self._record, results[count:], strict=True))
+            results = results[:count]
+        return self._entry.unflatten(results)
+
+    def train(self, mode: bool = True) -> ProgramModule:
+        # A captured graph has the mode as an argument; nn.Module's flag alone would do nothing.
+        super().train(mode)
+        for node in self._graph.nodes:
+            argument = _MODES.get(op_name(node)) if node.op == "call_function" else None
+            # Without running statistics there is nothing that eval mode could use.
+            if argument and bound_arguments(node).get("running_mean", node) is not None:
+                set_bound(node, {argument: mode})
+        self._function = None
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle (torch.save, multiprocessing) as the bytes of the saved form, no code in them.
+
+        The receiver reads it as `graphprune.load` reads a folder.
+        """
+        from graphprune.storage.program import to_bytes
+
+        frozen = [name for name, p in self.named_parameters() if not p.requires_grad]
+        name = next(n for n, e in self._source.entries.items() if e is self._entry)
+        state = (to_bytes(self.program()), name, self._record, self.training, frozen)
+        return _module_from_bytes, state
+
+    def program(self) -> Program:
+        """The Program over this module's current parameters and buffers.
+
+        Raises:
+            GraphPruneError: a tensor has another type than when the module was made.
+        """
+        state = dict(self.named_parameters(remove_duplicate=False)) | dict(
+            self.named_buffers(remove_duplicate=False)
+        )
+        for name, old in self._source.tensors.items():
+            if state[name].dtype is not old.dtype:
+                raise GraphPruneError(
+                    f"the module's {name!r} is {state[name].dtype} now, the program's graph is for "
+                    f"{old.dtype}; cast the model before compiling it"
+                )
+        return self._source.with_tensors(
+            {name: state[name].detach() for name in self._source.tensors}
+        )
+
+
+def _signed(module: ProgramModule, signature: inspect.Signature) -> Callable[..., Any]:
+    """A module's forward with a signature, which torch.export and transformers' Trainer read."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return ProgramModule.forward(module, *args, **kwargs)
+
+    cast(Any, forward).__signature__ = signature
+    return forward
+
+
+def _module_from_bytes(
+    data: bytes, entry: str, record: tuple[str, ...], training: bool, frozen: list[str]
+) -> ProgramModule:
+    from graphprune.storage.program import from_bytes
+
+    module = ProgramModule(from_bytes(data), entry, record).train(training)
+    for name in frozen:
+        module.get_parameter(name).requires_grad_(False)
+    return module

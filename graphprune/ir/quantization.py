@@ -1,0 +1,101 @@
+"""The mark that Quantize leaves on a program, and that exporters read.
+
+A marked program still holds its float weights and computes what it did: quantised operators exist
+only in the exported file. So a mark survives saving, and nothing in the core knows int8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, final
+
+from graphprune.errors import ArtifactError, UnsupportedError
+from graphprune.ir.program import Program
+
+KEY = "quantize"  # in a program's metadata
+
+SCHEMES: Mapping[str, str] = {
+    "int8-dynamic": "int8 weights with a scale a channel, activations to uint8 as they come",
+    "int8-static": "the same with the activations' ranges fixed by calibration",
+    "int8-weights": "int8 weights in blocks, dequantised inside the product",
+    "int4-weights": "int4 weights in blocks, dequantised inside the product",
+}
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """How to quantise at export.
+
+    Attributes:
+        scheme: a key of `SCHEMES`.
+        ignored: names of tensors that stay float.
+        embeddings: whether lookup tables become int8, with a scale a row.
+        keep_error: largest relative error of the outputs, ||quantised - float|| / ||float||; the
+            layers that cost most stay float until it holds. None keeps none.
+        block_size: weights that share a scale, in the schemes with blocks.
+        reduce_range: int8 weights of seven bits.
+    """
+
+    scheme: str
+    ignored: tuple[str, ...] = ()
+    embeddings: bool = True
+    keep_error: float | None = None
+    block_size: int = 32
+    reduce_range: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {**asdict(self), "ignored": list(self.ignored)}
+
+    def takes(self, weight: str) -> bool:
+        """Whether this weight is to be quantised."""
+        return weight not in self.ignored
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether export has to see activations."""
+        return self.scheme == "int8-static"
+
+
+def mark_of(program: Program) -> Mark | None:
+    """The mark of a program, or None.
+
+    Raises:
+        ArtifactError: the program says that it is marked, but not in our words.
+    """
+    data = program.metadata.get(KEY)
+    if data is None:
+        return None
+    try:
+        mark = Mark(**{**data, "ignored": tuple(data["ignored"])})
+    except (TypeError, KeyError) as e:
+        raise ArtifactError(
+            f"the program's metadata[{KEY!r}] is not what graphprune wrote ({e!r}); quantise again"
+        ) from e
+    if mark.scheme not in SCHEMES:
+        raise ArtifactError(
+            f"the program is marked for scheme {mark.scheme!r}; this graphprune knows "
+            f"{sorted(SCHEMES)}"
+        )
+    return mark
+
+
+def refuse_quantised(program: Program, name: str) -> None:
+    """Refuse to change shapes or weights behind a mark; every pass that does so calls this first.
+
+    Raises:
+        UnsupportedError: the program is marked.
+    """
+    mark = mark_of(program)
+    if mark is not None:
+        raise UnsupportedError(too_late(name, mark.scheme))
+
+
+def too_late(name: str, scheme: str) -> str:
+    """Why a pass that changes weights or shapes cannot come after quantize."""
+    return (
+        f"pass {name!r} comes after 'quantize' ({scheme}): scales and the layers kept in float are "
+        "chosen for the weights as they are then, so prune first and quantise last"
+    )

@@ -1,0 +1,1 @@
+"""Passes, recipes, and running them one after the other."""

@@ -1,0 +1,253 @@
+"""What a pass is, what it returns, and what it is given."""
+
+from __future__ import annotations
+
+import abc
+import enum
+import importlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from graphprune.errors import VerificationError
+from graphprune.ir.program import Program
+from graphprune.pipeline.events import JSON, Observer, PassProgress, emit
+
+if TYPE_CHECKING:
+    from graphprune.training.spec import Training
+
+T = TypeVar("T")
+Keep = Mapping[str, Sequence[int] | Tensor]
+
+
+class Invariant(enum.Flag):
+    """What stays true across a pass, beyond the program being well formed."""
+
+    NONE = 0
+    INTERFACE = enum.auto()
+    """Names, ranks, dtypes and dynamic dimensions of inputs and outputs."""
+    SHAPES = enum.auto()
+    """Name and shape of every tensor."""
+    NUMERICS = enum.auto()
+    """The outputs on the example inputs, within the verifier's tolerance."""
+    NODES = enum.auto()
+    """Likewise what every node computes that keeps its name."""
+    ALL = INTERFACE | SHAPES | NUMERICS | NODES
+
+
+@dataclass(frozen=True, slots=True)
+class PassResult:
+    """What a pass returns.
+
+    Attributes:
+        program: the new program; the very object that was given when nothing was modified.
+        modified: whether it differs from the one given.
+        report: JSON that says what changed, and what was skipped with the reason.
+    """
+
+    program: Program
+    modified: bool
+    report: Mapping[str, JSON] = field(default_factory=dict)
+
+
+class Context:
+    """What a pass is given beside the program.
+
+    Attributes:
+        calibration: batches for passes that need activations, or None.
+        training: a loss and its batches for passes that train, or None.
+        reference: the dense program that the pipeline began with: teacher and baseline.
+        verify: whether rewrites are proven on the way.
+        seed: everything random comes from it.
+    """
+
+    def __init__(
+        self,
+        *,
+        reference: Program | None = None,
+        calibration: Iterable[Any] | None = None,
+        training: Training | None = None,
+        verify: bool = True,
+        seed: int = 0,
+        observers: Sequence[Observer] = (),
+    ) -> None:
+        self.reference = reference
+        self.calibration = calibration
+        self.training = training
+        self.verify = verify
+        self.seed = seed
+        self.observers = tuple(observers)
+        self.running = ""
+        self.fits = 0  # how many trainings there were: each has a checkpoint folder of its own
+        self._facts: dict[tuple[Any, int], tuple[Program, Any]] = {}
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def derive(self, *, reference: Program, verify: bool, observers: Sequence[Observer]) -> Context:
+        """A context for one pipeline run: this one's data and seed, with its own caches."""
+        return Context(
+            reference=reference,
+            calibration=self.calibration,
+            training=self.training,
+            verify=verify,
+            seed=self.seed,
+            observers=observers,
+        )
+
+    @property
+    def generator(self) -> torch.Generator:
+        """The source of randomness; the pipeline seeds it anew before every pass."""
+        return self._generator
+
+    def begin(self, name: str, index: int) -> None:
+        """Tell the context which pass runs now (the pipeline calls this)."""
+        self.running = name
+        # Seeded by position: a pass gives the same result whatever the passes before it drew.
+        self._generator.manual_seed(self.seed * 1_000_003 + index)
+
+    def get(self, analysis: Callable[[Program], T], program: Program) -> T:
+        """The analysis of this program, computed once.
+
+        Programs are values, so a fact about one never goes stale. The program is kept beside its
+        fact because an `id` is only unique among living objects.
+        """
+        key = (analysis, id(program))
+        held = self._facts.get(key)
+        if held is None or held[0] is not program:
+            self._facts[key] = held = (program, analysis(program))
+        return cast(T, held[1])
+
+    def forget(self, *keep: Program) -> None:
+        """Drop the facts of every program but these (the pipeline calls this between passes)."""
+        alive = {id(program) for program in keep}
+        self._facts = {key: held for key, held in self._facts.items() if key[1] in alive}
+
+    def progress(self, done: int, total: int, unit: str = "", **values: float) -> None:
+        """Tell observers how far the running pass is, with numbers to watch such as the loss."""
+        emit(self.observers, PassProgress(self.running, done, total, unit, values))
+
+    def measure(self, program: Program) -> float:
+        """Milliseconds that ONNX Runtime takes for the program's example inputs."""
+        # By name, because exporters import this package and not the other way round.
+        exporters = importlib.import_module("graphprune.exporters")
+        return float(exporters.measure(program))
+
+    def shrink(
+        self, program: Program, keep: Keep, prepared: Program | None = None
+    ) -> tuple[Program, dict[str, JSON]]:
+        """Remove units for good, and prove that this equals masking them.
+
+            prepared --mask--> references       the old shapes, removed units set to zero: where
+                                                they are summed, and wherever they are carried
+            prepared --shrink--> result         the new shapes; all must compute the same
+
+        Args:
+            program: the program whose axis groups `keep` names.
+            keep: group id -> indices of the units that stay.
+            prepared: `program` with other values in the kept weights (compensation), same shapes.
+
+        Returns:
+            The smaller program, and the verification's report (`verify.verify_rewrite`): max_error,
+            moved, observable, seconds. Where a group is normalised the two differ by nature: drift
+            instead of max_error. When the context says not to verify: {"skipped": reason}.
+
+        Raises:
+            VerificationError: masked and shrunk do not agree.
+        """
+        from graphprune.axes import axis_groups
+        from graphprune.rewrite.shrink import mask, shrink
+        from graphprune.verify.equivalence import verify_rewrite
+
+        source = program if prepared is None else prepared
+        shrunk = shrink(source, keep)
+        if not self.verify:
+            return shrunk, {"skipped": "verification was switched off"}
+        groups = self.get(axis_groups, program)
+        exact = not any(groups[name].normalised for name in keep)
+        start = time.perf_counter()
+        also = [mask(source, keep, everywhere=True)] if exact else []
+        try:
+            report = dict(
+                verify_rewrite(mask(source, keep), shrunk, exact=exact, also=also, dense=program)
+            )
+        except VerificationError as e:
+            raise VerificationError(
+                f"pass {self.running!r}: removing units of {_named(keep)} does not equal masking "
+                f"them: {e}"
+            ) from e
+        if not exact:
+            report["drift"] = report.pop("max_error")
+        report["seconds"] = time.perf_counter() - start
+        return shrunk, report
+
+
+def _named(keep: Keep, at_most: int = 5) -> str:
+    names = sorted(keep)
+    more = f" and {len(names) - at_most} more" if len(names) > at_most else ""
+    return ", ".join(repr(name) for name in names[:at_most]) + more
+
+
+class Pass(abc.ABC):
+    """One program-to-program step. Subclasses are final frozen dataclasses: their own options.
+
+    1. Pure: `run` never writes to the program it is given, nor to its tensors.
+    2. Honest: `modified=False` returns the same object, `modified=True` another one.
+    3. Fresh: metadata of the returned graphs agrees with the tensors (`Program.with_graphs`).
+    4. Deterministic for a given configuration, program and `ctx.seed`.
+    5. Explains itself: the report is JSON and says what was skipped, and why.
+
+    Attributes:
+        name: the kebab-case name in recipes and reports.
+        preserves: what the pipeline checks to be unchanged afterwards.
+        idempotent: whether a second run finds nothing to do.
+        needs_float: whether it changes values or shapes of tensors, under their names, and so
+            refuses a program that is marked for quantisation (`quantized.refuse_quantised`); asked
+            before any work.
+        without_data: options with which it needs no calibration; empty where it always does.
+    """
+
+    name: ClassVar[str]
+    preserves: ClassVar[Invariant] = Invariant.ALL
+    idempotent: ClassVar[bool] = False
+    needs_float: ClassVar[bool] = False
+    without_data: ClassVar[str] = ""
+
+    # Subclasses are slotted dataclasses; a base without slots would give them a dict again.
+    __slots__ = ()
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether `run` looks at activations and needs `ctx.calibration`; asked before any work."""
+        return False
+
+    @property
+    def needs_training(self) -> bool:
+        """Whether `run` trains and needs `ctx.training`; asked before any work."""
+        return False
+
+    @property
+    def inner(self) -> tuple[Pass, ...]:
+        """The passes that this one runs, in order."""
+        return ()
+
+    def check(self, program: Program) -> None:
+        """Refuse options that do not fit the program that the passes begin with.
+
+        Called once, before any of the passes runs. Only names of tensors are sure to be those that
+        `run` will see.
+        """
+        return
+
+    @abc.abstractmethod
+    def run(self, program: Program, ctx: Context) -> PassResult:
+        """Return the program with this pass applied."""
+
+
+def flat(steps: Iterable[Pass]) -> Iterator[Pass]:
+    """Passes, and those that they run, in order."""
+    for step in steps:
+        yield step
+        yield from flat(step.inner)

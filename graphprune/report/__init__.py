@@ -1,0 +1,1 @@
+"""What was done, as text, Markdown and a page."""

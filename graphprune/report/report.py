@@ -1,0 +1,436 @@
+"""Report: what a compilation did, as text, Markdown and JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, final
+
+from graphprune.ir.program import Program
+from graphprune.pipeline.events import JSON, PassFinished
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How large a program is: parameters, bytes of all tensors, FLOPs on the example inputs."""
+
+    parameters: int
+    bytes: int
+    flops: int
+
+    @classmethod
+    def of(cls, program: Program) -> Size:
+        """Measure a program."""
+        from graphprune.ir.cost import flops
+
+        return cls(program.num_parameters(), program.nbytes(), flops(program))
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class PassReport:
+    """What one pass did.
+
+    Attributes:
+        step: the pass and its options, as a recipe writes them.
+        removed: in words, what went away.
+        parameters: before and after, or None where the pass changed nothing.
+        max_error: the largest difference that verification saw in a row, relative to the row's
+            scale (`compare.relative_error`); None where nothing was compared.
+        seconds: the pass with all of its verification.
+        skipped: what it declined to do, with the reason.
+        details: the pass's own report.
+    """
+
+    name: str
+    step: JSON
+    modified: bool
+    removed: str
+    parameters: tuple[int, int] | None
+    max_error: float | None
+    seconds: float
+    skipped: tuple[str, ...]
+    details: Mapping[str, JSON]
+
+    @classmethod
+    def of(
+        cls, finished: PassFinished, step: JSON, record: Mapping[str, JSON] | None
+    ) -> PassReport:
+        """From what the pipeline says of a pass, and its line of history if it has one."""
+        details = dict(finished.report)
+        check = details.get("verification")
+        error = check.get("max_error") if isinstance(check, Mapping) else None
+        told = details if "parameters_before" in details else record or {}
+        sizes = None
+        if finished.modified and "parameters_before" in told:
+            sizes = (int(told["parameters_before"]), int(told["parameters_after"]))
+        return cls(
+            name=finished.name,
+            step=step,
+            modified=finished.modified,
+            removed=_removed(details, finished.modified),
+            parameters=sizes,
+            max_error=None if error is None else float(error),
+            seconds=finished.seconds + finished.verify_seconds,
+            skipped=_all_skipped(details),
+            details=details,
+        )
+
+    def steps(self) -> Iterator[tuple[str, Mapping[str, JSON]]]:
+        """Title and report of this pass, and of each that it ran inside: "round 2: finetune"."""
+        yield self.name, self.details
+        yield from _inner(self.details)
+
+    @property
+    def check(self) -> Mapping[str, JSON]:
+        """What verification saw; empty where nothing was compared."""
+        check = self.details.get("verification")
+        return check if isinstance(check, Mapping) else {}
+
+    @property
+    def resized(self) -> bool:
+        """Whether parameters went or came."""
+        return self.parameters is not None and self.parameters[0] != self.parameters[1]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a compilation did.
+
+    Attributes:
+        model: the class of the model.
+        before: the size of the dense program.
+        after: the size now.
+        passes: every pass since the dense program, in order.
+        capture_seconds: how long capture took; 0 where the compilation began with a program.
+        seconds: everything, verification included.
+        limits: the sizes of inputs that the model is for, where these are not all, in words.
+    """
+
+    model: str
+    before: Size
+    after: Size
+    passes: tuple[PassReport, ...] = ()
+    capture_seconds: float = 0.0
+    seconds: float = 0.0
+    limits: tuple[str, ...] = ()
+
+    def extended(self, after: Size, passes: Sequence[PassReport], seconds: float) -> Report:
+        """This report with more passes behind it."""
+        return replace(
+            self, after=after, passes=(*self.passes, *passes), seconds=self.seconds + seconds
+        )
+
+    def steps(self) -> Iterator[tuple[str, Mapping[str, JSON]]]:
+        """Title and report of every pass, and of those that ran inside one, in order."""
+        for done in self.passes:
+            yield from done.steps()
+
+    @property
+    def max_error(self) -> float | None:
+        """The largest verification error of all passes; None where nothing was compared."""
+        return max((p.max_error for p in self.passes if p.max_error is not None), default=None)
+
+    def to_json(self) -> dict[str, JSON]:
+        """Plain data that json.dumps takes and `from_json` reads back."""
+        return _plain(asdict(self))
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Report:
+        """The report that `to_json` wrote."""
+        passes = tuple(
+            PassReport(
+                **{
+                    **p,
+                    "parameters": None if p["parameters"] is None else tuple(p["parameters"]),
+                    "skipped": tuple(p["skipped"]),
+                }
+            )
+            for p in data["passes"]
+        )
+        sizes = {key: Size(**data[key]) for key in ("before", "after")}
+        limits = tuple(data.get("limits", ()))
+        return cls(**{**data, **sizes, "passes": passes, "limits": limits})
+
+    def __str__(self) -> str:
+        lines = [f"{self.model}: {self.headline()}", f"verification: {self.verification()}"]
+        lines.append(
+            f"seconds: {self.seconds:.1f}, of these {self.capture_seconds:.1f} for capture"
+        )
+        if self.limits:
+            lines += ["sizes of inputs:", *(f"  {line}" for line in self.limits)]
+        if self.passes:
+            lines += ["", *_aligned([HEADER, *self.rows()])]
+        skipped = self.skipped_lines()
+        if skipped:
+            lines += ["", "skipped:", *(f"  {line}" for line in skipped)]
+        frozen = self.frozen_lines()
+        if frozen:
+            lines += ["", "frozen:", *(f"  {line}" for line in frozen)]
+        return "\n".join(lines)
+
+    def to_markdown(self) -> str:
+        """The report as a Markdown page."""
+        lines = [
+            f"# {self.model}, pruned",
+            "",
+            "| | before | after | |",
+            "|---|---:|---:|---:|",
+            *("| " + " | ".join(row) + " |" for row in self.size_rows()),
+            "",
+            f"Verification: {self.verification()}.",
+            f"Compiled in {self.seconds:.1f} s, of these {self.capture_seconds:.1f} s for capture.",
+        ]
+        if self.passes:
+            lines += ["", "| " + " | ".join(HEADER) + " |", "|---|---|---:|---:|---:|"]
+            lines += ["| " + " | ".join(row) + " |" for row in self.rows()]
+        if self.limits:
+            lines += ["", "## Sizes of inputs", "", *(f"- {line}" for line in self.limits)]
+        skipped = self.skipped_lines()
+        if skipped:
+            lines += ["", "## Skipped", "", *(f"- {line}" for line in skipped)]
+        frozen = self.frozen_lines()
+        if frozen:
+            lines += ["", "## Frozen", "", *(f"- {line}" for line in frozen)]
+        return "\n".join(lines) + "\n"
+
+    def headline(self) -> str:
+        """Parameters, bytes and FLOPs, before and after, in one line."""
+        a, b = self.before, self.after
+        return (
+            f"{a.parameters:,} -> {b.parameters:,} parameters"
+            f" ({change_text(a.parameters, b.parameters)})"
+            f", {megabytes_text(a.bytes)} -> {megabytes_text(b.bytes)} MB"
+            f", {count_text(a.flops)} -> {count_text(b.flops)} FLOPs"
+            f" ({a.flops / max(b.flops, 1):.2f}x fewer)"
+        )
+
+    def size_rows(self) -> list[tuple[str, str, str, str]]:
+        """(what, before, after, change) for a table."""
+        a, b = self.before, self.after
+        return [
+            (
+                "parameters",
+                f"{a.parameters:,}",
+                f"{b.parameters:,}",
+                change_text(a.parameters, b.parameters),
+            ),
+            ("MB", megabytes_text(a.bytes), megabytes_text(b.bytes), change_text(a.bytes, b.bytes)),
+            ("FLOPs", count_text(a.flops), count_text(b.flops), change_text(a.flops, b.flops)),
+        ]
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """One row a pass, under HEADER."""
+        return [
+            (
+                p.name,
+                p.removed,
+                change_text(*p.parameters) if p.parameters else "",
+                "" if p.max_error is None else f"{p.max_error:.1e}",
+                f"{p.seconds:.1f}",
+            )
+            for p in self.passes
+        ]
+
+    def verification(self) -> str:
+        """What was proven, in words."""
+        error = self.max_error
+        if error is not None:
+            unproven = [p.name for p in self.passes if p.modified and p.max_error is None]
+            but = f"; not compared: {', '.join(unproven)}" if unproven else ""
+            size = f"largest difference {error:.1e} of a row's scale{but}"
+            if blind := [p.name for p in self.passes if p.check.get("observable") is False]:
+                return (
+                    "not observable on these inputs: masking what "
+                    f"{', '.join(blind)} removed moves no output, as before a last layer of zeros; "
+                    f"{size}"
+                )
+            moved = [p.check["moved"] for p in self.passes if "moved" in p.check]
+            by = f"masking moved the outputs by {min(moved):.1e}, " if moved else ""
+            return f"removing the units equals masking them; {by}{size}"
+        if not any(p.modified for p in self.passes):
+            return "nothing was changed"
+        changed = [p for p in self.passes if p.modified]
+        told = [
+            details
+            for p in changed
+            for _, details in p.steps()
+            if "rounds" not in details and details.get("modified", True)
+        ]
+        if not any(p.resized for p in changed) and all(
+            "sites" in details or "epochs" in details for details in told
+        ):
+            return "no shape was changed, only values: nothing to prove"
+        drifts = [check["drift"] for d in told if "drift" in (check := d.get("verification", {}))]
+        if drifts:
+            return (
+                "a norm is over units that went, which equals no masking; largest drift "
+                f"{max(drifts):.1e} of a row's scale"
+            )
+        return "not done (verify=False)"
+
+    def skipped_lines(self) -> list[str]:
+        """What passes declined to do, and why; like reasons of one pass in one line."""
+        return [f"{p.name}: {reason}" for p in self.passes for reason in p.skipped]
+
+    def frozen_lines(self) -> list[str]:
+        """What operators keep passes from, the most parameters first, as the first pass found it.
+
+        Later passes find the same, only smaller.
+        """
+        found: dict[str, Mapping[str, JSON]] = {}
+        for _, details in self.steps():
+            for frozen in details.get("frozen") or ():
+                found.setdefault(str(frozen["reason"]), frozen)
+        ordered = sorted(found.values(), key=lambda frozen: -float(frozen["share"]))
+        lines = [str(frozen["text"]) for frozen in ordered]
+        more = len(lines) - _FROZEN_LINES
+        return lines if more <= 0 else [*lines[:_FROZEN_LINES], f"and {more} more"]
+
+
+_FROZEN_LINES = 8  # in words; all of them are in each pass's own report
+
+HEADER = ("pass", "removed", "parameters", "error", "seconds")
+
+
+def _removed(details: Mapping[str, JSON], modified: bool) -> str:
+    """What a pass removed, in words: its own summary, or units counted by role."""
+    if not modified:
+        return "nothing"
+    summary = details.get("summary")
+    if isinstance(summary, str):
+        return summary
+    counted = _count_by_role(details.get("groups"))
+    units = [
+        f"{gone:,} of {total:,} {_UNITS.get(role, f'{role} units')} in {_counted(groups, 'group')}"
+        for role, (gone, total, groups) in counted.items()
+    ]
+    cleaned = [
+        _counted(_length(details[key]), key.removesuffix("s"))
+        for key in ("nodes", "tensors")
+        if key in details and _length(details[key])
+    ]
+    return ", ".join(units or cleaned) or "see its report"
+
+
+_UNITS = {
+    "head": "heads",
+    "kv_group": "key/value groups",
+    "queries_per_group": "queries per group",
+    "qk_dim": "query/key dimensions",
+    "v_dim": "value dimensions",
+    "neuron": "neurons",
+    "expert": "experts",
+}
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def _length(value: JSON) -> int:
+    """Items in a list, or in all lists of a mapping (one list an entry graph)."""
+    if isinstance(value, Mapping):
+        return sum(_length(v) for v in value.values())
+    return len(value) if isinstance(value, list | tuple) else int(bool(value))
+
+
+def _count_by_role(groups: JSON) -> dict[str, tuple[int, int, int]]:
+    """role -> (units removed, units before, groups), from a pass's list of groups.
+
+    Of a group that is a factor of some channels these are counted, once for all of their factors.
+    """
+    counted: dict[str, tuple[int, int, int]] = {}
+    seen: set[tuple[str, str]] = set()
+    entries = groups.values() if isinstance(groups, Mapping) else groups or ()
+    for group in entries:
+        if not isinstance(group, Mapping) or "before" not in group or "after" not in group:
+            continue
+        role = str(group.get("role", ""))
+        for channels in group.get("channels") or ():
+            if (role, channels["id"]) not in seen:
+                counted[role] = _with(counted.get(role), channels)
+                seen.add((role, channels["id"]))
+        if not group.get("channels"):
+            counted[role] = _with(counted.get(role), group)
+    return counted
+
+
+def _with(counts: tuple[int, int, int] | None, group: Mapping[str, JSON]) -> tuple[int, int, int]:
+    """Units removed, units before and groups, with one more."""
+    gone, total, number = counts or (0, 0, 0)
+    before, after = int(group["before"]), int(group["after"])
+    return gone + before - after, total + before, number + 1
+
+
+def _inner(details: Mapping[str, JSON]) -> Iterator[tuple[str, Mapping[str, JSON]]]:
+    """Title and report of the passes that one ran in rounds; not of a round that was given up."""
+    rounds = details.get("rounds") or ()
+    for number, done in enumerate(rounds[: details.get("taken", len(rounds))], 1):
+        for told in done["passes"] if isinstance(done, Mapping) else done:
+            title = f"round {number}: {told['pass']}"
+            yield title, told
+            yield from ((f"{title}, {deeper}", inner) for deeper, inner in _inner(told))
+
+
+def _all_skipped(details: Mapping[str, JSON]) -> tuple[str, ...]:
+    """What a pass skipped, and those that it ran inside; what each round skips, once."""
+    inner = (
+        f"{d['pass']}: {line}" for _, d in _inner(details) for line in _skipped(d.get("skipped"))
+    )
+    return tuple(dict.fromkeys([*_skipped(details.get("skipped")), *inner]))
+
+
+def _skipped(entries: JSON) -> tuple[str, ...]:
+    """A pass's skipped items as sentences, whichever way it lists them."""
+    if isinstance(entries, Mapping):
+        return tuple(f"{item}: {reason}" for item, reason in entries.items())
+    lines = []
+    for entry in entries or ():
+        if isinstance(entry, Mapping):
+            reason = entry.get("reason", "")
+            what = next((entry[key] for key in ("id", "group", "name") if entry.get(key)), "")
+            lines.append(f"{what}: {reason}" if what else str(reason))
+        else:
+            lines.append(str(entry))
+    return tuple(lines)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> Iterable[str]:
+    """Rows as columns of equal width: the first two to the left, numbers to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        cells = [
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        yield "  ".join(cells).rstrip()
+
+
+def change_text(before: int, after: int) -> str:
+    """The change in percent."""
+    return f"{100 * (after - before) / before:+.1f} %" if before else "0 %"
+
+
+def megabytes_text(count: int) -> str:
+    """Bytes in megabytes."""
+    return f"{count / 1e6:.1f}" if count >= 1e5 else f"{count / 1e6:.3f}"
+
+
+def count_text(count: int) -> str:
+    """A large count with three digits and a unit: 1.38 G, 864 k."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return str(count)
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, so that a report equals itself after a round trip through JSON."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value

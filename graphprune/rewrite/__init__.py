@@ -1,0 +1,1 @@
+"""Removing units from a program, and masking them instead."""

@@ -1,0 +1,1 @@
+"""Programs and artifacts as folders of JSON and safetensors."""

@@ -1,0 +1,403 @@
+"""Programs on disk: the graph as JSON of our own, tensors as safetensors, and no pickle anywhere.
+
+    FOLDER/program.json          entries, nodes, tied names, history, hashes of the other two
+    FOLDER/tensors.safetensors   parameters, buffers and constants, tied ones once
+    FOLDER/examples.safetensors  example inputs, under "entry/placeholder"
+
+A folder may come from anybody. Reading one resolves operators inside an allow-list, checks every
+name before torch.fx writes it into Python source, and recomputes all metadata.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import keyword
+import re
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.utils._pytree as pytree
+from torch import Tensor, fx
+
+from graphprune.errors import ArtifactError, GraphPruneError
+from graphprune.ir.graph import output_node
+from graphprune.ir.program import Argument, Constant, Entry, Program
+from graphprune.ir.sizes import limits_from_json, limits_to_json
+from graphprune.storage.allowlist import resolve, target_name
+from graphprune.storage.arguments import decode, encode
+from graphprune.storage.folders import check_target, restore, sha256, whole_folder
+from graphprune.storage.treespec import decode_spec, encode_spec
+
+JSON = Any
+
+PROGRAM = "program.json"
+TENSORS = "tensors.safetensors"
+EXAMPLES = "examples.safetensors"
+MANIFEST = "manifest.json"
+_FORMAT = "graphprune-program"
+_VERSION = 1
+
+# fx puts node names and dotted tensor names into the Python that it generates, a part that is no
+# identifier between double quotes: anything may stand there that cannot end them.
+_TENSOR_NAME = re.compile(
+    r"""[^."\\\x00-\x1f\x7f\u2028\u2029]+(\.[^."\\\x00-\x1f\x7f\u2028\u2029]+)*"""
+)
+
+
+def save(program: Program, path: Path) -> None:
+    """Write a program to a folder of its own; a program saved there before is replaced.
+
+    Raises:
+        ExportError: the folder is not ours, or cannot be written.
+        UnsupportedError: the program holds something that cannot be saved.
+    """
+    check_target(path, lambda p: (p / PROGRAM).is_file() and not (p / MANIFEST).exists())
+    with whole_folder(path) as folder:
+        save_files(program, folder)
+
+
+def save_files(program: Program, folder: Path) -> None:
+    """Write a program's three files into an existing folder."""
+    entries = {name: _encode_entry(entry) for name, entry in program.entries.items()}
+    examples = {
+        f"{name}/{placeholder}": tensor
+        for name, entry in program.entries.items()
+        for placeholder, tensor in zip(entry.input_names, entry.example, strict=True)
+    }
+    write_tensors(program.tensors, folder / TENSORS)
+    write_tensors(examples, folder / EXAMPLES)
+    data = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "parameters": sorted(program.parameters),
+        "aliases": dict(program.aliases),
+        "entries": entries,
+        "history": list(program.history),
+        "metadata": dict(program.metadata),
+        "sha256": {name: sha256(folder / name) for name in (TENSORS, EXAMPLES)},
+    }
+    (folder / PROGRAM).write_text(json.dumps(data, indent=1, allow_nan=False), encoding="utf-8")
+
+
+def load(path: Path, expect: str | None = None) -> Program:
+    """Read a program from its folder, or from an artifact's, whose hashes are checked first.
+
+    Args:
+        path: the folder.
+        expect: its `digest`, from a place that whoever wrote the folder cannot write to.
+
+    Raises:
+        ArtifactError: missing, corrupt, tampered with, or not ours; the file is named.
+    """
+    restore(path)
+    if expect is not None:
+        _check_digest(path, expect)
+    folder = path
+    if (path / MANIFEST).is_file():
+        folder = path / "program"
+        hashes = check_hashes(path, "program/")["sha256"]
+        for name in (PROGRAM, TENSORS, EXAMPLES):
+            if f"program/{name}" not in hashes:
+                raise ArtifactError(
+                    f"{str(path / MANIFEST)!r} has no hash of 'program/{name}'; export the "
+                    "artifact again"
+                )
+    file = folder / PROGRAM
+    data = read_json(file)
+    if not isinstance(data, dict) or data.get("format") != _FORMAT:
+        raise ArtifactError(f"{str(file)!r} is not a program that graphprune saved")
+    if data.get("version") != _VERSION:
+        raise ArtifactError(
+            f"{str(file)!r} has version {data.get('version')!r}, this graphprune reads {_VERSION}; "
+            "install the graphprune that wrote it"
+        )
+    try:
+        tensors = read_tensors(folder / TENSORS, data["sha256"][TENSORS])
+        examples = read_tensors(folder / EXAMPLES, data["sha256"][EXAMPLES])
+        return _decode_program(data, tensors, examples)
+    except ArtifactError as e:
+        raise ArtifactError(f"{str(file)!r} cannot be used: {e}") from e
+    except (GraphPruneError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+        raise ArtifactError(f"{str(file)!r} is corrupt: {type(e).__name__}: {e}") from e
+
+
+def to_bytes(program: Program) -> bytes:
+    """A program as the bytes of a ZIP archive of its three files."""
+    target = io.BytesIO()
+    with tempfile.TemporaryDirectory(prefix="graphprune-") as folder:
+        save_files(program, Path(folder))
+        with zipfile.ZipFile(target, "w") as archive:
+            for name in (PROGRAM, TENSORS, EXAMPLES):
+                archive.write(Path(folder) / name, name)
+    return target.getvalue()
+
+
+def from_bytes(data: bytes) -> Program:
+    """The program that `to_bytes` wrote.
+
+    Raises:
+        ArtifactError: it is corrupt, or no such archive.
+    """
+    with tempfile.TemporaryDirectory(prefix="graphprune-") as folder:
+        try:
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                for name in (PROGRAM, TENSORS, EXAMPLES):
+                    (Path(folder) / name).write_bytes(archive.read(name))
+        except (zipfile.BadZipFile, KeyError) as e:
+            raise ArtifactError(f"these bytes hold no program: {e}") from e
+        return load(Path(folder))
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 of what names all other hashes of an artifact, or of a saved program.
+
+    Returns:
+        "sha256:" and 64 hex digits. Two folders of one digest hold the same files.
+
+    Raises:
+        ArtifactError: there is neither.
+    """
+    file = path / MANIFEST if (path / MANIFEST).is_file() else path / PROGRAM
+    if not file.is_file():
+        raise ArtifactError(f"there is no {str(file)!r}: not a folder that graphprune wrote")
+    return f"sha256:{sha256(file)}"
+
+
+def _check_digest(path: Path, expect: str) -> None:
+    if not re.fullmatch("sha256:[0-9a-f]{64}", expect):
+        raise ArtifactError(
+            f"expect is 'sha256:' and 64 hex digits, as Artifact.digest gives it, got {expect!r}"
+        )
+    found = digest(path)
+    if found != expect:
+        raise ArtifactError(
+            f"{str(path)!r} is {found}, not {expect}: it is another artifact, or somebody changed "
+            "it"
+        )
+
+
+def check_hashes(path: Path, prefix: str = "") -> JSON:
+    """Compare an artifact's files with its manifest; returns the manifest.
+
+    Raises:
+        ArtifactError: a file is missing, changed, or lies outside the artifact.
+    """
+    manifest = read_json(path / MANIFEST)
+    hashes = manifest.get("sha256") if isinstance(manifest, dict) else None
+    if not isinstance(hashes, dict) or manifest.get("format") != "graphprune-artifact":
+        raise ArtifactError(f"{str(path / MANIFEST)!r} is not a manifest that graphprune wrote")
+    for name, expected in hashes.items():
+        file = path / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ArtifactError(f"{str(path / MANIFEST)!r} names {name!r}, outside the artifact")
+        if not name.startswith(prefix):
+            continue
+        if file.resolve() != path.resolve() / name:
+            raise ArtifactError(
+                f"{str(file)!r} is a link, or lies in one; copy the artifact with what it links to"
+            )
+        if not file.is_file():
+            raise ArtifactError(f"{str(file)!r} is missing; export the artifact again")
+        if sha256(file) != expected:
+            raise ArtifactError(
+                f"{str(file)!r} is not the file that was exported (its SHA-256 differs); export "
+                "the artifact again, or get an untouched copy"
+            )
+    return manifest
+
+
+def read_json(file: Path) -> JSON:
+    """Raises ArtifactError, naming the file, where there is no JSON to read."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        raise ArtifactError(f"there is no {str(file)!r}: not a folder that graphprune wrote") from e
+    except (OSError, ValueError, RecursionError) as e:
+        raise ArtifactError(f"{str(file)!r} cannot be read: {e}") from e
+
+
+def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(_separate(tensors), file)
+    except SafetensorError as e:  # a full disk comes as this, where other writers say OSError
+        raise OSError(str(e)) from e
+
+
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors that share no storage, as safetensors wants them."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != tensor.numel() * tensor.itemsize:
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        result[name] = tensor
+    return result
+
+
+def read_tensors(file: Path, expected: str) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not file.is_file():
+        raise ArtifactError(f"{file.name!r} is missing")
+    if sha256(file) != expected:
+        raise ArtifactError(f"{file.name!r} is not the file that was saved (its SHA-256 differs)")
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as e:
+        raise ArtifactError(f"{file.name!r} is no safetensors file: {e}") from e
+
+
+def _encode_entry(entry: Entry) -> JSON:
+    arguments = [_encode_argument(argument) for argument in entry.arguments]
+    return {
+        "nodes": [_encode_node(n) for n in entry.graph.nodes],
+        "arguments": arguments,
+        "outputs": encode_spec(entry.out_spec),
+        "dynamic": {
+            name: {str(d): symbol for d, symbol in dims.items()}
+            for name, dims in entry.dynamic.items()
+        },
+        "second": dict(entry.second),
+        "cache": dict(entry.cache),
+        **limits_to_json(**entry.limits),
+    }
+
+
+def _encode_argument(argument: Argument) -> JSON:
+    leaves = [_encode_leaf(leaf) for leaf in argument.leaves]
+    data = {"name": argument.name, "spec": encode_spec(argument.spec), "leaves": leaves}
+    return data if argument.default is None else data | {"default": encode(argument.default.value)}
+
+
+def _encode_leaf(leaf: str | Constant) -> JSON:
+    return {"input": leaf} if isinstance(leaf, str) else {"constant": encode(leaf.value)}
+
+
+def _encode_node(node: fx.Node) -> JSON:
+    if node.op == "placeholder":
+        return {"op": "placeholder", "name": node.name}
+    if node.op == "get_attr":
+        return {"op": "get_attr", "name": node.name, "target": node.target}
+    if node.op == "output":
+        return {"op": "output", "name": node.name, "args": encode(tuple(node.args))}
+    data: dict[str, JSON] = {"op": node.op, "name": node.name, "target": target_name(node.target)}
+    data["args"] = [encode(a) for a in node.args]
+    if node.kwargs:
+        data["kwargs"] = {k: encode(v) for k, v in node.kwargs.items()}
+    return data
+
+
+def _decode_program(data: JSON, tensors: dict[str, Tensor], examples: dict[str, Tensor]) -> Program:
+    for name in (*tensors, *data["aliases"]):
+        if not _TENSOR_NAME.fullmatch(name):
+            raise ArtifactError(f"{name!r} is not a tensor name")
+    for name in (*data["parameters"], *data["aliases"].values()):
+        if name not in tensors:
+            raise ArtifactError(f"tensor {name!r} is missing")
+    entries = {n: _decode_entry(n, e, tensors, examples) for n, e in data["entries"].items()}
+    program = Program(
+        tensors=tensors,
+        parameters=frozenset(data["parameters"]),
+        aliases=dict(data["aliases"]),
+        entries=entries,
+        history=tuple(data["history"]),
+        metadata=dict(data["metadata"]),
+    )
+    program.forward  # noqa: B018  (KeyError where there is none)
+    return program.with_graphs({})
+
+
+def _decode_entry(
+    name: str, data: JSON, tensors: dict[str, Tensor], examples: dict[str, Tensor]
+) -> Entry:
+    graph = fx.Graph()
+    nodes: dict[str, fx.Node] = {}
+    for item in data["nodes"]:
+        _decode_node(item, graph, nodes, tensors)
+    placeholders = [n.name for n in graph.nodes if n.op == "placeholder"]
+    arguments = tuple(_decode_argument(argument) for argument in data["arguments"])
+    given = [leaf for a in arguments for leaf in a.leaves if isinstance(leaf, str)]
+    if sorted(given) != sorted(placeholders):
+        raise ArtifactError(f"the arguments {given} are not the graph's inputs {placeholders}")
+    output = output_node(graph)
+    spec = decode_spec(data["outputs"])
+    if output.op != "output" or len(pytree.tree_leaves(output.args[0])) != spec.num_leaves:
+        raise ArtifactError("the graph's outputs do not fit their nesting")
+    graph.lint()
+    cache = {str(p): int(number) for p, number in data.get("cache", {}).items()}
+    if not cache.keys() <= set(placeholders) or not all(
+        0 <= number < spec.num_leaves for number in cache.values()
+    ):
+        raise ArtifactError("the cache is not made of the graph's inputs and outputs")
+    limits = limits_from_json(data)
+    ranks = {p: examples[f"{name}/{p}"].dim() for p in placeholders}
+    for place, dim in (x for r in limits["relations"] for x in r.sizes.values()):
+        if not 0 <= dim < ranks.get(place, 0):
+            raise ArtifactError(f"{place!r} has no dimension {dim}")
+    return Entry(
+        graph=graph,
+        arguments=arguments,
+        out_spec=spec,
+        example=tuple(examples[f"{name}/{p}"] for p in placeholders),
+        dynamic={p: {int(d): str(s) for d, s in x.items()} for p, x in data["dynamic"].items()},
+        second={str(symbol): int(size) for symbol, size in data["second"].items()},
+        cache=cache,
+        **limits,
+    )
+
+
+def _decode_argument(data: JSON) -> Argument:
+    default = Constant(decode(data["default"], {})) if "default" in data else None
+    leaves = tuple(_decode_leaf(leaf) for leaf in data["leaves"])
+    return Argument(data["name"], decode_spec(data["spec"]), leaves, default)
+
+
+def _decode_leaf(data: JSON) -> str | Constant:
+    if "input" in data:
+        return _checked_name(data["input"])
+    return Constant(decode(data["constant"], {}))
+
+
+def _decode_node(
+    data: JSON, graph: fx.Graph, nodes: dict[str, fx.Node], tensors: Mapping[str, Tensor]
+) -> None:
+    op, name = data["op"], _checked_name(data["name"])
+    if name in nodes:
+        raise ArtifactError(f"two nodes are called {name!r}")
+    if op == "placeholder":
+        node = graph.placeholder(name)
+    elif op == "get_attr":
+        if data["target"] not in tensors:
+            raise ArtifactError(f"node {name!r} reads {data['target']!r}, which is no tensor")
+        # Not graph.get_attr: it looks the name up in a module and warns where there is none.
+        node = graph.create_node("get_attr", data["target"])
+    elif op == "output":
+        (values,) = decode(data["args"], nodes)
+        node = graph.output(tuple(values))
+    elif op == "call_function":
+        target = resolve(data["target"])
+        args = tuple(decode(a, nodes) for a in data["args"])
+        kwargs = {_checked_name(k): decode(v, nodes) for k, v in data.get("kwargs", {}).items()}
+        node = graph.call_function(target, args, kwargs)
+    else:
+        raise ArtifactError(f"node {name!r} has the kind {op!r}")
+    if node.name != name:
+        node.name = name
+    nodes[name] = node
+
+
+def _checked_name(name: Any) -> str:
+    if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
+        raise ArtifactError(f"{name!r} is not a name")
+    return name

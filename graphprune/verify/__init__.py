@@ -1,0 +1,1 @@
+"""Whether a rewrite did what it says."""

@@ -1,0 +1,371 @@
+"""load_model: a built-in name, a local folder or a hub id -> a model ready for capture."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import importlib.util
+import json
+import logging
+import os
+import re
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from torch import nn
+
+from graphprune.errors import GraphPruneError
+from graphprune.models.loading.inputs import example_inputs, text_batch
+from graphprune.models.loading.loaded import LoadedModel
+from graphprune.models.zoo import tiny
+from graphprune.models.zoo.sentence import SentenceEncoder
+
+_log = logging.getLogger(__name__)
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "preprocessor_config.json",
+)
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_BERT_VOCABULARY = 30522
+
+
+def load_model(
+    name: str,
+    *,
+    allow_pickle: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> LoadedModel:
+    """Load a model by built-in name, folder or hub id; a built-in name wins over the other two.
+
+    Args:
+        name: for instance "minilm", "./my-model" or "distilbert-base-uncased".
+        allow_pickle: load pickled weights (.bin) too. Reading a pickle can run any code in it.
+        progress: called with (done, total) while a built-in model is trained the first time.
+
+    Raises:
+        GraphPruneError: there is no such model, or it cannot be loaded or fed.
+    """
+    if name in _BUILT_IN:
+        with _quiet():
+            return _BUILT_IN[name](progress)
+    if name in tiny.tiny_names():
+        _need_transformers(name)
+        with _quiet():
+            module, inputs = tiny.tiny(name)
+        return LoadedModel(module, inputs, name)
+    _need_transformers(name)
+    with _quiet():
+        return _pretrained(name, allow_pickle)
+
+
+def builtin_names() -> list[str]:
+    """The names that load without a hub: real models first, then the tiny random ones."""
+    return [*_BUILT_IN, *tiny.tiny_names()]
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files in a folder that a tokenizer or image processor is read from."""
+    return [folder / file for file in TOKENIZER_FILES if (folder / file).is_file()]
+
+
+def _minilm(progress: Callable[[int, int], None]) -> LoadedModel:
+    _need_transformers("minilm")
+    from graphprune.models.loading.packaged import minilm
+
+    module, folder = minilm()
+    inputs = text_batch(_BERT_VOCABULARY, 32)
+    return LoadedModel(module, inputs, "minilm", tokenizer_dir=folder, task="neighbours")
+
+
+def _smollm2(progress: Callable[[int, int], None]) -> LoadedModel:
+    _need_transformers("smollm2")
+    from graphprune.models.loading.packaged import smollm2
+
+    found = _pretrained(str(smollm2()), allow_pickle=False)
+    return LoadedModel(found.module, found.example_inputs, "smollm2", found.tokenizer_dir)
+
+
+def _digits_vit(progress: Callable[[int, int], None]) -> LoadedModel:
+    from graphprune.models.zoo.digits import digits, trained_vit
+
+    module = trained_vit(progress)
+    images, _ = digits("test")
+    return LoadedModel(module, {"pixel_values": images[:3]}, "digits-vit", task="digits")
+
+
+_BUILT_IN: dict[str, Callable[[Callable[[int, int], None]], LoadedModel]] = {
+    "minilm": _minilm,
+    "smollm2": _smollm2,
+    "digits-vit": _digits_vit,
+}
+
+
+def _need_transformers(name: str) -> None:
+    if name in tiny._PLAIN or importlib.util.find_spec("transformers") is not None:
+        return
+    raise GraphPruneError(
+        f"loading {name!r} needs transformers, which is not installed: pip install 'graphprune[hf]'"
+    )
+
+
+def _pretrained(name: str, allow_pickle: bool) -> LoadedModel:
+    local = Path(name).expanduser()
+    _check_exists(name, local, allow_pickle)
+    source = str(local) if local.is_dir() else name
+    if not local.is_dir() and not _hub_answers():
+        # What was downloaded before still loads; without this, minutes of retries come first.
+        with _offline():
+            return _from_source(name, source, allow_pickle)
+    return _from_source(name, source, allow_pickle)
+
+
+def _from_source(name: str, source: str, allow_pickle: bool) -> LoadedModel:
+    config = _config(source)
+    pooling = _pooling(source)
+    model = _weights(source, config, allow_pickle, headless=pooling is not None)
+    tokenizer_dir, tokenizer_inputs = _tokenizer(source)
+    if pooling is None:
+        inputs = example_inputs(model, config, tokenizer_inputs)
+        _check_runs(name, model, inputs)
+        return LoadedModel(model, inputs, name, tokenizer_dir)
+    encoder = SentenceEncoder(model, *pooling).eval()
+    inputs = example_inputs(model, config)
+    _check_runs(name, encoder, inputs)
+    return LoadedModel(encoder, inputs, name, tokenizer_dir, task="neighbours")
+
+
+def _check_exists(name: str, local: Path, allow_pickle: bool) -> None:
+    """Refuse what cannot be a model before transformers turns it into a page of text."""
+    if local.is_file():
+        raise GraphPruneError(
+            f"{name!r} is a file; give the folder that holds config.json and model.safetensors"
+        )
+    if not local.is_dir():
+        if name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name):
+            raise GraphPruneError(
+                f"there is no folder {name!r}, and it is no hub id either{_near(name)}"
+            )
+        return
+    if not (local / "config.json").is_file():
+        raise GraphPruneError(
+            f"the folder {name!r} is no Hugging Face model: it has no config.json"
+        )
+    if any(local.glob("*.safetensors")) or allow_pickle:
+        return
+    if any(local.glob("*.bin")):
+        raise GraphPruneError(
+            f"the folder {name!r} holds pickled weights only, and reading a pickle can run code: "
+            "convert it to safetensors, or pass --allow-pickle (allow_pickle=True) if you trust it"
+        )
+    raise GraphPruneError(f"the folder {name!r} holds no weights: there is no .safetensors file")
+
+
+def _hub_answers() -> bool:
+    """Whether the hub's name resolves; with a proxy in between, the proxy decides."""
+    if any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True
+    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """The hub library as with HF_HUB_OFFLINE=1, which it reads at import."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _near(name: str) -> str:
+    near = difflib.get_close_matches(name, builtin_names(), n=3)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def _config(source: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError) as e:
+        raise GraphPruneError(_why(source, e)) from e
+    if getattr(config, "use_cache", None):
+        # The forward entry takes no past and should return none.
+        config.use_cache = False
+    return config
+
+
+def _why(source: str, error: Exception) -> str:
+    """One sentence for what transformers says in a paragraph."""
+    text = str(error)
+    if "trust_remote_code" in text:
+        return f"{source!r} needs Python code of its own, which graphprune does not run"
+    if Path(source).is_dir():
+        return f"the folder {source!r} cannot be loaded: {_first_sentence(text)}"
+    if "connect" in text or "offline" in text.lower() or "resolve" in text.lower():
+        return (
+            f"{source!r} is not on this machine and the hub cannot be reached: download it where "
+            f"there is a network and give the folder, or use a built-in model{_near(source)}"
+        )
+    if "safetensors" in text:
+        return (
+            f"{source!r} has pickled weights only, and reading a pickle can run code: "
+            "pass --allow-pickle (allow_pickle=True) if you trust it"
+        )
+    return f"{source!r} cannot be loaded from the hub: {_first_sentence(text)}{_near(source)}"
+
+
+def _first_sentence(text: str) -> str:
+    return re.split(r"(?<=[.!?])\s|\n", text.strip(), maxsplit=1)[0].rstrip(".")
+
+
+def _weights(source: str, config: Any, allow_pickle: bool, headless: bool) -> nn.Module:
+    transformers = importlib.import_module("transformers")
+    named = None if headless else next(iter(getattr(config, "architectures", None) or ()), None)
+    if named is not None and getattr(config, "auto_map", None) and not hasattr(transformers, named):
+        raise GraphPruneError(
+            f"{source!r} needs Python code of its own, which graphprune does not run"
+        )
+    kind = getattr(transformers, named or "", None) or transformers.AutoModel
+    try:
+        # What the file lacks is drawn: the same every time, or no training could be resumed.
+        with torch.random.fork_rng(devices=()):
+            torch.default_generator.manual_seed(0)
+            model, info = kind.from_pretrained(
+                source,
+                config=config,
+                use_safetensors=None if allow_pickle else True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError) as e:
+        raise GraphPruneError(_why(source, e)) from e
+    except Exception as e:
+        # The safetensors reader raises a class of its own, on a truncated file for instance.
+        if type(e).__module__.startswith(("safetensors", "builtins")):
+            raise GraphPruneError(_why(source, e)) from e
+        raise
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        _log.warning(
+            "%s: %d weights are not in the file and were drawn at random: %s",
+            source,
+            len(missing),
+            ", ".join(missing[:5]),
+        )
+    result: nn.Module = model.eval()
+    return result
+
+
+def _tokenizer(source: str) -> tuple[Path | None, tuple[str, ...]]:
+    """The folder of the tokenizer's files, and the inputs that the tokenizer makes."""
+    from transformers import AutoTokenizer
+    from transformers.utils.hub import cached_file
+
+    local = Path(source)
+    if local.is_dir() and not tokenizer_files(local):
+        return None, ()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        inputs = tuple(tokenizer.model_input_names)
+    except Exception as e:
+        # Vision and audio models have none; a broken tokenizer does not stop pruning.
+        _log.info("no tokenizer for %s: %s", source, e)
+        inputs = ()
+    if local.is_dir():
+        return local, inputs
+    for file in ("tokenizer_config.json", "preprocessor_config.json"):
+        with contextlib.suppress(OSError, ValueError):
+            path = cached_file(source, file)
+            if path is not None:
+                return Path(path).parent, inputs
+    return None, inputs
+
+
+def _pooling(source: str) -> tuple[str, bool] | None:
+    """How a sentence-transformers model pools, and whether it normalises; None for any other."""
+    modules = _side_file(source, "modules.json")
+    if not isinstance(modules, list):
+        return None
+    kinds = [str(m.get("type", "")).rsplit(".", 1)[-1] for m in modules]
+    if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+        _log.warning(
+            "%s: not all of its stages %s are known; only the transformer is used", source, kinds
+        )
+        return None
+    options = _side_file(source, f"{modules[1]['path']}/config.json") or {}
+    chosen = [key for key, value in options.items() if key.startswith("pooling_mode_") and value]
+    known = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+    if len(chosen) != 1 or chosen[0] not in known:
+        _log.warning(
+            "%s: its pooling %s is not known; only the transformer is used", source, chosen
+        )
+        return None
+    return known[chosen[0]], "Normalize" in kinds
+
+
+def _side_file(source: str, file: str) -> Any:
+    """A JSON file beside the model, or None."""
+    local = Path(source)
+    if local.is_dir():
+        path = local / file
+        return json.loads(path.read_text("utf-8")) if path.is_file() else None
+    from transformers.utils.hub import cached_file
+
+    with contextlib.suppress(OSError, ValueError):
+        found = cached_file(source, file)
+        return json.loads(Path(found).read_text("utf-8")) if found else None
+    return None
+
+
+def _check_runs(name: str, module: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
+    try:
+        with torch.no_grad():
+            module(**inputs)
+    except Exception as e:
+        raise GraphPruneError(
+            f"the example inputs made for {name!r} ({', '.join(inputs)}) do not run: "
+            f"{_first_sentence(str(e))}; use the Python API and give example_inputs"
+        ) from e
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars or advice from transformers: the command line shows its own."""
+    if importlib.util.find_spec("transformers") is None:
+        yield
+        return
+    chatter: Any = importlib.import_module("transformers.utils.logging")
+
+    level, bars = chatter.get_verbosity(), chatter.is_progress_bar_enabled()
+    chatter.set_verbosity_error()
+    chatter.disable_progress_bar()
+    try:
+        yield
+    finally:
+        chatter.set_verbosity(level)
+        if bars:
+            chatter.enable_progress_bar()

@@ -1,0 +1,1 @@
+"""Numerical methods that passes share: no graphs, only matrices."""

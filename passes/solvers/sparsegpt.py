@@ -1,0 +1,191 @@
+"""SparseGPT's solver (arXiv 2301.00774): remove weights of one matrix, let the others make up.
+
+For a weight W [out, in] and the Gram matrix H [in, in] of its inputs, columns are visited from left
+to right. With U the upper Cholesky factor of H⁻¹ (Uᵀ U = H⁻¹), the row U[j, j:] · U[j, j] is the
+first row of the inverse of H restricted to the columns from j on, so that removing w at column j
+
+    costs    e² = (w / U[j, j])²                   the rise of tr(ΔW H ΔWᵀ)
+    updates  W[:, j:] -= e · U[j, j:]              the columns to the right make up
+
+A weight that is kept at its turn is frozen.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from graphprune.passes.solvers.obs import Problem, damped, greedy, loss, refit
+from graphprune.passes.sparsity.sparsity_pattern import Pattern, lowest, removed_count
+
+log = logging.getLogger(__name__)
+
+BLOCK = 128  # columns whose mask is chosen together, and whose updates of the rest are applied once
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a matrix's inputs were, made ready for the solver; shared by matrices that read them.
+
+    Attributes:
+        gram: second moments, damped, float64 [in, in].
+        added: what damping has added to them, [in, in].
+        upper: the upper Cholesky factor of its inverse, [in, in].
+        dead: features that were never anything but zero, bool [in].
+        damping: what was added to the diagonal, as a part of its mean; infinite where that did not
+            do and eigenvalues had to be clamped.
+    """
+
+    gram: Tensor
+    added: Tensor
+    upper: Tensor
+    dead: Tensor
+    damping: float
+
+    @staticmethod
+    def of(gram: Tensor, damping: float) -> Inputs:
+        """Damp a Gram matrix [in, in], more if need be, and factor its inverse.
+
+        A matrix that stays singular even with its own size on the diagonal (only rounding does
+        that) has its eigenvalues clamped.
+        """
+        dead = gram.diagonal() <= 0
+        level = damping
+        while True:
+            matrix = damped(gram, level)
+            factor, bad = torch.linalg.cholesky_ex(matrix)
+            if not int(bad):
+                upper, bad = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+                if not int(bad):
+                    return Inputs(matrix, matrix - gram, upper, dead, level)
+            level = max(level * 10, 1e-6)
+            if level > max(1, damping):
+                break
+        values, vectors = torch.linalg.eigh(damped(gram, damping))
+        values = values.clamp_min(float(values.abs().max()) * 1e-6)
+        inverse = (vectors / values) @ vectors.T
+        upper = torch.linalg.cholesky((inverse + inverse.T) / 2, upper=True)
+        clamped = (vectors * values) @ vectors.T
+        return Inputs(clamped, clamped - gram, upper, dead, math.inf)
+
+
+def sparsegpt(
+    weight: Tensor,
+    inputs: Inputs,
+    sparsity: float,
+    pattern: Pattern,
+    *,
+    mask: Tensor | None = None,
+    block: int = BLOCK,
+) -> Tensor:
+    """The pruned weight [out, in], float64.
+
+    1. single, and blocks of outputs x inputs: in every `block` of columns the lowest part goes,
+       over all rows together; a block of weights is scored by what removing it whole costs.
+    2. n:m: in every row and every m columns, when the sweep comes there.
+    3. columns: structured OBS, greedily, then least squares on the columns that stay.
+    4. rows: those that cost least; nothing can make up for a whole row.
+
+    Args:
+        weight: [out, in].
+        inputs: of the same features.
+        sparsity: part to remove; the pattern's own where it has one.
+        pattern: must fit the shape.
+        mask: weights to remove, bool [out, in], instead of choosing; single weights only.
+        block: columns a step, rounded up to hold the pattern.
+    """
+    rows, columns = weight.shape
+    weight = weight.to(torch.float64).clone()
+    if mask is None and sparsity == 0 and not pattern.of:
+        return weight
+    weight[:, inputs.dead] = 0
+    if mask is None and pattern.text == "columns":
+        return _columns(weight, inputs, sparsity)
+    if mask is None and pattern.text == "rows":
+        costs = ((weight @ inputs.gram) * weight).sum(1)[None]
+        gone = lowest(costs, removed_count(sparsity, rows))[0]
+        weight[gone] = 0
+        return weight
+    step = pattern.of or pattern.width or 1
+    block = math.ceil(block / step) * step
+    upper = inputs.upper
+    done = 0
+    for start in range(0, columns, block):
+        stop = min(start + block, columns)
+        here, factor = weight[:, start:stop], upper[start:stop, start:stop].contiguous()
+        if mask is not None:
+            gone = mask[:, start:stop].clone()
+        elif pattern.of:
+            gone = torch.zeros(here.shape, dtype=torch.bool)
+        else:
+            # Counted over the whole matrix, so that rounding does not add up over the blocks.
+            wanted = _count(sparsity, rows, stop, pattern)
+            gone = _cheapest(here, factor, pattern, wanted - done)
+            done = wanted
+        here = _sweep(here, factor, gone, pattern if mask is None else None)
+        errors = torch.linalg.solve_triangular(
+            factor, weight[:, start:stop] - here, upper=True, left=False
+        )
+        weight[:, start:stop] = here
+        weight[:, stop:] -= errors @ upper[start:stop, stop:]
+    return weight
+
+
+def _sweep(weight: Tensor, factor: Tensor, gone: Tensor, pattern: Pattern | None) -> Tensor:
+    """One block of columns from left to right; chooses n of m as it comes to them."""
+    # Column by column the memory is contiguous this way round.
+    turned = weight.T.clone(memory_format=torch.contiguous_format)  # of one row too
+    gone = gone.T.contiguous()
+    diagonal = factor.diagonal()
+    for j in range(len(turned)):
+        if pattern is not None and pattern.of and j % pattern.of == 0:
+            near = slice(j, j + pattern.of)
+            scores = (turned[near] / diagonal[near, None]).square()
+            gone[near] = lowest(scores.T, pattern.of - pattern.keep).T
+        error = torch.where(gone[j], turned[j] / diagonal[j], 0.0)
+        turned[j + 1 :].addr_(factor[j, j + 1 :], error, alpha=-1)
+    turned[gone] = 0
+    return turned.T
+
+
+def _cheapest(weight: Tensor, factor: Tensor, pattern: Pattern, count: int) -> Tensor:
+    """The `count` units of a block of columns whose removal costs least; bool, as the weight."""
+    if pattern.width == 1:
+        errors = weight / factor.diagonal()
+    else:
+        # For the features G of a unit, e solves e · U[G, G] = w: |e|² is what all of it costs.
+        parts = weight.reshape(len(weight), -1, pattern.width)
+        index = torch.arange(weight.shape[1]).reshape(-1, pattern.width)
+        corners = factor[index[:, :, None], index[:, None, :]]
+        errors = torch.linalg.solve_triangular(
+            corners, parts.transpose(0, 1), upper=True, left=False
+        )
+        errors = errors.transpose(0, 1).reshape(weight.shape)
+    units = pattern.units(errors.square())
+    gone = lowest(units.reshape(1, -1), count).reshape(units.shape)
+    return pattern.spread(gone, *weight.shape)
+
+
+def _count(sparsity: float, rows: int, columns: int, pattern: Pattern) -> int:
+    return removed_count(sparsity, (rows // pattern.height) * (columns // pattern.width))
+
+
+def _columns(weight: Tensor, inputs: Inputs, sparsity: float) -> Tensor:
+    columns = weight.shape[1]
+    problem = Problem(weight, inputs.gram, torch.arange(columns)[:, None])
+    removed, _ = greedy([problem], removed_count(sparsity, columns))
+    stays = torch.ones(columns, dtype=torch.bool)
+    stays[removed] = False
+    return refit(weight, inputs.gram, stays.nonzero().flatten())
+
+
+def relative_error(weight: Tensor, other: Tensor, gram: Tensor) -> float:
+    """Σ|ΔW x|² / Σ|W x|² over the rows that a Gram matrix has seen."""
+    zero = torch.zeros_like(weight)
+    return loss(weight, other, gram) / max(loss(weight, zero, gram), 1e-300)

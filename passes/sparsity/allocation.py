@@ -1,0 +1,118 @@
+"""How sparse each matrix gets: the same everywhere, by outliers (OWL), or by one ranking of all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from graphprune.errors import RecipeError
+from graphprune.passes.sparsity.sparsity_pattern import removed_count
+from graphprune.pipeline.registry import suggest
+
+ALLOCATIONS = ("uniform", "owl", "global")
+
+
+def check_allocation(name: str) -> None:
+    """Raise RecipeError for an unknown allocation."""
+    if name not in ALLOCATIONS:
+        raise RecipeError(f"there is no allocation {name!r}; {suggest(name, ALLOCATIONS)}")
+
+
+def blocks_of(tensors: Sequence[str]) -> dict[str, str]:
+    """The repeated part of a model that each tensor is in: its name up to the number that counts.
+
+    "model.layers.3.mlp.up.weight" is in "model.layers.3". A number that is the same for all with
+    the same beginning, as the 0 of a container of one, does not count; a name without one that does
+    is a block of its own.
+    """
+    values: dict[str, set[str]] = {}
+    for name in tensors:
+        parts = name.split(".")
+        for i, part in enumerate(parts):
+            if part.isdigit():
+                values.setdefault(".".join(parts[:i]), set()).add(part)
+    found = {}
+    for name in tensors:
+        parts = name.split(".")
+        ends = [
+            i + 1
+            for i, part in enumerate(parts)
+            if part.isdigit() and len(values[".".join(parts[:i])]) > 1
+        ]
+        found[name] = ".".join(parts[: ends[0]]) if ends else name
+    return found
+
+
+def outlier_ratio(scores: Sequence[Tensor], threshold: float) -> float:
+    """Percentage of scores above `threshold` times the mean of all of them (OWL's D)."""
+    count = sum(s.numel() for s in scores)
+    mean = sum(float(s.sum(dtype=torch.float64)) for s in scores) / max(count, 1)
+    return 100 * sum(int((s > threshold * mean).sum()) for s in scores) / max(count, 1)
+
+
+def owl_offsets(
+    ratios: Mapping[str, float], sizes: Mapping[str, int], spread: float
+) -> dict[str, float]:
+    """What each block's density is above the mean (OWL, arXiv 2310.05175).
+
+    2 · spread · (D - min D) / (max D - min D), less its mean weighted by size, so that the whole
+    keeps the density asked for. All zero where every block has the same ratio.
+
+    Args:
+        ratios: each block's outlier ratio.
+        sizes: each block's weights.
+        spread: half of the range of densities.
+    """
+    low, high = min(ratios.values()), max(ratios.values())
+    if high == low:
+        return dict.fromkeys(ratios, 0.0)
+    raised = {name: 2 * spread * (ratio - low) / (high - low) for name, ratio in ratios.items()}
+    mean = sum(raised[name] * sizes[name] for name in raised) / sum(sizes.values())
+    return {name: value - mean for name, value in raised.items()}
+
+
+def within_bounds(
+    parts: Mapping[str, float], sizes: Mapping[str, int], mean: float
+) -> dict[str, float]:
+    """Parts clamped to [0.01, 0.99], all shifted alike until their mean by size is as asked."""
+    low, high = min(0.01, mean), max(0.99, mean)
+    total = sum(sizes.values())
+
+    def shifted(by: float) -> dict[str, float]:
+        return {name: min(max(part + by, low), high) for name, part in parts.items()}
+
+    def excess(by: float) -> float:
+        return sum(part * sizes[name] for name, part in shifted(by).items()) / total - mean
+
+    below, above = -2.0, 2.0
+    for _ in range(60):
+        middle = (below + above) / 2
+        below, above = (middle, above) if excess(middle) < 0 else (below, middle)
+    return shifted((below + above) / 2)
+
+
+def global_sparsities(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, float]:
+    """What part of each matrix lies among the lowest `sparsity` of all scores.
+
+    Args:
+        scores: of each matrix's units, any shape; comparable with each other.
+        sparsity: part of all units to remove.
+    """
+    flats = {name: s.flatten().to(torch.float32, copy=True) for name, s in scores.items()}
+    for values in flats.values():
+        values[values.argmax()] = torch.inf  # the best of each matrix stays in any case
+    flat = torch.cat(list(flats.values()))
+    count = min(removed_count(sparsity, len(flat)), len(flat) - len(flats))
+    if count == 0:
+        return dict.fromkeys(scores, 0.0)
+    limit = float(flat.kthvalue(count).values)
+    below = {name: int((values < limit).sum()) for name, values in flats.items()}
+    # Of those equal to the limit so many go that the sum is exact, first come first.
+    left = count - sum(below.values())
+    for name, values in flats.items():
+        more = min(left, int((values == limit).sum()))
+        below[name] += more
+        left -= more
+    return {name: below[name] / s.numel() for name, s in scores.items()}

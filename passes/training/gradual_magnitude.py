@@ -1,0 +1,287 @@
+"""GradualMagnitude: zero the smallest weights, a few more at a time, while training goes on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor, nn
+
+from graphprune.axes.sites import LinearSite
+from graphprune.errors import RecipeError, UnsupportedError
+from graphprune.ir.program import Program
+from graphprune.passes.name_patterns import check_names
+from graphprune.passes.sparsity.allocation import global_sparsities
+from graphprune.passes.sparsity.sparsity_pattern import (
+    lowest,
+    parse_pattern,
+    removed_count,
+    removed_mask,
+)
+from graphprune.passes.sparsity.zeroing import Zeroing, noted
+from graphprune.passes.training.finetune import trained_report
+from graphprune.passes.training.schedule import check_schedule, scheduled
+from graphprune.pipeline.base import Context, Invariant, Pass, PassResult
+from graphprune.pipeline.registry import register, suggest
+from graphprune.training.fit import fit
+from graphprune.training.objective import Distillation
+from graphprune.training.optimizer import Plan, check_number
+
+ALLOCATIONS = ("uniform", "global")
+
+
+@register
+@final
+@dataclass(frozen=True, slots=True)
+class GradualMagnitude(Pass):
+    """Train, and zero the weights of smallest absolute value on the way (arXiv 1710.01878).
+
+    1. The sparsity follows a schedule from `initial` to `final`, which it reaches exactly; the
+       steps after `end` are for recovery.
+    2. What is zero once stays zero: masks only grow. Zeros of earlier passes count among them.
+    3. An n:m pattern grows too: of every m the weights that it would take are candidates, and
+       the smallest of all candidates go first.
+
+    Zeros alone make nothing faster in ONNX Runtime: remove structure, or quantise, for speed.
+
+    Attributes:
+        final: part of the weights that is zero in the end, in [0, 1); not with an n:m pattern.
+        schedule: how it gets there: "cubic" (fast first) or "linear".
+        initial: part that is zero from the first step on, at most `final`.
+        begin: part of all steps after which the sparsity rises.
+        end: part of all steps after which it is there; equal to `begin`, all at once.
+        every: steps from one choice of weights to the next.
+        pattern: what goes together: "single" weights, "n:m" (keeps n of every m consecutive inputs
+            of a row), "OUTxIN" blocks such as "32x4", whole "rows" or "columns".
+        allocation: "uniform" (the sparsity in every matrix) or "global" (one ranking of all).
+        targets: name patterns; only these weights. Globs for a name or a module, or "re:" and a
+            regular expression.
+        ignore: name patterns to leave alone; output heads are left alone unless targets names them.
+        indivisible: what to do with a matrix that the pattern does not fit: "refuse" or "skip".
+        distill: learn from the dense model's outputs and hidden states too, as Distill does.
+        temperature: of the distillation.
+        alpha: weight of the labels beside the dense model's outputs, 0 to 1.
+        hidden_weight: weight of the hidden states; 0 leaves them out.
+        epochs: passes over the data.
+        lr: the highest learning rate of AdamW.
+        weight_decay: AdamW's, on tensors of two and more dimensions.
+        warmup: part of all steps in which the rate rises from zero.
+        lr_schedule: what it does then: "linear" or "cosine" to zero, or "constant".
+        clip: the largest norm of all gradients together; 0 for none.
+    """
+
+    name: ClassVar[str] = "gradual-magnitude"
+    preserves: ClassVar[Invariant] = Invariant.INTERFACE | Invariant.SHAPES
+    needs_float: ClassVar[bool] = True
+
+    final: float | None = None
+    schedule: str = "cubic"
+    initial: float = 0.0
+    begin: float = 0.0
+    end: float = 0.7
+    every: int = 10
+    pattern: str = "single"
+    allocation: str = "uniform"
+    targets: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    indivisible: str = "refuse"
+    distill: bool = False
+    temperature: float = 2.0
+    alpha: float = 0.5
+    hidden_weight: float = 1.0
+    epochs: int = 3
+    lr: float = 5e-5
+    weight_decay: float = 0.01
+    warmup: float = 0.1
+    lr_schedule: str = "linear"
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        Plan.of(self)
+        if self.allocation not in ALLOCATIONS:
+            raise RecipeError(
+                f"there is no allocation {self.allocation!r}; "
+                f"{suggest(str(self.allocation), ALLOCATIONS)}"
+            )
+        pattern = parse_pattern(self.pattern)
+        if pattern.sparsity is not None and self.final not in (None, pattern.sparsity):
+            raise RecipeError(
+                f"pattern {self.pattern!r} keeps {pattern.keep} of {pattern.of}, which is a "
+                f"sparsity of {pattern.sparsity:g}, not {self.final!r}: leave final out"
+            )
+        if pattern.sparsity is None:
+            if self.final is None:
+                raise RecipeError(
+                    f"pattern {self.pattern!r} needs a final sparsity, such as final=0.8"
+                )
+            check_number("final", self.final, "the part of the weights that is zero in the end, at "
+                         "least 0 and below 1", low=0, high=math.nextafter(1, 0))  # fmt: skip
+        self._zeroing()
+        check_schedule(self.schedule, self.begin, self.end)
+        check_number("initial", self.initial, "a part of the weights, 0 to final",
+                     low=0, high=self._last())  # fmt: skip
+        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
+            raise RecipeError(f"every must be a whole number of at least 1, got {self.every!r}")
+        if not isinstance(self.distill, bool):
+            raise RecipeError(f"distill is true or false, got {self.distill!r}")
+        Distillation(self.temperature, self.alpha, self.hidden_weight)
+
+    @property
+    def needs_training(self) -> bool:
+        return True
+
+    def check(self, program: Program) -> None:
+        check_names(self, program)
+
+    def run(self, program: Program, ctx: Context) -> PassResult:
+        sites, skipped = self._zeroing().sites(program, ctx)
+        for site in sites:
+            if site.tensor not in program.parameters:
+                skipped.append((site.name, "it is no parameter of the model, and does not train"))
+        sites = [site for site in sites if site.tensor in program.parameters]
+        if not sites:
+            raise UnsupportedError(
+                f"pass {ctx.running!r} zeroes weights while they train, and none of those it may "
+                "take is a parameter of the model; magnitude zeroes them without training"
+            )
+        masking = _Growing(self, program, sites, self._last())
+        teacher = Distillation(self.temperature, self.alpha, self.hidden_weight)
+        fitted = fit(
+            program,
+            ctx.training,
+            ctx,
+            Plan.of(self),
+            distillation=teacher if self.distill else None,
+            masking=masking,
+            after_epoch=masking.after_epoch,
+            settings={
+                "final": self._last(),
+                "pruning": [self.schedule, self.initial, self.begin, self.end, self.every],
+                "pattern": [self.pattern, self.allocation],
+                "sites": [site.name for site in sites],
+            },
+        )
+        result = noted(fitted.program, sites)
+        told = trained_report(fitted)
+        part = _sparsity(result, sites)
+        epochs = [
+            {**record, "sparsity": sparsity}
+            for record, sparsity in zip(told["epochs"], masking.reached, strict=True)
+        ]
+        report = {
+            **told,
+            "summary": f"{part:.1%} of the weights in {len(sites)} matrices, {told['summary']}",
+            "epochs": epochs,
+            "sparsity": part,
+            # Not under "sites": a page of matrices wants more of each than there is to say here.
+            "matrices": [
+                {
+                    "name": site.name,
+                    "shape": list(site.matrix(result).shape),
+                    "sparsity": _sparsity(result, [site]),
+                }
+                for site in sites
+            ],
+            "skipped": {**told.get("skipped", {}), **dict(skipped)},
+        }
+        return PassResult(result, True, report)
+
+    def _zeroing(self) -> Zeroing:
+        return Zeroing(
+            self._last(),
+            self.pattern,
+            self.allocation,
+            self.targets,
+            self.ignore,
+            self.indivisible,
+        )
+
+    def _last(self) -> float:
+        """The sparsity in the end: the one asked for, or the pattern's own."""
+        own = parse_pattern(self.pattern).sparsity
+        last = self.final if own is None else own
+        assert last is not None
+        return last
+
+
+@final
+@dataclass(slots=True)
+class _Growing:
+    """Chooses ever more weights to zero. Zeros are the smallest weights: they go again first.
+
+    Attributes:
+        options: the pass.
+        program: whose tensors the sites name.
+        sites: what to prune, each tensor once.
+        last: the sparsity in the end.
+        reached: the sparsity after each epoch.
+    """
+
+    options: GradualMagnitude
+    program: Program
+    sites: Sequence[LinearSite]
+    last: float
+    reached: list[float] = field(default_factory=list)
+    scored: Sequence[str] | None = None
+
+    def choose(
+        self, parameters: Mapping[str, nn.Parameter], step: int, total: int
+    ) -> Mapping[str, Tensor] | None:
+        """Where weights may live once step `step` is done, if that is to be chosen anew then."""
+        own = self.options
+        due = step % own.every == 0 or self.settled(step + 1, total)
+        if (self.settled(step, total) and step) or not due:
+            return None
+        done = (step + 1) / total
+        sparsity = scheduled(done, own.begin, own.end, own.initial, self.last, own.schedule)
+        return self._masks(parameters, sparsity) if sparsity else None
+
+    def settled(self, step: int, total: int) -> bool:
+        return step / total >= self.options.end
+
+    def state(self) -> Mapping[str, Tensor]:
+        return {"reached": torch.tensor(self.reached, dtype=torch.float64)}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        self.reached = state["reached"].tolist()
+
+    def after_epoch(self, program: Program, epoch: int) -> tuple[Program, None]:
+        """Write down how sparse it is by now."""
+        self.reached.append(_sparsity(program, self.sites))
+        return program, None
+
+    def _masks(self, parameters: Mapping[str, nn.Parameter], sparsity: float) -> dict[str, Tensor]:
+        names = {site.tensor for site in self.sites}
+        now = self.program.with_tensors({n: parameters[n].detach() for n in names})
+        masks = {n: torch.ones_like(parameters[n], dtype=torch.bool) for n in names}
+        alive = self.program.with_tensors(masks)
+        scores = {site.name: site.matrix(now).abs().cpu() for site in self.sites}
+        removed = self._removed(scores, sparsity)
+        for site in self.sites:
+            # A view of the mask, whatever the storage.
+            site.matrix(alive).copy_(~removed[site.name])
+        return masks
+
+    def _removed(self, scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
+        pattern = parse_pattern(self.options.pattern)
+        if pattern.of:
+            # Case 3: what the pattern would leave comes last, and the count does not reach it.
+            chosen = {n: removed_mask(s, sparsity, pattern, False) for n, s in scores.items()}
+            last = {n: s.masked_fill(~chosen[n], torch.inf) for n, s in scores.items()}
+            counts = {n: removed_count(sparsity, s.numel()) for n, s in scores.items()}
+            return {
+                n: lowest(s.reshape(1, -1), counts[n]).reshape(s.shape) for n, s in last.items()
+            }
+        parts = dict.fromkeys(scores, sparsity)
+        if self.options.allocation == "global":
+            parts = global_sparsities({n: pattern.units(s) for n, s in scores.items()}, sparsity)
+        return {n: removed_mask(s, parts[n], pattern, False) for n, s in scores.items()}
+
+
+def _sparsity(program: Program, sites: Sequence[LinearSite]) -> float:
+    """The part of the sites' weights that is zero."""
+    matrices = [site.matrix(program) for site in sites]
+    return sum(int((m == 0).sum()) for m in matrices) / sum(m.numel() for m in matrices)

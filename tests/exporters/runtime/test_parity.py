@@ -1,0 +1,72 @@
+"""Parity sees every difference: values, shapes, types, NaN; and names the output."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from graphprune.capture.capture import capture
+from graphprune.errors import ExportError
+from graphprune.exporters.onnx.convert import save_onnx, to_onnx
+from graphprune.exporters.runtime.parity import check_parity
+from graphprune.exporters.runtime.session import open_session
+from graphprune.ir.program import Program
+from graphprune.verify.error import relative_error
+
+
+@pytest.mark.parametrize(
+    ("expected", "actual", "error"),
+    [
+        ([1.0, -4.0], [1.0, -4.0], 0.0),
+        ([1.0, -4.0], [2.0, -4.0], 1.0),
+        ([1.0, math.inf], [1.0, math.inf], 0.0),
+        ([1.0, math.inf], [1.0, 3.0], math.inf),
+        ([1.0, math.nan], [1.0, math.nan], 0.0),
+        ([1.0, 2.0], [1.0, math.nan], math.inf),
+        ([1.0, 2.0], [[1.0, 2.0]], math.inf),
+        ([1, 2], [1, 2], 0.0),
+        ([1, 2], [1, 3], math.inf),
+        ([0.0], [0.0], 0.0),
+        ([], [], 0.0),
+    ],
+)
+def test_relative_error(expected: list[float], actual: list[float], error: float) -> None:
+    got = relative_error(torch.tensor(expected), torch.tensor(actual))
+    assert got == error or (got > 1e300 and error == math.inf)
+
+
+def test_a_batch_that_the_model_itself_refuses_is_left_out(tmp_path: Path) -> None:
+    """Rows by arithmetic on what comes in: most drawn numbers are out of the table's range."""
+
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(5, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.table(x.round().long())
+
+    program = capture(Rows().eval(), (torch.tensor([[0.0, 4.0, 1.0], [2.0, 2.0, 3.0]]),))
+    save_onnx(to_onnx(program), tmp_path / "model.onnx")
+    found = check_parity(program, open_session(tmp_path / "model.onnx", 1))
+    assert [a.shape for a in found] == [(2, 3, 6), (3, 2, 6)]
+
+
+def test_a_changed_weight_is_found_and_the_output_named(
+    captured: Callable[[str], Program], tmp_path: Path
+) -> None:
+    program = captured("tiny-mlp")
+    save_onnx(to_onnx(program), tmp_path / "model.onnx")
+    session = open_session(tmp_path / "model.onnx", 1)
+    good = check_parity(program, session)
+    assert [a.shape for a in good] == [(3, 5), (4, 5), (3, 5)]
+    assert max(a.error for a in good) < 1e-5
+    name = "layers.2.bias"
+    changed = program.with_tensors({name: program.tensors[name] + 0.01})
+    with pytest.raises(ExportError, match=r"output 'output_0'"):
+        check_parity(changed, session)

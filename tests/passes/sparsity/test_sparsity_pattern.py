@@ -1,0 +1,174 @@
+"""Patterns: exact counts whatever the ties, units that go together, shapes that do not fit."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from graphprune.errors import RecipeError
+from graphprune.passes.sparsity.sparsity_pattern import lowest, parse_pattern, removed_mask
+
+PATTERNS = ["single", "2:4", "1:3", "3:4", "2x3", "4x1", "1x4", "rows", "columns"]
+
+
+def table(seed: int, rows: int, columns: int, distinct: int) -> Tensor:
+    """Scores with many ties where few values are distinct."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, distinct, (rows, columns), generator=generator).double()
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.sampled_from(PATTERNS),
+    st.integers(0, 1000),
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.floats(0, 0.99),
+    st.sampled_from([1, 2, 10, 10**6]),
+    st.booleans(),
+)
+def test_exactly_so_many_units_go_and_they_are_the_lowest(
+    text: str, seed: int, high: int, wide: int, sparsity: float, distinct: int, per_row: bool
+) -> None:
+    """Straight from the definition: units are summed one by one and sorted as Python lists."""
+    pattern = parse_pattern(text)
+    unit_rows = pattern.height or 4 * high
+    unit_columns = pattern.of or pattern.width or 12 * wide
+    rows, columns = unit_rows * (4 if pattern.height else 1), unit_columns * 12
+    if pattern.width == 0:
+        columns = unit_columns
+    scores = table(seed, rows, columns, distinct)
+    gone = removed_mask(scores, sparsity, pattern, per_row)
+    assert gone.shape == scores.shape
+    assert gone.dtype is torch.bool
+
+    if pattern.of:
+        for row, mask in zip(scores.tolist(), gone.tolist(), strict=True):
+            for start in range(0, columns, pattern.of):
+                group = range(start, start + pattern.of)
+                expected = sorted(group, key=lambda j: (row[j], j))[: pattern.of - pattern.keep]
+                assert {j for j in group if mask[j]} == set(expected)
+        return
+
+    units = {
+        (r, c): scores[
+            r * unit_rows : (r + 1) * unit_rows, c * unit_columns : (c + 1) * unit_columns
+        ]
+        for r in range(rows // unit_rows)
+        for c in range(columns // unit_columns)
+    }
+    whole: dict[tuple[int, int], bool] = {}
+    for r, c in units:
+        part = gone[r * unit_rows : (r + 1) * unit_rows, c * unit_columns : (c + 1) * unit_columns]
+        assert bool(part.all()) == bool(part.any()), "a unit goes whole or not at all"
+        whole[r, c] = bool(part.any())
+    # Within a row of one unit there is nothing to choose: then it is over the matrix.
+    split = per_row and columns // unit_columns > 1
+    tables = [[k for k in units if k[0] == r] for r in {r for r, _ in units}] if split else [units]
+    for keys in tables:
+        count = min(math.floor(sparsity * len(keys) + 0.5), len(keys) - 1)
+        expected_units = sorted(keys, key=lambda k: (float(units[k].sum()), k))[:count]
+        assert {k for k in keys if whole[k]} == set(expected_units)
+
+
+@pytest.mark.parametrize("scope", [False, True], ids=["layer", "row"])
+def test_of_equal_scores_exactly_so_many_go(scope: bool) -> None:
+    for sparsity, count in ((0.0, 0), (0.25, 3), (0.5, 6), (0.9, 11)):
+        gone = removed_mask(torch.ones(5, 12), sparsity, parse_pattern("single"), scope)
+        assert int(gone.sum()) == (5 * count if scope else math.floor(sparsity * 60 + 0.5))
+        assert gone.sum(1).tolist() == [count] * 5 or not scope
+
+
+def test_of_equal_scores_the_first_go() -> None:
+    scores = torch.tensor([[1.0, 0.0, 1.0, 1.0], [2.0, 2.0, 2.0, 2.0]])
+    expected = torch.tensor([[True, True, False, False], [True, True, False, False]])
+    assert torch.equal(lowest(scores, 2), expected)
+
+
+def test_n_of_m_keeps_n() -> None:
+    scores = torch.tensor([[1.0, 2.0, 3.0, 4.0, 8.0, 7.0, 6.0, 5.0]])
+    one = removed_mask(scores, 0.0, parse_pattern("1:4"), False)
+    assert one.tolist() == [[True, True, True, False, False, True, True, True]]
+    three = removed_mask(scores, 0.0, parse_pattern("3:4"), False)
+    assert three.tolist() == [[True, False, False, False, False, False, False, True]]
+    assert parse_pattern("1:4").sparsity == 0.75
+    assert parse_pattern("single").sparsity is None
+
+
+def test_blocks_are_scored_by_their_sum() -> None:
+    """A block with the largest value, but the smaller sum, goes first."""
+    scores = torch.tensor([[9.0, 0.0, 3.0, 3.0], [0.0, 0.0, 3.0, 3.0]])
+    gone = removed_mask(scores, 0.5, parse_pattern("2x2"), False)
+    assert gone.tolist() == [[True, True, False, False]] * 2
+
+
+def test_outputs_come_first_in_a_block() -> None:
+    """OUTxIN: 2x1 joins two rows of one column."""
+    scores = torch.tensor([[0.0, 5.0, 1.0], [0.0, 0.0, 1.0]])
+    gone = removed_mask(scores, 0.3, parse_pattern("2x1"), False)
+    assert gone.tolist() == [[True, False, False]] * 2
+
+
+def test_rows_and_columns_go_whole() -> None:
+    scores = torch.arange(12.0).reshape(3, 4)
+    rows = removed_mask(scores, 0.34, parse_pattern("rows"), False)
+    assert rows.all(1).tolist() == [True, False, False]
+    columns = removed_mask(scores, 0.5, parse_pattern("columns"), False)
+    assert columns.all(0).tolist() == [True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "shape"), [("rows", (4, 3)), ("1x3", (4, 3)), ("single", (4, 1)), ("2x3", (8, 3))]
+)
+def test_where_a_row_is_one_unit_rows_compete(pattern: str, shape: tuple[int, int]) -> None:
+    """All or none would go otherwise."""
+    scores = torch.rand(shape)
+    gone = removed_mask(scores, 0.5, parse_pattern(pattern), True)
+    assert float(gone.double().mean()) == 0.5
+    assert torch.equal(gone, removed_mask(scores, 0.5, parse_pattern(pattern), False))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "shape", "sentence"),
+    [
+        ("2:4", (3, 6), "its 6 inputs are no multiple of 4"),
+        ("32x4", (48, 8), "its 48 outputs are no multiple of 32"),
+        ("32x4", (64, 6), "its 6 inputs are no multiple of 4"),
+        ("2:4", (3, 8), ""),
+        ("32x4", (64, 8), ""),
+        ("single", (1, 1), ""),
+        ("rows", (7, 5), ""),
+        ("columns", (7, 5), ""),
+    ],
+)
+def test_what_does_not_fit_is_said(pattern: str, shape: tuple[int, int], sentence: str) -> None:
+    assert parse_pattern(pattern).obstacle(*shape) == sentence
+
+
+@pytest.mark.parametrize("text", ["", "sinlge", "4", "2:4:8", "x4", "0x4", "4x0", "-1:4", 2, None])
+def test_unknown_patterns_are_told_what_there_is(text: Any) -> None:
+    with pytest.raises(RecipeError, match=r"there is no pattern .*'n:m' \(keeps n of m"):
+        parse_pattern(text)
+
+
+@pytest.mark.parametrize("text", ["0:4", "4:4", "5:4"])
+def test_n_must_lie_below_m(text: str) -> None:
+    with pytest.raises(RecipeError, match=r"write n:m with 0 < n < m, as 2:4"):
+        parse_pattern(text)
+
+
+@pytest.mark.parametrize("text", PATTERNS)
+def test_values_of_units_spread_over_their_weights(text: str) -> None:
+    pattern = parse_pattern(text)
+    scores = torch.rand(4, 12, dtype=torch.float64)
+    units = pattern.units(scores)
+    spread = pattern.spread(units, 4, 12)
+    assert spread.shape == scores.shape
+    size = (pattern.height or 4) * (pattern.width or 12)
+    torch.testing.assert_close(pattern.units(spread), units * size)
