@@ -35,7 +35,7 @@ def killed(path: Path, where: str) -> None:
     script = f"""
         import os, signal
         from pathlib import Path
-        from graphprune import files
+        from graphprune.storage import folders as files
         from graphprune.storage.folders import whole_folder
         die = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
         path, renames, rename = Path({str(path)!r}), [], Path.rename
