@@ -801,7 +801,10 @@ def convolved(b: Source, c: Choices) -> None:
 def looked_up(b: Source, c: Choices) -> None:
     """Tables: of ids, of positions, of a classification."""
     way = c.of("ids", "positions", "buffer", "index", "one hot", "tied", "arange", "type")
-    if way in ("ids", "tied", "index", "one hot"):
+    by_ids = ("ids", "tied", "index", "one hot")
+    if way in by_ids and len(b.inputs["x"][1]) == 4:  # an image's positions: there is no "l"
+        way = "positions"
+    if way in by_ids:
         ids = b.argument("ids", "ids", 7, "b", "l")
         table = b.layer(f"nn.Embedding(7, {b.width})")
         text = {
