@@ -66,7 +66,7 @@ class _Fakes:
 
     def share(self, fake: FakeTensor) -> FakeTensor:
         """The first fake tensor of this shape; one with a known value stays itself."""
-        if fake.constant is not None or fake.layout != torch.strided:
+        if not _is_shared(fake):
             return fake
         sizes = _key((*fake.shape, *fake.stride(), fake.storage_offset()))
         bits = fake.is_conj(), fake.is_neg()
@@ -120,14 +120,25 @@ class _Propagator(fx.Interpreter):
         if free_unbacked_symbols(value):
             raise _DependsOnValues
         value = pytree.tree_map_only(FakeTensor, self.fakes.share, value)
-        if all(isinstance(x, _PLAIN) for x in pytree.tree_leaves((args, kwargs))):
+        if all(_lasts(x) for x in pytree.tree_leaves((args, kwargs))):
             self.fakes.known[key] = value
         return value
 
 
-# Arguments that are told apart by what they hold.
+def _is_shared(fake: FakeTensor) -> bool:
+    return fake.constant is None and fake.layout is torch.strided
+
+
+def _lasts(argument: Any) -> bool:
+    """Whether an argument's key stays its own: another object may get the `id` of one that went."""
+    if isinstance(argument, FakeTensor):
+        return _is_shared(argument)
+    return isinstance(argument, _PLAIN)
+
+
+# Arguments that `_key` knows by what they hold, or that are never freed.
 _PLAIN = (
-    FakeTensor, int, float, complex, str, NoneType, torch.SymInt, torch.SymFloat, torch.SymBool,
+    int, float, complex, str, NoneType, torch.SymInt, torch.SymFloat, torch.SymBool,
     torch.dtype, torch.device, torch.layout, torch.memory_format, slice,
 )  # fmt: skip
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -102,3 +102,14 @@ def test_a_graph_that_fixes_a_size_does_not_fix_it_for_the_next() -> None:
         propagate(graph, {}, example, dynamic)
     assert isinstance(node.meta["val"].shape[0], torch.SymInt)
     assert node.meta["val"].shape[0].node.maybe_as_int() is None
+
+
+def test_a_call_with_a_value_of_its_own_is_not_remembered() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    own = graph.call_function(ATEN.lift_fresh_copy.default, (torch.tensor(2.0),))
+    graph.output((graph.call_function(ATEN.mul.Tensor, (x, own)),))
+    propagate(graph, {}, [torch.randn(4, 3)], {})
+    assert own.meta["val"].constant is not None
+    (fakes,) = propagation._recent.values()
+    assert all(ATEN.mul.Tensor not in cast(tuple[Any, ...], key) for key in fakes.known)
