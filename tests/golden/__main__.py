@@ -255,7 +255,8 @@ def helps() -> Iterator[tuple[str, str]]:
             [sys.executable, "-m", "graphprune", *call],
             capture_output=True, text=True, env=environment, check=True,
         )  # fmt: skip
-        yield f"help {' '.join(call).replace('--help', '').strip() or 'all'}.txt", done.stdout
+        kind = "help" if "--help" in call else "list"
+        yield f"{kind} {call[0].replace('--help', 'all')}.txt", done.stdout
 
 
 def _compare_text(name: str, text: str, *, take: bool) -> bool:
