@@ -9,9 +9,9 @@ axis group, that is neither frozen nor normalized, may lose units;
 `graphprune.rewrite.shrink.shrink` removes them; and the result is compared at up to four shapes and
 two scales of the inputs.
 
-graphprune's own reference (`rewrite.mask`) is not used, because it shares its axis facts with the
-rewrite. What is taken from graphprune is only which slices of which parameters are to go. From
-there two oracles say what is left:
+graphprune's own reference (`rewrite.shrink.mask`) is not used, because it shares its axis facts
+with the rewrite. What is taken from graphprune is only which slices of which parameters are to go.
+From there two oracles say what is left:
 
 absence         The captured graph is run by an interpreter in `absence`, which carries beside every
                 value what of it is absent, and leaves absent terms out of sums. How absence passes

@@ -37,7 +37,7 @@ def to_onnx(program: Program, entry: str = "forward") -> ir.Model:
     """The entry as an ONNX model in float32, with the model's own input and output names.
 
     ONNX cannot say that sizes have bounds: they are JSON in the file's metadata, graphprune.bounds,
-    graphprune.relations and graphprune.capture.fixed.
+    graphprune.relations and graphprune.fixed.
 
     Raises:
         ExportError: torch.export or torch.onnx refuses the graph; the reason is quoted.

@@ -26,7 +26,7 @@ class Drift:
         cosine: between all values of the output and of its float twin.
         error: ||quantised - float|| / ||float||.
         largest: the largest difference in any row, relative to the row's scale, as verification
-            and parity have it (`compare.relative_error`).
+            and parity have it (`verify.error.relative_error`).
     """
 
     output: str

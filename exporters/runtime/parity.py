@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, final
@@ -17,7 +18,9 @@ from graphprune.exporters.runtime.session import feeds_of
 from graphprune.ir.program import Entry, Program
 from graphprune.verify.error import batches, relative_error, row_errors
 
-TOLERANCE = 1e-4  # of a row's scale (compare.row_errors)
+log = logging.getLogger(__name__)
+
+TOLERANCE = 1e-4  # of a row's scale (verify.error.row_errors)
 _ROUNDING = 30  # times torch's own rounding: what another order of the same sums may make of it
 
 
@@ -42,7 +45,7 @@ class Agreement:
 
 
 def check_parity(program: Program, session: Any, tolerance: float = TOLERANCE) -> list[Agreement]:
-    """Run the Program and ORT on every batch of `compare.batches`.
+    """Run the Program and ORT on every batch of `verify.error.batches`.
 
     A decoder with a cache also reads a prompt without any past, and a single token after one.
 
@@ -57,18 +60,20 @@ def check_parity(program: Program, session: Any, tolerance: float = TOLERANCE) -
     """
     program = program.in_float32()
     entry = program.entries[program.deployed]
-    result = []
-    for i, inputs in enumerate([*batches(entry), *_steps(entry)]):
-        # Drawn values may be none that the model takes; the examples are.
-        if i == 0 or _runs(program, inputs):
-            result += _compare(program, session, inputs, tolerance)
-    return result
+    examples, *drawn = batches(entry)
+    # Drawn values may be none that the model takes; examples, and steps made of them, are.
+    taken = [examples, *(b for b in drawn if _runs(program, b)), *_steps(entry)]
+    return [a for inputs in taken for a in _compare(program, session, inputs, tolerance)]
 
 
 def _runs(program: Program, inputs: Sequence[Tensor]) -> bool:
     try:
         program.run(inputs, program.deployed)
-    except (RuntimeError, IndexError, ValueError):
+    except (RuntimeError, IndexError, ValueError) as e:
+        shapes = [tuple(t.shape) for t in inputs]
+        log.info(
+            "not compared on drawn inputs of shapes %s, which the program refuses: %s", shapes, e
+        )
         return False
     return True
 

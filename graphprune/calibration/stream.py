@@ -273,7 +273,7 @@ def check_not_empty(batch: Any, number: int) -> None:
     """Refuse a batch without a single value; for this no captured model is needed.
 
     Raises:
-        GraphPruneError: so it is.
+        GraphPruneError: every tensor of the batch is empty; its number is named.
     """
     leaves = pytree.tree_leaves(dict(batch) if hasattr(batch, "keys") else batch)
     if all(isinstance(leaf, Tensor) and not leaf.numel() for leaf in leaves):

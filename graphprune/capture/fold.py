@@ -113,7 +113,9 @@ def spell_indices(graph: fx.Graph, sources: Mapping[str, Tensor]) -> None:
         places = sources[str(index.target)]
         if not isinstance(size, int) or places.dtype not in (torch.int32, torch.int64):
             continue
-        part_of = _range(places % size, size) if size else None
+        if not size or (places >= size).any() or (places < -size).any():
+            continue  # the model fails there, and must go on to do so
+        part_of = _range(places % size, size)
         if part_of is None:
             continue
         with graph.inserting_before(node):

@@ -147,7 +147,7 @@ def _key(value: Any) -> Hashable:
     """Equal for arguments that an operator cannot tell apart; 1, 1.0 and True are not equal."""
     if isinstance(value, list | tuple):
         return tuple(_key(x) for x in value)
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return tuple((name, _key(x)) for name, x in value.items())
     if isinstance(value, slice):
         return slice, _key(value.start), _key(value.stop), _key(value.step)

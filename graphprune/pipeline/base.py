@@ -150,9 +150,10 @@ class Context:
             prepared: `program` with other values in the kept weights (compensation), same shapes.
 
         Returns:
-            The smaller program, and the verification's report (`verify.verify_rewrite`): max_error,
-            moved, observable, seconds. Where a group is normalised the two differ by nature: drift
-            instead of max_error. When the context says not to verify: {"skipped": reason}.
+            The smaller program, and the verification's report (`equivalence.verify_rewrite`):
+            max_error, moved, observable, seconds. Where a group is normalised the two differ by
+            nature: drift instead of max_error. When the context says not to verify:
+            {"skipped": reason}.
 
         Raises:
             VerificationError: masked and shrunk do not agree.
@@ -204,8 +205,8 @@ class Pass(abc.ABC):
         preserves: what the pipeline checks to be unchanged afterwards.
         idempotent: whether a second run finds nothing to do.
         needs_float: whether it changes values or shapes of tensors, under their names, and so
-            refuses a program that is marked for quantisation (`quantized.refuse_quantised`); asked
-            before any work.
+            refuses a program that is marked for quantization
+            (`ir.quantization.refuse_quantised`); asked before any work.
         without_data: options with which it needs no calibration; empty where it always does.
     """
 
@@ -238,6 +239,9 @@ class Pass(abc.ABC):
 
         Called once, before any of the passes runs. Only names of tensors are sure to be those that
         `run` will see.
+
+        Raises:
+            RecipeError: an option names what the program has not.
         """
         return
 

@@ -119,7 +119,7 @@ def check_order(steps: Iterable[Pass]) -> None:
     """Refuse, before any work, passes of which one would find a marked program and refuse it.
 
     Raises:
-        RecipeError: so it is.
+        RecipeError: a pass that changes weights or shapes comes after `quantize`.
     """
     scheme = ""
     for step in flat(steps):
@@ -133,7 +133,7 @@ def check_steps(steps: Iterable[Pass], program: Program) -> None:
     """Refuse passes whose options do not fit the program, before any of them runs.
 
     Raises:
-        RecipeError: so it is.
+        RecipeError: an option names what the program has not; near names are named.
     """
     for step in flat(steps):
         step.check(program)

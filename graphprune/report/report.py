@@ -37,7 +37,7 @@ class PassReport:
         removed: in words, what went away.
         parameters: before and after, or None where the pass changed nothing.
         max_error: the largest difference that verification saw in a row, relative to the row's
-            scale (`compare.relative_error`); None where nothing was compared.
+            scale (`verify.error.relative_error`); None where nothing was compared.
         seconds: the pass with all of its verification.
         skipped: what it declined to do, with the reason.
         details: the pass's own report.

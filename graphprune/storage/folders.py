@@ -46,7 +46,7 @@ def check_writable(path: Path) -> None:
     It is tried, because permissions are not all: disks are mounted read-only, and names too long.
 
     Raises:
-        ExportError: so it is.
+        ExportError: nothing can be made there; the system's reason is quoted.
     """
     path = path.absolute()
     above = path.parent

@@ -1,4 +1,4 @@
-"""Verification: programs compute the same, node by node, on every batch of `compare.batches`."""
+"""Verification: programs compute the same, node by node, on every batch of `error.batches`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def verify_rewrite(
 ) -> dict[str, JSON]:
     """Run programs side by side and compare outputs and every node they share by name and shape.
 
-    Errors are per row, relative to the row's own scale (`compare.relative_error`), so nothing large
+    Errors are per row, relative to the row's own scale (`error.relative_error`), so nothing large
     in a tensor hides an error beside it. bfloat16 and float16 programs are compared in float32.
     Where float32 exceeds the tolerance, or the outputs show too little of the cut, the comparison
     is made in float64: an exact rewrite differs there by rounding alone (as float32 shows how much,

@@ -573,12 +573,12 @@ def _norms(program: Program, sites: Sequence[LinearSite], ctx: Context) -> dict[
 
 def _remark_if_few(visit: Visit) -> None:
     """Say where there are fewer calibration rows than features, once for all that read the same."""
-    told: set[int] = set()
+    seen: set[int] = set()
     for site in visit.sites:
         gram = visit.grams[site.name]
-        if id(gram) not in told:
+        if id(gram) not in seen:
             visit.remarks.add(site.name, gram.shortage())
-            told.add(id(gram))
+            seen.add(id(gram))
 
 
 def _report(

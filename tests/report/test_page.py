@@ -65,7 +65,7 @@ def read(page: str) -> str:
 
 
 def _need_charts() -> None:
-    # Not by importing it: see html._pygal.
+    # Not by importing it: see page._pygal.
     if not html.charts_available():
         pytest.skip("the package pygal is not installed")
 

@@ -59,6 +59,11 @@ def test_a_program_comes_back_equal(name: str, captured: Captured, tmp_path: Pat
 class Views(nn.Module):
     """Tensors that share memory, are not contiguous, or have no elements."""
 
+    whole: Tensor
+    part: Tensor
+    turned: Tensor
+    none: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         whole = torch.randn(6, 4)
@@ -67,9 +72,9 @@ class Views(nn.Module):
         self.register_buffer("turned", torch.randn(4, 3).T)
         self.register_buffer("none", torch.zeros(0, 3))
 
-    def forward(self, x: Tensor) -> Tensor:
-        rest = x.sum() * self.turned + (x.sum() * self.none).sum()  # type: ignore
-        return F.linear(x, self.whole), F.linear(x, self.part), rest  # type: ignore
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        rest = x.sum() * self.turned + (x.sum() * self.none).sum()
+        return F.linear(x, self.whole), F.linear(x, self.part), rest
 
 
 def test_views_and_empty_tensors_are_saved(tmp_path: Path) -> None:
