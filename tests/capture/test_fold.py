@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from graphprune.axes import AxisGroups, axis_groups
 from graphprune.capture.capture import capture
+from graphprune.capture.fold import spell_indices
 from graphprune.ir.graph import op_name
 from graphprune.ir.program import Program
+from graphprune.ir.propagate import propagate
 from graphprune.rewrite.shrink import mask, shrink
 from graphprune.storage.program import load, save
 from graphprune.verify.equivalence import verify_rewrite
@@ -76,6 +78,19 @@ def test_what_would_grow_is_computed_from_what_would_not() -> None:
     program = captured(lambda m, x: x + (m.base.exp() * 2).repeat(300, 10), 3, 300, 80)
     assert ops(program) == ["repeat", "add"]
     assert sum(t.numel() for n, t in program.tensors.items() if n.startswith("folded_")) == 8
+
+
+@pytest.mark.parametrize(("places", "left"), [([1, 2], 0), ([-2, -1], 0), ([6, 7], 1), ([-9], 1)])
+def test_a_lookup_outside_its_table_stays_one(places: list[int], left: int) -> None:
+    """As a slice of places counted round, it would no longer fail."""
+    graph = fx.Graph()
+    x, index = graph.placeholder("x"), graph.get_attr("index")
+    found = graph.call_function(torch.ops.aten.index_select.default, (x, 1, index))
+    graph.output((found,))
+    tensors = {"index": torch.tensor(places)}
+    propagate(graph, tensors, [torch.randn(2, 5)], {})
+    spell_indices(graph, tensors)
+    assert sum(op_name(node) == "index_select" for node in graph.nodes) == left
 
 
 def test_a_folded_graph_belongs_to_no_module_without_its_constants() -> None:
