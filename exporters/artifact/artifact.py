@@ -191,7 +191,7 @@ class Artifact:
         """Refuse, before anything is loaded, names that this artifact cannot be measured against.
 
         Raises:
-            GraphPruneError: there is nothing of a name, or no dense twin where one is needed.
+            GraphPruneError: there is nothing of a name, or no baseline where one is needed.
         """
         check_names(against)
         for name in _names(against):
