@@ -527,7 +527,7 @@ def sensitivity_command(
         parse_batch,
         parse_ratios,
     )
-    from graphprune.sensitivity import check_options
+    from graphprune.passes.structural.sensitivity import check_options
 
     parts = parse_ratios(ratios)
     check_options(parts, score, role or [])

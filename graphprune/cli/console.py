@@ -31,7 +31,7 @@ from graphprune.pipeline.events import (
 if TYPE_CHECKING:
     from graphprune.axes import AxisGroup, AxisGroups
     from graphprune.report.report import Report
-    from graphprune.sensitivity import Cost, Sensitivity
+    from graphprune.report.sensitivity import Cost, Sensitivity
 
 
 @final

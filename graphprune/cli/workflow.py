@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from graphprune.ir.program import Program
     from graphprune.models import LoadedModel
     from graphprune.report.report import Report
-    from graphprune.sensitivity import Sensitivity
+    from graphprune.report.sensitivity import Sensitivity
 
 Advance = Callable[[int, int], None]
 Step = Callable[[str], "AbstractContextManager[Advance]"]
@@ -606,7 +606,7 @@ def analysed(
 
     Times are of one sample, or of the sizes asked for, each cut beside the dense model in turns.
     """
-    from graphprune.sensitivity import sensitivity
+    from graphprune.passes.structural.sensitivity import sensitivity
 
     with step("capture"):
         program = captured(subject).program
@@ -873,12 +873,12 @@ def _needs(steps: Sequence[Pass]) -> str:
 
 def describe_passes() -> list[dict[str, JSON]]:
     """Every pass: name, first line of its docstring, options with type, default, meaning."""
-    from graphprune.pipeline.registry import options, registered
+    from graphprune.pipeline.registry import meanings, options, registered
 
     described: list[dict[str, JSON]] = []
     for name, cls in registered().items():
-        doc = inspect.getdoc(cls) or ""
-        meanings = _attributes(doc)
+        summary = (inspect.getdoc(cls) or "").partition("\n")[0]
+        meaning = meanings(cls)
         rows = [
             {
                 "option": field.name,
@@ -886,29 +886,12 @@ def describe_passes() -> list[dict[str, JSON]]:
                 "default": "required"
                 if field.default is dataclasses.MISSING
                 else _yaml(field.default),
-                "meaning": meanings.get(field.name, ""),
+                "meaning": meaning[field.name],
             }
             for field in options(cls)
         ]
-        described.append({"name": name, "summary": doc.partition("\n")[0], "options": rows})
+        described.append({"name": name, "summary": summary, "options": rows})
     return described
-
-
-def _attributes(doc: str) -> dict[str, str]:
-    """The entries of a Google docstring's section "Attributes"."""
-    section = doc.partition("Attributes:\n")[2]
-    found: dict[str, str] = {}
-    name = ""
-    for line in section.splitlines():
-        if line and not line.startswith(" "):
-            break
-        start = re.match(r" {4}(\w+): (.*)", line)
-        if start:
-            name = start[1]
-            found[name] = start[2]
-        elif name and line.strip():
-            found[name] += " " + line.strip()
-    return found
 
 
 def _yaml(value: object) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 import torch
 from torch import Tensor
 
-from graphprune.errors import VerificationError
+from graphprune.errors import RecipeError, VerificationError
 from graphprune.ir.program import Program
 from graphprune.pipeline.events import JSON, Observer, PassProgress, emit
 
@@ -101,6 +101,19 @@ class Context:
     def generator(self) -> torch.Generator:
         """The source of randomness; the pipeline seeds it anew before every pass."""
         return self._generator
+
+    def batches(self) -> Iterable[Any]:
+        """The calibration batches.
+
+        Raises:
+            RecipeError: there are none.
+        """
+        if self.calibration is None:
+            raise RecipeError(
+                f"pass {self.running!r} looks at activations and needs calibration batches: give "
+                "compile(..., calibration=batches), or --calibration FILE"
+            )
+        return self.calibration
 
     def begin(self, name: str, index: int) -> None:
         """Tell the context which pass runs now (the pipeline calls this)."""

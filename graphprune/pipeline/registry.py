@@ -75,6 +75,34 @@ def options(cls: type[Pass]) -> tuple[dataclasses.Field[object], ...]:
     return dataclasses.fields(cls)  # type: ignore[arg-type]
 
 
+def meanings(cls: type[Pass]) -> dict[str, str]:
+    """Option -> what it means, from "Attributes" in the docstrings of the pass and its bases.
+
+    What a pass says of an option goes before what the owner of the option says.
+    """
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        found |= _attributes(inspect.cleandoc(base.__doc__ or ""))
+    return {option.name: found.get(option.name, "") for option in options(cls)}
+
+
+def _attributes(doc: str) -> dict[str, str]:
+    """The entries of a Google docstring's section "Attributes"."""
+    section = doc.partition("Attributes:\n")[2]
+    found: dict[str, str] = {}
+    name = ""
+    for line in section.splitlines():
+        if line and not line.startswith(" "):
+            break
+        start = re.match(r" {4}(\w+): (.*)", line)
+        if start:
+            name = start[1]
+            found[name] = start[2]
+        elif name and line.strip():
+            found[name] += " " + line.strip()
+    return found
+
+
 def suggest(wrong: str, known: Iterable[str]) -> str:
     """The end of an error sentence: near matches, or else all there is."""
     known = sorted(known)

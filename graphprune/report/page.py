@@ -16,7 +16,7 @@ from graphprune.pipeline.events import JSON
 from graphprune.report.report import HEADER, Report, change_text, megabytes_text
 
 if TYPE_CHECKING:
-    from graphprune.sensitivity import Cost, Sensitivity
+    from graphprune.report.sensitivity import Cost, Sensitivity
 
 Rows = list[Sequence[str]]
 Chart = dict[str, Any]

@@ -23,7 +23,7 @@ from graphprune.passes import PruneHeads, PruneNeurons, Quantize
 from graphprune.pipeline.events import PassFinished
 from graphprune.report import page as html
 from graphprune.report.report import PassReport, Report, Size
-from graphprune.sensitivity import Cost, Sensitivity, Time
+from graphprune.report.sensitivity import Cost, Sensitivity, Time
 
 Captured = Callable[[str], Program]
 VOID = {"meta", "link", "br", "hr", "img", "input"}

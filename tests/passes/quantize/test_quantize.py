@@ -91,7 +91,7 @@ def test_pruning_afterwards_is_refused(
     def work(*args: Any) -> Any:
         raise AssertionError("work was done before the refusal")
 
-    monkeypatch.setattr("graphprune.passes.structural.removal.select", work)
+    monkeypatch.setattr("graphprune.passes.structural.base.select", work)
     with pytest.raises(UnsupportedError, match=r"'prune-\w+' comes after 'quantize'.*prune first"):
         Pipeline([late]).run(marked(captured("tiny-encoder")))
 

@@ -24,7 +24,7 @@ from graphprune.passes import (
     RemoveDeadNodes,
     Repeat,
 )
-from graphprune.sensitivity import sensitivity
+from graphprune.passes.structural.sensitivity import sensitivity
 
 Captured = Callable[[str], Program]
 

@@ -1,11 +1,13 @@
-"""What PruneHeads, PruneNeurons and PruneAxis share: select, score, allocate, remove, report."""
+"""StructuralPass, the owner of what all passes that remove units share."""
 
 from __future__ import annotations
 
+import abc
 import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ from graphprune.calibration.stream import Stream
 from graphprune.errors import RecipeError, UnsupportedError
 from graphprune.ir.program import Program
 from graphprune.ir.quantization import refuse_quantised
-from graphprune.passes.name_patterns import check_patterns
+from graphprune.passes.name_patterns import check_names, check_patterns
 from graphprune.passes.structural.allocation import (
     Wanted,
     allocation_named,
@@ -36,7 +38,7 @@ from graphprune.passes.structural.statistics import (
     obs_order,
 )
 from graphprune.passes.structural.taylor import taylor_scores
-from graphprune.pipeline.base import Context, PassResult
+from graphprune.pipeline.base import Context, Invariant, Pass, PassResult
 from graphprune.pipeline.events import JSON
 from graphprune.pipeline.registry import suggest
 
@@ -48,10 +50,33 @@ OF = ("now", "dense")
 
 
 @dataclass(frozen=True, slots=True)
-class Removal:
-    """How much to remove, chosen how, from the groups that `selector` takes."""
+class StructuralPass(Pass):
+    """A pass that removes units: it owns their options, and chooses, compensates, cuts and reports.
 
-    selector: Selector
+    A subclass says with `selector` which groups it works on, and adds options of its own.
+
+    Attributes:
+        ratio: part of each group's units to remove, in [0, 1); one unit always stays.
+        score: "magnitude" (L2 norm of all that goes with a unit), "random"; with calibration
+            "obs" (exact cost after the others make up), "fluctuation", "activation",
+            "taylor" (gradients).
+        allocation: "uniform" (the ratio of each group) or "global" (of all groups together).
+        round_to: the kept count rounds up to a multiple of this; 8 or 16 suits vector units.
+        compensate: how kept weights make up for removed ones: "none", "bias", "least-squares";
+            "auto" is least squares where calibration decides, else none.
+        damping: part of the mean squared input added to the Gram matrix's diagonal.
+        floor: under "global", the part of each group's units that stays in any case.
+        targets: name patterns; only groups that reach such a tensor. Globs for a name or a module,
+            or "re:" and a regular expression.
+        ignore: name patterns to leave alone.
+        of: what ratio is a part of: the units there are "now", or those of the "dense" model, of
+            which some may be gone already.
+    """
+
+    preserves: ClassVar[Invariant] = Invariant.INTERFACE
+    needs_float: ClassVar[bool] = True
+    without_data: ClassVar[str] = "score='magnitude' with compensate='none'"
+
     ratio: float
     score: str = "magnitude"
     allocation: str = "uniform"
@@ -59,6 +84,8 @@ class Removal:
     compensate: str = "auto"
     damping: float = 0.01
     floor: float = 0.0
+    targets: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
     of: str = "now"
 
     def __post_init__(self) -> None:
@@ -85,8 +112,14 @@ class Removal:
             raise RecipeError(f"there is no score {self.score!r}; {suggest(self.score, known)}")
         allocation_named(self.allocation)
         check_compensation(self.compensate)
-        for option in ("groups", "targets", "ignore"):
-            check_patterns(option, getattr(self.selector, option))
+        check_patterns("targets", self.targets)
+        check_patterns("ignore", self.ignore)
+        check_patterns("groups", self.selector.groups)
+
+    @property
+    @abc.abstractmethod
+    def selector(self) -> Selector:
+        """Which groups are cut, of those that `targets` and `ignore` leave."""
 
     @property
     def method(self) -> str:
@@ -97,8 +130,10 @@ class Removal:
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether activations decide, so that there must be batches."""
         return self.score in DATA_CHOICES or self.method != "none"
+
+    def check(self, program: Program) -> None:
+        check_names(self, program)
 
     def run(self, program: Program, ctx: Context) -> PassResult:
         """Remove the lowest-scoring units.
@@ -109,7 +144,7 @@ class Removal:
         """
         refuse_quantised(program, ctx.running)
         groups = ctx.get(axis_groups, program)
-        selection = select(program, groups, self.selector)
+        selection = self.selected(program, groups)
         if self.needs_calibration:
             keep, prepared, notes = self._calibrated(program, selection, ctx)
         else:
@@ -123,21 +158,21 @@ class Removal:
         report = {**_report(program, smaller, groups, selection, cut, self), **notes}
         return PassResult(smaller, True, {**report, "verification": verification})
 
+    def selected(self, program: Program, groups: AxisGroups) -> Selection:
+        """The groups to cut, and those left out with the reason; raises as `select` does."""
+        wanted = replace(self.selector, targets=self.targets, ignore=self.ignore)
+        return select(program, groups, wanted)
+
     def _calibrated(
         self, program: Program, selection: Selection, ctx: Context
     ) -> tuple[dict[str, Tensor], Program, dict[str, JSON]]:
         """Choose and compensate group after group, each on what the cut ones before it make."""
-        if ctx.calibration is None:
-            raise RecipeError(
-                f"pass {ctx.running!r} with score {self.score!r} and compensate {self.method!r} "
-                "looks at activations and needs calibration batches: give compile(..., "
-                "calibration=batches), or --calibration FILE"
-            )
+        batches = ctx.batches()
         groups = ctx.get(axis_groups, program)
         order = in_execution_order(groups, selection.groups)
         slopes = taylor_scores(program, groups, order, ctx) if self.score == "taylor" else {}
         counts = self._counts(program, groups, order, slopes, ctx)
-        stream = Stream(program, ctx.calibration)
+        stream = Stream(program, batches)
         keep: dict[str, Tensor] = {}
         errors: dict[str, JSON] = {}
         curves: dict[str, JSON] = {}
@@ -204,8 +239,7 @@ class Removal:
         wanted = self._wanted(groups, order, ctx)
         if self.allocation == "uniform":
             return {g.id: wanted.kept(g.id, g.size) for g in order}
-        assert ctx.calibration is not None
-        stream = Stream(program, ctx.calibration)
+        stream = Stream(program, ctx.batches())
         scores: dict[str, Tensor] = {}
         for group in order:
             parts = gather(stream, program, groups, group, ctx)
@@ -304,10 +338,10 @@ def _report(
     groups: AxisGroups,
     selection: Selection,
     cut: Mapping[str, Tensor],
-    removal: Removal,
+    step: StructuralPass,
 ) -> dict[str, JSON]:
     untouched = [
-        _skipped(group, f"ratio {removal.ratio} and round_to {removal.round_to} keep all units")
+        _skipped(group, f"ratio {step.ratio} and round_to {step.round_to} keep all units")
         for group in selection.groups
         if group.id not in cut
     ]

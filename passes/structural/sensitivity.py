@@ -10,24 +10,29 @@ makes no difference to the time, so one export is enough.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, final
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from graphprune.axes import AxisGroup, AxisGroups, axis_groups
-from graphprune.axes.roles import ROLES as ALL_ROLES
 from graphprune.calibration.stream import Stream, flat_batch
 from graphprune.errors import GraphPruneError, RecipeError, UnsupportedError
 from graphprune.ir.program import Program
+from graphprune.passes.structural.allocation import best, kept_count, removed_count
+from graphprune.passes.structural.axis import PruneAxis
+from graphprune.passes.structural.scores import score_named
+from graphprune.passes.structural.statistics import (
+    DATA_SCORES,
+    compensate,
+    gather,
+    in_execution_order,
+    obs_order,
+)
+from graphprune.passes.structural.taylor import taylor_scores
 from graphprune.pipeline.base import Context
-from graphprune.pipeline.events import JSON
-from graphprune.pipeline.registry import suggest
+from graphprune.report.sensitivity import Cost, Sensitivity, Time
 from graphprune.rewrite.shrink import mask, shrink
-
-if TYPE_CHECKING:
-    from graphprune.passes.structural.removal import Removal
 
 ROLES = ("head", "kv_group", "neuron")
 RATIOS = (0.25, 0.5, 0.75)
@@ -35,70 +40,6 @@ RATIOS = (0.25, 0.5, 0.75)
 # (candidate, dense) -> milliseconds of both, measured in turns
 Clock = Callable[[Program, Program], tuple[float, float]]
 Progress = Callable[[int, int], None]
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """One group cut alone.
-
-    Attributes:
-        group: its id.
-        role: its role.
-        size: units it has.
-        kept: units that stayed.
-        ratio: part that was asked to go.
-        error: relative error of the model's outputs, |y' - y| / |y| over all calibration rows.
-    """
-
-    group: str
-    role: str
-    size: int
-    kept: int
-    ratio: float
-    error: float
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Time:
-    """All groups of a role cut at one ratio, in ONNX Runtime, beside the dense model."""
-
-    role: str
-    ratio: float
-    ms: float
-    dense_ms: float
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Sensitivity:
-    """What `sensitivity` found.
-
-    Attributes:
-        score: how units were chosen; `compensation` how the others made up for them.
-        samples: calibration samples that the outputs were compared on.
-        costs: one for every group and ratio, in execution order.
-        times: one for every role and ratio; empty without a clock.
-        skipped: group id -> why it could not be looked at.
-    """
-
-    score: str
-    compensation: str
-    samples: int
-    costs: tuple[Cost, ...]
-    times: tuple[Time, ...]
-    skipped: Mapping[str, str]
-
-    def to_json(self) -> dict[str, JSON]:
-        """Plain data."""
-        data: dict[str, JSON] = asdict(self)
-        return {**data, "costs": list(data["costs"]), "times": list(data["times"])}
-
-    @property
-    def ratios(self) -> list[float]:
-        """The ratios that were looked at, ascending."""
-        return sorted({c.ratio for c in self.costs})
 
 
 def sensitivity(
@@ -129,70 +70,55 @@ def sensitivity(
         UnsupportedError: no group has the roles, or all of them are frozen.
         GraphPruneError: there are no batches, or they do not fit.
     """
-    from graphprune.passes.structural.selection import Selector, select
-    from graphprune.passes.structural.statistics import in_execution_order
-
-    check_options(ratios, score, roles)
-    removals = _removals(ratios, score)
+    steps = check_options(ratios, score, roles)
     batches = list(calibration)
     groups = axis_groups(program)
-    chosen = in_execution_order(
-        groups, select(program, groups, Selector(tuple(roles) or ROLES)).groups
-    )
+    chosen = in_execution_order(groups, steps[0].selected(program, groups).groups)
     names = list(dict.fromkeys(g.role for g in chosen)) if clock else []
-    total = len(chosen) * len(removals) + len(names) * len(removals)
+    total = len(chosen) * len(steps) + len(names) * len(steps)
     bench = _Bench(program, groups, chosen, batches, seed)
     costs: list[Cost] = []
     skipped: dict[str, str] = {}
     for i, group in enumerate(chosen):
         try:
-            for j, cost in enumerate(bench.costs(group, removals)):
+            for j, cost in enumerate(bench.costs(group, steps)):
                 costs.append(cost)
-                progress(i * len(removals) + j + 1, total)
+                progress(i * len(steps) + j + 1, total)
         except UnsupportedError as e:
             skipped[group.id] = str(e)
     if not costs:
         raise UnsupportedError(next(iter(skipped.values())))
     times: list[Time] = []
     for role in names:
-        for removal in removals:
+        for step in steps:
             assert clock is not None
-            cut = {g.id: range(_kept(g, removal)) for g in chosen if g.role == role}
+            cut = {g.id: range(_kept(g, step)) for g in chosen if g.role == role}
             ms, dense_ms = clock(shrink(program, cut), program)
-            times.append(Time(role, removal.ratio, ms, dense_ms))
-            progress(len(chosen) * len(removals) + len(times), total)
-    method = removals[0].method
+            times.append(Time(role, step.ratio, ms, dense_ms))
+            progress(len(chosen) * len(steps) + len(times), total)
+    method = steps[0].method
     return Sensitivity(score, method, bench.samples, tuple(costs), tuple(times), skipped)
 
 
-def check_options(ratios: Sequence[float], score: str, roles: Sequence[str]) -> None:
-    """Refuse, before a model is loaded, options of `sensitivity` that are valid for no model.
+def check_options(
+    ratios: Sequence[float], score: str, roles: Sequence[str]
+) -> tuple[PruneAxis, ...]:
+    """The passes that would do what `sensitivity` looks at, by ratio; needs no model.
 
     Raises:
         RecipeError: a ratio, the score or a role is not valid; near matches are named.
     """
-    _removals(ratios, score)
-    for role in roles:
-        if role not in ALL_ROLES:
-            raise RecipeError(f"there is no role {role!r}; {suggest(role, ALL_ROLES)}")
-
-
-def _removals(ratios: Sequence[float], score: str) -> list[Removal]:
-    from graphprune.passes.structural.removal import Removal
-    from graphprune.passes.structural.selection import Selector
-
     if not ratios:
         raise RecipeError("sensitivity needs at least one ratio, for instance 0.5")
-    found = [Removal(Selector(ROLES), ratio, score) for ratio in sorted(dict.fromkeys(ratios))]
-    if found[0].ratio == 0:
+    taken = tuple(roles) or ROLES
+    steps = tuple(PruneAxis(ratio, score, role=taken) for ratio in sorted(dict.fromkeys(ratios)))
+    if steps[0].ratio == 0:
         raise RecipeError("a ratio of 0 removes nothing; sensitivity takes ratios above 0")
-    return found
+    return steps
 
 
-def _kept(group: AxisGroup, removal: Removal) -> int:
-    from graphprune.passes.structural.allocation import kept_count, removed_count
-
-    return kept_count(removed_count(removal.ratio, group.size), group.size, removal.round_to)
+def _kept(group: AxisGroup, step: PruneAxis) -> int:
+    return kept_count(removed_count(step.ratio, group.size), group.size, step.round_to)
 
 
 class _Bench:
@@ -223,64 +149,52 @@ class _Bench:
                 "batches and the weights"
             )
 
-    def costs(self, group: AxisGroup, removals: Sequence[Removal]) -> Iterator[Cost]:
-        """What each removal does to the outputs when it hits this group alone."""
-        for removal, keep, outputs in self._variants(group, removals):
+    def costs(self, group: AxisGroup, steps: Sequence[PruneAxis]) -> Iterator[Cost]:
+        """What each step does to the outputs when it hits this group alone."""
+        for step, keep, outputs in self._variants(group, steps):
             error = self._error(outputs)
-            yield Cost(group.id, group.role, group.size, len(keep), removal.ratio, error)
+            yield Cost(group.id, group.role, group.size, len(keep), step.ratio, error)
 
     def _variants(
-        self, group: AxisGroup, removals: Sequence[Removal]
-    ) -> Iterator[tuple[Removal, Tensor, list[list[Tensor]]]]:
-        from graphprune.passes.structural.statistics import compensate, gather
-
-        if not removals[0].needs_calibration:
+        self, group: AxisGroup, steps: Sequence[PruneAxis]
+    ) -> Iterator[tuple[PruneAxis, Tensor, list[list[Tensor]]]]:
+        if not steps[0].needs_calibration:
             # Without statistics a mask does, also where no product with a weight sums the units.
-            for removal in removals:
-                keep = self._chosen(group, [], removal)
+            for step in steps:
+                keep = self._chosen(group, [], step)
                 masked = mask(self.program, {group.id: keep})
-                yield removal, keep, [masked.run(flat) for flat in self.flat]
+                yield step, keep, [masked.run(flat) for flat in self.flat]
             return
         parts = gather(self.stream, self.program, self.groups, group, self.ctx)
-        orders = self._order(group, parts, removals[-1])
-        for removal in removals:
-            keep = self._chosen(group, parts, removal, orders)
-            changed, _ = compensate(
-                self.program, group, parts, keep, removal.method, removal.damping
-            )
-            yield removal, keep, self.stream.outputs(changed)
+        orders = self._order(group, parts, steps[-1])
+        for step in steps:
+            keep = self._chosen(group, parts, step, orders)
+            changed, _ = compensate(self.program, group, parts, keep, step.method, step.damping)
+            yield step, keep, self.stream.outputs(changed)
 
-    def _order(self, group: AxisGroup, parts: Any, removal: Removal) -> list[int]:
+    def _order(self, group: AxisGroup, parts: Any, step: PruneAxis) -> list[int]:
         """Units in the order in which OBS removes them; smaller cuts are its beginnings."""
-        from graphprune.passes.structural.statistics import obs_order
-
-        if removal.score != "obs":
+        if step.score != "obs":
             return []
-        count = group.size - _kept(group, removal)
-        return obs_order(self.program, group, parts, count, removal.damping)[0]
+        count = group.size - _kept(group, step)
+        return obs_order(self.program, group, parts, count, step.damping)[0]
 
     def _chosen(
-        self, group: AxisGroup, parts: Any, removal: Removal, order: Sequence[int] = ()
+        self, group: AxisGroup, parts: Any, step: PruneAxis, order: Sequence[int] = ()
     ) -> Tensor:
-        from graphprune.passes.structural.allocation import best
-        from graphprune.passes.structural.scores import score_named
-        from graphprune.passes.structural.statistics import DATA_SCORES
-
-        count = _kept(group, removal)
-        if removal.score == "obs":
+        count = _kept(group, step)
+        if step.score == "obs":
             stays = torch.ones(group.size, dtype=torch.bool)
             stays[list(order[: group.size - count])] = False
             return stays.nonzero().flatten()
-        if removal.score == "taylor":
+        if step.score == "taylor":
             return best(self._taylor()[group.id], count)
-        if removal.score in DATA_SCORES:
-            return best(DATA_SCORES[removal.score](self.program, group, parts), count)
-        return best(score_named(removal.score)(self.program, group, self.ctx), count)
+        if step.score in DATA_SCORES:
+            return best(DATA_SCORES[step.score](self.program, group, parts), count)
+        return best(score_named(step.score)(self.program, group, self.ctx), count)
 
     def _taylor(self) -> Mapping[str, Tensor]:
         """First-order scores of all groups: one run over the batches gives them together."""
-        from graphprune.passes.structural.taylor import taylor_scores
-
         if not self.first_order:
             self.first_order = taylor_scores(self.program, self.groups, self.chosen, self.ctx)
         return self.first_order

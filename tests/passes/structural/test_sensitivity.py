@@ -11,9 +11,9 @@ import torch
 from graphprune.errors import GraphPruneError, RecipeError, UnsupportedError
 from graphprune.ir.program import Program
 from graphprune.passes import PruneNeurons
+from graphprune.passes.structural.sensitivity import sensitivity
 from graphprune.pipeline.base import Context
 from graphprune.pipeline.pipeline import Pipeline
-from graphprune.sensitivity import sensitivity
 
 Captured = Callable[[str], Program]
 
