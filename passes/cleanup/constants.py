@@ -32,6 +32,10 @@ class FoldConstants(Pass):
     4. A lone `zeros` or its like is left alone: it is as cheap as reading a buffer.
 
     Capture folds what depends on no parameter; this is for more bytes, or for parameters.
+
+    Attributes:
+        max_growth: bytes that a result may need beyond the tensors that it makes needless.
+        parameters: whether parameters are folded too; they train no more.
     """
 
     name: ClassVar[str] = "fold-constants"

@@ -23,6 +23,10 @@ class Repeat(Pass):
 
     1. Each inner pass is verified like any other.
     2. Reaching `at_most` rounds is no error; the report says that it did not settle.
+
+    Attributes:
+        passes: what a round does, in order.
+        at_most: the largest number of rounds.
     """
 
     name: ClassVar[str] = "repeat"
