@@ -36,6 +36,13 @@ def best(scores: Tensor, count: int) -> Tensor:
     return order[:count].sort().values
 
 
+def others(size: int, gone: Tensor) -> Tensor:
+    """Indices below `size` that are not among those that go, ascending."""
+    stays = torch.ones(size, dtype=torch.bool)
+    stays[gone] = False
+    return stays.nonzero().flatten()
+
+
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """How much is to go.

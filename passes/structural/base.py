@@ -20,32 +20,20 @@ from graphprune.errors import RecipeError, UnsupportedError
 from graphprune.ir.program import Program
 from graphprune.ir.quantization import refuse_quantised
 from graphprune.passes.name_patterns import check_names, check_patterns
-from graphprune.passes.structural.allocation import (
-    Wanted,
-    allocation_named,
-    best,
-)
-from graphprune.passes.structural.scores import SCORES, score_named
+from graphprune.passes.structural.allocation import Wanted, allocation_named, others
+from graphprune.passes.structural.scores import Evidence, Needs, Score, finite, score_named
 from graphprune.passes.structural.selection import Selection, Selector, select
 from graphprune.passes.structural.statistics import (
-    DATA_SCORES,
-    Consumer,
     check_compensation,
     compensate,
     gather,
     in_execution_order,
-    marginal_costs,
-    obs_order,
 )
-from graphprune.passes.structural.taylor import taylor_scores
 from graphprune.pipeline.base import Context, Invariant, Pass, PassResult
 from graphprune.pipeline.events import JSON
-from graphprune.pipeline.registry import suggest
 
 log = logging.getLogger(__name__)
 
-# Scores that activations decide; they compensate unless told otherwise.
-DATA_CHOICES = ("obs", "taylor", *DATA_SCORES)
 OF = ("now", "dense")
 
 
@@ -107,9 +95,7 @@ class StructuralPass(Pass):
             )
         if self.of not in OF:
             raise RecipeError(f"ratio is a part of the units 'now' or 'dense', got of={self.of!r}")
-        known = (*SCORES, *DATA_CHOICES)
-        if self.score not in known:
-            raise RecipeError(f"there is no score {self.score!r}; {suggest(self.score, known)}")
+        score_named(self.score)
         allocation_named(self.allocation)
         check_compensation(self.compensate)
         check_patterns("targets", self.targets)
@@ -126,11 +112,15 @@ class StructuralPass(Pass):
         """How the kept weights make up for the removed ones."""
         if self.compensate != "auto":
             return self.compensate
-        return "least-squares" if self.score in DATA_CHOICES else "none"
+        return "least-squares" if self._scored_by_data else "none"
 
     @property
     def needs_calibration(self) -> bool:
-        return self.score in DATA_CHOICES or self.method != "none"
+        return self._scored_by_data or self.method != "none"
+
+    @property
+    def _scored_by_data(self) -> bool:
+        return score_named(self.score).needs is not Needs.WEIGHTS
 
     def check(self, program: Program) -> None:
         check_names(self, program)
@@ -170,8 +160,8 @@ class StructuralPass(Pass):
         batches = ctx.batches()
         groups = ctx.get(axis_groups, program)
         order = in_execution_order(groups, selection.groups)
-        slopes = taylor_scores(program, groups, order, ctx) if self.score == "taylor" else {}
-        counts = self._counts(program, groups, order, slopes, ctx)
+        score = score_named(self.score).begin(program, groups, order, ctx)
+        counts = self._counts(program, groups, order, score, ctx)
         stream = Stream(program, batches)
         keep: dict[str, Tensor] = {}
         errors: dict[str, JSON] = {}
@@ -183,10 +173,10 @@ class StructuralPass(Pass):
             for part in parts:
                 few.add(part.site.name, part.gram.shortage())
             refitted |= {part.site.tensor for part in parts if self.method == "least-squares"}
-            keep[group.id], scores = self._choose(
-                program, group, parts, counts[group.id], slopes, ctx
-            )
-            curves[group.id] = _curve(scores)
+            count = group.size - counts[group.id]
+            gone, costs = score.order(Evidence(program, group, ctx, parts, self.damping), count)
+            keep[group.id] = others(group.size, gone[:count])
+            curves[group.id] = _curve(costs)
             program, errors[group.id] = compensate(
                 program, group, parts, keep[group.id], self.method, self.damping
             )
@@ -195,44 +185,12 @@ class StructuralPass(Pass):
         notes = {"output_error": errors, "score_curves": curves, "warnings": warnings}
         return keep, program, notes
 
-    def _choose(
-        self,
-        program: Program,
-        group: AxisGroup,
-        parts: Sequence[Consumer],
-        count: int,
-        slopes: Mapping[str, Tensor],
-        ctx: Context,
-    ) -> tuple[Tensor, Tensor]:
-        """The `count` units to keep, and scores in the order in which units would go."""
-        if self.score == "obs":
-            removed, costs = obs_order(program, group, parts, group.size - count, self.damping)
-            gone = torch.zeros(group.size, dtype=torch.bool)
-            gone[removed] = True
-            return (~gone).nonzero().flatten(), torch.tensor(costs, dtype=torch.float64)
-        scores = self._scores(program, group, parts, slopes, ctx)
-        return best(scores, count), scores.sort().values
-
-    def _scores(
-        self,
-        program: Program,
-        group: AxisGroup,
-        parts: Sequence[Consumer],
-        slopes: Mapping[str, Tensor],
-        ctx: Context,
-    ) -> Tensor:
-        if group.id in slopes:
-            return _finite(slopes[group.id], group, self.score)
-        if self.score in DATA_SCORES:
-            return _finite(DATA_SCORES[self.score](program, group, parts), group, self.score)
-        return _finite(score_named(self.score)(program, group, ctx), group, self.score)
-
     def _counts(
         self,
         program: Program,
         groups: AxisGroups,
         order: Sequence[AxisGroup],
-        slopes: Mapping[str, Tensor],
+        score: Score,
         ctx: Context,
     ) -> dict[str, int]:
         """How many units of each group stay. Only "global" has to look at all groups first."""
@@ -242,22 +200,21 @@ class StructuralPass(Pass):
         stream = Stream(program, ctx.batches())
         scores: dict[str, Tensor] = {}
         for group in order:
-            parts = gather(stream, program, groups, group, ctx)
-            if self.score == "obs":
-                scores[group.id] = marginal_costs(program, group, parts, self.damping)
-            else:
-                scores[group.id] = self._scores(program, group, parts, slopes, ctx)
+            moments = score.needs is Needs.MOMENTS
+            parts = gather(stream, program, groups, group, ctx) if moments else ()
+            scores[group.id] = finite(score, Evidence(program, group, ctx, parts, self.damping))
         keep = allocation_named(self.allocation)(scores, wanted)
         return {name: len(units) for name, units in keep.items()}
 
     def _keep(self, program: Program, selection: Selection, ctx: Context) -> dict[str, Tensor]:
-        score = score_named(self.score)
+        groups = ctx.get(axis_groups, program)
+        score = score_named(self.score).begin(program, groups, selection.groups, ctx)
         scores: dict[str, Tensor] = {}
         for i, group in enumerate(selection.groups):
             ctx.progress(i, len(selection.groups), "groups")
-            scores[group.id] = _finite(score(program, group, ctx), group, self.score)
+            scores[group.id] = finite(score, Evidence(program, group, ctx))
         ctx.progress(len(selection.groups), len(selection.groups), "groups")
-        wanted = self._wanted(ctx.get(axis_groups, program), selection.groups, ctx)
+        wanted = self._wanted(groups, selection.groups, ctx)
         return allocation_named(self.allocation)(scores, wanted)
 
     def _wanted(self, now: AxisGroups, groups: Sequence[AxisGroup], ctx: Context) -> Wanted:
@@ -320,16 +277,6 @@ def _curve(scores: Tensor, points: int = 64) -> list[float]:
         return []
     at = torch.linspace(0, len(scores) - 1, min(points, len(scores))).round().long()
     return (scores[at] / scores.max().clamp_min(1e-300)).tolist()
-
-
-def _finite(scores: Tensor, group: AxisGroup, name: str) -> Tensor:
-    bad = (~scores.isfinite()).nonzero().flatten().tolist()
-    if bad:
-        raise UnsupportedError(
-            f"score {name!r} of {group.id!r} is not finite for units {bad[:5]}: its tensors hold "
-            "NaN or infinity; repair the weights first"
-        )
-    return scores
 
 
 def _report(

@@ -9,7 +9,7 @@ makes no difference to the time, so one export is enough.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,17 +19,10 @@ from graphprune.axes import AxisGroup, AxisGroups, axis_groups
 from graphprune.calibration.stream import Stream, flat_batch
 from graphprune.errors import GraphPruneError, RecipeError, UnsupportedError
 from graphprune.ir.program import Program
-from graphprune.passes.structural.allocation import best, kept_count, removed_count
+from graphprune.passes.structural.allocation import kept_count, others, removed_count
 from graphprune.passes.structural.axis import PruneAxis
-from graphprune.passes.structural.scores import score_named
-from graphprune.passes.structural.statistics import (
-    DATA_SCORES,
-    compensate,
-    gather,
-    in_execution_order,
-    obs_order,
-)
-from graphprune.passes.structural.taylor import taylor_scores
+from graphprune.passes.structural.scores import Evidence, score_named
+from graphprune.passes.structural.statistics import compensate, gather, in_execution_order
 from graphprune.pipeline.base import Context
 from graphprune.report.sensitivity import Cost, Sensitivity, Time
 from graphprune.rewrite.shrink import mask, shrink
@@ -76,7 +69,7 @@ def sensitivity(
     chosen = in_execution_order(groups, steps[0].selected(program, groups).groups)
     names = list(dict.fromkeys(g.role for g in chosen)) if clock else []
     total = len(chosen) * len(steps) + len(names) * len(steps)
-    bench = _Bench(program, groups, chosen, batches, seed)
+    bench = _Bench(program, groups, chosen, batches, score, seed)
     costs: list[Cost] = []
     skipped: dict[str, str] = {}
     for i, group in enumerate(chosen):
@@ -130,13 +123,12 @@ class _Bench:
         groups: AxisGroups,
         chosen: Sequence[AxisGroup],
         batches: Sequence[Any],
+        score: str,
         seed: int,
     ) -> None:
         self.program = program
         self.groups = groups
-        self.chosen = chosen
         self.ctx = Context(calibration=batches, seed=seed)
-        self.first_order: Mapping[str, Tensor] = {}
         self.stream = Stream(program, batches)
         self.flat = [flat_batch(program.forward, batch, i) for i, batch in enumerate(batches)]
         self.samples = sum(int(flat[0].shape[0]) if flat[0].dim() else 1 for flat in self.flat)
@@ -148,6 +140,7 @@ class _Bench:
                 "the model's outputs on the calibration batches hold NaN or infinity; check the "
                 "batches and the weights"
             )
+        self.score = score_named(score).begin(program, groups, chosen, self.ctx)
 
     def costs(self, group: AxisGroup, steps: Sequence[PruneAxis]) -> Iterator[Cost]:
         """What each step does to the outputs when it hits this group alone."""
@@ -158,46 +151,21 @@ class _Bench:
     def _variants(
         self, group: AxisGroup, steps: Sequence[PruneAxis]
     ) -> Iterator[tuple[PruneAxis, Tensor, list[list[Tensor]]]]:
-        if not steps[0].needs_calibration:
-            # Without statistics a mask does, also where no product with a weight sums the units.
-            for step in steps:
-                keep = self._chosen(group, [], step)
+        last = steps[-1]
+        with_data = last.needs_calibration
+        parts = gather(self.stream, self.program, self.groups, group, self.ctx) if with_data else ()
+        seen = Evidence(self.program, group, self.ctx, parts, last.damping)
+        # Smaller cuts are beginnings of the largest.
+        order, _ = self.score.order(seen, group.size - _kept(group, last))
+        for step in steps:
+            keep = others(group.size, order[: group.size - _kept(group, step)])
+            if with_data:
+                changed, _ = compensate(self.program, group, parts, keep, step.method, step.damping)
+                yield step, keep, self.stream.outputs(changed)
+            else:
+                # A mask does also where no product with a weight sums the units.
                 masked = mask(self.program, {group.id: keep})
                 yield step, keep, [masked.run(flat) for flat in self.flat]
-            return
-        parts = gather(self.stream, self.program, self.groups, group, self.ctx)
-        orders = self._order(group, parts, steps[-1])
-        for step in steps:
-            keep = self._chosen(group, parts, step, orders)
-            changed, _ = compensate(self.program, group, parts, keep, step.method, step.damping)
-            yield step, keep, self.stream.outputs(changed)
-
-    def _order(self, group: AxisGroup, parts: Any, step: PruneAxis) -> list[int]:
-        """Units in the order in which OBS removes them; smaller cuts are its beginnings."""
-        if step.score != "obs":
-            return []
-        count = group.size - _kept(group, step)
-        return obs_order(self.program, group, parts, count, step.damping)[0]
-
-    def _chosen(
-        self, group: AxisGroup, parts: Any, step: PruneAxis, order: Sequence[int] = ()
-    ) -> Tensor:
-        count = _kept(group, step)
-        if step.score == "obs":
-            stays = torch.ones(group.size, dtype=torch.bool)
-            stays[list(order[: group.size - count])] = False
-            return stays.nonzero().flatten()
-        if step.score == "taylor":
-            return best(self._taylor()[group.id], count)
-        if step.score in DATA_SCORES:
-            return best(DATA_SCORES[step.score](self.program, group, parts), count)
-        return best(score_named(step.score)(self.program, group, self.ctx), count)
-
-    def _taylor(self) -> Mapping[str, Tensor]:
-        """First-order scores of all groups: one run over the batches gives them together."""
-        if not self.first_order:
-            self.first_order = taylor_scores(self.program, self.groups, self.chosen, self.ctx)
-        return self.first_order
 
     def _error(self, outputs: Sequence[Sequence[Tensor]]) -> float:
         """|y' - y| / |y| over all rows of all float outputs."""

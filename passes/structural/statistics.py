@@ -1,14 +1,14 @@
 """Removal that looks at data: groups in execution order, each on what the cut ones before it make.
 
 For every group: stream the calibration batches to the sites that consume it, take their Gram
-matrices, choose the units, and let the kept columns of those weights make up for the others
+matrices, choose the units, and fit the kept columns of those weights to the old output
 (compensation). All at the old shapes; one `ctx.shrink` afterwards removes what is zero by then.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,7 +20,7 @@ from graphprune.calibration.gram import Gram
 from graphprune.calibration.stream import Stream
 from graphprune.errors import RecipeError, UnsupportedError
 from graphprune.ir.program import Program
-from graphprune.passes.solvers.obs import Problem, damped, greedy, idle_features, loss, refit
+from graphprune.passes.solvers.obs import Problem, damped, idle_features, loss, refit
 from graphprune.pipeline.base import Context
 from graphprune.pipeline.registry import suggest
 
@@ -111,66 +111,6 @@ def gather(
         own = site if len(biases[site.name]) == 1 else replace(site, bias=None)
         parts[site.name] = Consumer(own, units, grams[site.name])
     return list(parts.values())
-
-
-def fluctuation(program: Program, group: AxisGroup, parts: Sequence[Consumer]) -> Tensor:
-    """FLAP (arXiv 2312.11983): Σ over a unit's columns of variance · |column|²; float64 [size]."""
-    return _summed(
-        group, parts, lambda c, w: c.gram.variance * c.gram.count * w.square().sum(0), program
-    )
-
-
-def activation(program: Program, group: AxisGroup, parts: Sequence[Consumer]) -> Tensor:
-    """L2 norm of a unit's activations over all calibration rows; float64 [size]."""
-    return _summed(group, parts, lambda c, w: c.gram.norm.square(), program).sqrt()
-
-
-def _summed(
-    group: AxisGroup,
-    parts: Sequence[Consumer],
-    of: Callable[[Consumer, Tensor], Tensor],
-    program: Program,
-) -> Tensor:
-    total = torch.zeros(group.size, dtype=torch.float64)
-    for part in parts:
-        values = of(part, part.site.matrix(program).to("cpu", torch.float64))
-        mine = part.units >= 0
-        total.index_add_(0, part.units[mine], values[mine])
-    return total
-
-
-DataScore = Callable[[Program, AxisGroup, Sequence[Consumer]], Tensor]
-# name -> function of the consumers' statistics. "obs" is chosen jointly, see `obs_order`.
-DATA_SCORES: Mapping[str, DataScore] = {"fluctuation": fluctuation, "activation": activation}
-
-
-def obs_order(
-    program: Program, group: AxisGroup, parts: Sequence[Consumer], count: int, damping: float
-) -> tuple[list[int], list[float]]:
-    """The units that structured OBS removes, in order, and what each costs."""
-    return greedy([p.problem(program, group.size, damping) for p in parts], count)
-
-
-def marginal_costs(
-    program: Program, group: AxisGroup, parts: Sequence[Consumer], damping: float
-) -> Tensor:
-    """What each unit costs when OBS comes to it, as a part of the consumers' output; [size].
-
-    A part of its own layer's output says nothing of how much that layer matters to the model's.
-
-    Costs only rise along the order of removal: a unit that gets cheaper once another is gone would
-    otherwise be counted before it. The last unit, which always stays, costs as much as the one
-    before it.
-    """
-    order, costs = obs_order(program, group, parts, group.size - 1, damping)
-    rising = torch.tensor(costs, dtype=torch.float64).cummax(0).values
-    energy = sum(
-        loss(p.used, torch.zeros_like(p.weight), p.gram)
-        for p in (part.problem(program, group.size, damping) for part in parts)
-    )
-    result = torch.full((group.size,), float(rising[-1]), dtype=torch.float64)
-    result[torch.tensor(order)] = rising
-    return result / max(energy, 1e-300)
 
 
 def compensate(

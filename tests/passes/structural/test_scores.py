@@ -4,12 +4,22 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
-from graphprune.axes import axis_groups
+from graphprune.axes import AxisGroup, axis_groups
 from graphprune.errors import RecipeError, UnsupportedError
 from graphprune.ir.program import Program
 from graphprune.passes import PruneNeurons
-from graphprune.passes.structural.scores import magnitude, random, score_named
+from graphprune.passes.structural.allocation import best, others
+from graphprune.passes.structural.scores import (
+    SCORES,
+    Evidence,
+    Needs,
+    WeightScore,
+    magnitude,
+    random,
+    score_named,
+)
 from graphprune.pipeline.base import Context
 
 Captured = Callable[[str], Program]
@@ -81,3 +91,33 @@ def test_broken_weights_are_refused(captured: Captured) -> None:
     weight[3, 0] = torch.nan
     with pytest.raises(UnsupportedError, match=r"not finite for units \[3\]"):
         PruneNeurons(0.5).run(program.with_tensors({"layers.0.weight": weight}), Context())
+
+
+@pytest.mark.parametrize("count", [0, 3, 7])
+def test_what_goes_first_is_what_is_not_among_the_best(count: int, captured: Captured) -> None:
+    program = captured("tiny-mlp")
+    group = axis_groups(program).with_role("neuron")[0]
+    scores = torch.randint(0, 3, (group.size,)).double()  # many are equal
+    order, costs = WeightScore("any", lambda *_: scores).order(
+        Evidence(program, group, Context()), count
+    )
+    assert others(group.size, order[:count]).equal(best(scores, group.size - count))
+    assert costs.equal(scores.sort().values)
+
+
+def test_a_plain_function_is_a_score(captured: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = captured("tiny-mlp")
+
+    def first(program: Program, group: AxisGroup, ctx: Context) -> Tensor:
+        return torch.arange(group.size, 0, -1).double()
+
+    monkeypatch.setitem(SCORES, "first", first)
+    assert score_named("first").needs is Needs.WEIGHTS
+    step = PruneNeurons(0.5, score="first")
+    assert not step.needs_calibration
+    kept = step.run(program, Context()).report["kept"]
+    assert all(units == list(range(len(units))) for units in kept.values())
+
+
+def test_every_score_goes_by_its_name() -> None:
+    assert [score_named(name).name for name in SCORES] == list(SCORES)

@@ -15,15 +15,12 @@ from graphprune.errors import RecipeError, UnsupportedError
 from graphprune.ir.program import Program
 from graphprune.models.zoo.tiny import tiny
 from graphprune.passes import PruneHeads, PruneNeurons
+from graphprune.passes.structural.scores import Evidence, Fluctuation, Obs, taylor_scores
 from graphprune.passes.structural.statistics import (
     COMPENSATIONS,
     compensate,
-    fluctuation,
     gather,
-    marginal_costs,
-    obs_order,
 )
-from graphprune.passes.structural.taylor import taylor_scores
 from graphprune.pipeline.base import Context
 from graphprune.rewrite.shrink import kept_indices
 from graphprune.verify.error import relative_error
@@ -160,7 +157,7 @@ def test_dead_units_cost_nothing_and_are_no_output_either() -> None:
     groups = axis_groups(program)
     group = groups["a.weight[0]"]
     parts = gather(Stream(program, [x]), program, groups, group, Context())
-    costs = marginal_costs(program, group, parts, 0.01)
+    costs = Obs().score(Evidence(program, group, Context(), parts, 0.01))
     assert not costs[:20].any()
     assert (costs[20:] > 0).all()
     alone = program.with_tensors(
@@ -168,7 +165,8 @@ def test_dead_units_cost_nothing_and_are_no_output_either() -> None:
             1, torch.arange(20), 0
         )}
     )  # fmt: skip
-    torch.testing.assert_close(costs, marginal_costs(alone, group, parts, 0.01))
+    again = Obs().score(Evidence(alone, group, Context(), parts, 0.01))
+    torch.testing.assert_close(costs, again)
 
 
 class Difference(nn.Module):
@@ -198,10 +196,11 @@ def test_marginal_costs_rise_along_the_order_of_removal() -> None:
     groups = axis_groups(program)
     group = groups["a.weight[0]"]
     parts = gather(Stream(program, [x]), program, groups, group, Context())
-    order, costs = obs_order(program, group, parts, 2, 1e-6)
-    assert sorted(order) == [0, 1]
+    seen = Evidence(program, group, Context(), parts, 1e-6)
+    order, costs = Obs().order(seen, 2)
+    assert sorted(order.tolist()) == [0, 1]
     assert costs[1] < costs[0] / 2
-    found = marginal_costs(program, group, parts, 1e-6)
+    found = Obs().score(seen)
     assert found[order[0]] == found[order[1]] == found[2]
     output = program.run([x])[0].double().square().sum()
     assert float(found[order[0]]) == pytest.approx(float(costs[0] / output), rel=1e-3)
@@ -229,7 +228,8 @@ def test_fluctuation_is_the_squared_error_when_means_are_kept() -> None:
     for rows, read in ((hidden.flatten(0, 1), model.b), (hidden.amax(1), model.c)):
         away = (rows - rows.mean(0)).square().sum(0)
         expected += away * read.weight.detach().double().square().sum(0)
-    torch.testing.assert_close(fluctuation(program, group, parts), expected, rtol=1e-4, atol=0)
+    found = Fluctuation().score(Evidence(program, group, Context(), parts))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("method", COMPENSATIONS)
