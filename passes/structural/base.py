@@ -21,6 +21,7 @@ from graphprune.ir.program import Program
 from graphprune.ir.quantization import refuse_quantised
 from graphprune.passes.name_patterns import check_names, check_patterns
 from graphprune.passes.structural.allocation import Wanted, allocation_named, others
+from graphprune.passes.structural.records import Calibrated, Cuts, Skipped, group_cuts
 from graphprune.passes.structural.scores import Evidence, Needs, Score, finite, score_named
 from graphprune.passes.structural.selection import Selection, Selector, select
 from graphprune.passes.structural.statistics import (
@@ -30,7 +31,6 @@ from graphprune.passes.structural.statistics import (
     in_execution_order,
 )
 from graphprune.pipeline.base import Context, Invariant, Pass, PassResult
-from graphprune.pipeline.events import JSON
 
 log = logging.getLogger(__name__)
 
@@ -135,18 +135,43 @@ class StructuralPass(Pass):
         refuse_quantised(program, ctx.running)
         groups = ctx.get(axis_groups, program)
         selection = self.selected(program, groups)
+        prepared, calibrated = None, None
         if self.needs_calibration:
-            keep, prepared, notes = self._calibrated(program, selection, ctx)
+            keep, prepared, calibrated = self._calibrated(program, selection, ctx)
         else:
-            keep, prepared, notes = self._keep(program, selection, ctx), None, {}
+            keep = self._keep(program, selection, ctx)
         cut = {g.id: keep[g.id] for g in selection.groups if len(keep[g.id]) < g.size}
+        report = self._report(program, groups, selection, cut)
         if not cut:
-            return PassResult(
-                program, False, _report(program, program, groups, selection, cut, self)
-            )
+            return PassResult(program, False, report.to_json())
         smaller, verification = ctx.shrink(program, cut, prepared)
-        report = {**_report(program, smaller, groups, selection, cut, self), **notes}
-        return PassResult(smaller, True, {**report, "verification": verification})
+        report = replace(
+            report,
+            parameters_after=smaller.num_parameters(),
+            calibrated=calibrated,
+            verification=verification,
+        )
+        return PassResult(smaller, True, report.to_json())
+
+    def _report(
+        self,
+        program: Program,
+        groups: AxisGroups,
+        selection: Selection,
+        cut: Mapping[str, Tensor],
+    ) -> Cuts:
+        why = f"ratio {self.ratio} and round_to {self.round_to} keep all units"
+        return Cuts(
+            group_cuts(groups, cut),
+            {name: units.tolist() for name, units in cut.items()},
+            (
+                *(Skipped.of(group, reason) for group, reason in selection.skipped),
+                *(Skipped.of(group, why) for group in selection.groups if group.id not in cut),
+            ),
+            tuple(frozen_parameters(groups)),
+            parameters_before=program.num_parameters(),
+            parameters_after=program.num_parameters(),
+        )
 
     def selected(self, program: Program, groups: AxisGroups) -> Selection:
         """The groups to cut, and those left out with the reason; raises as `select` does."""
@@ -155,7 +180,7 @@ class StructuralPass(Pass):
 
     def _calibrated(
         self, program: Program, selection: Selection, ctx: Context
-    ) -> tuple[dict[str, Tensor], Program, dict[str, JSON]]:
+    ) -> tuple[dict[str, Tensor], Program, Calibrated]:
         """Choose and compensate group after group, each on what the cut ones before it make."""
         batches = ctx.batches()
         groups = ctx.get(axis_groups, program)
@@ -164,8 +189,8 @@ class StructuralPass(Pass):
         counts = self._counts(program, groups, order, score, ctx)
         stream = Stream(program, batches)
         keep: dict[str, Tensor] = {}
-        errors: dict[str, JSON] = {}
-        curves: dict[str, JSON] = {}
+        errors: dict[str, float] = {}
+        curves: dict[str, list[float]] = {}
         few = Remarks()
         refitted: set[str] = set()
         for group in order:
@@ -182,8 +207,7 @@ class StructuralPass(Pass):
             )
         warnings = few.warn(log)
         program = _without_zeros(program, refitted, warnings)
-        notes = {"output_error": errors, "score_curves": curves, "warnings": warnings}
-        return keep, program, notes
+        return keep, program, Calibrated(errors, curves, warnings)
 
     def _counts(
         self,
@@ -276,55 +300,5 @@ def _curve(scores: Tensor, points: int = 64) -> list[float]:
     if not len(scores):
         return []
     at = torch.linspace(0, len(scores) - 1, min(points, len(scores))).round().long()
-    return (scores[at] / scores.max().clamp_min(1e-300)).tolist()
-
-
-def _report(
-    before: Program,
-    after: Program,
-    groups: AxisGroups,
-    selection: Selection,
-    cut: Mapping[str, Tensor],
-    step: StructuralPass,
-) -> dict[str, JSON]:
-    untouched = [
-        _skipped(group, f"ratio {step.ratio} and round_to {step.round_to} keep all units")
-        for group in selection.groups
-        if group.id not in cut
-    ]
-    left = {name: len(keep) for name, keep in cut.items()}
-    return {
-        "groups": [
-            {
-                "id": group.id,
-                "role": group.role,
-                "before": group.size,
-                "after": left[group.id],
-                **_channels(groups, group, left),
-            }
-            for group in selection.groups
-            if group.id in cut
-        ],
-        "kept": {group: keep.tolist() for group, keep in cut.items()},
-        "skipped": [_skipped(group, reason) for group, reason in selection.skipped] + untouched,
-        "frozen": [frozen.to_json() for frozen in frozen_parameters(groups)],
-        "parameters_before": before.num_parameters(),
-        "parameters_after": after.num_parameters(),
-    }
-
-
-def _channels(groups: AxisGroups, group: AxisGroup, left: Mapping[str, int]) -> dict[str, JSON]:
-    """The dimensions that a cut group is a factor of, before and after; nothing if it is alone."""
-    found = [
-        {
-            "id": channels.id,
-            "before": channels.size,
-            "after": math.prod(left.get(name, groups[name].size) for name in channels.factors),
-        }
-        for channels in groups.channels(group)
-    ]
-    return {"channels": found} if found else {}
-
-
-def _skipped(group: AxisGroup, reason: str) -> dict[str, JSON]:
-    return {"id": group.id, "role": group.role, "size": group.size, "reason": reason}
+    parts: list[float] = (scores[at] / scores.max().clamp_min(1e-300)).tolist()
+    return parts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import ClassVar, final
 
 import torch
@@ -17,6 +17,7 @@ from graphprune.axes.sites import LinearSite, contractions, linear_sites, sites_
 from graphprune.ir.graph import bound_arguments, is_op, op_name, tensor_nodes
 from graphprune.ir.program import Program
 from graphprune.ir.quantization import refuse_quantised
+from graphprune.passes.structural.records import Skipped, Unread
 from graphprune.pipeline.base import Context, Invariant, Pass, PassResult
 from graphprune.pipeline.events import JSON
 from graphprune.pipeline.registry import register
@@ -70,8 +71,8 @@ class Shrink(Pass):
         report: dict[str, JSON] = {
             **removed_since(program, current),
             "folded": dict(+folded),
-            "skipped": found.skipped,
-            "unread": found.unread(),
+            "skipped": [skipped.to_json() for skipped in found.skipped],
+            "unread": [asdict(unread) for unread in found.unread()],
             "parameters_before": program.num_parameters(),
             "parameters_after": current.num_parameters(),
         }
@@ -90,7 +91,7 @@ class _Findings:
     Attributes:
         needless: group id -> units that can go, bool [size]; only groups with some.
         folds: group id -> those of them that are a constant other than zero, bool [size].
-        skipped: units that would go but for their axis, as JSON.
+        skipped: units that would go but for their axis.
     """
 
     def __init__(self, program: Program, groups: AxisGroups) -> None:
@@ -111,7 +112,7 @@ class _Findings:
         self.shifts: dict[str, dict[str, Tensor]] = {}
         self.needless: dict[str, Tensor] = {}
         self.folds: dict[str, Tensor] = {}
-        self.skipped: list[dict[str, JSON]] = []
+        self.skipped: list[Skipped] = []
         for group in groups:
             self._look_at(group)
 
@@ -128,7 +129,7 @@ class _Findings:
                 biases[bias] = (old.double() + shift.to(old.device)).to(old.dtype)
         return self.program.with_tensors(biases)
 
-    def unread(self) -> list[dict[str, JSON]]:
+    def unread(self) -> list[Unread]:
         """Input features that none of the weights behind one value reads, but others do."""
         behind: dict[tuple[str, str], list[LinearSite]] = {}
         for entry in self.program.entries:
@@ -140,7 +141,7 @@ class _Findings:
             dead = torch.stack([_is_zero(s.matrix(self.program)) for s in sites]).all(0)
             if bool(dead.any()):
                 names = [site.name for site in sites]
-                found.append({"read_by": names, "features": int(dead.sum()), "of": len(dead)})
+                found.append(Unread(names, int(dead.sum()), len(dead)))
         return found
 
     def _look_at(self, group: AxisGroup) -> None:
@@ -173,8 +174,7 @@ class _Findings:
 
     def _skip(self, group: AxisGroup, units: Tensor, why: str) -> None:
         if bool(units.any()):
-            skipped = {"id": group.id, "role": group.role, "size": group.size, "reason": why}
-            self.skipped.append({**skipped, "units": int(units.sum())})
+            self.skipped.append(Skipped.of(group, why, int(units.sum())))
 
     def _at(
         self, group: AxisGroup, entry: str, contraction: Contraction
