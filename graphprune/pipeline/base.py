@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 import torch
 from torch import Tensor
 
-from graphprune.errors import VerificationError
+from graphprune.errors import RecipeError, VerificationError
 from graphprune.ir.program import Program
 from graphprune.pipeline.events import JSON, Observer, PassProgress, emit
 
@@ -107,6 +107,19 @@ class Context:
         self.running = name
         # Seeded by position: a pass gives the same result whatever the passes before it drew.
         self._generator.manual_seed(self.seed * 1_000_003 + index)
+
+    def batches(self) -> Iterable[Any]:
+        """The calibration batches.
+
+        Raises:
+            RecipeError: none were given.
+        """
+        if self.calibration is None:
+            raise RecipeError(
+                f"pass {self.running!r} looks at activations and needs calibration batches: give "
+                "compile(..., calibration=batches), or --calibration FILE"
+            )
+        return self.calibration
 
     def get(self, analysis: Callable[[Program], T], program: Program) -> T:
         """The analysis of this program, computed once.

@@ -22,7 +22,8 @@ from graphprune.pipeline.registry import register, suggest
 from graphprune.rewrite.shrink import kept_indices, mask
 from graphprune.training.fit import fit
 from graphprune.training.objective import Distillation
-from graphprune.training.optimizer import Plan, check_number
+from graphprune.training.optimizer import Plan
+from graphprune.validate import check_number
 from graphprune.verify.equivalence import verify_rewrite
 
 ROLES = (*HEADS, "neuron", *DIMS)

@@ -18,7 +18,8 @@ from graphprune.passes.training.zeros import sparsity_of, topology, zero_small
 from graphprune.pipeline.base import Context, Invariant, Pass, PassResult
 from graphprune.pipeline.registry import register
 from graphprune.training.fit import fit
-from graphprune.training.optimizer import Plan, check_number
+from graphprune.training.optimizer import Plan
+from graphprune.validate import check_number
 
 
 @register

@@ -25,7 +25,8 @@ from graphprune.pipeline.base import Context, Invariant, Keep, Pass, PassResult
 from graphprune.pipeline.registry import register, suggest
 from graphprune.rewrite.shrink import removed_since
 from graphprune.training.fit import fit
-from graphprune.training.optimizer import Plan, check_number
+from graphprune.training.optimizer import Plan
+from graphprune.validate import check_number
 
 CONTRACTING = ("rows", "columns")
 
