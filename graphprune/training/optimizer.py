@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -41,16 +41,6 @@ class Plan:
     warmup: float = 0.1
     schedule: str = "linear"
     clip: float = 1.0
-
-    @classmethod
-    def of(cls, step: Any) -> Plan:
-        """The options that a pass has under these names; `lr_schedule` where it has two schedules.
-
-        Raises:
-            RecipeError: one of them has no meaning.
-        """
-        schedule = step.lr_schedule if hasattr(step, "lr_schedule") else step.schedule
-        return cls(step.epochs, step.lr, step.weight_decay, step.warmup, schedule, step.clip)
 
     def __post_init__(self) -> None:
         check_whole("epochs", self.epochs)

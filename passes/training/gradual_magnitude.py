@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import ClassVar, final
 
 import torch
@@ -20,20 +20,18 @@ from graphprune.passes.sparsity.sparsity_pattern import (
     removed_mask,
 )
 from graphprune.passes.sparsity.zeroing import PatternPass, with_zeroed
-from graphprune.passes.training.finetune import trained_report
-from graphprune.passes.training.schedule import check_schedule, scheduled
+from graphprune.passes.training.schedule import scheduled
+from graphprune.passes.training.training_pass import GradualPass, trained_report
 from graphprune.pipeline.base import Context, PassResult
 from graphprune.pipeline.registry import register
 from graphprune.training.fit import fit
-from graphprune.training.objective import Distillation
-from graphprune.training.optimizer import Plan
 from graphprune.validate import check_number, check_whole
 
 
 @register
 @final
 @dataclass(frozen=True, slots=True)
-class GradualMagnitude(PatternPass):
+class GradualMagnitude(PatternPass, GradualPass):
     """Train, and zero the weights of smallest absolute value on the way (arXiv 1710.01878).
 
     1. The sparsity follows a schedule from `initial` to `final`, which it reaches exactly; the
@@ -46,47 +44,23 @@ class GradualMagnitude(PatternPass):
 
     Attributes:
         final: part of the weights that is zero in the end, in [0, 1); not with an n:m pattern.
-        schedule: how it gets there: "cubic" (fast first) or "linear".
         initial: part that is zero from the first step on, at most `final`.
-        begin: part of all steps after which the sparsity rises.
-        end: part of all steps after which it is there; equal to `begin`, all at once.
         every: steps from one choice of weights to the next.
         allocation: "uniform" (the sparsity in every matrix) or "global" (one ranking of all).
-        distill: learn from the dense model's outputs and hidden states too, as Distill does.
-        temperature: of the distillation.
-        alpha: weight of the labels beside the dense model's outputs, 0 to 1.
-        hidden_weight: weight of the hidden states; 0 leaves them out.
-        epochs: passes over the data.
-        lr: the highest learning rate of AdamW.
-        weight_decay: AdamW's, on tensors of two and more dimensions.
-        warmup: part of all steps in which the rate rises from zero.
-        lr_schedule: what it does then: "linear" or "cosine" to zero, or "constant".
-        clip: the largest norm of all gradients together; 0 for none.
     """
 
     name: ClassVar[str] = "gradual-magnitude"
     allocations: ClassVar[tuple[str, ...]] = ("uniform", "global")
 
     final: float | None = None
-    schedule: str = "cubic"
     initial: float = 0.0
-    begin: float = 0.0
-    end: float = 0.7
     every: int = 10
     pattern: str = "single"
-    distill: bool = False
-    temperature: float = 2.0
-    alpha: float = 0.5
-    hidden_weight: float = 1.0
+    _: KW_ONLY
     epochs: int = 3
-    lr: float = 5e-5
-    weight_decay: float = 0.01
-    warmup: float = 0.1
-    lr_schedule: str = "linear"
-    clip: float = 1.0
 
     def __post_init__(self) -> None:
-        Plan.of(self)
+        GradualPass.__post_init__(self)
         PatternPass.__post_init__(self)
         pattern = parse_pattern(self.pattern)
         if pattern.sparsity is not None and self.final not in (None, pattern.sparsity):
@@ -101,17 +75,9 @@ class GradualMagnitude(PatternPass):
                 )
             check_number("final", self.final, "the part of the weights that is zero in the end, at "
                          "least 0 and below 1", low=0, high=1, open_high=True)  # fmt: skip
-        check_schedule(self.schedule, self.begin, self.end)
         check_number("initial", self.initial, "a part of the weights, 0 to final",
                      low=0, high=self._last())  # fmt: skip
         check_whole("every", self.every)
-        if not isinstance(self.distill, bool):
-            raise RecipeError(f"distill is true or false, got {self.distill!r}")
-        Distillation(self.temperature, self.alpha, self.hidden_weight)
-
-    @property
-    def needs_training(self) -> bool:
-        return True
 
     def run(self, program: Program, ctx: Context) -> PassResult:
         sites, skipped = self.sites(program, ctx)
@@ -125,13 +91,12 @@ class GradualMagnitude(PatternPass):
                 "take is a parameter of the model; magnitude zeroes them without training"
             )
         masking = _Growing(self, program, sites, self._last())
-        teacher = Distillation(self.temperature, self.alpha, self.hidden_weight)
         fitted = fit(
             program,
             ctx.training,
             ctx,
-            Plan.of(self),
-            distillation=teacher if self.distill else None,
+            self.plan(),
+            distillation=self.distillation(),
             masking=masking,
             after_epoch=masking.after_epoch,
             settings={

@@ -18,7 +18,7 @@ from graphprune.errors import RecipeError, TrainingError, UnsupportedError
 from graphprune.ir.program import Program, ProgramModule
 from graphprune.models.zoo.tiny import tiny
 from graphprune.passes import Distill, Finetune, PruneAxis, PruneHeads, PruneNeurons, Quantize
-from graphprune.passes.training.finetune import trained_report
+from graphprune.passes.training.training_pass import trained_report
 from graphprune.pipeline.base import Context
 from graphprune.pipeline.pipeline import Pipeline
 from graphprune.pipeline.recipe import dump, loads
