@@ -14,7 +14,7 @@ from graphprune.passes.training.training_pass import (
 )
 from graphprune.pipeline.base import Context, PassResult
 from graphprune.pipeline.registry import register
-from graphprune.training.fit import fit
+from graphprune.training.loop import fit
 from graphprune.training.objective import Distillation
 
 

@@ -9,7 +9,7 @@ from graphprune.ir.program import Program
 from graphprune.passes.training.training_pass import PlainTrainingPass, trained_report
 from graphprune.pipeline.base import Context, PassResult
 from graphprune.pipeline.registry import register
-from graphprune.training.fit import fit
+from graphprune.training.loop import fit
 
 
 @register

@@ -24,7 +24,7 @@ from graphprune.passes.training.schedule import scheduled
 from graphprune.passes.training.training_pass import GradualPass, trained_report
 from graphprune.pipeline.base import Context, PassResult
 from graphprune.pipeline.registry import register
-from graphprune.training.fit import fit
+from graphprune.training.loop import Hooks, fit
 from graphprune.validate import check_number, check_whole
 
 
@@ -96,9 +96,8 @@ class GradualMagnitude(PatternPass, GradualPass):
             ctx.training,
             ctx,
             self.plan(),
+            Hooks(masking=masking, after_epoch=masking.after_epoch),
             distillation=self.distillation(),
-            masking=masking,
-            after_epoch=masking.after_epoch,
             settings={
                 "final": self._last(),
                 "pruning": [self.schedule, self.initial, self.begin, self.end, self.every],

@@ -20,7 +20,7 @@ from graphprune.passes.training.units import DIMS, HEADS, Ledger, Units, find_un
 from graphprune.pipeline.base import Context, Invariant, Keep, PassResult
 from graphprune.pipeline.registry import register, suggest
 from graphprune.rewrite.shrink import kept_indices, mask
-from graphprune.training.fit import fit
+from graphprune.training.loop import Hooks, fit
 from graphprune.validate import check_number
 from graphprune.verify.equivalence import verify_rewrite
 
@@ -112,10 +112,8 @@ class GradualStructure(GradualPass):
             ctx.training,
             ctx,
             self.plan(),
+            Hooks(masking=state, after_epoch=state.after_epoch, arrange=ledger.arranged),
             distillation=self.distillation(),
-            masking=state,
-            after_epoch=state.after_epoch,
-            arrange=ledger.arranged,
             settings={
                 "density": self.density,
                 "ranking": [self.score, self.smoothing, self.regularise],

@@ -14,7 +14,7 @@ from graphprune.passes.training.training_pass import trained_report
 from graphprune.passes.training.zeros import PenaltyPass, sparsity_of, topology
 from graphprune.pipeline.base import Context, PassResult
 from graphprune.pipeline.registry import register
-from graphprune.training.fit import fit
+from graphprune.training.loop import Hooks, fit
 from graphprune.validate import check_number
 
 
@@ -48,8 +48,7 @@ class L1(PenaltyPass):
             ctx.training,
             ctx,
             self.plan(),
-            penalty=penalty,
-            after_training=self.zeroed,
+            Hooks(penalty=penalty, after_training=self.zeroed),
             settings={
                 "alpha": self.alpha,
                 "zeroing": [self.zero_below, self.sparsity],

@@ -24,7 +24,7 @@ from graphprune.passes.training.zeros import PenaltyPass, sparsity_of, topology
 from graphprune.pipeline.base import Context, Invariant, Keep, PassResult
 from graphprune.pipeline.registry import register, suggest
 from graphprune.rewrite.shrink import removed_since
-from graphprune.training.fit import fit
+from graphprune.training.loop import Hooks, fit
 from graphprune.validate import check_number
 
 CONTRACTING = ("rows", "columns")
@@ -90,10 +90,12 @@ class NeuroPrune(PenaltyPass):
             ctx.training,
             ctx,
             self.plan(),
-            penalty=state.penalty,
-            after_epoch=state.merged,
-            after_training=self.zeroed,
-            bind=state.bind,
+            Hooks(
+                penalty=state.penalty,
+                after_epoch=state.merged,
+                after_training=self.zeroed,
+                bind=state.bind,
+            ),
             settings={
                 "alpha": self.alpha,
                 "beta": self.beta,

@@ -10,7 +10,7 @@ from graphprune.errors import RecipeError
 from graphprune.ir.program import JSON
 from graphprune.passes.training.schedule import check_schedule
 from graphprune.pipeline.base import Invariant, Pass
-from graphprune.training.fit import Fitted
+from graphprune.training.loop import Fitted
 from graphprune.training.objective import Distillation
 from graphprune.training.optimizer import Plan
 from graphprune.verify.equivalence import combined

@@ -22,7 +22,7 @@ from graphprune.passes.training.training_pass import trained_report
 from graphprune.pipeline.base import Context
 from graphprune.pipeline.pipeline import Pipeline
 from graphprune.pipeline.recipe import dump, loads
-from graphprune.training.fit import Fitted
+from graphprune.training.loop import Fitted
 from graphprune.training.losses import logits_of
 from graphprune.training.objective import Distillation, Objective, residual_values
 from graphprune.training.spec import Training
