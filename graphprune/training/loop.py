@@ -128,7 +128,7 @@ def fit(
     Args:
         program: what to train; bfloat16 and float16 train in float32 and come back.
         training: data, loss, evaluation, checkpoints.
-        ctx: of the running pass; its reference is the teacher.
+        ctx: of the running pass; its reference is the teacher, its number names the checkpoints.
         plan: how long, and with which steps.
         hooks: what the pass does meanwhile.
         distillation: learn from `ctx.reference` too.
@@ -147,11 +147,8 @@ def fit(
     refuse_sparse_gradients(program)
     if distillation is not None and ctx.reference is None:
         raise RecipeError(f"pass {ctx.running!r} needs a teacher, and the context has no reference")
-    name = f"{ctx.fits}-{ctx.running or 'fit'}"
-    ctx.fits += 1
     with _own_randomness():
-        run = _Run(program, training, ctx, plan, hooks, distillation, settings or {}, name)
-        return run.train()
+        return _Run(program, training, ctx, plan, hooks, distillation, settings or {}).train()
 
 
 @contextlib.contextmanager
@@ -179,16 +176,16 @@ class _Run:
         hooks: Hooks,
         distillation: Distillation | None,
         settings: Mapping[str, JSON],
-        name: str,
     ) -> None:
         self.source, self.training, self.ctx, self.plan = program, training, ctx, plan
         self.hooks, self.more_settings = hooks, settings
         self.start = time.perf_counter()
-        self.folder = training.folder(name)
+        self.folder = training.folder(f"{ctx.training_number}-{ctx.running or 'fit'}")
         self.workers = Workers(training.device)
         # By position in the pipeline, for which the generator was seeded. A pass that trains in
         # rounds is at one position: the number of the training tells these apart.
-        self.seed = int(torch.randint(2**62, (), generator=ctx.generator)) + ctx.fits - 1
+        self.seed = int(torch.randint(2**62, (), generator=ctx.generator))
+        self.seed += ctx.training_number
         self.identity = Identity.of(program)
         if self.folder is not None:
             check_folder(self.folder, resume=training.resume)

@@ -36,6 +36,7 @@ class TrainingPass(Pass):
 
     preserves: ClassVar[Invariant] = Invariant.INTERFACE | Invariant.SHAPES
     needs_float: ClassVar[bool] = True
+    trains: ClassVar[bool] = True
 
     epochs: int = 2
     lr: float = 5e-5
