@@ -39,6 +39,7 @@ from graphprune.training.losses import (
 )
 from graphprune.training.objective import Distillation, Objective, inputs_of
 from graphprune.training.optimizer import Optimiser, Plan, cut_state, zero_masks
+from graphprune.training.records import Epoch, TrainingReport
 from graphprune.training.spec import Training, check_metric, judged
 from graphprune.training.state import Held, Place, as_given, in_order_of, owned
 
@@ -104,10 +105,15 @@ class Hooks:
 @final
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """What training gives: the program with other weights, and JSON about the way there."""
+    """What training gives: the program with other weights, and how it went."""
 
     program: Program
-    report: Mapping[str, JSON]
+    record: TrainingReport
+
+    @property
+    def report(self) -> dict[str, JSON]:
+        """The record as JSON."""
+        return self.record.to_json()
 
 
 def fit(
@@ -257,17 +263,16 @@ class _Run:
             )
         self.workers.spread(t for t in self.module.buffers() if t.is_floating_point())
         self._change_structure(place.epoch)
-        record: dict[str, JSON] = {"epoch": place.epoch + 1, **self._means()}
-        if self.training.eval is not None:
-            record["metric"] = self._metric()
-        record["seconds"] = time.perf_counter() - start
-        place.log.append(record)
+        metric = None if self.training.eval is None else self._metric()
+        seconds = time.perf_counter() - start
+        epoch = Epoch(place.epoch + 1, self._means(), metric, seconds)
+        place.log.append(epoch)
         place.epoch, place.round, place.sums = place.epoch + 1, 0, {}
-        self._keep_best(record.get("metric"))
+        self._keep_best(metric)
         self.good = self._snapshot()
         place.done |= place.epoch == self.plan.epochs
         self._save()
-        self._progress(record["loss"])
+        self._progress(epoch.loss)
 
     def _step(self, number: int, batch: Any) -> None:
         """One step of all processes together."""
@@ -380,9 +385,9 @@ class _Run:
 
     def _progress(self, loss: float) -> None:
         total = self.feed.rounds_an_epoch * self.plan.epochs
-        values = {"loss": float(loss)}
-        if self.place.log and "metric" in self.place.log[-1]:
-            values["metric"] = float(self.place.log[-1]["metric"])
+        values = {"loss": loss}
+        if self.place.log and self.place.log[-1].metric is not None:
+            values["metric"] = self.place.log[-1].metric
         self.ctx.progress(self.place.step, total, "steps", **values)
 
     # --- structure -------------------------------------------------------------------------------
@@ -434,7 +439,7 @@ class _Run:
 
         return self.workers.told(measured)
 
-    def _keep_best(self, metric: JSON) -> None:
+    def _keep_best(self, metric: float | None) -> None:
         """Remember the best epoch, and stop when none has been better for long enough."""
         place, patience = self.place, self.training.patience
         if patience is None or metric is None:
@@ -494,7 +499,7 @@ class _Run:
         checkpoint = read(self.folder, self.identity, self._settings)
         if checkpoint is None:
             return
-        self.place = Place(**checkpoint.place)
+        self.place = Place.from_json(checkpoint.place)
         device = self.workers.device
         held = Held.of(checkpoint, device)
         self.best = held.best
@@ -512,8 +517,7 @@ class _Run:
         program = self.good
         if self.best:
             program = program.with_tensors(self.best)
-        metrics = [r["metric"] for r in place.log if "metric" in r]
-        after = place.best if self.best else (metrics[-1] if metrics else None)
+        after = place.best if self.best else (place.log[-1].metric if place.log else None)
         last = program if self.hooks.after_training is None else self.hooks.after_training(program)
         if last is not program:
             program = last
@@ -521,23 +525,22 @@ class _Run:
             if self.training.eval is not None:
                 after = self._metric()
         result = self._as_given(program)
-        report: dict[str, JSON] = {
-            "epochs": place.log,
-            "steps": place.step,
-            "processes": self.workers.count,
-            "metric": None if self.training.eval is None else self._metric_name(),
-            "metric_before": place.metric_before,
-            "metric_after": after,
-            "masked_weights": sum(int((~m).sum()) for m in self.optimiser.masks.values()),
-            "seconds": place.seconds + time.perf_counter() - self.start,
-            "notes": notes(self.source),
-            "cuts": place.checks,
-            **self.objective.report(),
-        }
-        if self.best:
-            report["best_epoch"] = place.best_epoch
-            report["stopped_early"] = len(place.log) < self.plan.epochs
-        return Fitted(result, report)
+        record = TrainingReport(
+            epochs=tuple(place.log),
+            steps=place.step,
+            processes=self.workers.count,
+            metric=None if self.training.eval is None else self._metric_name(),
+            metric_before=place.metric_before,
+            metric_after=after,
+            masked_weights=sum(int((~m).sum()) for m in self.optimiser.masks.values()),
+            seconds=place.seconds + time.perf_counter() - self.start,
+            notes=notes(self.source),
+            cuts=place.checks,
+            objective=self.objective.report(),
+            best_epoch=place.best_epoch if self.best else None,
+            stopped_early=bool(self.best) and len(place.log) < self.plan.epochs,
+        )
+        return Fitted(result, record)
 
     def _metric_name(self) -> str:
         return "eval" if callable(self.training.eval) else metric_name(self.training.loss)

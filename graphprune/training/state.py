@@ -12,6 +12,7 @@ from torch import Tensor
 from graphprune.ir.program import JSON, Program
 from graphprune.rewrite.shrink import shrink
 from graphprune.training.checkpoint import Checkpoint
+from graphprune.training.records import Epoch
 
 
 @final
@@ -23,7 +24,7 @@ class Place:
     epoch: int = 0
     round: int = 0
     sums: dict[str, list[float]] = field(default_factory=dict)
-    log: list[dict[str, JSON]] = field(default_factory=list)
+    log: list[Epoch] = field(default_factory=list)
     cuts: list[dict[str, list[int]]] = field(default_factory=list)
     checks: list[dict[str, JSON]] = field(default_factory=list)
     metric_before: float | None = None
@@ -33,7 +34,12 @@ class Place:
     done: bool = False
 
     def to_json(self) -> dict[str, JSON]:
-        return {name: getattr(self, name) for name in self.__slots__}
+        found = {name: getattr(self, name) for name in self.__slots__}
+        return {**found, "log": [epoch.to_json() for epoch in self.log]}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, JSON]) -> Place:
+        return cls(**{**data, "log": [Epoch.from_json(record) for record in data["log"]]})
 
 
 @final

@@ -14,7 +14,7 @@ import itertools
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, final
 
 import torch
@@ -29,7 +29,7 @@ from graphprune.ir.graph import bound_arguments, is_op
 from graphprune.ir.program import Program
 from graphprune.ir.quantization import refuse_quantised
 from graphprune.passes.solvers.obs import damped
-from graphprune.passes.sparsity.records import skipped_json
+from graphprune.passes.sparsity.records import MatrixFit, skipped_json
 from graphprune.passes.sparsity.site_pass import SitePass
 from graphprune.passes.training.penalties import site_dims
 from graphprune.pipeline.base import Context, PassResult
@@ -143,7 +143,7 @@ class _Work:
     dense: Program
     masks: Mapping[str, Tensor]
     damping: float
-    reports: list[dict[str, JSON]] = field(default_factory=list)
+    matrices: list[MatrixFit] = field(default_factory=list)
     remarks: Remarks = field(default_factory=Remarks)
     rows: int = 0
 
@@ -158,9 +158,9 @@ class _Work:
         collecting = time.perf_counter() - start
         for site in dict((p.site.name, p.site) for p in pairs).values():
             start = time.perf_counter()
-            told = self._solve(site, gram, sums[site.name], with_bias=not several)
-            told["seconds"] = time.perf_counter() - start + collecting / len(sums)
-            self.reports.append({"name": site.name, **told})
+            record = self._solve(site, gram, sums[site.name], with_bias=not several)
+            seconds = time.perf_counter() - start + collecting / len(sums)
+            self.matrices.append(replace(record, seconds=seconds))
 
     def _collected(
         self, pairs: Sequence[_Pair], several: bool, dense: Stream, pruned: Stream
@@ -197,9 +197,7 @@ class _Work:
                 gram.add(mine)
         return gram, sums
 
-    def _solve(
-        self, site: LinearSite, gram: Gram, sums: _Sums, *, with_bias: bool
-    ) -> dict[str, JSON]:
+    def _solve(self, site: LinearSite, gram: Gram, sums: _Sums, *, with_bias: bool) -> MatrixFit:
         """Fit one weight, and take it if that is better; what to report of it."""
         if not bool(sums.slope.isfinite().all() & gram.matrix.isfinite().all()):
             raise UnsupportedError(
@@ -230,25 +228,25 @@ class _Work:
         if better:
             self.program = site.with_matrix(self.program, new, moved)
         energy = max(sums.energy, 1e-300)
-        return {
-            "shape": list(weight.shape),
-            "error_before": sums.before / energy,
-            "error": max(after if better else sums.before, 0.0) / energy,
-            "fitted": better,
-            "steps": steps,
-        }
+        return MatrixFit(
+            site.name,
+            tuple(weight.shape),
+            sums.before / energy,
+            max(after if better else sums.before, 0.0) / energy,
+            better,
+            steps,
+        )
 
     def report(self, skipped: Mapping[str, str]) -> dict[str, JSON]:
-        fitted = [r for r in self.reports if r["fitted"]]
-        words = f"refitted {len(fitted)} of {len(self.reports)} matrices"
+        fitted = [matrix for matrix in self.matrices if matrix.fitted]
+        words = f"refitted {len(fitted)} of {len(self.matrices)} matrices"
         if fitted:
-            before, after = (
-                sum(r[key] for r in fitted) / len(fitted) for key in ("error_before", "error")
-            )
+            before = sum(matrix.error_before for matrix in fitted) / len(fitted)
+            after = sum(matrix.error for matrix in fitted) / len(fitted)
             words += f", their output errors {before:.2g} to {after:.2g} on average"
         return {
             "summary": words,
-            "sites": self.reports,
+            "sites": [matrix.to_json() for matrix in self.matrices],
             "skipped": skipped_json(skipped),
             "warnings": self.remarks.warn(log),
             "calibration_rows": self.rows,

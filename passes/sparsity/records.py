@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import final
 
 from graphprune.ir.program import JSON
@@ -52,6 +52,32 @@ class MatrixSparsity:
             errors = list(self.block_errors)
             found |= {"block_errors": errors, "round": errors.index(min(errors))}
         return {**found, "seconds": self.seconds}
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class MatrixFit:
+    """How one matrix was fitted to the dense model's.
+
+    Attributes:
+        name: of the site.
+        shape: outputs and inputs.
+        error_before, error: relative squared error of its output on the calibration rows.
+        fitted: whether it was taken; else the weight is as it was.
+        steps: of conjugate gradients; 0 by Cholesky.
+        seconds: its own, and its share of those that went into running the models.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    error_before: float
+    error: float
+    fitted: bool
+    steps: int
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, JSON]:
+        return {**asdict(self), "shape": list(self.shape)}
 
 
 @final

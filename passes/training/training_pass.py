@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -146,25 +147,15 @@ class GradualPass(DistillingPass):
 
 def trained_report(fitted: Fitted) -> dict[str, JSON]:
     """What training reports, with a sentence for the table and what was checked."""
-    told = dict(fitted.report)
-    losses = [record["loss"] for record in told["epochs"]]
-    words = f"trained {told['steps']:,} steps, loss {losses[0]:.3g}"
-    if len(losses) > 1:
-        words += f" to {losses[-1]:.3g}"
-    labels = [record["labels"] for record in told["epochs"] if "labels" in record]
-    if len(labels) > 1:
-        words += f" (labels {labels[0]:.3g} to {labels[-1]:.3g})"
-    if told.get("stopped_early"):
-        words += f", stopped early after epoch {len(losses)}"
-    if told["metric_after"] is not None:
-        words += f", {told['metric']} {told['metric_before']:.4g} to {told['metric_after']:.4g}"
-    checked = f"nothing to compare: weights were trained; {told['masked_weights']:,} stayed zero"
-    return {"summary": words, **told, "verification": {"checked": checked, **_proof(told)}}
+    record = fitted.record
+    checked = f"nothing to compare: weights were trained; {record.masked_weights:,} stayed zero"
+    verification = {"checked": checked, **_verification(record.cuts)}
+    return {"summary": record.summary, **record.to_json(), "verification": verification}
 
 
-def _proof(told: dict[str, JSON]) -> dict[str, JSON]:
+def _verification(cuts: Sequence[Mapping[str, JSON]]) -> Mapping[str, JSON]:
     """The largest difference that removing units on the way made; or why none was looked for."""
-    cuts = [cut for cut in told["cuts"] if "max_error" in cut]
-    if cuts:
-        return {**combined(cuts), "cuts": len(cuts)}
-    return next((cut for cut in told["cuts"] if "skipped" in cut), {})
+    compared = [cut for cut in cuts if "max_error" in cut]
+    if compared:
+        return {**combined(compared), "cuts": len(compared)}
+    return next((cut for cut in cuts if "skipped" in cut), {})
