@@ -240,6 +240,11 @@ class _Run:
             self.hooks.bind(program)
         self.optimiser = Optimiser(self.module, program, self.plan, masks, state)
 
+    @property
+    def total(self) -> int:
+        """Steps from the first epoch to the last."""
+        return self.feed.rounds_an_epoch * self.plan.epochs
+
     # --- the loop --------------------------------------------------------------------------------
 
     def train(self) -> Fitted:
@@ -283,8 +288,7 @@ class _Run:
         loss = self._gradients(number, batch)
         if not math.isfinite(loss):
             raise self._astray(f"the loss is {loss}")
-        total = self.feed.rounds_an_epoch * self.plan.epochs
-        norm = self.optimiser.step(self.plan.rate(place.step, total))
+        norm = self.optimiser.step(self.plan.rate(place.step, self.total))
         if not math.isfinite(norm):
             raise self._astray("the loss is finite and its gradient is not")
         place.step += 1
@@ -346,9 +350,8 @@ class _Run:
             self.workers.share_gradients(parameters)
         chosen = None
         if self.hooks.masking is not None:
-            total = self.feed.rounds_an_epoch * self.plan.epochs
             with torch.no_grad():
-                chosen = self.hooks.masking.choose(parameters, self.place.step, total)
+                chosen = self.hooks.masking.choose(parameters, self.place.step, self.total)
         held = {name: p.grad for name, p in parameters.items() if p.grad is not None}
         self.optimiser.forget_gradients()
         if rest.requires_grad:
@@ -384,11 +387,10 @@ class _Run:
         )
 
     def _progress(self, loss: float) -> None:
-        total = self.feed.rounds_an_epoch * self.plan.epochs
         values = {"loss": loss}
         if self.place.log and self.place.log[-1].metric is not None:
             values["metric"] = self.place.log[-1].metric
-        self.ctx.progress(self.place.step, total, "steps", **values)
+        self.ctx.progress(self.place.step, self.total, "steps", **values)
 
     # --- structure -------------------------------------------------------------------------------
 
@@ -444,8 +446,9 @@ class _Run:
         place, patience = self.place, self.training.patience
         if patience is None or metric is None:
             return
-        total = self.feed.rounds_an_epoch * self.plan.epochs
-        if self.hooks.masking is not None and not self.hooks.masking.settled(place.step, total):
+        if self.hooks.masking is not None and not self.hooks.masking.settled(
+            place.step, self.total
+        ):
             return
         if place.best is None or metric > place.best:
             place.best, place.best_epoch = metric, place.epoch

@@ -30,29 +30,50 @@ log = logging.getLogger(__name__)
 @final
 @dataclass(slots=True)
 class Visit:
-    """The sites of one region of the model, with what their inputs were, about to be pruned.
+    """The work of a pass: the sites of one region after another, with what their inputs were.
 
     Attributes:
-        program: the weights as they are; the pruned ones go here.
-        sites: in execution order.
+        program: the weights as they are by now.
         shares: site name -> what is asked of it.
+        sites: of the region, in execution order.
         grams: site name -> second moments of its inputs; empty without calibration.
         rows: site name -> all rows of its inputs, for the sites a pass asked to keep.
-        matrices: what was done to each.
+        matrices: what was done to each by now.
         warnings: sentences for the report.
         remarks: what there is to say of several sites alike.
+        most_rows: calibration rows that a matrix saw at most, padding left out.
+        collecting: seconds that went into running the model.
     """
 
     program: Program
-    sites: Sequence[LinearSite]
     shares: Mapping[str, Share]
+    sites: Sequence[LinearSite]
     grams: Mapping[str, Gram] = field(default_factory=dict)
     rows: dict[str, list[Tensor]] = field(default_factory=dict)
     matrices: list[MatrixSparsity] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     remarks: Remarks = field(default_factory=Remarks)
+    most_rows: int = 0
+    collecting: float = 0.0
     _inputs: dict[int, Inputs] = field(default_factory=dict)
     _own: set[str] = field(default_factory=set)
+
+    def enter(
+        self,
+        sites: Sequence[LinearSite],
+        grams: Mapping[str, Gram],
+        rows: dict[str, list[Tensor]],
+    ) -> None:
+        """Go on to the next region; say where rows are fewer than features, once for each Gram."""
+        self.sites, self.grams, self.rows = sites, grams, rows
+        self._inputs, self._own = {}, set()
+        seen: set[int] = set()
+        for site in sites:
+            gram = grams[site.name]
+            if id(gram) not in seen:
+                self.remarks.add(site.name, gram.shortage())
+                seen.add(id(gram))
+        self.most_rows = max(self.most_rows, *(gram.count for gram in grams.values()))
 
     def matrix(self, site: LinearSite) -> Tensor:
         """A site's weight, float64 [out, in].
@@ -89,15 +110,6 @@ class Visit:
                     site.name, f"its inputs do not span its {len(made.gram)} features; {how}"
                 )
         return self._inputs[id(gram)]
-
-    def remark_shortages(self) -> None:
-        """Say where rows are fewer than features, once for all sites that read the same."""
-        seen: set[int] = set()
-        for site in self.sites:
-            gram = self.grams[site.name]
-            if id(gram) not in seen:
-                self.remarks.add(site.name, gram.shortage())
-                seen.add(id(gram))
 
     def warn(self, sentence: str) -> None:
         """Say something once, in the log and in the report."""

@@ -7,13 +7,12 @@ import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, final
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from graphprune.axes.sites import ZEROED, LinearSite
-from graphprune.calibration.gram import Remarks
 from graphprune.calibration.stream import Stream
 from graphprune.errors import RecipeError, UnsupportedError
 from graphprune.ir.program import Program
@@ -192,51 +191,46 @@ class ZeroingPass(PatternPass):
         sites, skipped = self.sites(program, ctx)
         shares = self._shares(program, sites, ctx)
         planned = time.perf_counter()
-        done = _Done(program, warnings=_extremes(shares, self.allocation))
+        visit = Visit(program, shares, sites, warnings=_extremes(shares, self.allocation))
         if self.reads_activations:
-            self._stream(done, sites, shares, ctx)
+            self._stream(visit, ctx)
         else:
-            done.take(self, Visit(program, sites, shares))
-        done.warnings += done.remarks.warn(log)
-        for sentence in self.remarks(done.matrices):
-            log.warning("%s", sentence)
-            done.warnings.append(sentence)
+            self.prune(visit)
+        visit.warnings += visit.remarks.warn(log)
+        for sentence in self.remarks(visit.matrices):
+            visit.warn(sentence)
         seconds = {}
         if self.reads_activations:
             whole = time.perf_counter() - began
-            seconds = {"allocation": planned - began, "calibration": done.collecting}
+            seconds = {"allocation": planned - began, "calibration": visit.collecting}
             seconds["solving"] = whole - sum(seconds.values())
         report = ZeroingReport(
-            done.matrices,
+            visit.matrices,
             skipped,
-            done.warnings,
-            done.rows,
+            visit.warnings,
+            visit.most_rows,
             program.num_parameters(),
-            done.program.num_parameters(),
+            visit.program.num_parameters(),
             seconds,
         ).to_json()
         tensors = {site.tensor for site in sites}
-        if all(torch.equal(done.program.tensors[t], program.tensors[t]) for t in tensors):
+        if all(torch.equal(visit.program.tensors[t], program.tensors[t]) for t in tensors):
             return PassResult(program, False, report)
-        return PassResult(with_zeroed(done.program, sites), True, report)
+        return PassResult(with_zeroed(visit.program, sites), True, report)
 
-    def _stream(
-        self, done: _Done, sites: Sequence[LinearSite], shares: Mapping[str, Share], ctx: Context
-    ) -> None:
+    def _stream(self, visit: Visit, ctx: Context) -> None:
         """Region after region: collect what the pruned ones before it make, prune, go on."""
-        stream = Stream(done.program, ctx.batches())
-        shared = shared_grams(done.program, shares, ctx)
-        regions = whole_regions(stream, done.program, set(sites), ctx)
+        stream = Stream(visit.program, ctx.batches())
+        shared = shared_grams(visit.program, visit.shares, ctx)
+        regions = whole_regions(stream, visit.program, set(visit.sites), ctx)
         for i, region in enumerate(regions):
             ctx.progress(i, len(regions), "regions")
             start = time.perf_counter()
-            wanted = self.keep_rows(region)
-            grams, rows = collected(stream, done.program, region, wanted, shared)
-            done.collecting += time.perf_counter() - start
-            done.rows = max(done.rows, *(gram.count for gram in grams.values()))
-            visit = Visit(done.program, region, shares, grams, rows, remarks=done.remarks)
-            visit.remark_shortages()
-            done.take(self, visit)
+            kept = self.keep_rows(region)
+            grams, rows = collected(stream, visit.program, region, kept, shared)
+            visit.collecting += time.perf_counter() - start
+            visit.enter(region, grams, rows)
+            self.prune(visit)
         ctx.progress(len(regions), len(regions), "regions")
 
     def _shares(
@@ -255,35 +249,6 @@ class ZeroingPass(PatternPass):
         return owl_shares(
             program, sites, asked, norms, threshold=self.owl_threshold, spread=self.owl_spread
         )
-
-
-@final
-@dataclass(slots=True)
-class _Done:
-    """How far a pass is.
-
-    Attributes:
-        program: with the weights as they are by now.
-        matrices: what was done to each.
-        warnings: sentences for the report.
-        remarks: what there is to say of several sites alike.
-        rows: calibration rows that a matrix saw at most, padding left out.
-        collecting: seconds that went into running the model.
-    """
-
-    program: Program
-    matrices: list[MatrixSparsity] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    remarks: Remarks = field(default_factory=Remarks)
-    rows: int = 0
-    collecting: float = 0.0
-
-    def take(self, step: ZeroingPass, visit: Visit) -> None:
-        """Prune a region; only the program and the records are kept."""
-        step.prune(visit)
-        self.program = visit.program
-        self.matrices += visit.matrices
-        self.warnings += visit.warnings
 
 
 def _extremes(shares: Mapping[str, Share], allocation: str) -> list[str]:
