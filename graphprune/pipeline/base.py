@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import enum
 import importlib
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -63,6 +64,9 @@ class Context:
         reference: the dense program that the pipeline began with: teacher and baseline.
         verify: whether rewrites are proven on the way.
         seed: everything random comes from it.
+        running: name of the pass that runs now.
+        training_number: which of the passes that train it is, from 0; it names the pass's folder of
+            checkpoints, and tells the seeds of a pass that runs in rounds apart.
     """
 
     def __init__(
@@ -82,7 +86,8 @@ class Context:
         self.seed = seed
         self.observers = tuple(observers)
         self.running = ""
-        self.fits = 0  # how many trainings there were: each has a checkpoint folder of its own
+        self.training_number = 0
+        self._numbers = itertools.count()
         self._facts: dict[tuple[Any, int], tuple[Program, Any]] = {}
         self._generator = torch.Generator().manual_seed(seed)
 
@@ -115,11 +120,29 @@ class Context:
             )
         return self.calibration
 
-    def begin(self, name: str, index: int) -> None:
-        """Tell the context which pass runs now (the pipeline calls this)."""
+    def begin(self, name: str, index: int, *, trains: bool = False) -> None:
+        """Tell the context which pass runs now (the pipeline calls this).
+
+        Passes that train are numbered over the whole run, whatever runs them.
+        """
         self.running = name
+        if trains:
+            self.training_number = next(self._numbers)
         # Seeded by position: a pass gives the same result whatever the passes before it drew.
         self._generator.manual_seed(self.seed * 1_000_003 + index)
+
+    def batches(self) -> Iterable[Any]:
+        """The calibration batches.
+
+        Raises:
+            RecipeError: none were given.
+        """
+        if self.calibration is None:
+            raise RecipeError(
+                f"pass {self.running!r} looks at activations and needs calibration batches: give "
+                "compile(..., calibration=batches), or --calibration FILE"
+            )
+        return self.calibration
 
     def get(self, analysis: Callable[[Program], T], program: Program) -> T:
         """The analysis of this program, computed once.
@@ -220,6 +243,7 @@ class Pass(abc.ABC):
         needs_float: whether it changes values or shapes of tensors, under their names, and so
             refuses a program that is marked for quantization
             (`ir.quantization.refuse_quantised`); asked before any work.
+        trains: whether it calls `training.loop.fit`, which it may do once a run.
         without_data: options with which it needs no calibration; empty where it always does.
     """
 
@@ -227,6 +251,7 @@ class Pass(abc.ABC):
     preserves: ClassVar[Invariant] = Invariant.ALL
     idempotent: ClassVar[bool] = False
     needs_float: ClassVar[bool] = False
+    trains: ClassVar[bool] = False
     without_data: ClassVar[str] = ""
 
     # Subclasses are slotted dataclasses; a base without slots would give them a dict again.

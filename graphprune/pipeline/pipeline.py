@@ -155,7 +155,7 @@ def run_pass(
 
     With `record`, a pass that modified something adds one line to the program's history.
     """
-    ctx.begin(step.name, index)
+    ctx.begin(step.name, index, trains=step.trains)
     before = fingerprint(program) if ctx.verify else None
     start = time.perf_counter()
     result = _guarded_run(step, program, ctx, passes, index)

@@ -71,8 +71,8 @@ def lookup(name: str) -> type[Pass]:
 
 
 def options(cls: type[Pass]) -> tuple[dataclasses.Field[object], ...]:
-    """The options of a pass: its dataclass fields, in order."""
-    return dataclasses.fields(cls)  # type: ignore[arg-type]
+    """The options of a pass: its dataclass fields, those first that it takes by position too."""
+    return tuple(sorted(dataclasses.fields(cls), key=lambda f: f.kw_only))  # type: ignore[arg-type]
 
 
 def meanings(cls: type[Pass]) -> dict[str, str]:

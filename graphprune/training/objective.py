@@ -15,11 +15,11 @@ from torch.nn import functional as F
 from graphprune.axes import axis_groups
 from graphprune.axes.algebra import find, leaves
 from graphprune.calibration.stream import flat_batch, rows_without_padding
-from graphprune.errors import RecipeError, TrainingError
+from graphprune.errors import TrainingError
 from graphprune.ir.graph import is_op, output_node, value_of
 from graphprune.ir.program import JSON, Program, ProgramModule
 from graphprune.training.losses import Loss, Summed, logits_of, loss_of
-from graphprune.training.optimizer import check_number
+from graphprune.validate import check_number
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +46,6 @@ class Distillation:
         check_number("temperature", self.temperature, "a number above 0", low=0, open_low=True)
         check_number("alpha", self.alpha, "a weight, 0 to 1", low=0, high=1)
         check_number("hidden_weight", self.hidden, "0 or more", low=0)
-        if isinstance(self.hidden, bool):
-            raise RecipeError("hidden_weight must be 0 or more")
 
 
 @final

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from graphprune.errors import RecipeError, TrainingError
 from graphprune.ir.program import FROZEN, Program, ProgramModule
 from graphprune.pipeline.registry import suggest
 from graphprune.rewrite.shrink import take
+from graphprune.validate import check_number, check_whole
 
 SCHEDULES = ("linear", "cosine", "constant")
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -41,19 +42,8 @@ class Plan:
     schedule: str = "linear"
     clip: float = 1.0
 
-    @classmethod
-    def of(cls, step: Any) -> Plan:
-        """The options that a pass has under these names; `lr_schedule` where it has two schedules.
-
-        Raises:
-            RecipeError: one of them has no meaning.
-        """
-        schedule = step.lr_schedule if hasattr(step, "lr_schedule") else step.schedule
-        return cls(step.epochs, step.lr, step.weight_decay, step.warmup, schedule, step.clip)
-
     def __post_init__(self) -> None:
-        if isinstance(self.epochs, bool) or not isinstance(self.epochs, int) or self.epochs < 1:
-            raise RecipeError(f"epochs must be a whole number of at least 1, got {self.epochs!r}")
+        check_whole("epochs", self.epochs)
         check_number("lr", self.lr, "a number above 0", low=0, open_low=True)
         check_number("weight_decay", self.weight_decay, "0 or more", low=0)
         check_number("warmup", self.warmup, "a part of all steps, 0 to 1", low=0, high=1)
@@ -74,25 +64,6 @@ class Plan:
         if self.schedule == "cosine":
             return self.lr * (1 + math.cos(math.pi * done)) / 2
         return self.lr * (1 - done)
-
-
-def check_number(
-    name: str,
-    value: object,
-    rule: str,
-    *,
-    low: float = -math.inf,
-    high: float = math.inf,
-    open_low: bool = False,
-) -> None:
-    """Raise RecipeError unless a value is a finite number in a range."""
-    good = isinstance(value, int | float) and not isinstance(value, bool)
-    if good:
-        number = float(value)  # type: ignore[arg-type]
-        above = number > low if open_low else number >= low
-        good = math.isfinite(number) and above and number <= high
-    if not good:
-        raise RecipeError(f"{name} must be {rule}, got {value!r}")
 
 
 def zero_masks(program: Program) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from graphprune.errors import TrainingError
 from graphprune.ir.program import Program
 from graphprune.pipeline.registry import suggest
 from graphprune.training.losses import LOSSES, Loss, named_function
+from graphprune.validate import check_whole
 
 Batch = Mapping[str, Any]
 Evaluation = Callable[[Program], float] | Iterable[Batch]
@@ -74,14 +75,11 @@ class Training:
             _check_device(self.device)
 
     def _check_numbers(self) -> None:
-        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 0:
-            raise TrainingError(f"every must be a whole number of steps, got {self.every!r}")
+        rule = "a whole number of steps"
+        check_whole("every", self.every, rule, low=0, error=TrainingError)
         if self.patience is not None:
-            whole = isinstance(self.patience, int) and not isinstance(self.patience, bool)
-            if not whole or self.patience < 1:
-                raise TrainingError(
-                    f"patience must be a whole number of epochs, at least 1, got {self.patience!r}"
-                )
+            rule = "a whole number of epochs, at least 1"
+            check_whole("patience", self.patience, rule, error=TrainingError)
             if self.eval is None:
                 raise TrainingError("patience stops by eval, and there is none: give eval=")
         if self.checkpoints is None and (self.resume or self.every):

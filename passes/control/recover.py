@@ -16,8 +16,8 @@ from graphprune.pipeline.registry import options, register
 from graphprune.training.distributed import Workers
 from graphprune.training.losses import Score
 from graphprune.training.objective import inputs_of
-from graphprune.training.optimizer import check_number
 from graphprune.training.spec import Training, check_metric, judged
+from graphprune.validate import check_number, check_whole
 
 
 @register
@@ -51,8 +51,7 @@ class PruneRecover(Pass):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "passes", inner_passes(self.name, self.passes))
-        if isinstance(self.rounds, bool) or not isinstance(self.rounds, int) or self.rounds < 1:
-            raise RecipeError(f"rounds must be a whole number of at least 1, got {self.rounds!r}")
+        check_whole("rounds", self.rounds)
         if self.tolerance is not None:
             check_number("tolerance", self.tolerance, "0 or more, or null", low=0)
         if all(_share(step, 0.5) == step for step in self.passes):

@@ -3,21 +3,125 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import final
 
 import torch
 from torch import Tensor
 
+from graphprune.axes.sites import LinearSite
+from graphprune.calibration.stream import Stream
 from graphprune.errors import RecipeError
-from graphprune.passes.sparsity.sparsity_pattern import removed_count
+from graphprune.ir.program import Program
+from graphprune.passes.sparsity.sparsity_pattern import Pattern, removed_count, removed_mask
+from graphprune.pipeline.base import Context
 from graphprune.pipeline.registry import suggest
 
 ALLOCATIONS = ("uniform", "owl", "global")
 
 
-def check_allocation(name: str) -> None:
+@final
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one site is asked for: the fraction to remove, and what goes together."""
+
+    sparsity: float
+    pattern: Pattern
+
+    def zeroed(self, weight: Tensor, scores: Tensor, *, per_row: bool = False) -> Tensor:
+        """A weight [out, in] without the units of lowest scores [out, in]; see `removed_mask`."""
+        return weight.masked_fill(removed_mask(scores, self.sparsity, self.pattern, per_row), 0)
+
+
+def check_allocation(name: object, known: Sequence[str] = ALLOCATIONS) -> None:
     """Raise RecipeError for an unknown allocation."""
-    if name not in ALLOCATIONS:
-        raise RecipeError(f"there is no allocation {name!r}; {suggest(name, ALLOCATIONS)}")
+    if name not in known:
+        raise RecipeError(f"there is no allocation {name!r}; {suggest(str(name), known)}")
+
+
+def global_shares(
+    program: Program,
+    sites: Sequence[LinearSite],
+    asked: Share,
+    norms: Mapping[str, Tensor] | None,
+) -> dict[str, Share]:
+    """Share out a sparsity by one ranking of all sites' units, by |w| or by |w| · ‖x‖.
+
+    Args:
+        norms: site name -> L2 norm of each input feature, [in]; None to rank by |w|.
+    """
+    scores = {}
+    for site in sites:
+        score = site.matrix(program).abs().float()
+        if norms is not None:
+            if not bool(norms[site.name].any()):
+                continue  # no row reaches it: nothing to rank it by
+            # Layers compare only relative to themselves: their inputs have scales of their own.
+            score = score * norms[site.name].float()
+            score = score / score.mean().clamp_min(1e-30)
+        scores[site.name] = asked.pattern.units(score)
+    shares = {site.name: asked for site in sites}
+    found = global_sparsities(scores, asked.sparsity)
+    return shares | {name: Share(part, asked.pattern) for name, part in found.items()}
+
+
+def owl_shares(
+    program: Program,
+    sites: Sequence[LinearSite],
+    asked: Share,
+    norms: Mapping[str, Tensor],
+    *,
+    threshold: float,
+    spread: float,
+) -> dict[str, Share]:
+    """Share out a sparsity so that blocks with many outliers lose less (OWL).
+
+    Args:
+        norms: site name -> L2 norm of each input feature, [in].
+        threshold: how many times the mean score makes an outlier.
+        spread: half of the range of the blocks' densities; with n:m, weights of each m.
+    """
+    members: dict[str, list[LinearSite]] = {}
+    blocks = blocks_of([site.tensor for site in sites])
+    for site in sites:
+        members.setdefault(blocks[site.tensor], []).append(site)
+    ratios, sizes = {}, {}
+    for block, inside in members.items():
+        scores = [s.matrix(program).abs().float() * norms[s.name].float() for s in inside]
+        ratios[block] = outlier_ratio(scores, threshold)
+        sizes[block] = sum(s.numel() for s in scores)
+    pattern, mean = asked.pattern, asked.sparsity
+    offsets = owl_offsets(ratios, sizes, spread / 2 if pattern.of else spread)
+    parts = within_bounds({b: mean - offset for b, offset in offsets.items()}, sizes, mean)
+    shares: dict[str, Share] = {}
+    for block, offset in offsets.items():
+        share = Share(parts[block], pattern)
+        if pattern.of:
+            keep = min(max(pattern.keep + round(offset), 1), pattern.of)
+            kept = Pattern(f"{keep}:{pattern.of}", 1, 1, keep, pattern.of)
+            share = Share(1 - keep / pattern.of, kept)
+        shares |= {site.name: share for site in members[block]}
+    return shares
+
+
+def input_norms(program: Program, sites: Sequence[LinearSite], ctx: Context) -> dict[str, Tensor]:
+    """Measure the L2 norm of every input feature of every site of the dense model, float64 [in].
+
+    Raises:
+        RecipeError: there is no calibration.
+    """
+    squares = {s.name: torch.zeros(s.matrix(program).shape[1], dtype=torch.float64) for s in sites}
+
+    def observe(site: LinearSite, rows: Tensor) -> None:
+        squares[site.name] += rows.float().square().sum(0)
+
+    Stream(program, ctx.batches()).collect(
+        program,
+        sites,
+        observe,
+        lambda done, total: ctx.progress(done, total, "batches for the allocation"),
+    )
+    return {name: total.sqrt() for name, total in squares.items()}
 
 
 def blocks_of(tensors: Sequence[str]) -> dict[str, str]:

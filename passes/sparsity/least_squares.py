@@ -14,7 +14,7 @@ import itertools
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, final
 
 import torch
@@ -28,15 +28,16 @@ from graphprune.errors import RecipeError, UnsupportedError
 from graphprune.ir.graph import bound_arguments, is_op
 from graphprune.ir.program import Program
 from graphprune.ir.quantization import refuse_quantised
-from graphprune.passes.name_patterns import check_names
 from graphprune.passes.solvers.obs import damped
-from graphprune.passes.sparsity.zeroing import Skipped, Zeroing
+from graphprune.passes.sparsity.records import MatrixFit, skipped_json
+from graphprune.passes.sparsity.site_pass import SitePass
 from graphprune.passes.training.penalties import site_dims
-from graphprune.pipeline.base import Context, Invariant, Pass, PassResult
+from graphprune.pipeline.base import Context, PassResult
 from graphprune.pipeline.events import JSON
 from graphprune.pipeline.registry import register
 from graphprune.rewrite.shrink import removals, shrink
 from graphprune.training.optimizer import zero_masks
+from graphprune.validate import check_number
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ _AT_MOST = 100  # or after so many steps, each of which lowers the error
 @register
 @final
 @dataclass(frozen=True, slots=True)
-class LeastSquares(Pass):
+class LeastSquares(SitePass):
     """Refit what pruning left of each linear layer to the outputs of the dense model's.
 
     Needs calibration batches, no labels. The dense and the pruned model run side by side, layer
@@ -63,41 +64,28 @@ class LeastSquares(Pass):
     Attributes:
         damping: how strongly weights hold on to what they are: λ, as a part of the mean squared
             input.
-        targets: name patterns; only these weights. Globs for a name or a module, or "re:" and a
-            regular expression.
-        ignore: name patterns to leave alone; output heads are left alone unless targets names them.
     """
 
     name: ClassVar[str] = "least-squares"
-    preserves: ClassVar[Invariant] = Invariant.INTERFACE | Invariant.SHAPES
-    needs_float: ClassVar[bool] = True
 
     damping: float = 0.01
-    targets: tuple[str, ...] = ()
-    ignore: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        self._zeroing()
+        SitePass.__post_init__(self)
+        check_number("damping", self.damping, "0 or more", low=0)
 
     @property
     def needs_calibration(self) -> bool:
         return True
 
-    def check(self, program: Program) -> None:
-        check_names(self, program)
-
     def run(self, program: Program, ctx: Context) -> PassResult:
         refuse_quantised(program, ctx.running)
-        if ctx.calibration is None:
-            raise RecipeError(
-                f"pass {ctx.running!r} looks at activations and needs calibration batches: give "
-                "compile(..., calibration=batches), or --calibration FILE"
-            )
+        batches = ctx.batches()
         if ctx.reference is None:
             raise RecipeError(
                 f"pass {ctx.running!r} fits to the dense model, and the context has no reference"
             )
-        sites, skipped = self._zeroing().sites(program, ctx)
+        sites, skipped = self.sites(program, ctx)
         pairs = _pairs(program, ctx.reference, sites, skipped, ctx)
         work = _Work(program, ctx.reference, zero_masks(program), self.damping)
         places: dict[str, list[_Pair]] = {}
@@ -111,17 +99,13 @@ class LeastSquares(Pass):
         )
         total, done = sum(map(len, rounds)), 0
         for steps in filter(None, rounds):
-            streams = [Stream(p, ctx.calibration) for p in (work.dense, work.program)]
+            streams = [Stream(p, batches) for p in (work.dense, work.program)]
             for step in steps:
                 ctx.progress(done, total, "layers")
                 work.fit(step, streams[0], streams[1])
                 done += 1
         ctx.progress(total, total, "layers")
         return PassResult(work.program, work.program is not program, work.report(skipped))
-
-    def _zeroing(self) -> Zeroing:
-        """The options that choose sites; nothing is zeroed."""
-        return Zeroing(0.0, targets=self.targets, ignore=self.ignore, damping=self.damping)
 
 
 @final
@@ -159,7 +143,7 @@ class _Work:
     dense: Program
     masks: Mapping[str, Tensor]
     damping: float
-    reports: list[dict[str, JSON]] = field(default_factory=list)
+    matrices: list[MatrixFit] = field(default_factory=list)
     remarks: Remarks = field(default_factory=Remarks)
     rows: int = 0
 
@@ -174,9 +158,9 @@ class _Work:
         collecting = time.perf_counter() - start
         for site in dict((p.site.name, p.site) for p in pairs).values():
             start = time.perf_counter()
-            told = self._solve(site, gram, sums[site.name], with_bias=not several)
-            told["seconds"] = time.perf_counter() - start + collecting / len(sums)
-            self.reports.append({"name": site.name, **told})
+            record = self._solve(site, gram, sums[site.name], with_bias=not several)
+            seconds = time.perf_counter() - start + collecting / len(sums)
+            self.matrices.append(replace(record, seconds=seconds))
 
     def _collected(
         self, pairs: Sequence[_Pair], several: bool, dense: Stream, pruned: Stream
@@ -213,9 +197,7 @@ class _Work:
                 gram.add(mine)
         return gram, sums
 
-    def _solve(
-        self, site: LinearSite, gram: Gram, sums: _Sums, *, with_bias: bool
-    ) -> dict[str, JSON]:
+    def _solve(self, site: LinearSite, gram: Gram, sums: _Sums, *, with_bias: bool) -> MatrixFit:
         """Fit one weight, and take it if that is better; what to report of it."""
         if not bool(sums.slope.isfinite().all() & gram.matrix.isfinite().all()):
             raise UnsupportedError(
@@ -246,26 +228,26 @@ class _Work:
         if better:
             self.program = site.with_matrix(self.program, new, moved)
         energy = max(sums.energy, 1e-300)
-        return {
-            "shape": list(weight.shape),
-            "error_before": sums.before / energy,
-            "error": max(after if better else sums.before, 0.0) / energy,
-            "fitted": better,
-            "steps": steps,
-        }
+        return MatrixFit(
+            site.name,
+            tuple(weight.shape),
+            sums.before / energy,
+            max(after if better else sums.before, 0.0) / energy,
+            better,
+            steps,
+        )
 
-    def report(self, skipped: Skipped) -> dict[str, JSON]:
-        fitted = [r for r in self.reports if r["fitted"]]
-        words = f"refitted {len(fitted)} of {len(self.reports)} matrices"
+    def report(self, skipped: Mapping[str, str]) -> dict[str, JSON]:
+        fitted = [matrix for matrix in self.matrices if matrix.fitted]
+        words = f"refitted {len(fitted)} of {len(self.matrices)} matrices"
         if fitted:
-            before, after = (
-                sum(r[key] for r in fitted) / len(fitted) for key in ("error_before", "error")
-            )
+            before = sum(matrix.error_before for matrix in fitted) / len(fitted)
+            after = sum(matrix.error for matrix in fitted) / len(fitted)
             words += f", their output errors {before:.2g} to {after:.2g} on average"
         return {
             "summary": words,
-            "sites": self.reports,
-            "skipped": [{"name": name, "reason": why} for name, why in skipped],
+            "sites": [matrix.to_json() for matrix in self.matrices],
+            "skipped": skipped_json(skipped),
             "warnings": self.remarks.warn(log),
             "calibration_rows": self.rows,
         }
@@ -326,7 +308,7 @@ def _pairs(
     program: Program,
     dense: Program,
     sites: Sequence[LinearSite],
-    skipped: Skipped,
+    skipped: dict[str, str],
     ctx: Context,
 ) -> list[_Pair]:
     """Every place of these sites with its twin in the dense model; others go to `skipped`."""
@@ -368,7 +350,7 @@ def _pairs(
             continue
         reached = max(reached, number[twin.node])
         pairs.append(_Pair(site, twin, rows.get(site.name)))
-    skipped += reasons.items()
+    skipped |= reasons
     return pairs
 
 

@@ -2,83 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, final
 
 from torch import Tensor
 
-from graphprune.calibration.gram import Gram
-from graphprune.errors import RecipeError
-from graphprune.ir.program import Program
-from graphprune.passes.name_patterns import check_names
-from graphprune.passes.solvers.sparsegpt import Inputs
-from graphprune.passes.sparsity.magnitude import SCOPES
-from graphprune.passes.sparsity.sparsity_pattern import removed_mask
-from graphprune.passes.sparsity.zeroing import Share, SiteBySite, Zeroing
-from graphprune.pipeline.base import Context, Invariant, Pass, PassResult
-from graphprune.pipeline.registry import register, suggest
+from graphprune.axes.sites import LinearSite
+from graphprune.passes.sparsity.magnitude import check_scope
+from graphprune.passes.sparsity.visit import Visit
+from graphprune.passes.sparsity.zeroing import ZeroingPass
+from graphprune.pipeline.registry import register
 
 
 @register
 @final
 @dataclass(frozen=True, slots=True)
-class Wanda(Pass):
+class Wanda(ZeroingPass):
     """Zero the weights of smallest |w| · ‖x‖, x being their input; the others stay as they are.
 
     Wanda (arXiv 2306.11695). Layers are visited in execution order, each on what the pruned ones
     before it make. Zeros alone make nothing faster in ONNX Runtime.
 
     Attributes:
-        sparsity: part of the weights to zero, in [0, 1); not with an n:m pattern.
-        pattern: what goes together: "single" weights, "n:m" (keeps n of every m consecutive inputs
-            of a row), "OUTxIN" blocks such as "32x4", whole "rows" or "columns".
         scope: "row" (so many of every row, as the paper does; rows of a pattern's units) or
             "layer" (the lowest of the matrix).
-        allocation: "uniform" (the sparsity in every matrix), "owl" (more where outliers are few) or
-            "global" (one ranking of all matrices' scores, each relative to its mean).
-        targets: name patterns; only these weights. Globs for a name or a module, or "re:" and a
-            regular expression.
-        ignore: name patterns to leave alone; output heads are left alone unless targets names them.
-        indivisible: what to do with a matrix that the pattern does not fit: "refuse" or "skip".
-        owl_threshold: OWL: how many times the mean score makes an outlier.
-        owl_spread: OWL: the largest deviation of a block's density from the lowest is twice this;
-            with n:m, this many weights of each m.
     """
 
     name: ClassVar[str] = "wanda"
-    preserves: ClassVar[Invariant] = Invariant.INTERFACE | Invariant.SHAPES
-    needs_float: ClassVar[bool] = True
 
-    sparsity: float | None = None
-    pattern: str = "single"
     scope: str = "row"
-    allocation: str = "uniform"
-    targets: tuple[str, ...] = ()
-    ignore: tuple[str, ...] = ()
-    indivisible: str = "refuse"
-    owl_threshold: float = 5.0
-    owl_spread: float = 0.08
 
     def __post_init__(self) -> None:
-        if self.scope not in SCOPES:
-            raise RecipeError(f"there is no scope {self.scope!r}; {suggest(self.scope, SCOPES)}")
-        Zeroing.of(self)
+        check_scope(self.scope)
+        ZeroingPass.__post_init__(self)
 
-    @property
-    def needs_calibration(self) -> bool:
-        return True
-
-    def check(self, program: Program) -> None:
-        check_names(self, program)
-
-    def run(self, program: Program, ctx: Context) -> PassResult:
-        def solve(
-            weight: Tensor, gram: Gram | None, inputs: Callable[[], Inputs], share: Share
-        ) -> Tensor:
-            assert gram is not None
-            score = weight.abs() * gram.norm
-            gone = removed_mask(score, share.sparsity, share.pattern, self.scope == "row")
-            return weight.masked_fill(gone, 0)
-
-        return Zeroing.of(self).run(program, ctx, SiteBySite(solve), data=True)
+    def prune_matrix(self, visit: Visit, site: LinearSite) -> Tensor:
+        weight = visit.matrix(site)
+        scores = weight.abs() * visit.grams[site.name].norm
+        return visit.shares[site.name].zeroed(weight, scores, per_row=self.scope == "row")

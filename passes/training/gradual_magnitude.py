@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import ClassVar, final
 
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 from graphprune.axes.sites import LinearSite
 from graphprune.errors import RecipeError, UnsupportedError
 from graphprune.ir.program import Program
-from graphprune.passes.name_patterns import check_names
 from graphprune.passes.sparsity.allocation import global_sparsities
 from graphprune.passes.sparsity.sparsity_pattern import (
     lowest,
@@ -21,22 +19,19 @@ from graphprune.passes.sparsity.sparsity_pattern import (
     removed_count,
     removed_mask,
 )
-from graphprune.passes.sparsity.zeroing import Zeroing, noted
-from graphprune.passes.training.finetune import trained_report
-from graphprune.passes.training.schedule import check_schedule, scheduled
-from graphprune.pipeline.base import Context, Invariant, Pass, PassResult
-from graphprune.pipeline.registry import register, suggest
-from graphprune.training.fit import fit
-from graphprune.training.objective import Distillation
-from graphprune.training.optimizer import Plan, check_number
-
-ALLOCATIONS = ("uniform", "global")
+from graphprune.passes.sparsity.zeroing import PatternPass, with_zeroed
+from graphprune.passes.training.schedule import scheduled
+from graphprune.passes.training.training_pass import GradualPass, trained_report
+from graphprune.pipeline.base import Context, PassResult
+from graphprune.pipeline.registry import register
+from graphprune.training.loop import Hooks, fit
+from graphprune.validate import check_number, check_whole
 
 
 @register
 @final
 @dataclass(frozen=True, slots=True)
-class GradualMagnitude(Pass):
+class GradualMagnitude(PatternPass, GradualPass):
     """Train, and zero the weights of smallest absolute value on the way (arXiv 1710.01878).
 
     1. The sparsity follows a schedule from `initial` to `final`, which it reaches exactly; the
@@ -49,63 +44,24 @@ class GradualMagnitude(Pass):
 
     Attributes:
         final: part of the weights that is zero in the end, in [0, 1); not with an n:m pattern.
-        schedule: how it gets there: "cubic" (fast first) or "linear".
         initial: part that is zero from the first step on, at most `final`.
-        begin: part of all steps after which the sparsity rises.
-        end: part of all steps after which it is there; equal to `begin`, all at once.
         every: steps from one choice of weights to the next.
-        pattern: what goes together: "single" weights, "n:m" (keeps n of every m consecutive inputs
-            of a row), "OUTxIN" blocks such as "32x4", whole "rows" or "columns".
         allocation: "uniform" (the sparsity in every matrix) or "global" (one ranking of all).
-        targets: name patterns; only these weights. Globs for a name or a module, or "re:" and a
-            regular expression.
-        ignore: name patterns to leave alone; output heads are left alone unless targets names them.
-        indivisible: what to do with a matrix that the pattern does not fit: "refuse" or "skip".
-        distill: learn from the dense model's outputs and hidden states too, as Distill does.
-        temperature: of the distillation.
-        alpha: weight of the labels beside the dense model's outputs, 0 to 1.
-        hidden_weight: weight of the hidden states; 0 leaves them out.
-        epochs: passes over the data.
-        lr: the highest learning rate of AdamW.
-        weight_decay: AdamW's, on tensors of two and more dimensions.
-        warmup: part of all steps in which the rate rises from zero.
-        lr_schedule: what it does then: "linear" or "cosine" to zero, or "constant".
-        clip: the largest norm of all gradients together; 0 for none.
     """
 
     name: ClassVar[str] = "gradual-magnitude"
-    preserves: ClassVar[Invariant] = Invariant.INTERFACE | Invariant.SHAPES
-    needs_float: ClassVar[bool] = True
+    allocations: ClassVar[tuple[str, ...]] = ("uniform", "global")
 
     final: float | None = None
-    schedule: str = "cubic"
     initial: float = 0.0
-    begin: float = 0.0
-    end: float = 0.7
     every: int = 10
     pattern: str = "single"
-    allocation: str = "uniform"
-    targets: tuple[str, ...] = ()
-    ignore: tuple[str, ...] = ()
-    indivisible: str = "refuse"
-    distill: bool = False
-    temperature: float = 2.0
-    alpha: float = 0.5
-    hidden_weight: float = 1.0
+    _: KW_ONLY
     epochs: int = 3
-    lr: float = 5e-5
-    weight_decay: float = 0.01
-    warmup: float = 0.1
-    lr_schedule: str = "linear"
-    clip: float = 1.0
 
     def __post_init__(self) -> None:
-        Plan.of(self)
-        if self.allocation not in ALLOCATIONS:
-            raise RecipeError(
-                f"there is no allocation {self.allocation!r}; "
-                f"{suggest(str(self.allocation), ALLOCATIONS)}"
-            )
+        GradualPass.__post_init__(self)
+        PatternPass.__post_init__(self)
         pattern = parse_pattern(self.pattern)
         if pattern.sparsity is not None and self.final not in (None, pattern.sparsity):
             raise RecipeError(
@@ -118,29 +74,16 @@ class GradualMagnitude(Pass):
                     f"pattern {self.pattern!r} needs a final sparsity, such as final=0.8"
                 )
             check_number("final", self.final, "the part of the weights that is zero in the end, at "
-                         "least 0 and below 1", low=0, high=math.nextafter(1, 0))  # fmt: skip
-        self._zeroing()
-        check_schedule(self.schedule, self.begin, self.end)
+                         "least 0 and below 1", low=0, high=1, open_high=True)  # fmt: skip
         check_number("initial", self.initial, "a part of the weights, 0 to final",
                      low=0, high=self._last())  # fmt: skip
-        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
-            raise RecipeError(f"every must be a whole number of at least 1, got {self.every!r}")
-        if not isinstance(self.distill, bool):
-            raise RecipeError(f"distill is true or false, got {self.distill!r}")
-        Distillation(self.temperature, self.alpha, self.hidden_weight)
-
-    @property
-    def needs_training(self) -> bool:
-        return True
-
-    def check(self, program: Program) -> None:
-        check_names(self, program)
+        check_whole("every", self.every)
 
     def run(self, program: Program, ctx: Context) -> PassResult:
-        sites, skipped = self._zeroing().sites(program, ctx)
+        sites, skipped = self.sites(program, ctx)
         for site in sites:
             if site.tensor not in program.parameters:
-                skipped.append((site.name, "it is no parameter of the model, and does not train"))
+                skipped[site.name] = "it is no parameter of the model, and does not train"
         sites = [site for site in sites if site.tensor in program.parameters]
         if not sites:
             raise UnsupportedError(
@@ -148,15 +91,13 @@ class GradualMagnitude(Pass):
                 "take is a parameter of the model; magnitude zeroes them without training"
             )
         masking = _Growing(self, program, sites, self._last())
-        teacher = Distillation(self.temperature, self.alpha, self.hidden_weight)
         fitted = fit(
             program,
             ctx.training,
             ctx,
-            Plan.of(self),
-            distillation=teacher if self.distill else None,
-            masking=masking,
-            after_epoch=masking.after_epoch,
+            self.plan(),
+            Hooks(masking=masking, after_epoch=masking.after_epoch),
+            distillation=self.distillation(),
             settings={
                 "final": self._last(),
                 "pruning": [self.schedule, self.initial, self.begin, self.end, self.every],
@@ -164,7 +105,7 @@ class GradualMagnitude(Pass):
                 "sites": [site.name for site in sites],
             },
         )
-        result = noted(fitted.program, sites)
+        result = with_zeroed(fitted.program, sites)
         told = trained_report(fitted)
         part = _sparsity(result, sites)
         epochs = [
@@ -185,19 +126,9 @@ class GradualMagnitude(Pass):
                 }
                 for site in sites
             ],
-            "skipped": {**told.get("skipped", {}), **dict(skipped)},
+            "skipped": {**told.get("skipped", {}), **skipped},
         }
         return PassResult(result, True, report)
-
-    def _zeroing(self) -> Zeroing:
-        return Zeroing(
-            self._last(),
-            self.pattern,
-            self.allocation,
-            self.targets,
-            self.ignore,
-            self.indivisible,
-        )
 
     def _last(self) -> float:
         """The sparsity in the end: the one asked for, or the pattern's own."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import ClassVar, final
 
 import torch
@@ -14,15 +14,14 @@ from graphprune.errors import RecipeError, UnsupportedError, VerificationError
 from graphprune.ir.program import JSON, Program
 from graphprune.ir.quantization import refuse_quantised
 from graphprune.passes.structural.selection import Selector, select
-from graphprune.passes.training.finetune import trained_report
-from graphprune.passes.training.schedule import check_schedule, scheduled
+from graphprune.passes.training.schedule import scheduled
+from graphprune.passes.training.training_pass import GradualPass, trained_report
 from graphprune.passes.training.units import DIMS, HEADS, Ledger, Units, find_units, position_sums
-from graphprune.pipeline.base import Context, Invariant, Keep, Pass, PassResult
+from graphprune.pipeline.base import Context, Invariant, Keep, PassResult
 from graphprune.pipeline.registry import register, suggest
 from graphprune.rewrite.shrink import kept_indices, mask
-from graphprune.training.fit import fit
-from graphprune.training.objective import Distillation
-from graphprune.training.optimizer import Plan, check_number
+from graphprune.training.loop import Hooks, fit
+from graphprune.validate import check_number
 from graphprune.verify.equivalence import verify_rewrite
 
 ROLES = (*HEADS, "neuron", *DIMS)
@@ -32,7 +31,7 @@ SCORES = ("grain", "taylor")
 @register
 @final
 @dataclass(frozen=True, slots=True)
-class GradualStructure(Pass):
+class GradualStructure(GradualPass):
     """Train, and remove heads, dims of heads and neurons on the way by their gradients.
 
     Units of all kinds compete in one ranking, score for cost (GRAIN, arXiv 2212.07634):
@@ -58,47 +57,25 @@ class GradualStructure(Pass):
         score: "grain" (mean of |slope|) or "taylor" (of slope²); a slope is the loss's by a gate.
         smoothing: weight of the past in the running mean of scores, in [0, 1).
         regularise: part of a head's value dims below which those left count less; 0 for off.
-        schedule: how the density goes down: "cubic" (fast first) or "linear".
-        begin: part of all steps after which units go.
-        end: part of all steps after which the density is there; equal to `begin`, all at once.
         roles: what competes: some of "head", "kv_group", "neuron", "qk_dim", "v_dim".
-        distill: learn from the dense model's outputs and hidden states too, as Distill does.
-        temperature: of the distillation.
-        alpha: weight of the labels beside the dense model's outputs, 0 to 1.
-        hidden_weight: weight of the hidden states; 0 leaves them out.
-        epochs: passes over the data.
-        lr: the highest learning rate of AdamW.
-        weight_decay: AdamW's, on tensors of two and more dimensions.
-        warmup: part of all steps in which the rate rises from zero.
-        lr_schedule: what it does then: "linear" or "cosine" to zero, or "constant".
-        clip: the largest norm of all gradients together; 0 for none.
     """
 
     name: ClassVar[str] = "gradual-structure"
     preserves: ClassVar[Invariant] = Invariant.INTERFACE
-    needs_float: ClassVar[bool] = True
 
     density: float = 0.25
     score: str = "grain"
     smoothing: float = 0.998
     regularise: float = 0.3
-    schedule: str = "cubic"
+    roles: tuple[str, ...] = ROLES
+    _: KW_ONLY
     begin: float = 0.2
     end: float = 0.4
-    roles: tuple[str, ...] = ROLES
     distill: bool = True
-    temperature: float = 2.0
-    alpha: float = 0.5
-    hidden_weight: float = 1.0
     epochs: int = 5
-    lr: float = 5e-5
-    weight_decay: float = 0.01
-    warmup: float = 0.1
-    lr_schedule: str = "linear"
-    clip: float = 1.0
 
     def __post_init__(self) -> None:
-        Plan.of(self)
+        GradualPass.__post_init__(self)
         check_number("density", self.density, "a part above 0, at most 1", low=0, high=1,
                      open_low=True)  # fmt: skip
         if self.score not in SCORES:
@@ -109,7 +86,6 @@ class GradualStructure(Pass):
         if self.smoothing == 1:
             raise RecipeError("smoothing must be below 1: with 1 no step would count")
         check_number("regularise", self.regularise, "0 (off) or more", low=0)
-        check_schedule(self.schedule, self.begin, self.end)
         if isinstance(self.roles, str) or not self.roles:
             raise RecipeError(f"roles is a list of some of {list(ROLES)}, got {self.roles!r}")
         for role in self.roles:
@@ -117,13 +93,6 @@ class GradualStructure(Pass):
                 raise RecipeError(f"there is no role {role!r} here; {suggest(str(role), ROLES)}")
         if len(set(self.roles)) < len(self.roles):
             raise RecipeError(f"roles names one twice: {list(self.roles)}; give each once")
-        if not isinstance(self.distill, bool):
-            raise RecipeError(f"distill is true or false, got {self.distill!r}")
-        Distillation(self.temperature, self.alpha, self.hidden_weight)
-
-    @property
-    def needs_training(self) -> bool:
-        return True
 
     def run(self, program: Program, ctx: Context) -> PassResult:
         refuse_quantised(program, ctx.running)
@@ -138,16 +107,13 @@ class GradualStructure(Pass):
         state = _State(self, ledger, ctx)
         if ctx.verify:
             _check_zeros(program, least, ctx)
-        teacher = Distillation(self.temperature, self.alpha, self.hidden_weight)
         fitted = fit(
             program,
             ctx.training,
             ctx,
-            Plan.of(self),
-            distillation=teacher if self.distill else None,
-            masking=state,
-            after_epoch=state.after_epoch,
-            arrange=ledger.arranged,
+            self.plan(),
+            Hooks(masking=state, after_epoch=state.after_epoch, arrange=ledger.arranged),
+            distillation=self.distillation(),
             settings={
                 "density": self.density,
                 "ranking": [self.score, self.smoothing, self.regularise],

@@ -9,9 +9,8 @@ from typing import ClassVar, final
 from torch import Tensor
 
 from graphprune.axes import axis_groups
-from graphprune.errors import RecipeError, UnsupportedError
+from graphprune.errors import RecipeError
 from graphprune.ir.program import JSON, Program
-from graphprune.passes.training.finetune import trained_report
 from graphprune.passes.training.merge import merge_units, plan_merge
 from graphprune.passes.training.penalties import (
     Parts,
@@ -20,12 +19,13 @@ from graphprune.passes.training.penalties import (
     group_penalty,
     views,
 )
-from graphprune.passes.training.zeros import sparsity_of, topology, zero_small
-from graphprune.pipeline.base import Context, Invariant, Keep, Pass, PassResult
+from graphprune.passes.training.training_pass import trained_report
+from graphprune.passes.training.zeros import PenaltyPass, sparsity_of, topology
+from graphprune.pipeline.base import Context, Invariant, Keep, PassResult
 from graphprune.pipeline.registry import register, suggest
 from graphprune.rewrite.shrink import removed_since
-from graphprune.training.fit import fit
-from graphprune.training.optimizer import Plan, check_number
+from graphprune.training.loop import Hooks, fit
+from graphprune.validate import check_number
 
 CONTRACTING = ("rows", "columns")
 
@@ -33,7 +33,7 @@ CONTRACTING = ("rows", "columns")
 @register
 @final
 @dataclass(frozen=True, slots=True)
-class NeuroPrune(Pass):
+class NeuroPrune(PenaltyPass):
     """Train with penalties that wire the network sparsely, and merge heads that do alike.
 
     loss = task + alpha · feed-forward + beta · attention         (arXiv 2404.01306)
@@ -55,60 +55,33 @@ class NeuroPrune(Pass):
         beta: weight of the attention penalty.
         theta: largest difference of two heads that count as one; None merges none.
         threshold: a connection below it counts as dead.
-        zero_below: after the last epoch, weights of smaller magnitude become zero; 0 for none.
-        sparsity: instead, this part of all weights under penalty becomes zero, the smallest ones.
         contracting: units of the weights that read neurons: "rows" (outputs, as in the source), or
             "columns" (the neurons, which then die from both sides).
-        epochs: passes over the data.
-        lr: the highest learning rate of AdamW.
-        weight_decay: AdamW's, on tensors of two and more dimensions.
-        warmup: part of all steps in which the rate rises from zero.
-        schedule: what it does then: "linear" or "cosine" to zero, or "constant".
-        clip: the largest norm of all gradients together; 0 for none.
     """
 
     name: ClassVar[str] = "neuroprune"
     preserves: ClassVar[Invariant] = Invariant.INTERFACE
-    needs_float: ClassVar[bool] = True
 
     alpha: float = 1e-4
     beta: float = 1e-4
     theta: float | None = 0.15
     threshold: float = 1e-4
-    zero_below: float = 1e-4
-    sparsity: float | None = None
     contracting: str = "rows"
-    epochs: int = 3
-    lr: float = 5e-5
-    weight_decay: float = 0.01
-    warmup: float = 0.1
-    schedule: str = "linear"
-    clip: float = 1.0
 
     def __post_init__(self) -> None:
-        Plan.of(self)
+        PenaltyPass.__post_init__(self)
         check_number("alpha", self.alpha, "0 or more", low=0)
         check_number("beta", self.beta, "0 or more", low=0)
         if self.theta is not None:
             check_number("theta", self.theta, "0 or more, or null", low=0)
         check_number("threshold", self.threshold, "a number above 0", low=0, open_low=True)
-        check_zeroing(self.zero_below, self.sparsity)
         if self.contracting not in CONTRACTING:
             raise RecipeError(
                 f"contracting is {self.contracting!r}; {suggest(self.contracting, CONTRACTING)}"
             )
 
-    @property
-    def needs_training(self) -> bool:
-        return True
-
     def run(self, program: Program, ctx: Context) -> PassResult:
-        parts = self.parts(program)
-        if not parts.all:
-            raise UnsupportedError(
-                f"pass {ctx.running!r} finds neither feed-forward nor attention weights that are "
-                "linear layers in this model"
-            )
+        parts = self.some_parts(program, ctx)
         heads = axis_groups(program).with_role("head", "kv_group")
         state = _State(self, parts, {group.id: group.size for group in heads})
         before = _wiring(program, parts, self.threshold)
@@ -116,11 +89,13 @@ class NeuroPrune(Pass):
             program,
             ctx.training,
             ctx,
-            Plan.of(self),
-            penalty=state.penalty,
-            after_epoch=state.merged,
-            after_training=self.zeroed,
-            bind=state.bind,
+            self.plan(),
+            Hooks(
+                penalty=state.penalty,
+                after_epoch=state.merged,
+                after_training=self.zeroed,
+                bind=state.bind,
+            ),
             settings={
                 "alpha": self.alpha,
                 "beta": self.beta,
@@ -148,14 +123,7 @@ class NeuroPrune(Pass):
         return PassResult(result, True, report)
 
     def parts(self, program: Program) -> Parts:
-        """What is under penalty."""
         return find_parts(axis_groups(program), self.contracting == "columns")
-
-    def zeroed(self, program: Program) -> Program:
-        """Case 4."""
-        if self.sparsity is None and not self.zero_below:
-            return program
-        return zero_small(program, self.parts(program).all, self.zero_below, self.sparsity)
 
 
 @dataclass(slots=True)
@@ -215,13 +183,6 @@ class _State:
             name: {"before": size, "after": len(kept.get(name, range(size)))}
             for name, size in self.sizes.items()
         }
-
-
-def check_zeroing(zero_below: object, sparsity: object) -> None:
-    """Raise RecipeError for options of zeroing that are out of range."""
-    check_number("zero_below", zero_below, "0 or more", low=0)
-    if sparsity is not None:
-        check_number("sparsity", sparsity, "a part of all weights, 0 to 1", low=0, high=1)
 
 
 def _wiring(program: Program, parts: Parts, threshold: float) -> dict[str, JSON]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from graphprune.errors import RecipeError
 from graphprune.pipeline.registry import suggest
-from graphprune.training.optimizer import check_number
+from graphprune.validate import check_number
 
 SCHEDULES = ("cubic", "linear")
 

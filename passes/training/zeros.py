@@ -3,16 +3,69 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from graphprune.axes import axis_groups
 from graphprune.axes.sites import ZEROED
+from graphprune.errors import UnsupportedError
 from graphprune.ir.program import JSON, Program
-from graphprune.passes.training.penalties import Part, degrees, views
+from graphprune.passes.training.penalties import Part, Parts, degrees, find_parts, views
+from graphprune.passes.training.training_pass import PlainTrainingPass
+from graphprune.pipeline.base import Context
+from graphprune.validate import check_number
 
 _BINS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class PenaltyPass(PlainTrainingPass):
+    """A pass that trains with a penalty on some weights, and zeroes the small ones of them.
+
+    Attributes:
+        zero_below: after the last epoch, weights of smaller magnitude become zero; 0 for none.
+        sparsity: instead, this fraction of all weights under penalty becomes zero, the smallest
+            ones.
+    """
+
+    __slots__ = ()
+
+    epochs: int = 3
+    zero_below: float = 1e-4
+    sparsity: float | None = None
+
+    def __post_init__(self) -> None:
+        PlainTrainingPass.__post_init__(self)
+        check_number("zero_below", self.zero_below, "0 or more", low=0)
+        if self.sparsity is not None:
+            rule = "a part of all weights, 0 to 1"
+            check_number("sparsity", self.sparsity, rule, low=0, high=1)
+
+    def parts(self, program: Program) -> Parts:
+        """What is under penalty."""
+        return find_parts(axis_groups(program))
+
+    def some_parts(self, program: Program, ctx: Context) -> Parts:
+        """What is under penalty.
+
+        Raises:
+            UnsupportedError: nothing is.
+        """
+        parts = self.parts(program)
+        if not parts.all:
+            raise UnsupportedError(
+                f"pass {ctx.running!r} finds neither feed-forward nor attention weights that are "
+                "linear layers in this model"
+            )
+        return parts
+
+    def zeroed(self, program: Program) -> Program:
+        """The program with its small weights under penalty zeroed."""
+        if self.sparsity is None and not self.zero_below:
+            return program
+        return zero_small(program, self.parts(program).all, self.zero_below, self.sparsity)
 
 
 def zero_small(

@@ -20,7 +20,7 @@ from graphprune.ir.program import Program
 from graphprune.models.zoo.tiny import tiny
 from graphprune.passes import GradualStructure
 from graphprune.pipeline.base import Context, Keep, PassResult
-from graphprune.training.fit import Fitted, fit
+from graphprune.training.loop import Fitted, Hooks, fit
 from graphprune.training.optimizer import Plan
 from graphprune.training.spec import Training
 
@@ -78,8 +78,10 @@ def train(batches: list[dict[str, torch.Tensor]], checkpoints: Path | None = Non
         training,
         Context(),
         Plan(3, 1e-2),
-        penalty=lambda tensors: 1e-3 * torch.stack([t.abs().sum() for t in tensors.values()]).sum(),
-        after_epoch=after,
+        Hooks(
+            penalty=lambda held: 1e-3 * torch.stack([t.abs().sum() for t in held.values()]).sum(),
+            after_epoch=after,
+        ),
     )
 
 

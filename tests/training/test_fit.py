@@ -28,7 +28,7 @@ from graphprune.pipeline.events import PassProgress
 from graphprune.pipeline.pipeline import Pipeline
 from graphprune.rewrite.shrink import mask, shrink, take
 from graphprune.training.distributed import Workers
-from graphprune.training.fit import Fitted, fit
+from graphprune.training.loop import Fitted, Hooks, fit
 from graphprune.training.losses import Score, loss_of, spearman
 from graphprune.training.objective import Distillation
 from graphprune.training.optimizer import MOMENTS, Optimiser, Plan, zero_masks
@@ -62,7 +62,8 @@ def _fit(program: Program, data: Any = None, *, seed: int = 0, **options: Any) -
     reference = given.pop("reference", None)
     ctx = Context(seed=seed, observers=observers, reference=reference)
     ctx.begin("finetune", 0)
-    return fit(program, training, ctx, plan, **given)
+    hooks = Hooks(**{k: given.pop(k) for k in Hooks.__slots__ if k in given})
+    return fit(program, training, ctx, plan, hooks, **given)
 
 
 def _same(a: Program, b: Program) -> bool:
@@ -424,7 +425,7 @@ def test_moments_that_were_lost_would_be_seen(
         return now, kept if epoch == 0 else None
 
     right = _fit(program, data, after_epoch=cut)
-    monkeypatch.setattr("graphprune.training.fit.cut_state", lambda *_: {})
+    monkeypatch.setattr("graphprune.training.loop.cut_state", lambda *_: {})
     wrong = _fit(program, data, after_epoch=cut)
     name = "layers.0.weight"
     assert (right.program.tensors[name] - wrong.program.tensors[name]).abs().max() > 1e-4

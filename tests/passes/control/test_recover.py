@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from graphprune.axes import axis_groups
 from graphprune.errors import RecipeError, TrainingError, UnsupportedError
 from graphprune.ir.program import Program
 from graphprune.passes import (
+    Distill,
     Finetune,
     GradualStructure,
     LeastSquares,
@@ -158,6 +160,18 @@ def test_recovering_in_rounds_beats_recovering_once(captured: Captured) -> None:
 
 
 # --- stopping ----------------------------------------------------------------------------------
+
+
+def test_trainings_are_numbered_over_the_rounds(captured: Captured, tmp_path: Path) -> None:
+    """Each has a folder of checkpoints of its own, and so has the next run."""
+    program = captured("tiny-mlp")
+    rounds = PruneRecover((Magnitude(0.5), Finetune(1)), rounds=2)
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        context = _context(program, checkpoints=folder)
+        Pipeline([Finetune(1), rounds, Distill(epochs=1)]).run(program, context)
+        assert sorted(p.name for p in folder.iterdir()) == [
+            "0-finetune", "1-finetune", "2-finetune", "3-distill",
+        ]  # fmt: skip
 
 
 def test_the_last_good_round_is_given_back(captured: Captured) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ from graphprune.errors import RecipeError, TrainingError, UnsupportedError
 from graphprune.ir.program import Program, ProgramModule
 from graphprune.models.zoo.tiny import tiny
 from graphprune.passes import Distill, Finetune, PruneAxis, PruneHeads, PruneNeurons, Quantize
-from graphprune.passes.training.finetune import trained_report
+from graphprune.passes.training.training_pass import trained_report
 from graphprune.pipeline.base import Context
 from graphprune.pipeline.pipeline import Pipeline
 from graphprune.pipeline.recipe import dump, loads
-from graphprune.training.fit import Fitted
+from graphprune.training.loop import Fitted
 from graphprune.training.losses import logits_of
 from graphprune.training.objective import Distillation, Objective, residual_values
+from graphprune.training.records import Epoch, TrainingReport
 from graphprune.training.spec import Training
 
 Captured = Callable[[str], Program]
@@ -237,9 +239,10 @@ def test_recipes_know_them() -> None:
 
 def test_the_sentence_tells_labels_apart_and_an_early_end(captured: Captured) -> None:
     program = captured("tiny-mlp")
-    epochs = [{"loss": 6.5, "labels": 1.1}, {"loss": 2.25, "labels": 1.125}]
-    told = {"steps": 16, "epochs": epochs, "metric_after": None, "masked_weights": 0, "cuts": []}
-    plain = trained_report(Fitted(program, told))["summary"]
+    losses = [{"loss": 6.5, "labels": 1.1}, {"loss": 2.25, "labels": 1.125}]
+    epochs = [Epoch(i + 1, means) for i, means in enumerate(losses)]
+    record = TrainingReport(epochs=epochs, steps=16)
+    plain = trained_report(Fitted(program, record))["summary"]
     assert plain == "trained 16 steps, loss 6.5 to 2.25 (labels 1.1 to 1.12)"
-    early = trained_report(Fitted(program, {**told, "stopped_early": True}))["summary"]
+    early = trained_report(Fitted(program, replace(record, stopped_early=True)))["summary"]
     assert early.endswith(", stopped early after epoch 2")

@@ -12,34 +12,36 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol, final
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from graphprune.axes.rules.registry import size_of
-from graphprune.calibration.stream import flat_batch
-from graphprune.errors import GraphPruneError, RecipeError, TrainingError
-from graphprune.ir.graph import bound_arguments, is_op, value_of
-from graphprune.ir.program import FROZEN, JSON, Entry, Program, ProgramModule
+from graphprune.errors import RecipeError, TrainingError
+from graphprune.ir.program import JSON, Program, ProgramModule
 from graphprune.ir.quantization import refuse_quantised
 from graphprune.pipeline.base import Context, Keep
-from graphprune.rewrite.shrink import shrink, take
-from graphprune.storage.folders import check_target
-from graphprune.training.checkpoint import Checkpoint, Identity, is_checkpoint, read, write
+from graphprune.rewrite.shrink import take
+from graphprune.training.checkpoint import Checkpoint, Identity, read, write
+from graphprune.training.checks import (
+    BatchChecks,
+    check_folder,
+    named_batch,
+    notes,
+    refuse_sparse_gradients,
+)
 from graphprune.training.distributed import Feed, Workers, seed_from
 from graphprune.training.losses import (
     IGNORED,
     Score,
-    check_labels,
-    labels_of,
     metric_name,
-    scores_of,
 )
-from graphprune.training.objective import Distillation, Objective, inputs_of, refuse_unknown
+from graphprune.training.objective import Distillation, Objective, inputs_of
 from graphprune.training.optimizer import Optimiser, Plan, cut_state, zero_masks
-from graphprune.training.spec import Training, check_batch, check_metric, judged
+from graphprune.training.records import Epoch, TrainingReport
+from graphprune.training.spec import Training, check_metric, judged
+from graphprune.training.state import Held, Place, as_given, in_order_of, owned
 
 Penalty = Callable[[Mapping[str, Tensor]], Tensor]
 AfterEpoch = Callable[[Program, int], tuple[Program, Keep | None]]
@@ -77,11 +79,41 @@ class Masking(Protocol):
 
 @final
 @dataclass(frozen=True, slots=True)
+class Hooks:
+    """What a pass does while its program trains.
+
+    Attributes:
+        penalty: of the parameters by name, added to the loss.
+        masking: chooses weights to zero while training; early stopping waits until it has settled.
+        after_epoch: (program, epoch from 0) -> (program, keep): other values for weights, and
+            units to remove for good: axis group -> kept indices. It also runs after the last one.
+        after_training: other values for the weights of what is given back, the best epoch or the
+            last one, which is evaluated once more.
+        arrange: where after_epoch has put units in another order before it removes some, the same
+            for tensors of the same names and shapes: the optimizer's moments follow.
+        bind: called with every new structure before it trains: the first, and after each cut.
+    """
+
+    penalty: Penalty | None = None
+    masking: Masking | None = None
+    after_epoch: AfterEpoch | None = None
+    after_training: Callable[[Program], Program] | None = None
+    arrange: Arrange | None = None
+    bind: Callable[[Program], None] | None = None
+
+
+@final
+@dataclass(frozen=True, slots=True)
 class Fitted:
-    """What training gives: the program with other weights, and JSON about the way there."""
+    """What training gives: the program with other weights, and how it went."""
 
     program: Program
-    report: Mapping[str, JSON]
+    record: TrainingReport
+
+    @property
+    def report(self) -> dict[str, JSON]:
+        """The record as JSON."""
+        return self.record.to_json()
 
 
 def fit(
@@ -89,14 +121,9 @@ def fit(
     training: Training | None,
     ctx: Context,
     plan: Plan,
+    hooks: Hooks = Hooks(),
     *,
-    penalty: Penalty | None = None,
     distillation: Distillation | None = None,
-    masking: Masking | None = None,
-    after_epoch: AfterEpoch | None = None,
-    after_training: Callable[[Program], Program] | None = None,
-    arrange: Arrange | None = None,
-    bind: Callable[[Program], None] | None = None,
     settings: Mapping[str, JSON] | None = None,
 ) -> Fitted:
     """Train a program; the one given stays as it is.
@@ -107,18 +134,10 @@ def fit(
     Args:
         program: what to train; bfloat16 and float16 train in float32 and come back.
         training: data, loss, evaluation, checkpoints.
-        ctx: of the running pass; its reference is the teacher.
+        ctx: of the running pass; its reference is the teacher, its number names the checkpoints.
         plan: how long, and with which steps.
-        penalty: of the parameters by name, added to the loss.
+        hooks: what the pass does meanwhile.
         distillation: learn from `ctx.reference` too.
-        masking: chooses weights to zero while training; early stopping waits until it has settled.
-        after_epoch: (program, epoch from 0) -> (program, keep): other values for weights, and
-            units to remove for good: axis group -> kept indices. It also runs after the last one.
-        after_training: other values for the weights of what is given back, the best epoch or the
-            last one; it is judged once more.
-        arrange: where after_epoch has put units in another order before it removes some, the same
-            for tensors of the same names and shapes: the optimiser's moments follow.
-        bind: told of every new structure before it trains: the first, and after each cut.
         settings: further options that a checkpoint to resume from must agree with, as JSON.
 
     Raises:
@@ -131,27 +150,11 @@ def fit(
             "training=Training(batches, loss=...))"
         )
     refuse_quantised(program, ctx.running)
-    _refuse_sparse_gradients(program)
+    refuse_sparse_gradients(program)
     if distillation is not None and ctx.reference is None:
         raise RecipeError(f"pass {ctx.running!r} needs a teacher, and the context has no reference")
-    name = f"{ctx.fits}-{ctx.running or 'fit'}"
-    ctx.fits += 1
     with _own_randomness():
-        return _Run(
-            program,
-            training,
-            ctx,
-            plan,
-            penalty,
-            distillation,
-            masking,
-            after_epoch,
-            after_training,
-            arrange,
-            bind,
-            settings or {},
-            name,
-        ).train()
+        return _Run(program, training, ctx, plan, hooks, distillation, settings or {}).train()
 
 
 @contextlib.contextmanager
@@ -167,28 +170,6 @@ def _own_randomness() -> Iterator[None]:
 
 
 @final
-@dataclass(slots=True)
-class _Place:
-    """Where training is: what a checkpoint has to say beside tensors."""
-
-    step: int = 0
-    epoch: int = 0
-    round: int = 0
-    sums: dict[str, list[float]] = field(default_factory=dict)
-    log: list[dict[str, JSON]] = field(default_factory=list)
-    cuts: list[dict[str, list[int]]] = field(default_factory=list)
-    checks: list[dict[str, JSON]] = field(default_factory=list)
-    metric_before: float | None = None
-    best: float | None = None
-    best_epoch: int | None = None
-    seconds: float = 0.0
-    done: bool = False
-
-    def to_json(self) -> dict[str, JSON]:
-        return {name: getattr(self, name) for name in self.__slots__}
-
-
-@final
 class _Run:
     """One training, from the first look at the data to the last epoch."""
 
@@ -198,102 +179,51 @@ class _Run:
         training: Training,
         ctx: Context,
         plan: Plan,
-        penalty: Penalty | None,
+        hooks: Hooks,
         distillation: Distillation | None,
-        masking: Masking | None,
-        after_epoch: AfterEpoch | None,
-        after_training: Callable[[Program], Program] | None,
-        arrange: Arrange | None,
-        bind: Callable[[Program], None] | None,
-        more_settings: Mapping[str, JSON],
-        name: str,
+        settings: Mapping[str, JSON],
     ) -> None:
         self.source, self.training, self.ctx, self.plan = program, training, ctx, plan
-        self.penalty, self.masking = penalty, masking
-        self.after_epoch, self.after_training = after_epoch, after_training
-        self.arrange, self.bind = arrange, bind
-        self.more_settings = more_settings
+        self.hooks, self.more_settings = hooks, settings
         self.start = time.perf_counter()
-        self.folder = training.folder(name)
+        self.folder = training.folder(f"{ctx.training_number}-{ctx.running or 'fit'}")
         self.workers = Workers(training.device)
         # By position in the pipeline, for which the generator was seeded. A pass that trains in
         # rounds is at one position: the number of the training tells these apart.
-        self.seed = int(torch.randint(2**62, (), generator=ctx.generator)) + ctx.fits - 1
+        self.seed = int(torch.randint(2**62, (), generator=ctx.generator))
+        self.seed += ctx.training_number
         self.identity = Identity.of(program)
         if self.folder is not None:
-            self._check_folder()
+            check_folder(self.folder, resume=training.resume)
         wide = program.in_float32()
         self.is_half = wide is not program
         working = wide.on(self.workers.device)
-        self.program = working.with_tensors(_owned(working))
+        self.program = working.with_tensors(owned(working))
         self.feed = Feed(training.data, self.seed, self.workers)
-        self.seen_sizes: set[tuple[torch.Size, ...]] = set()
-        has_labels = self._look_at_data(distillation)
+        self.checks = BatchChecks(training.loss)
+        has_labels = self.checks.look(
+            self.program,
+            self.feed.first(),
+            training.data,
+            self._outputs,
+            labels_needed=distillation is None,
+        )
         teacher = None
         if distillation is not None:
             assert ctx.reference is not None
             teacher = ctx.reference.in_float32().on(self.workers.device)
         self.objective = Objective(self.program, training.loss, teacher, distillation, has_labels)
-        self.place = _Place()
-        self.best: dict[str, Tensor] = {}
+        self.place = Place()
+        self.best: Mapping[str, Tensor] = {}
         self._begin(self.program, zero_masks(self.program), None)
         self.workers.spread(self.optimiser.parameters.values())
         self.good = self._snapshot()
 
     # --- before ----------------------------------------------------------------------------------
 
-    def _check_folder(self) -> None:
-        assert self.folder is not None
-        check_target(self.folder, is_checkpoint)
-        if self.folder.exists() and not self.training.resume:
-            raise TrainingError(
-                f"{str(self.folder)!r} holds a checkpoint of an earlier run: go on from it with "
-                "--resume (resume=True in Python), remove it, or choose another folder for "
-                "checkpoints"
-            )
-
-    def _look_at_data(self, distillation: Distillation | None) -> bool:
-        """Check the first batch, and all of them where they are at hand; whether there are labels.
-
-        Raises:
-            TrainingError: a batch does not fit the model, or its labels the head.
-        """
-        first = self.feed.first()
-        self._check_batch(first, 0)
-        has_labels = "labels" in first or not isinstance(self.training.loss, str)
-        if distillation is not None and not has_labels:
-            return False
+    def _outputs(self, batch: Mapping[str, Any]) -> Any:
         with torch.no_grad():
-            outputs = ProgramModule(self.program)(**inputs_of(self.program, self._moved(first)))
-        if not isinstance(self.training.loss, str):
-            return True
-        with _named_batch(0):
-            shape = scores_of(self.training.loss, outputs, labels_of(first)).shape
-        data = self.training.data
-        for i, batch in enumerate(data if isinstance(data, Sequence) else [first]):
-            self._check_batch(batch, i)
-            with _named_batch(i):
-                labels = labels_of(batch)
-                scores = shape[1:] if self.training.loss == "regression" else shape[-1:]
-                lead = labels.shape[:1] if self.training.loss == "regression" else labels.shape
-                if i == 0:
-                    check_labels(self.training.loss, shape, labels)
-                check_labels(self.training.loss, torch.Size([*lead, *scores]), labels)
-        return True
-
-    def _check_batch(self, batch: Any, number: int, kind: str = "training") -> None:
-        check_batch(batch, f"{kind} batch {number}")
-        with _named_batch(number, kind):
-            refuse_unknown(self.program, batch, self.training.loss)
-        try:
-            flat = flat_batch(self.program.forward, inputs_of(self.program, batch), number)
-        except GraphPruneError as e:
-            raise TrainingError(f"{kind} {str(e).removeprefix('calibration ')}") from e
-        sizes = tuple(tensor.shape for tensor in flat)
-        if kind == "training" and sizes not in self.seen_sizes:
-            with _named_batch(number):
-                _check_norms(self.program.forward, sizes)
-            self.seen_sizes.add(sizes)
+            return ProgramModule(self.program)(**inputs_of(self.program, self._moved(batch)))
 
     def _moved(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         device = self.workers.device
@@ -306,9 +236,14 @@ class _Run:
         self.program = program
         self.module = self.objective.module(program)
         self.module.train()
-        if self.bind is not None:
-            self.bind(program)
+        if self.hooks.bind is not None:
+            self.hooks.bind(program)
         self.optimiser = Optimiser(self.module, program, self.plan, masks, state)
+
+    @property
+    def total(self) -> int:
+        """Steps from the first epoch to the last."""
+        return self.feed.rounds_an_epoch * self.plan.epochs
 
     # --- the loop --------------------------------------------------------------------------------
 
@@ -333,29 +268,27 @@ class _Run:
             )
         self.workers.spread(t for t in self.module.buffers() if t.is_floating_point())
         self._change_structure(place.epoch)
-        record: dict[str, JSON] = {"epoch": place.epoch + 1, **self._means()}
-        if self.training.eval is not None:
-            record["metric"] = self._metric()
-        record["seconds"] = time.perf_counter() - start
-        place.log.append(record)
+        metric = None if self.training.eval is None else self._metric()
+        seconds = time.perf_counter() - start
+        epoch = Epoch(place.epoch + 1, self._means(), metric, seconds)
+        place.log.append(epoch)
         place.epoch, place.round, place.sums = place.epoch + 1, 0, {}
-        self._keep_best(record.get("metric"))
+        self._keep_best(metric)
         self.good = self._snapshot()
         place.done |= place.epoch == self.plan.epochs
         self._save()
-        self._progress(record["loss"])
+        self._progress(epoch.loss)
 
     def _step(self, number: int, batch: Any) -> None:
         """One step of all processes together."""
         place = self.place
         torch.manual_seed(seed_from(self.seed, "step", place.step, self.workers.rank))
         if batch is not None:
-            self._check_batch(batch, number)
+            self.checks.check(self.program, batch, number)
         loss = self._gradients(number, batch)
         if not math.isfinite(loss):
             raise self._astray(f"the loss is {loss}")
-        total = self.feed.rounds_an_epoch * self.plan.epochs
-        norm = self.optimiser.step(self.plan.rate(place.step, total))
+        norm = self.optimiser.step(self.plan.rate(place.step, self.total))
         if not math.isfinite(norm):
             raise self._astray("the loss is finite and its gradient is not")
         place.step += 1
@@ -366,7 +299,7 @@ class _Run:
         """Leave the gradient of the loss over all processes' batches; return that loss."""
         found = {}
         if batch is not None:
-            with self.workers.autocast(), _named_batch(number):
+            with self.workers.autocast(), named_batch(number):
                 found = self.objective.terms(self.module, self.program, self._moved(batch))
         names = list(self.objective.weights)
         numbers = torch.zeros(2, len(names), dtype=torch.float64, device=self.workers.device)
@@ -375,7 +308,7 @@ class _Run:
                 numbers[0, i] = found[name].total.detach()
                 numbers[1, i] = found[name].count
         sums, counts = self.workers.summed(numbers).tolist()
-        scored = () if self.masking is None else self.masking.scored or ()
+        scored = () if self.hooks.masking is None else self.hooks.masking.scored or ()
         first = torch.zeros((), device=self.workers.device)
         rest, value = first, 0.0
         for name, part, count in zip(names, sums, counts, strict=True):
@@ -386,14 +319,14 @@ class _Run:
                     term = found[name].total * (weight / count)
                     first, rest = (first + term, rest) if name in scored else (first, rest + term)
             self._add(name, part, count)
-        if self.penalty is not None:
+        if self.hooks.penalty is not None:
             # The same in every process; gradients are summed over processes.
-            extra = self.penalty(self.optimiser.parameters)
+            extra = self.hooks.penalty(self.optimiser.parameters)
             rest = rest + extra / self.workers.count
             value += float(extra.detach())
             self._add("penalty", float(extra.detach()), 1)
-        counted = any(counts) or self.penalty is not None
-        mine = found or self.penalty is not None
+        counted = any(counts) or self.hooks.penalty is not None
+        mine = found or self.hooks.penalty is not None
         if counted and mine and not (first.requires_grad or rest.requires_grad):
             raise TrainingError("the loss does not depend on the model's weights")
         if math.isfinite(value):
@@ -416,10 +349,9 @@ class _Run:
         if any_scored:
             self.workers.share_gradients(parameters)
         chosen = None
-        if self.masking is not None:
-            total = self.feed.rounds_an_epoch * self.plan.epochs
+        if self.hooks.masking is not None:
             with torch.no_grad():
-                chosen = self.masking.choose(parameters, self.place.step, total)
+                chosen = self.hooks.masking.choose(parameters, self.place.step, self.total)
         held = {name: p.grad for name, p in parameters.items() if p.grad is not None}
         self.optimiser.forget_gradients()
         if rest.requires_grad:
@@ -451,30 +383,29 @@ class _Run:
             f"{place.epoch + 1}; training stopped before that step, and the weights {kept} "
             "are kept: look at that batch, or train anew with a lower lr or a longer warmup"
             + (", and another folder for checkpoints" if self.folder is not None else ""),
-            self._returned(self.good),
+            self._as_given(self.good),
         )
 
     def _progress(self, loss: float) -> None:
-        total = self.feed.rounds_an_epoch * self.plan.epochs
-        values = {"loss": float(loss)}
-        if self.place.log and "metric" in self.place.log[-1]:
-            values["metric"] = float(self.place.log[-1]["metric"])
-        self.ctx.progress(self.place.step, total, "steps", **values)
+        values = {"loss": loss}
+        if self.place.log and self.place.log[-1].metric is not None:
+            values["metric"] = self.place.log[-1].metric
+        self.ctx.progress(self.place.step, self.total, "steps", **values)
 
     # --- structure -------------------------------------------------------------------------------
 
     def _change_structure(self, epoch: int) -> None:
         """Let the pass change weights and remove units; moments and masks lose the same ones."""
-        if self.after_epoch is None:
+        if self.hooks.after_epoch is None:
             return
         before = self._snapshot()
-        after, keep = self.after_epoch(before, epoch)
+        after, keep = self.hooks.after_epoch(before, epoch)
         if after is before and not keep:
             return
         state = self.optimiser.state()
         masks = zero_masks(after)
         if keep:
-            state = cut_state(after, keep, state, self.arrange)
+            state = cut_state(after, keep, state, self.hooks.arrange)
             masks = take(after, keep, masks)
             units = {n: [int(i) for i in indices] for n, indices in keep.items()}
             after, check = self.ctx.shrink(before, keep, after)
@@ -483,7 +414,7 @@ class _Run:
             # Later epochs are of another model: none of the earlier ones can be gone back to.
             self.place.best, self.best = None, {}
         self.objective.bind(after)
-        self._begin(after.with_tensors(_owned(after)), masks, state)
+        self._begin(after.with_tensors(owned(after)), masks, state)
 
     # --- judging, and going back ----------------------------------------------------------
 
@@ -494,15 +425,15 @@ class _Run:
         def measured() -> float:
             if callable(judge):
                 with torch.no_grad():
-                    return judged(judge, self._returned(self._snapshot()))
+                    return judged(judge, self._as_given(self._snapshot()))
             score = Score(self.training.loss)
             self.module.eval()
             try:
                 with torch.no_grad():
                     for i, batch in enumerate(judge):
-                        self._check_batch(batch, i, "eval")
+                        self.checks.check(self.program, batch, i, "eval")
                         moved = self._moved(batch)
-                        with _named_batch(i, "eval"):
+                        with named_batch(i, "eval"):
                             score.add(self.module(**inputs_of(self.program, moved)), moved)
             finally:
                 self.module.train()
@@ -510,13 +441,14 @@ class _Run:
 
         return self.workers.told(measured)
 
-    def _keep_best(self, metric: JSON) -> None:
+    def _keep_best(self, metric: float | None) -> None:
         """Remember the best epoch, and stop when none has been better for long enough."""
         place, patience = self.place, self.training.patience
         if patience is None or metric is None:
             return
-        total = self.feed.rounds_an_epoch * self.plan.epochs
-        if self.masking is not None and not self.masking.settled(place.step, total):
+        if self.hooks.masking is not None and not self.hooks.masking.settled(
+            place.step, self.total
+        ):
             return
         if place.best is None or metric > place.best:
             place.best, place.best_epoch = metric, place.epoch
@@ -527,28 +459,10 @@ class _Run:
     def _snapshot(self) -> Program:
         """The program as it is now, which later steps do not change."""
         program = self.module.program()
-        return program.with_tensors(_owned(program))
+        return program.with_tensors(owned(program))
 
-    def _returned(self, program: Program) -> Program:
-        """A program of ours as the caller's: its device, its types, and shared what is the same."""
-        first = next(iter(self.source.tensors.values()))
-        moved = program.on(first.device)
-        if self.is_half:
-            # Graphs in float32 do not become the caller's again; the same cuts make them.
-            graphs = self.source
-            for units in self.place.cuts:
-                graphs = shrink(graphs, units)
-            tensors = {n: t.to(graphs.tensors[n].dtype) for n, t in moved.tensors.items()}
-            moved = replace(graphs, metadata=moved.metadata, history=moved.history).with_tensors(
-                tensors
-            )
-        return moved.with_tensors(
-            {
-                name: old
-                for name, old in self.source.tensors.items()
-                if name in moved.tensors and torch.equal(moved.tensors[name], old)
-            }
-        )
+    def _as_given(self, program: Program) -> Program:
+        return as_given(program, self.source, self.place.cuts, half=self.is_half)
 
     # --- checkpoints ----------------------------------------------------------------------
 
@@ -571,16 +485,15 @@ class _Run:
         if self.folder is None:
             return
         if self.workers.is_main:
-            tensors = {
-                **self.optimiser.state(),
-                **{f"mask/{n}": t for n, t in self.optimiser.masks.items()},
-                **{f"best/{n}": t for n, t in self.best.items()},
-            }
-            if self.masking is not None:
-                tensors |= {f"masking/{n}": t for n, t in self.masking.state().items()}
+            held = Held(
+                self.optimiser.state(),
+                self.optimiser.masks,
+                self.best,
+                {} if self.hooks.masking is None else self.hooks.masking.state(),
+            )
             self.place.seconds += time.perf_counter() - self.start
             self.start = time.perf_counter()
-            checkpoint = Checkpoint(self._snapshot(), tensors, self.place.to_json())
+            checkpoint = Checkpoint(self._snapshot(), held.to_tensors(), self.place.to_json())
             write(self.folder, checkpoint, self.identity, self._settings)
         self.workers.wait()
 
@@ -589,26 +502,15 @@ class _Run:
         checkpoint = read(self.folder, self.identity, self._settings)
         if checkpoint is None:
             return
-        self.place = _Place(**checkpoint.place)
+        self.place = Place.from_json(checkpoint.place)
         device = self.workers.device
-        parts: dict[str, dict[str, Tensor]] = {"mask": {}, "best": {}, "masking": {}}
-        state: dict[str, Tensor] = {}
-        for name, tensor in checkpoint.tensors.items():
-            kind, _, rest = name.partition("/")
-            moved = tensor.to(device)
-            if kind in parts:
-                parts[kind][rest] = moved
-            else:
-                state[name] = moved
-        self.best = parts["best"]
-        read_back = checkpoint.program.on(device)
-        # Files sort tensors by name, and a group's id is its first tensor's.
-        names = (n for n in self.program.tensors if n in read_back.tensors)
-        program = replace(read_back, tensors={n: read_back.tensors[n] for n in names})
+        held = Held.of(checkpoint, device)
+        self.best = held.best
+        program = in_order_of(checkpoint.program.on(device), self.program)
         self.objective.bind(program)
-        self._begin(program, parts["mask"], state)
-        if self.masking is not None:
-            self.masking.load(parts["masking"])
+        self._begin(program, held.masks, held.optimizer)
+        if self.hooks.masking is not None:
+            self.hooks.masking.load(held.masking)
         self.good = self._snapshot()
 
     # --- the end --------------------------------------------------------------------------
@@ -618,108 +520,30 @@ class _Run:
         program = self.good
         if self.best:
             program = program.with_tensors(self.best)
-        metrics = [r["metric"] for r in place.log if "metric" in r]
-        after = place.best if self.best else (metrics[-1] if metrics else None)
-        last = program if self.after_training is None else self.after_training(program)
+        after = place.best if self.best else (place.log[-1].metric if place.log else None)
+        last = program if self.hooks.after_training is None else self.hooks.after_training(program)
         if last is not program:
             program = last
-            self._begin(last.with_tensors(_owned(last)), zero_masks(last), None)
+            self._begin(last.with_tensors(owned(last)), zero_masks(last), None)
             if self.training.eval is not None:
                 after = self._metric()
-        result = self._returned(program)
-        report: dict[str, JSON] = {
-            "epochs": place.log,
-            "steps": place.step,
-            "processes": self.workers.count,
-            "metric": None if self.training.eval is None else self._metric_name(),
-            "metric_before": place.metric_before,
-            "metric_after": after,
-            "masked_weights": sum(int((~m).sum()) for m in self.optimiser.masks.values()),
-            "seconds": place.seconds + time.perf_counter() - self.start,
-            "notes": _notes(self.source),
-            "cuts": place.checks,
-            **self.objective.report(),
-        }
-        if self.best:
-            report["best_epoch"] = place.best_epoch
-            report["stopped_early"] = len(place.log) < self.plan.epochs
-        return Fitted(result, report)
+        result = self._as_given(program)
+        record = TrainingReport(
+            epochs=tuple(place.log),
+            steps=place.step,
+            processes=self.workers.count,
+            metric=None if self.training.eval is None else self._metric_name(),
+            metric_before=place.metric_before,
+            metric_after=after,
+            masked_weights=sum(int((~m).sum()) for m in self.optimiser.masks.values()),
+            seconds=place.seconds + time.perf_counter() - self.start,
+            notes=notes(self.source),
+            cuts=place.checks,
+            objective=self.objective.report(),
+            best_epoch=place.best_epoch if self.best else None,
+            stopped_early=bool(self.best) and len(place.log) < self.plan.epochs,
+        )
+        return Fitted(result, record)
 
     def _metric_name(self) -> str:
         return "eval" if callable(self.training.eval) else metric_name(self.training.loss)
-
-
-def _owned(program: Program) -> dict[str, Tensor]:
-    """Copies of what training may write to: floats; a batch norm's statistics are among them."""
-    return {
-        n: t.detach().clone() if t.is_floating_point() else t for n, t in program.tensors.items()
-    }
-
-
-@contextlib.contextmanager
-def _named_batch(number: int, kind: str = "training") -> Iterator[None]:
-    """Say which batch it was."""
-    try:
-        yield
-    except TrainingError as e:
-        raise TrainingError(f"{kind} batch {number}: {e}", e.program) from e
-
-
-def _refuse_sparse_gradients(program: Program) -> None:
-    for node in program.forward.graph.nodes:
-        if is_op(node, "embedding", "embedding_bag") and bound_arguments(node).get("sparse"):
-            raise TrainingError(
-                f"the embedding {node.args[0].target!r} has sparse gradients, which cannot be "
-                "clipped: build the model with sparse=False and compile that"
-            )
-
-
-def _check_norms(entry: Entry, sizes: Sequence[torch.Size]) -> None:
-    """Whether every batch norm sees more than one value a channel: one alone has no variance.
-
-    torch.nn says so where a module is called; the operator in a graph makes NaN of it.
-
-    Raises:
-        TrainingError: one does not.
-    """
-    placeholders = [n for n in entry.graph.nodes if n.op == "placeholder"]
-    known = {
-        size_of(symbol): size
-        for node, shape in zip(placeholders, sizes, strict=True)
-        for symbol, size in zip(value_of(node).shape, shape, strict=True)
-    }
-    for node in entry.graph.nodes:
-        if not is_op(node, "batch_norm", "instance_norm"):
-            continue
-        rows, _, *places = (size_of(size) for size in value_of(node).shape)
-        count = math.prod(places) * (rows if is_op(node, "batch_norm") else 1)
-        if (count if isinstance(count, int) else count.subs(known)) == 1:
-            mean = bound_arguments(node).get("running_mean")
-            name = str(mean.target) if isinstance(mean, fx.Node) else node.name
-            raise TrainingError(
-                f"the batch norm {name.removesuffix('.running_mean')!r} gets one value a channel "
-                "and needs two or more to train: leave a batch of one example out (drop_last=True "
-                "of a DataLoader), or choose another batch size"
-            )
-
-
-def _notes(program: Program) -> list[str]:
-    """What a user should know about the graph in training."""
-    nodes = list(program.forward.graph.nodes)
-    notes = []
-    if frozen := set(program.metadata.get(FROZEN, ())) & set(program.parameters):
-        notes.append(f"{len(frozen):,} parameters were frozen when captured, and stay as they are")
-    dropouts = [n for n in nodes if is_op(n, "dropout")]
-    if not dropouts:
-        notes.append("the graph has no dropout: it was captured without, or a pass removed it")
-    silent = [
-        n
-        for n in nodes
-        if is_op(n, "scaled_dot_product_attention") and not bound_arguments(n).get("dropout_p")
-    ]
-    if silent:
-        notes.append(
-            "attention weights train without dropout: capture in eval mode leaves none inside "
-            "scaled_dot_product_attention"
-        )
-    return notes
