@@ -13,9 +13,9 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from graphprune.cli import app
-from graphprune.cli.console import timing_table
-from graphprune.cli.workflow import parse_ratios
+from graphprune.cli.app import app
+from graphprune.cli.sensitivity import parse_ratios
+from graphprune.cli.tables import timing_table
 from graphprune.errors import GraphPruneError
 
 Run = Callable[..., Result]
@@ -173,7 +173,7 @@ def test_ratios_may_be_per_cent(
         found.extend(steps)
         raise GraphPruneError("enough")
 
-    monkeypatch.setattr("graphprune.cli._run", stops)
+    monkeypatch.setattr("graphprune.cli.compile.run", stops)
     run("compile", "tiny-bert", "--heads", given, "--neurons", given, "-o", "out")
     assert [step.ratio for step in found] == [ratio, ratio]
     assert parse_ratios(f"{given}, 0.75") == [ratio, 0.75]
@@ -482,7 +482,7 @@ def test_names_that_match_nothing_are_refused_before_any_pass_or_training(
         raise AssertionError("worked")
 
     monkeypatch.setattr("graphprune.pipeline.pipeline.run_pass", works)
-    monkeypatch.setattr("graphprune.cli.workflow.training_of", works)
+    monkeypatch.setattr("graphprune.cli.training.training_of", works)
     (tmp_path / "late.yaml").write_text(
         "passes: [{prune-neurons: {ratio: 0.5}}, {repeat: {passes: ["
         "{prune-heads: {ratio: 0.5, ignore: [layers.0.wieght]}}]}}]"

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Annotated, Any, final
 
+import typer
+from rich.console import Console
+
+from graphprune.cli.app import ArtifactOrModel, Json, Pickle, Threads, print_json
+from graphprune.cli.subject import captured, opened, tokenizer_dir
 from graphprune.errors import GraphPruneError
 
 if TYPE_CHECKING:
@@ -16,6 +22,38 @@ if TYPE_CHECKING:
     from graphprune.exporters.runtime.generate import Decoder
     from graphprune.models import LoadedModel
     from graphprune.models.data.text import Text
+
+
+def generate_command(
+    model: ArtifactOrModel,
+    prompt: Annotated[str, typer.Option(help="The text to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 128,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the likeliest token, above 0 one is drawn.")
+    ] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw from the k likeliest; 0 for all.")] = 0,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The prompt is a user's turn of a conversation.")
+    ] = False,
+    threads: Threads = 1,
+    seed: Annotated[int, typer.Option(help="For drawing.")] = 0,
+    as_json: Json = False,
+    allow_pickle: Pickle = False,
+) -> None:
+    """Continue a text with a decoder that was compiled with --cache, on ONNX Runtime."""
+
+    sampling = Sampling(max_new_tokens, temperature, top_k, seed, chat)
+    with opened(model, allow_pickle) as (subject, display), display.step("open"):
+        found = generated(subject, prompt, sampling, threads)
+    for piece in found:
+        if not as_json:
+            typer.echo(piece, nl=False)
+            sys.stdout.flush()
+    if as_json:
+        print_json({"model": model, **found.to_json()})
+        return
+    typer.echo()
+    Console(stderr=True, highlight=False).print(found.speed(), style="dim")
 
 
 @final
@@ -110,7 +148,6 @@ def generated(
     Raises:
         GraphPruneError: no cache, no tokenizer, one that is not the model's, or an empty prompt.
     """
-    from graphprune.cli.workflow import captured, tokenizer_dir
     from graphprune.exporters import Artifact
     from graphprune.exporters.runtime.generate import Decoder, check_options
     from graphprune.models.data.text import Text

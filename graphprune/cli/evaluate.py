@@ -1,0 +1,163 @@
+"""`graphprune eval`: how good a model is, by a task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from graphprune.cli.app import (
+    ArtifactOrModel,
+    Json,
+    LabelColumn,
+    Pickle,
+    TextColumn,
+    print_json,
+    stdout_console,
+)
+from graphprune.cli.subject import opened, tokenizer_dir
+from graphprune.errors import GraphPruneError
+
+if TYPE_CHECKING:
+    from graphprune.cli.progress import Advance
+    from graphprune.exporters import Artifact
+    from graphprune.models import LoadedModel
+    from graphprune.pipeline.events import JSON
+
+Columns = tuple[tuple[str, ...], str]
+
+NO_COLUMNS: Columns = ((), "")
+
+
+def eval_command(
+    model: ArtifactOrModel,
+    task: Annotated[
+        str,
+        typer.Option(
+            help="sts, neighbours, digits, perplexity, piqa, lambada, classification or regression."
+        ),
+    ],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="The task's file or folder; default: the one under $GRAPHPRUNE_DATA."),
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(min=2, help="perplexity: tokens of a window. Default 512.")
+    ] = None,
+    windows: Annotated[
+        int | None, typer.Option(min=0, help="perplexity: so many, from the start. Default all.")
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=0, help="piqa, lambada: so many examples from the start. Default all."),
+    ] = None,
+    text_column: TextColumn = None,
+    label_column: LabelColumn = "",
+    as_json: Json = False,
+    allow_pickle: Pickle = False,
+) -> None:
+    """Judge a model by a task; an artifact is judged beside its dense twin."""
+    from graphprune.cli.tables import quality_table
+
+    given = {"window": window, "windows": windows, "limit": limit}
+    options = {name: number for name, number in given.items() if number is not None}
+    check_task(task, data, options)
+    columns = (tuple(text_column or ()), label_column)
+    with (
+        opened(model, allow_pickle) as (subject, display),
+        display.step(f"task {task}") as advance,
+    ):
+        results = judged(subject, task, data, advance, options, columns)
+    if as_json:
+        print_json({"model": model, **results})
+    else:
+        stdout_console().print(quality_table(results))
+
+
+def check_task(task: str, data: Path | None, options: Mapping[str, int] | None = None) -> None:
+    """Refuse an unknown task, a foreign option or missing data before a model is loaded.
+
+    Raises:
+        GraphPruneError: there is no such task or option, or the task's data is missing.
+    """
+    from graphprune.models.tasks import check, find_data, needs_data
+
+    check(task, options or {})
+    if needs_data(task):
+        find_data(task, data)
+
+
+def judged(
+    subject: LoadedModel | Artifact,
+    task: str,
+    data: Path | None,
+    advance: Advance,
+    options: Mapping[str, int] | None = None,
+    columns: Columns = NO_COLUMNS,
+) -> dict[str, JSON]:
+    """Task results by "pruned" and "dense"; a model that is no artifact has only the latter.
+
+    Args:
+        subject: what is judged.
+        task: a name from TASKS.
+        data: the task's file or folder, or None for the usual place.
+        advance: told of the progress, anew for each of the two models.
+        options: the task's own options.
+        columns: a labelled file's columns of text, and of labels; by default those that the subject
+            was trained on.
+
+    Raises:
+        GraphPruneError: the task needs what the subject does not have.
+    """
+    from graphprune.cli.training import schema_of
+    from graphprune.models.tasks import LABELLED
+
+    common: dict[str, Any] = {"data": data, "tokenizer_dir": tokenizer_dir(subject)}
+    common |= options or {}
+    if task in LABELLED:
+        schema = schema_of(subject, task)
+        text, label = columns
+        common["schema"] = replace(schema, text=text or schema.text, label=label or schema.label)
+    try:
+        return _results(subject, task, common, advance)
+    except GraphPruneError:
+        raise
+    except Exception as e:
+        # ONNX Runtime's errors have no common class.
+        foreign = type(e).__module__.startswith("onnxruntime")
+        if not foreign and not isinstance(e, ValueError | TypeError | RuntimeError | IndexError):
+            raise
+        raise GraphPruneError(
+            f"task {task!r} cannot feed this model: {str(e).partition(chr(10))[0]}; "
+            "`graphprune eval --help` says what each task is for"
+        ) from e
+
+
+def _results(
+    subject: LoadedModel | Artifact, task: str, common: Mapping[str, Any], advance: Advance
+) -> dict[str, JSON]:
+    from graphprune.exporters import Artifact
+    from graphprune.models.tasks import evaluate
+
+    if not isinstance(subject, Artifact):
+        if task == "neighbours":
+            raise GraphPruneError(
+                "the task 'neighbours' compares an artifact with its dense twin; compile the model "
+                "first, and judge the folder"
+            )
+        result = evaluate(task, subject.module, progress=advance, **common)
+        return {"dense": asdict(result)}
+    session = subject.session()
+    if task == "neighbours":
+        dense = subject.baseline_session()
+        result = evaluate(task, session, dense=dense, progress=advance, **common)
+        # The dense model agrees with itself.
+        return {"pruned": asdict(result), "dense": {**asdict(result), "value": 1.0}}
+    results = {"pruned": asdict(evaluate(task, session, progress=advance, **common))}
+    if subject.has_baseline:
+        dense = subject.baseline_session()
+        results["dense"] = asdict(evaluate(task, dense, progress=advance, **common))
+    return results
