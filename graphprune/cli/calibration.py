@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from graphprune.cli.sizes import input_names, problem_of, resized
-from graphprune.cli.subject import tokenizer_dir
+from graphprune.cli.subject import Subject
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from graphprune.exporters import Artifact
     from graphprune.ir.program import Program
-    from graphprune.models import LoadedModel
     from graphprune.pipeline.base import Pass
 
 
@@ -39,7 +37,7 @@ def check_calibration(steps: Sequence[Pass], source: Path | None, *, trains: boo
 
 
 def calibration(
-    subject: LoadedModel | Artifact, program: Program, source: Path, lines: int
+    subject: Subject, program: Program, source: Path, lines: int
 ) -> list[dict[str, Tensor]]:
     """Calibration batches from a file, as `graphprune.models.data.calibration` reads it.
 
@@ -59,7 +57,7 @@ def calibration(
     return calibration_batches(
         source,
         names,
-        tokenizer_dir(subject),
+        subject.tokenizer_dir,
         lines,
         segment=segment,
         length=longest(program),

@@ -24,7 +24,7 @@ from graphprune.cli.app import (
 )
 from graphprune.cli.evaluate import NO_COLUMNS, judged
 from graphprune.cli.sizes import input_names, parse_batch, timed_inputs
-from graphprune.cli.subject import captured, opened, tokenizer_dir
+from graphprune.cli.subject import Exported, Subject, opened
 from graphprune.cli.timing import timing_of
 from graphprune.errors import RecipeError
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from graphprune.cli.summary import Summary
     from graphprune.cli.training import LabeledData
     from graphprune.exporters import Artifact
-    from graphprune.models import LoadedModel
     from graphprune.pipeline.base import Pass
     from graphprune.pipeline.events import JSON, Observer
 
@@ -263,7 +262,6 @@ def run(
     model: str, steps: Sequence[Pass], out: Path, options: Options, allow_pickle: bool
 ) -> Summary:
     """Open a model, compile and measure it, with a progress display."""
-
     check_output(out)
     with opened(model, allow_pickle) as (subject, display):
         return compiled_and_measured(
@@ -272,7 +270,7 @@ def run(
 
 
 def compiled_and_measured(
-    subject: LoadedModel | Artifact,
+    subject: Subject,
     passes: Sequence[Pass],
     path: Path,
     options: Options,
@@ -285,25 +283,25 @@ def compiled_and_measured(
     from graphprune.cli.summary import Summary
     from graphprune.cli.training import calibration_from, trained_first, training_of, with_task_head
     from graphprune.exporters.artifact.results import add_results
-    from graphprune.models import LoadedModel
     from graphprune.models.data.calibration import count_tokens
     from graphprune.models.tasks.base import longest
     from graphprune.pipeline.pipeline import check_steps
 
     labeled = options.labeled
     if labeled is not None:
-        subject, labeled = with_task_head(subject, labeled, tokenizer_dir(subject), options.seed)
+        subject, labeled = with_task_head(subject, labeled, options.seed)
     with step("capture"):
-        start = captured(subject, options.cache, options.dynamic)
+        start = subject.captured(options.cache, options.dynamic)
         # What the model refuses is refused before the work.
         check_steps(passes, start.program)
         inputs = timed_inputs(start.program, options.sizes) if options.measure else {}
     training = first = None
     if labeled is not None and labeled.trains:
         with step("training data"):
-            names, folder = input_names(start.program), tokenizer_dir(subject)
-            training = training_of(labeled, names, folder, longest(start.program))
-        if isinstance(subject, LoadedModel) and not subject.trained:
+            training = training_of(
+                labeled, input_names(start.program), subject.tokenizer_dir, longest(start.program)
+            )
+        if not subject.trained:
             start, first = trained_first(start, training, labeled.options, options.seed, observer)
     batches = None
     if options.calibration is not None:
@@ -333,7 +331,7 @@ def compiled_and_measured(
     if noted := {key: value for key, value in results.items() if value}:
         artifact = add_results(artifact, compiled.report, noted)
     return Summary(
-        model=subject.name if isinstance(subject, LoadedModel) else str(subject.path),
+        model=subject.name,
         path=path,
         report=compiled.report,
         megabytes=_megabytes(artifact),
@@ -345,13 +343,11 @@ def compiled_and_measured(
 
 
 def _quality(
-    artifact: Artifact, subject: LoadedModel | Artifact, labeled: LabeledData | None, step: Step
+    artifact: Artifact, subject: Subject, labeled: LabeledData | None, step: Step
 ) -> dict[str, JSON]:
     """Evaluate the artifact on labeled data or by the model's own task; nothing without either."""
-    from graphprune.models import LoadedModel
 
-    task = subject.task if isinstance(subject, LoadedModel) else None
-    data, columns = None, NO_COLUMNS
+    task, data, columns = subject.task, None, NO_COLUMNS
     if labeled is not None and labeled.evaluates:
         task, data = labeled.options.task, labeled.options.eval
         if labeled.schema is not None:
@@ -359,7 +355,7 @@ def _quality(
     if task is None or (task == "neighbours" and not artifact.has_baseline):
         return {}
     with step(f"task {task}") as advance:
-        return judged(artifact, task, data, advance, columns=columns)
+        return judged(Exported(artifact), task, data, advance, columns=columns)
 
 
 def _megabytes(artifact: Artifact) -> dict[str, float]:

@@ -18,13 +18,11 @@ from graphprune.cli.app import (
     print_json,
     stdout_console,
 )
-from graphprune.cli.subject import opened, tokenizer_dir
+from graphprune.cli.subject import Subject, opened
 from graphprune.errors import GraphPruneError
 
 if TYPE_CHECKING:
     from graphprune.cli.progress import Advance
-    from graphprune.exporters import Artifact
-    from graphprune.models import LoadedModel
     from graphprune.pipeline.events import JSON
 
 Columns = tuple[tuple[str, ...], str]
@@ -91,7 +89,7 @@ def check_task(task: str, data: Path | None, options: Mapping[str, int] | None =
 
 
 def judged(
-    subject: LoadedModel | Artifact,
+    subject: Subject,
     task: str,
     data: Path | None,
     advance: Advance,
@@ -112,13 +110,12 @@ def judged(
     Raises:
         GraphPruneError: the task needs what the subject does not have.
     """
-    from graphprune.cli.training import schema_of
     from graphprune.models.tasks import LABELLED
 
-    common: dict[str, Any] = {"data": data, "tokenizer_dir": tokenizer_dir(subject)}
+    common: dict[str, Any] = {"data": data, "tokenizer_dir": subject.tokenizer_dir}
     common |= options or {}
     if task in LABELLED:
-        schema = schema_of(subject, task)
+        schema = subject.schema(task)
         text, label = columns
         common["schema"] = replace(schema, text=text or schema.text, label=label or schema.label)
     try:
@@ -137,27 +134,16 @@ def judged(
 
 
 def _results(
-    subject: LoadedModel | Artifact, task: str, common: Mapping[str, Any], advance: Advance
+    subject: Subject, task: str, common: Mapping[str, Any], advance: Advance
 ) -> dict[str, JSON]:
-    from graphprune.exporters import Artifact
     from graphprune.models.tasks import evaluate
 
-    if not isinstance(subject, Artifact):
-        if task == "neighbours":
-            raise GraphPruneError(
-                "the task 'neighbours' compares an artifact with its dense twin; compile the model "
-                "first, and judge the folder"
-            )
-        result = evaluate(task, subject.module, progress=advance, **common)
-        return {"dense": asdict(result)}
-    session = subject.session()
     if task == "neighbours":
-        dense = subject.baseline_session()
-        result = evaluate(task, session, dense=dense, progress=advance, **common)
+        models = subject.models(comparing=task)
+        result = evaluate(task, models["pruned"], dense=models["dense"], progress=advance, **common)
         # The dense model agrees with itself.
         return {"pruned": asdict(result), "dense": {**asdict(result), "value": 1.0}}
-    results = {"pruned": asdict(evaluate(task, session, progress=advance, **common))}
-    if subject.has_baseline:
-        dense = subject.baseline_session()
-        results["dense"] = asdict(evaluate(task, dense, progress=advance, **common))
-    return results
+    return {
+        which: asdict(evaluate(task, model, progress=advance, **common))
+        for which, model in subject.models().items()
+    }

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, final
 
 import typer
 from rich.console import Console
 
 from graphprune.cli.app import ArtifactOrModel, Json, Pickle, Threads, print_json
-from graphprune.cli.subject import captured, opened, tokenizer_dir
+from graphprune.cli.subject import Subject, opened
 from graphprune.errors import GraphPruneError
 
 if TYPE_CHECKING:
-    from graphprune.exporters import Artifact
     from graphprune.exporters.runtime.generate import Decoder
-    from graphprune.models import LoadedModel
     from graphprune.models.data.text import Text
 
 
@@ -140,30 +136,22 @@ class Generation:
         return (self.new_tokens - 1) / self.decode_seconds if self.new_tokens > 1 else None
 
 
-def generated(
-    subject: LoadedModel | Artifact, prompt: str, sampling: Sampling, threads: int
-) -> Generation:
+def generated(subject: Subject, prompt: str, sampling: Sampling, threads: int) -> Generation:
     """A generation that is about to begin; a model that is no artifact is exported first.
 
     Raises:
         GraphPruneError: no cache, no tokenizer, one that is not the model's, or an empty prompt.
     """
-    from graphprune.exporters import Artifact
     from graphprune.exporters.runtime.generate import Decoder, check_options
     from graphprune.models.data.text import Text
 
     check_options(sampling.max_new_tokens, sampling.temperature, sampling.top_k)
-    folder = tokenizer_dir(subject)
-    if folder is None:
+    if subject.tokenizer_dir is None:
         raise GraphPruneError(
             "the model comes without a tokenizer, so there is no text to read or write; in Python, "
             "graphprune.exporters.runtime.generate takes token ids"
         )
-    text = Text(folder)
+    text = Text(subject.tokenizer_dir)
     ids = text.chat(prompt) if sampling.chat else text.encode(prompt)
-    if isinstance(subject, Artifact):
-        return Generation(Decoder(subject.session(threads)), text, ids, sampling)
-    with tempfile.TemporaryDirectory(prefix="graphprune-") as temporary:
-        compiled = captured(subject, cache=True)
-        artifact = compiled.export(Path(temporary) / "out", baseline=False)
+    with subject.exported(cache=True) as artifact:
         return Generation(Decoder(artifact.session(threads)), text, ids, sampling)

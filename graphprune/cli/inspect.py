@@ -20,11 +20,11 @@ def inspect_command(
 ) -> None:
     """Show what could be removed from MODEL together, and what is frozen and why."""
     from graphprune.axes import axis_groups
-    from graphprune.cli.subject import captured, opened
+    from graphprune.cli.subject import opened
     from graphprune.cli.tables import groups_footer, groups_table
 
     with opened(model, allow_pickle) as (subject, display), display.step("capture and analyse"):
-        groups = axis_groups(captured(subject, dynamic=listed(dynamic)).program)
+        groups = axis_groups(subject.captured(dynamic=listed(dynamic)).program)
     if as_json:
         parameters = groups.program.num_parameters()
         found = [g.to_json() for g in groups]

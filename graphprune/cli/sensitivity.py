@@ -22,15 +22,13 @@ from graphprune.cli.app import (
     stdout_console,
 )
 from graphprune.cli.sizes import arguments_of, parse_batch, sized_inputs
-from graphprune.cli.subject import captured, opened
+from graphprune.cli.subject import Subject, opened
 from graphprune.errors import GraphPruneError
 from graphprune.storage.folders import check_writable
 
 if TYPE_CHECKING:
     from graphprune.cli.progress import Step
-    from graphprune.exporters import Artifact
     from graphprune.ir.program import Program
-    from graphprune.models import LoadedModel
     from graphprune.sensitivity import Sensitivity
 
 
@@ -172,7 +170,7 @@ def check_plot(path: Path | None) -> None:
     check_writable(path)
 
 
-def analyzed(subject: LoadedModel | Artifact, analysis: Analysis, step: Step) -> Sensitivity:
+def analyzed(subject: Subject, analysis: Analysis, step: Step) -> Sensitivity:
     """A sensitivity analysis on the file's batches, or on the model's example inputs without one.
 
     Times are of one sample, or of the sizes asked for, each cut beside the dense model in turns.
@@ -181,7 +179,7 @@ def analyzed(subject: LoadedModel | Artifact, analysis: Analysis, step: Step) ->
     from graphprune.sensitivity import sensitivity
 
     with step("capture"):
-        program = captured(subject).program
+        program = subject.captured().program
         inputs = sized_inputs(program, analysis.sizes)
     entry = program.forward
     batches = [arguments_of(program, dict(zip(entry.input_names, entry.example, strict=True)))]

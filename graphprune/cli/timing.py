@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,13 +17,11 @@ from graphprune.cli.app import (
     stdout_console,
 )
 from graphprune.cli.sizes import batch_text, parse_batch, timed_inputs
-from graphprune.cli.subject import captured, is_artifact, opened
-from graphprune.errors import GraphPruneError
+from graphprune.cli.subject import Subject, check_opponents, opened
 
 if TYPE_CHECKING:
     from graphprune.exporters import Artifact, Comparison
     from graphprune.ir.program import Program
-    from graphprune.models import LoadedModel
     from graphprune.pipeline.events import JSON
 
 
@@ -59,39 +55,20 @@ def bench_command(
         stdout_console().print(timing_table(timing))
 
 
-def check_opponents(model: str, against: str) -> None:
-    """Refuse, before a model is loaded, to measure against what is not there.
-
-    Raises:
-        GraphPruneError: so it is; near matches are named.
-    """
-    from graphprune.exporters.artifact.artifact import DENSE, check_names
-
-    if not is_artifact(model) and against != DENSE:
-        raise GraphPruneError("--against compares artifacts; compile the model first")
-    check_names(against)
-
-
-def bench(
-    subject: LoadedModel | Artifact, sizes: tuple[int, ...], threads: int, against: str
-) -> dict[str, JSON]:
+def bench(subject: Subject, sizes: tuple[int, ...], threads: int, against: str) -> dict[str, JSON]:
     """Time an artifact against its dense twin or another one; or a model as it is.
 
     Raises:
         GraphPruneError: there is nothing to measure against, or the sizes do not fit.
     """
-    from graphprune.exporters import Artifact, export
-
-    if isinstance(subject, Artifact):
-        subject.check_opponents(against)
-    program = captured(subject).program
-    inputs = timed_inputs(program, sizes)
-    if isinstance(subject, Artifact):
-        return timing_of(subject, program, inputs, threads, against)
-    with tempfile.TemporaryDirectory() as folder:
-        artifact = export(program, Path(folder) / "dense", baseline=program)
-        timing = timing_of(artifact, program, inputs, threads, "dense")
-    # A model has no pruned form yet: the two sessions are the same, so one row says it all.
+    subject.check_opponents(against)
+    compiled = subject.captured()
+    inputs = timed_inputs(compiled.program, sizes)
+    with subject.exported(compiled, baseline=True) as artifact:
+        timing = timing_of(artifact, compiled.program, inputs, threads, against)
+    if subject.compared:
+        return timing
+    # The two sessions of a model are the same, so one row says it all.
     kept = ("batch", "threads", "clock", "rounds", "dense_ms", "dense_low_ms", "dense_high_ms")
     return {key: timing[key] for key in kept}
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import functools
-import json
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, final
 
 from graphprune.errors import GraphPruneError, RecipeError
 from graphprune.pipeline.base import Context, Pass
@@ -20,8 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from graphprune.api import Compiled
-    from graphprune.exporters import Artifact
-    from graphprune.models import LoadedModel
+    from graphprune.cli.subject import Subject
     from graphprune.models.data.tables import Schema, Table
     from graphprune.training.spec import Training
 
@@ -207,69 +204,41 @@ def _refuse(options: Mapping[str, object], why: str) -> None:
 
 
 def with_task_head(
-    subject: LoadedModel | Artifact, labeled: LabeledData, folder: Path | None, seed: int
-) -> tuple[LoadedModel | Artifact, LabeledData]:
+    subject: Subject, labeled: LabeledData, seed: int
+) -> tuple[Subject, LabeledData]:
     """Put a head on the subject; return it, and the data with that head's order of classes.
 
     Args:
         subject: a model, or an artifact, which has a head already.
         labeled: what `labeled_data` read.
-        folder: the subject's tokenizer.
         seed: for a fresh head.
 
     Raises:
         GraphPruneError: there is no tokenizer, no head can be put on, the head there is does not
             know a label, or it is kept, and options about training have no effect.
     """
-    from graphprune.models import LoadedModel
-
-    subject, labeled = _headed(subject, labeled, folder, seed)
-    if isinstance(subject, LoadedModel) and not subject.trained:
-        return subject, labeled
-    options = labeled.options
-    idle: dict[str, object] = {"--epochs": options.epochs}
-    if not labeled.recovers:
-        idle |= {"--lr": options.lr, "--checkpoints": options.checkpoints}
-    _refuse(
-        idle,
-        "has no effect: the model has a trained head, which is kept; leave it away, or train after "
-        "pruning with --finetune EPOCHS or --distill EPOCHS",
-    )
-    return subject, labeled
-
-
-def _headed(
-    subject: LoadedModel | Artifact, labeled: LabeledData, folder: Path | None, seed: int
-) -> tuple[LoadedModel | Artifact, LabeledData]:
-    from graphprune.models import LoadedModel
-    from graphprune.models.zoo.heads import with_head
-
-    schema = labeled.schema
-    if schema is None:
-        return subject, labeled
-    if folder is None:
-        raise GraphPruneError(
-            f"--task {schema.task} reads text, and no tokenizer was found beside the model"
-        )
-    if isinstance(subject, LoadedModel):
-        center = 0.0
-        if schema.task == "regression" and labeled.train is not None:
-            center = statistics.fmean(labeled.train.scores())
-        subject = with_head(subject, schema, seed=seed, center=center)
-        if not subject.trained and labeled.train is None:
+    if labeled.schema is not None:
+        if subject.tokenizer_dir is None:
             raise GraphPruneError(
-                f"{subject.name!r} has no head for {schema.task}: give --train FILE, and one is "
-                "trained first"
+                f"--task {labeled.schema.task} reads text, and no tokenizer was found beside the "
+                "model"
             )
-        assert subject.schema is not None
-        known = subject.schema
-    else:
-        found = schema_of(subject, schema.task)
-        known = replace(schema, classes=found.classes or schema.classes)
-    for table in (labeled.train, labeled.eval):
-        if table is not None:
-            known.targets(table)
-    return subject, replace(labeled, schema=known)
+        subject, schema = subject.with_head(labeled.schema, labeled.train, seed)
+        for table in (labeled.train, labeled.eval):
+            if table is not None:
+                schema.targets(table)
+        labeled = replace(labeled, schema=schema)
+    if subject.trained:
+        options = labeled.options
+        idle: dict[str, object] = {"--epochs": options.epochs}
+        if not labeled.recovers:
+            idle |= {"--lr": options.lr, "--checkpoints": options.checkpoints}
+        _refuse(
+            idle,
+            "has no effect: the model has a trained head, which is kept; leave it away, or train "
+            "after pruning with --finetune EPOCHS or --distill EPOCHS",
+        )
+    return subject, labeled
 
 
 def training_of(
@@ -351,41 +320,3 @@ def trained_first(
     dense = compile(replace(program, metadata=metadata), [])
     dense.files = start.files
     return dense, dict(result.results[0].report)
-
-
-def schema_of(subject: LoadedModel | Artifact, task: str) -> Schema:
-    """What a subject's head answers: as it was told when it was trained, or as its files say.
-
-    Raises:
-        GraphPruneError: it has no head for this task.
-    """
-    from graphprune.models import LoadedModel
-    from graphprune.models.data.tables import Schema
-    from graphprune.models.loading.loaded import LABELS, SCHEMA
-    from graphprune.models.zoo.heads import head_classes, head_width
-
-    if isinstance(subject, LoadedModel):
-        classes = head_classes(subject) or ()
-        if not classes if task == "classification" else head_width(subject) != 1:
-            raise _headless(subject.name, task)
-        return Schema(task, classes=classes)
-    if (subject.path / SCHEMA).is_file():
-        found = Schema.from_file(subject.path / SCHEMA)
-        if found.task != task:
-            raise GraphPruneError(
-                f"{str(subject.path)!r} was trained for {found.task}: give --task {found.task}"
-            )
-        return found
-    outputs: list[Any] = subject.manifest.get("outputs") or [{}]
-    if outputs[0].get("name") != "logits":
-        raise _headless(str(subject.path), task)
-    names: dict[str, str] = {}
-    if (subject.path / LABELS).is_file():
-        names = json.loads((subject.path / LABELS).read_text(encoding="utf-8"))
-    return Schema(task, classes=tuple(names[key] for key in sorted(names, key=int)))
-
-
-def _headless(name: str, task: str) -> GraphPruneError:
-    return GraphPruneError(
-        f"{name!r} has no head for {task}: compile MODEL with --task {task} --train FILE first"
-    )

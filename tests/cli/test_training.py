@@ -19,7 +19,7 @@ import graphprune as gp
 from graphprune.cli.app import app
 from graphprune.cli.compile import steps_of
 from graphprune.cli.sizes import input_names
-from graphprune.cli.subject import captured
+from graphprune.cli.subject import Model
 from graphprune.cli.summary import Summary
 from graphprune.cli.training import (
     LabeledData,
@@ -30,7 +30,7 @@ from graphprune.cli.training import (
     with_task_head,
 )
 from graphprune.errors import RecipeError
-from graphprune.models import LoadedModel, load_model
+from graphprune.models import load_model
 from graphprune.models.data.tables import Schema
 from graphprune.models.tasks import evaluate
 from graphprune.passes import L1, Distill, Finetune, PruneHeads, PruneNeurons, PruneRecover
@@ -156,12 +156,12 @@ def test_the_teacher_is_the_trained_model(folder: Path) -> None:
     labeled = labeled_data(options, [])
     assert labeled is not None
     tokenizer = folder / "m"
-    subject, labeled = with_task_head(load_model(str(tokenizer)), labeled, tokenizer, 0)
-    assert isinstance(subject, LoadedModel)
-    for module in subject.module.modules():
+    subject, labeled = with_task_head(Model(load_model(str(tokenizer))), labeled, 0)
+    assert isinstance(subject, Model)
+    for module in subject.loaded.module.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    start = captured(subject)
+    start = subject.captured()
     training = training_of(labeled, input_names(start.program), tokenizer, 64)
     dense, _ = trained_first(start, training, options, 0, lambda event: None)
     head = "head.weight"
@@ -308,7 +308,7 @@ def test_the_dense_model_s_training_in_words(
 def test_epochs_without_a_new_head_are_refused_for_images_too() -> None:
     labeled = LabeledData(TrainingOptions("digits", epochs=1), recovers=True)
     with pytest.raises(RecipeError, match="--epochs has no effect"):
-        with_task_head(load_model("tiny-vit"), labeled, None, 0)
+        with_task_head(Model(load_model("tiny-vit")), labeled, 0)
 
 
 @pytest.mark.slow
