@@ -162,7 +162,7 @@ def compile_command(
     """Prune MODEL, prove it, write the ONNX artifact, and show before and after."""
     from graphprune.cli.calibration import check_calibration
     from graphprune.cli.summary import present
-    from graphprune.cli.training import DIGITS, TrainingOptions, check_training, labeled_data
+    from graphprune.cli.training import TrainingOptions, check_training, labeled_data
 
     training = TrainingOptions(
         task=task,
@@ -177,7 +177,7 @@ def compile_command(
         resume=resume,
     )
     check_training(training)
-    has_data = calibration is not None or train is not None or task == DIGITS
+    has_data = calibration is not None or train is not None or training.brings_data
     score = score or ("obs" if has_data else "magnitude")
     removal = {"score": score, "allocation": allocation, "ignore": ignore or []}
     flags = {
@@ -347,12 +347,14 @@ def _quality(
 ) -> dict[str, JSON]:
     """Evaluate the artifact on labeled data or by the model's own task; nothing without either."""
 
+    from graphprune.models.tasks import TASKS
+
     task, data, columns = subject.task, None, NO_COLUMNS
     if labeled is not None and labeled.evaluates:
         task, data = labeled.options.task, labeled.options.eval
         if labeled.schema is not None:
             columns = (labeled.schema.text, labeled.schema.label)
-    if task is None or (task == "neighbours" and not artifact.has_baseline):
+    if task is None or (TASKS[task].compares and not artifact.has_baseline):
         return {}
     with step(f"task {task}") as advance:
         return judged(Exported(artifact), task, data, advance, columns=columns)

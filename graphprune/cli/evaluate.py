@@ -81,11 +81,11 @@ def check_task(task: str, data: Path | None, options: Mapping[str, int] | None =
     Raises:
         GraphPruneError: there is no such task or option, or the task's data is missing.
     """
-    from graphprune.models.tasks import check, find_data, needs_data
+    from graphprune.models.tasks import TASKS, check
 
     check(task, options or {})
-    if needs_data(task):
-        find_data(task, data)
+    if TASKS[task].file:
+        TASKS[task].find_data(data)
 
 
 def judged(
@@ -110,11 +110,11 @@ def judged(
     Raises:
         GraphPruneError: the task needs what the subject does not have.
     """
-    from graphprune.models.tasks import LABELLED
+    from graphprune.models.tasks import TASKS
 
     common: dict[str, Any] = {"data": data, "tokenizer_dir": subject.tokenizer_dir}
     common |= options or {}
-    if task in LABELLED:
+    if TASKS[task].labeled:
         schema = subject.schema(task)
         text, label = columns
         common["schema"] = replace(schema, text=text or schema.text, label=label or schema.label)
@@ -136,9 +136,9 @@ def judged(
 def _results(
     subject: Subject, task: str, common: Mapping[str, Any], advance: Advance
 ) -> dict[str, JSON]:
-    from graphprune.models.tasks import evaluate
+    from graphprune.models.tasks import TASKS, evaluate
 
-    if task == "neighbours":
+    if TASKS[task].compares:
         models = subject.models(comparing=task)
         result = evaluate(task, models["pruned"], dense=models["dense"], progress=advance, **common)
         # The dense model agrees with itself.

@@ -20,12 +20,9 @@ if TYPE_CHECKING:
     from graphprune.api import Compiled
     from graphprune.cli.subject import Subject
     from graphprune.models.data.tables import Schema, Table
+    from graphprune.models.tasks import Task
     from graphprune.training.spec import Training
 
-DIGITS = "digits"
-TASKS = ("classification", "regression", DIGITS)
-# A small network that was trained at a high rate does not move at the usual one.
-_RATES = {DIGITS: 1e-3}
 _RATE = 5e-5
 _EPOCHS = 2
 _BATCH = 32
@@ -38,7 +35,7 @@ class TrainingOptions:
     """The command line's options about training, as they were given; None where they were not.
 
     Attributes:
-        task: one of TASKS, or empty.
+        task: one of TRAINABLE, or empty.
         train, eval: labelled files.
         text, label: names of their columns; recognised where empty.
         epochs: of the dense model, where its head is fresh.
@@ -60,9 +57,21 @@ class TrainingOptions:
     resume: bool = False
 
     @property
+    def record(self) -> Task | None:
+        """The task."""
+        from graphprune.models.tasks import TASKS
+
+        return TASKS.get(self.task)
+
+    @property
+    def brings_data(self) -> bool:
+        """Whether the task has examples of its own."""
+        return self.record is not None and self.record.examples is not None
+
+    @property
     def own_rate(self) -> float | None:
         """The learning rate that was given or is the task's; None for that of each pass."""
-        return _RATES.get(self.task) if self.lr is None else self.lr
+        return self.record.rate if self.lr is None and self.record is not None else self.lr
 
     @property
     def rate(self) -> float:
@@ -87,7 +96,7 @@ class LabeledData:
 
     Attributes:
         options: as they were given.
-        schema: columns and classes; None for the digits, which bring their own data.
+        schema: columns and classes; None for a task that brings its own data.
         train, eval: the rows, where a file was given.
         recovers: whether a pass trains.
     """
@@ -101,12 +110,12 @@ class LabeledData:
     @property
     def trains(self) -> bool:
         """Whether there is something to train on."""
-        return self.options.task == DIGITS or self.train is not None
+        return self.options.brings_data or self.train is not None
 
     @property
     def evaluates(self) -> bool:
         """Whether there is something to judge by."""
-        return self.options.task == DIGITS or self.eval is not None
+        return self.options.brings_data or self.eval is not None
 
 
 def labeled_data(options: TrainingOptions, steps: Sequence[Pass]) -> LabeledData | None:
@@ -126,7 +135,7 @@ def labeled_data(options: TrainingOptions, steps: Sequence[Pass]) -> LabeledData
                 "regression) with --train FILE, a table with TABs and a header line"
             )
         return None
-    if options.task == DIGITS:
+    if options.brings_data:
         return LabeledData(options, recovers=bool(training))
     if options.train is None and (training or options.eval is None):
         raise RecipeError(
@@ -160,6 +169,7 @@ def check_training(options: TrainingOptions) -> None:
         RecipeError: so they are.
         ExportError: the folder for checkpoints cannot be written.
     """
+    from graphprune.models.tasks import TRAINABLE
     from graphprune.training.optimizer import Plan
 
     learning = {
@@ -172,15 +182,18 @@ def check_training(options: TrainingOptions) -> None:
     files = {"--train": options.train, "--eval": options.eval}
     columns = {"--text-column": options.text or None, "--label-column": options.label or None}
     if not options.task:
-        _refuse({**files, **columns, **learning}, f"needs --task: one of {', '.join(TASKS)}")
+        _refuse({**files, **columns, **learning}, f"needs --task: one of {', '.join(TRAINABLE)}")
         return
-    if options.task not in TASKS:
+    if options.task not in TRAINABLE:
         raise RecipeError(
-            f"there is no task {options.task!r} to train for; {suggest(options.task, TASKS)}"
+            f"there is no task {options.task!r} to train for; {suggest(options.task, TRAINABLE)}"
         )
-    if options.task == DIGITS:
-        own = "is for a file of texts, and the task 'digits' brings its own images: leave it away"
-        _refuse({**files, **columns}, own)
+    if options.brings_data:
+        _refuse(
+            {**files, **columns},
+            f"is for a file of texts, and the task {options.task!r} brings its own images: leave "
+            "it away",
+        )
     elif options.train is None:
         _refuse(learning, "is about training: give --train FILE, or leave it away")
     if len(options.text) > 2:
@@ -258,12 +271,10 @@ def training_of(
     options = labeled.options
     judge: Batches | None = None
     if labeled.schema is None:
-        from graphprune.models.zoo.digits import digits
-
-        images, labels = digits("train")
-        data = Batches({"pixel_values": images}, labels, options.size)
-        images, labels = digits("test")
-        judge = Batches({"pixel_values": images}, labels, options.size, shuffle=False)
+        assert options.record is not None
+        assert options.record.examples is not None
+        data = Batches(*options.record.examples("train"), options.size)
+        judge = Batches(*options.record.examples("test"), options.size, shuffle=False)
         loss = "classification"
     else:
         assert folder is not None
