@@ -19,7 +19,7 @@ from graphprune.cli.app import (
     stdout_console,
 )
 from graphprune.cli.subject import Subject, opened
-from graphprune.errors import GraphPruneError
+from graphprune.errors import GraphPruneError, first_line
 
 if TYPE_CHECKING:
     from graphprune.cli.progress import Advance
@@ -128,7 +128,7 @@ def judged(
         if not foreign and not isinstance(e, ValueError | TypeError | RuntimeError | IndexError):
             raise
         raise GraphPruneError(
-            f"task {task!r} cannot feed this model: {str(e).partition(chr(10))[0]}; "
+            f"task {task!r} cannot feed this model: {first_line(e)}; "
             "`graphprune eval --help` says what each task is for"
         ) from e
 

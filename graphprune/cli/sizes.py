@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from graphprune.errors import GraphPruneError
+from graphprune.errors import GraphPruneError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,7 +88,7 @@ def timed_inputs(program: Program, sizes: tuple[int, ...]) -> dict[str, Any]:
         try:
             step(program, ids, mask, past_of_zeros(program.entries["decode"], batch, past))
         except Exception as e:
-            problem = str(e).strip().split("\n")[0]
+            problem = first_line(e)
         else:
             return {IDS: ids, MASK: mask}
     raise GraphPruneError(
@@ -99,18 +99,14 @@ def timed_inputs(program: Program, sizes: tuple[int, ...]) -> dict[str, Any]:
 
 def resized(program: Program, sizes: tuple[int, ...]) -> dict[str, Any]:
     """The program's example inputs at batch and sequence, without padding, as keyword arguments."""
-    import torch
+    from graphprune.verify.error import resized as flat_inputs
 
-    wanted = dict(zip(("batch", "sequence"), sizes, strict=False))
     entry = program.forward
+    tensors = flat_inputs(entry, dict(zip(("batch", "sequence"), sizes, strict=False)))
     flat: dict[str, Tensor] = {}
-    for name, tensor in zip(entry.input_names, entry.example, strict=True):
-        for dim, symbol in entry.dynamic.get(name, {}).items():
-            size = wanted.get(symbol, tensor.shape[dim])
-            repeats = -(-size // tensor.shape[dim])
-            tensor = torch.cat([tensor] * repeats, dim).narrow(dim, 0, size)
+    for name, tensor in zip(entry.input_names, tensors, strict=True):
         is_mask = not tensor.is_floating_point() and bool(((tensor == 0) | (tensor == 1)).all())
-        flat[name] = torch.ones_like(tensor) if is_mask else tensor.contiguous()
+        flat[name] = tensor.new_ones(tensor.shape) if is_mask else tensor
     return arguments_of(program, flat)
 
 
@@ -134,7 +130,7 @@ def problem_of(program: Program, inputs: Mapping[str, Any]) -> str:
     try:
         program(**inputs)
     except Exception as e:
-        return str(e).strip().split("\n")[0]
+        return first_line(e)
     return ""
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from graphprune.capture.decoder import PAST
+from graphprune.capture.decoder import is_past, zero_pasts
 from graphprune.errors import GraphPruneError
 from graphprune.models.data.batches import Batches
 from graphprune.models.data.tables import Schema
@@ -154,7 +154,8 @@ def runner(model: Any, *, quiet: bool = False) -> Runner:
 
         def run_session(inputs: Mapping[str, Tensor]) -> Tensor:
             feeds = {name: value.numpy() for name, value in inputs.items() if name in names}
-            feeds |= _empty_cache(model, len(next(iter(inputs.values()))))
+            shapes = {i.name: i.shape for i in model.get_inputs() if is_past(i.name)}
+            feeds |= zero_pasts(shapes, len(next(iter(inputs.values()))))
             return torch.from_numpy(np.asarray(model.run(None, feeds, *options)[0]))
 
         return run_session
@@ -207,15 +208,6 @@ def longest(model: Any, at_most: int = TOKENS) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if takes(middle) else (low, middle)
     return low or at_most
-
-
-def _empty_cache(session: Any, batch: int) -> dict[str, Any]:
-    """What a decoder with a key/value cache takes of it before the first token."""
-    return {
-        i.name: np.zeros((batch, i.shape[1], 0, i.shape[3]), np.float32)
-        for i in session.get_inputs()
-        if i.name.startswith(f"{PAST}.")
-    }
 
 
 def _accepted(model: Any) -> set[str]:

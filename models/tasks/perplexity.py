@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from graphprune.errors import GraphPruneError
+from graphprune.errors import GraphPruneError, first_line
 from graphprune.models.data.tokenize import encoder
 from graphprune.models.tasks.base import Progress, Task, TaskResult, silent
 from graphprune.models.tasks.language import scorer
@@ -82,9 +82,9 @@ def perplexity(
             raise
         except Exception as e:
             # Of torch or ONNX Runtime, in one of many classes; a few tokens were no trouble.
-            first = str(e).strip().partition("\n")[0]
             raise GraphPruneError(
-                f"the model fails on windows of {window} tokens ({first}): give a smaller --window"
+                f"the model fails on windows of {window} tokens ({first_line(e)}): give a smaller "
+                "--window"
             ) from e
         total -= sum(s.log_probability for s in scored)
         progress(start + len(part), used)
