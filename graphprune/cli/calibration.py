@@ -25,7 +25,7 @@ def check_calibration(steps: Sequence[Pass], source: Path | None, *, trains: boo
         trains: whether there are training data, which calibrate too.
 
     Raises:
-        GraphPruneError: so it is.
+        GraphPruneError: a pass needs data and there are none, or the file cannot be read.
     """
     from graphprune.api import calibration_for
     from graphprune.models.data.calibration import check_source

@@ -250,7 +250,7 @@ def check_output(path: Path) -> None:
     """Refuse, before any work, a folder that cannot be written or is not ours to replace.
 
     Raises:
-        ExportError: so it is.
+        ExportError: it is a file, holds what graphprune did not write, or is not writable.
     """
     from graphprune.exporters import is_artifact
     from graphprune.storage.folders import check_target

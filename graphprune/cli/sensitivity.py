@@ -157,7 +157,7 @@ def check_plot(path: Path | None) -> None:
     """Refuse, before any work, a page that cannot be written, or that would replace another file.
 
     Raises:
-        GraphPruneError: so it is.
+        GraphPruneError: the name does not end in .html, the folder is missing or not writable.
     """
     if path is None:
         return

@@ -166,7 +166,7 @@ def check_training(options: TrainingOptions) -> None:
     """Refuse options about training that are wrong, or that nothing would come of.
 
     Raises:
-        RecipeError: so they are.
+        RecipeError: an option has a wrong value, misses another one, or has no effect.
         ExportError: the folder for checkpoints cannot be written.
     """
     from graphprune.models.tasks import TRAINABLE
