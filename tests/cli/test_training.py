@@ -36,6 +36,7 @@ from graphprune.models.tasks import evaluate
 from graphprune.passes import L1, Distill, Finetune, PruneHeads, PruneNeurons, PruneRecover
 
 Run = Callable[..., Result]
+Sentence = Callable[[Result], str]
 
 
 @pytest.fixture(scope="module")
@@ -103,14 +104,6 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     return invoke
 
 
-def sentence(result: Result) -> str:
-    """The error: one sentence, no traceback."""
-    errors = result.stderr[result.stderr.index("error:") :].strip()
-    assert "Traceback" not in result.stderr
-    assert "\n" not in errors
-    return errors
-
-
 TASK = ("--task", "classification")
 LEARN = (*TASK, "--train", "train.tsv", "--lr", "0.005", "--batch-size", "16")
 CUT = ("compile", "m", "--neurons", "0.5", "--heads", "0.5", "--no-measure")
@@ -173,7 +166,9 @@ def test_the_teacher_is_the_trained_model(folder: Path) -> None:
     assert [p.name for p in again.report.passes] == ["distill"]
 
 
-def test_the_artifact_remembers_columns_and_classes(run: Run, folder: Path, made: Any) -> None:
+def test_the_artifact_remembers_columns_and_classes(
+    run: Run, sentence: Sentence, folder: Path, made: Any
+) -> None:
     schema = Schema.from_file(folder / "out" / "task.json")
     assert schema == Schema("classification", ("text",), "label", ("no", "yes"))
     assert "task.json" in json.loads((folder / "out" / "manifest.json").read_text())["sha256"]
@@ -312,7 +307,9 @@ def test_epochs_without_a_new_head_are_refused_for_images_too() -> None:
 
 
 @pytest.mark.slow
-def test_training_resumes_where_its_checkpoints_are(run: Run, folder: Path) -> None:
+def test_training_resumes_where_its_checkpoints_are(
+    run: Run, sentence: Sentence, folder: Path
+) -> None:
     arguments = (*CUT, *LEARN, "--epochs", "1", "--finetune", "1", "--no-baseline")
     kept = (*arguments, "--checkpoints", "kept")
     first = run(*kept, "--eval", "dev.tsv", "-o", "once", "--json")
@@ -449,7 +446,7 @@ RECOVER = ("compile", "m", "--neurons", "0.5", "-o", "no")
 @pytest.mark.usefixtures("made")
 @pytest.mark.slow
 def test_bad_input_is_one_sentence_before_any_work(
-    run: Run, folder: Path, arguments: tuple[str, ...], says: str
+    run: Run, sentence: Sentence, folder: Path, arguments: tuple[str, ...], says: str
 ) -> None:
     _write(folder / "broken.tsv", "text\tlabel", [["w1", "yes"], ["w2"]])
     _write(folder / "one.tsv", "text\tlabel", [["w1", "yes"]])
