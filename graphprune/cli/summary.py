@@ -10,7 +10,7 @@ from typing import final
 from graphprune.cli.app import print_json, stdout_console
 from graphprune.cli.tables import comparison_table, passes_table
 from graphprune.pipeline.events import JSON
-from graphprune.report.report import Report, count_text
+from graphprune.report.report import Report, change_text
 
 
 @final
@@ -70,30 +70,18 @@ class Summary:
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """(what, dense, pruned, change) for a table."""
-        before, after = self.report.before, self.report.after
-        rows = [
-            (
-                "parameters",
-                f"{before.parameters:,}",
-                f"{after.parameters:,}",
-                _percent(before.parameters, after.parameters),
-            ),
-            (
-                "FLOPs on the example inputs",
-                count_text(before.flops),
-                count_text(after.flops),
-                _percent(before.flops, after.flops),
-            ),
-        ]
+        parameters, _, flops = self.report.size_rows()
         pruned, dense = self.megabytes["pruned"], self.megabytes.get("dense")
-        rows.append(
+        rows = [
+            parameters,
+            ("FLOPs on the example inputs", *flops[1:]),
             (
                 "MB on disk (ONNX)",
                 "" if dense is None else _megabytes_text(dense),
                 _megabytes_text(pruned),
-                "" if dense is None else _percent(dense, pruned),
-            )
-        )
+                "" if dense is None else change_text(dense, pruned),
+            ),
+        ]
         if self.timing is not None:
             rows.append(timing_row(self.timing))
         return rows + _quality_rows(self.quality)
@@ -147,10 +135,6 @@ def _value_text(result: Mapping[str, JSON]) -> str:
 
 def _megabytes_text(megabytes: float) -> str:
     return f"{megabytes:.1f}" if megabytes >= 1 else f"{megabytes:.3f}"
-
-
-def _percent(before: float, after: float) -> str:
-    return f"{100 * (after - before) / before:+.1f} %" if before else ""
 
 
 def _plural(count: int, noun: str) -> str:
