@@ -14,6 +14,12 @@ A message states the fact, the place and the way out, in that order.
 """
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error that has text, for libraries append pages; else its class."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)
+
+
 class GraphPruneError(Exception):
     """Base class: catch it to catch everything that graphprune raises on purpose."""
 

@@ -9,10 +9,10 @@ from typing import Any, final
 
 import numpy as np
 
-from graphprune.capture.decoder import PAST
+from graphprune.capture.decoder import PAST, is_past
 from graphprune.errors import ArtifactError, ExportError, GraphPruneError
 from graphprune.exporters.quantize.quantize import quantise
-from graphprune.exporters.runtime.kv_cache import Shapes, filled, is_past, shapes_of
+from graphprune.exporters.runtime.kv_cache import Shapes, filled, shapes_of
 from graphprune.exporters.runtime.session import (
     Clock,
     Comparison,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import fx
 
-from graphprune.errors import ExportError
+from graphprune.errors import ExportError, first_line
 from graphprune.exporters.onnx.attention import lower_attention
 from graphprune.exporters.onnx.cleanup import clean_up
 from graphprune.exporters.onnx.names import (
@@ -178,5 +178,4 @@ def _reason(error: BaseException) -> str:
     """The innermost cause's first line: torch.onnx wraps it in pages of advice."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return first_line(error)

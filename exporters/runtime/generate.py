@@ -8,9 +8,9 @@ from typing import Any, final
 import numpy as np
 import numpy.typing as npt
 
-from graphprune.capture.decoder import IDS, MASK, PAST, PRESENT
-from graphprune.errors import GraphPruneError
-from graphprune.exporters.runtime.kv_cache import is_past, shapes_of
+from graphprune.capture.decoder import IDS, MASK, PAST, PRESENT, is_past, zero_pasts
+from graphprune.errors import GraphPruneError, first_line
+from graphprune.exporters.runtime.kv_cache import shapes_of
 
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
@@ -57,11 +57,8 @@ class Decoder:
             mask: of the same shape, 0 for padding; by default there is none.
         """
         self.mask = np.zeros((len(ids), 0), np.int64)
-        self._cache = {}
-        for name in self._pasts:
-            _, heads, _, width = self._shapes[name]
-            shape = len(ids), int(heads), 0, int(width)
-            self._cache[name] = _value(np.zeros(shape, np.float32))
+        zeros = zero_pasts(self._shapes, len(ids))
+        self._cache = {name: _value(array) for name, array in zeros.items()}
         return self._read(ids, np.ones_like(ids) if mask is None else mask)
 
     def step(self, tokens: Ids) -> Logits:
@@ -81,7 +78,7 @@ class Decoder:
         except Exception as e:
             raise GraphPruneError(
                 f"ONNX Runtime fails after {self.mask.shape[1]} tokens, perhaps more than the "
-                f"model has positions for; generate fewer: {str(e).partition(chr(10))[0]}"
+                f"model has positions for; generate fewer: {first_line(e)}"
             ) from e
         self.mask = seen
         self._cache = dict(zip(self._pasts, present, strict=True))

@@ -5,19 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
-from graphprune.capture.decoder import IDS, MASK, PAST
+from graphprune.capture.decoder import IDS, MASK, is_past, zero_pasts
 from graphprune.errors import GraphPruneError
 
 Feeds = dict[str, npt.NDArray[Any]]
 Shapes = Mapping[str, Sequence[int | str]]
-
-
-def is_past(name: str) -> bool:
-    """Whether an input of an ONNX file holds keys or values of past tokens."""
-    return name.startswith(f"{PAST}.")
 
 
 def shapes_of(session: Any) -> dict[str, Sequence[int | str]]:
@@ -39,26 +33,22 @@ def filled(shapes: Shapes, feeds: Feeds, *, strict: bool = False) -> Feeds:
     Raises:
         GraphPruneError: the mask is shorter than the tokens, or a cache does not fit and must.
     """
-    result: Feeds = {}
-    for name, shape in shapes.items():
-        if not is_past(name):
-            result[name] = feeds[name]
-            continue
-        batch, sequence = feeds[IDS].shape
-        past = feeds[MASK].shape[1] - sequence
-        if past < 0:
-            raise GraphPruneError(
-                f"{MASK!r} is {feeds[MASK].shape[1]} long for {sequence} new tokens: it covers the "
-                "past and the new tokens"
-            )
-        wanted = (batch, int(shape[1]), past, int(shape[3]))
-        held = feeds.get(name)
-        if strict and held is not None and held.shape != wanted:
+    result: Feeds = {name: feeds[name] for name in shapes if not is_past(name)}
+    if len(result) == len(shapes):
+        return result
+    batch, sequence = feeds[IDS].shape
+    past = feeds[MASK].shape[1] - sequence
+    if past < 0:
+        raise GraphPruneError(
+            f"{MASK!r} is {feeds[MASK].shape[1]} long for {sequence} new tokens: it covers the "
+            "past and the new tokens"
+        )
+    for name, zeros in zero_pasts(shapes, batch, past).items():
+        held = feeds.get(name, zeros)
+        if strict and held.shape != zeros.shape:
             raise GraphPruneError(
                 f"{name!r} has shape {list(held.shape)}; with these tokens and this mask the model "
-                f"takes {list(wanted)}"
+                f"takes {list(zeros.shape)}"
             )
-        if held is None or held.shape != wanted:
-            held = np.zeros(wanted, np.float32)
-        result[name] = held
+        result[name] = held if held.shape == zeros.shape else zeros
     return result

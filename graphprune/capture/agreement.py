@@ -15,10 +15,10 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from graphprune.capture.quiet import state_kept
-from graphprune.errors import CaptureError, GraphPruneError
+from graphprune.errors import CaptureError, GraphPruneError, first_line
 from graphprune.ir.graph import terms
 from graphprune.ir.program import Constant, Entry, Program
-from graphprune.verify.error import relative_error, second_inputs, second_sizes
+from graphprune.verify.error import relative_error, resized, second_inputs, second_sizes
 
 _log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def with_second_batch(model: nn.Module, program: Program, name: str, check: bool
         try:
             expected = model_outputs(model, entry, flat)
         except Exception as e:
-            refusal = str(e).partition("\n")[0]
+            refusal = first_line(e)
             continue
         try:
             _check_run(model, program, name, flat, expected, check)
@@ -130,7 +130,7 @@ def _with_least(model: nn.Module, program: Program, name: str, entry: Entry) -> 
         if len(terms(symbol)) == 1
     }
     for symbol in sorted(symbols):
-        flat = _cropped(entry, symbol)
+        flat = resized(entry, {symbol: 1})
         if not _allowed(entry, flat):
             continue
         try:
@@ -142,19 +142,6 @@ def _with_least(model: nn.Module, program: Program, name: str, entry: Entry) -> 
         except CaptureError:
             bounds[symbol] = (2, bounds.get(symbol, (1, None))[1])
     return replace(entry, bounds=bounds)
-
-
-def _cropped(entry: Entry, symbol: str) -> list[Tensor]:
-    """The examples with one of a size, however many they have."""
-    sizes = second_sizes(entry.input_names, entry.example, entry.dynamic)[-1]
-    result = []
-    for name, tensor in zip(entry.input_names, entry.example, strict=True):
-        for dim, called in entry.dynamic.get(name, {}).items():
-            if symbol in terms(called):
-                others = sum(sizes[term] for term in terms(called) if term != symbol)
-                tensor = tensor.narrow(dim, 0, others + 1)
-        result.append(tensor.contiguous())
-    return result
 
 
 def model_call(
@@ -181,15 +168,20 @@ def model_call(
     return args, {name: value for name, value in given.items() if name not in only}
 
 
+def tolerance(output: Any) -> float:
+    """The relative error allowed between two ways to compute an output."""
+    half = isinstance(output, Tensor) and output.dtype in (torch.bfloat16, torch.float16)
+    return _AGREEMENT_HALF if half else _AGREEMENT
+
+
 def _check_agreement(
     model: nn.Module, expected: Sequence[Any], actual: Sequence[Any], shapes: Mapping[str, Any]
 ) -> None:
     for i, (a, b) in enumerate(zip(expected, actual, strict=True)):
-        half = isinstance(a, Tensor) and a.dtype in (torch.bfloat16, torch.float16)
         error = relative_error(a, b)
         if isinstance(a, Tensor) and a.dtype is not b.dtype:
             error = float("inf")
-        if not error <= (_AGREEMENT_HALF if half else _AGREEMENT):
+        if not error <= tolerance(a):
             raise CaptureError(
                 f"the captured graph of {type(model).__name__} disagrees with the model on output "
                 f"{i} for inputs of shapes {shapes}: forward is random, or depends on values, "

@@ -29,7 +29,13 @@ from graphprune.capture.functionalize import functionalize, inline_regions, spel
 from graphprune.capture.guards import assumptions
 from graphprune.capture.quiet import attributes_kept, quiet
 from graphprune.capture.spelling import respell
-from graphprune.errors import CaptureError, GraphPruneError, UnsupportedError, VerificationError
+from graphprune.errors import (
+    CaptureError,
+    GraphPruneError,
+    UnsupportedError,
+    VerificationError,
+    first_line,
+)
 from graphprune.ir.graph import erase_dead, is_op, op_name, output_node, tensor_nodes
 from graphprune.ir.program import FROZEN, Argument, Constant, Entry, Program
 from graphprune.ir.propagate import propagate
@@ -230,9 +236,7 @@ def _explain(model: nn.Module, error: Exception) -> str:
     ]
     frames = [f for f in frames if f.filename != __file__]
     where = f" at {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    fact = lines[0].strip() if lines else type(error).__name__
-    fact = fact.partition(" (unhinted")[0].rstrip(".")
+    fact = first_line(error).partition(" (unhinted")[0].rstrip(".")
     text = str(error).lower()
     if "specialized integer" in text or "unbacked" in text:
         remedy = (

@@ -16,14 +16,16 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from graphprune.capture.agreement import with_second_batch
+from graphprune.capture.agreement import tolerance, with_second_batch
 from graphprune.capture.capture import exported_program, program_of
 from graphprune.capture.quiet import quiet
-from graphprune.errors import CaptureError
+from graphprune.errors import CaptureError, first_line
 from graphprune.ir.graph import flat_outputs
 from graphprune.ir.program import Entry, Program
 from graphprune.verify.error import relative_error
@@ -31,7 +33,6 @@ from graphprune.verify.error import relative_error
 _Pasts = Sequence[Mapping[str, Tensor]]
 
 IDS, MASK, PAST, PRESENT = "input_ids", "attention_mask", "past_key_values", "present"
-_TOLERANCE, _TOLERANCE_HALF = 1e-4, 2e-2
 _GROWING = ("DynamicLayer", "DynamicSlidingWindowLayer")  # layers that keep keys and values
 
 
@@ -88,6 +89,22 @@ def past_of_zeros(entry: Entry, batch: int, past: int) -> dict[str, Tensor]:
         for name, example in zip(entry.input_names, entry.example, strict=True)
         if name in entry.cache
     }
+
+
+def zero_pasts(
+    shapes: Mapping[str, Sequence[int | str]], batch: int, past: int = 0
+) -> dict[str, npt.NDArray[np.float32]]:
+    """A cache of zeros for those inputs of an ONNX file that hold one, by name."""
+    return {
+        name: np.zeros((batch, int(shape[1]), past, int(shape[3])), np.float32)
+        for name, shape in shapes.items()
+        if is_past(name)
+    }
+
+
+def is_past(name: str) -> bool:
+    """Whether an input of an ONNX file holds keys or values of past tokens."""
+    return name.startswith(f"{PAST}.")
 
 
 def continued(entry: Entry, outputs: Sequence[Any]) -> dict[str, Tensor]:
@@ -170,7 +187,7 @@ def _run(model: nn.Module, ids: Tensor, mask: Tensor) -> list[dict[str, Tensor]]
     except Exception as e:
         raise CaptureError(
             f"{name} gives no key/value cache that graphprune can read "
-            f"({str(e).partition(chr(10))[0]}); compile it without cache"
+            f"({first_line(e)}); compile it without cache"
         ) from e
     for i, layer in enumerate(layers):
         if type(layer).__name__ not in _GROWING:
@@ -355,8 +372,7 @@ def _check_agreement(name: str, program: Program, ids: Tensor, mask: Tensor) -> 
         parts.append(logits)
     seen = mask.bool()
     error = relative_error(whole[seen], torch.cat(parts, 1)[seen])
-    half = whole.dtype in (torch.bfloat16, torch.float16)
-    if not error <= (_TOLERANCE_HALF if half else _TOLERANCE):
+    if not error <= tolerance(whole):
         raise CaptureError(
             f"{name} computes something else with a cache than without ({error:.1e} of its largest "
             "output): its past cannot be replayed token by token; compile it without cache"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from graphprune.capture.agreement import model_outputs
 from graphprune.capture.dynamic import asked_dims
 from graphprune.capture.guards import Place, culprit
-from graphprune.errors import CaptureError
+from graphprune.errors import CaptureError, first_line
 from graphprune.ir.program import Entry, Program
 
 _log = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ def _refusal(model: nn.Module, entry: Entry, places: Sequence[Place], size: int)
         try:
             model_outputs(model, entry, flat)
         except Exception as e:
-            refusal = (str(e) or type(e).__name__).strip().partition("\n")[0]
+            refusal = first_line(e)
         else:
             return ""
     return refusal

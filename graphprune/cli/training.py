@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import functools
-import json
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, final
 
 from graphprune.errors import GraphPruneError, RecipeError
 from graphprune.pipeline.base import Context, Pass
@@ -20,15 +18,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from graphprune.api import Compiled
-    from graphprune.exporters import Artifact
-    from graphprune.models import LoadedModel
+    from graphprune.cli.subject import Subject
     from graphprune.models.data.tables import Schema, Table
+    from graphprune.models.tasks import Task
     from graphprune.training.spec import Training
 
-DIGITS = "digits"
-TASKS = ("classification", "regression", DIGITS)
-# A small network that was trained at a high rate does not move at the usual one.
-_RATES = {DIGITS: 1e-3}
 _RATE = 5e-5
 _EPOCHS = 2
 _BATCH = 32
@@ -37,11 +31,11 @@ _DENSE = "dense"  # the folder of the dense model's checkpoints
 
 @final
 @dataclass(frozen=True, slots=True)
-class Wish:
+class TrainingOptions:
     """The command line's options about training, as they were given; None where they were not.
 
     Attributes:
-        task: one of TASKS, or empty.
+        task: one of TRAINABLE, or empty.
         train, eval: labelled files.
         text, label: names of their columns; recognised where empty.
         epochs: of the dense model, where its head is fresh.
@@ -63,9 +57,21 @@ class Wish:
     resume: bool = False
 
     @property
+    def record(self) -> Task | None:
+        """The task."""
+        from graphprune.models.tasks import TASKS
+
+        return TASKS.get(self.task)
+
+    @property
+    def brings_data(self) -> bool:
+        """Whether the task has examples of its own."""
+        return self.record is not None and self.record.examples is not None
+
+    @property
     def own_rate(self) -> float | None:
         """The learning rate that was given or is the task's; None for that of each pass."""
-        return _RATES.get(self.task) if self.lr is None else self.lr
+        return self.record.rate if self.lr is None and self.record is not None else self.lr
 
     @property
     def rate(self) -> float:
@@ -85,17 +91,17 @@ class Wish:
 
 @final
 @dataclass(frozen=True, slots=True)
-class Lesson:
-    """A wish whose files were read; what a model is trained on and judged by.
+class LabeledData:
+    """Options whose files were read: what a model is trained on and evaluated by.
 
     Attributes:
-        wish: as it was given.
-        schema: columns and classes; None for the digits, which bring their own data.
+        options: as they were given.
+        schema: columns and classes; None for a task that brings its own data.
         train, eval: the rows, where a file was given.
         recovers: whether a pass trains.
     """
 
-    wish: Wish
+    options: TrainingOptions
     schema: Schema | None = None
     train: Table | None = None
     eval: Table | None = None
@@ -104,16 +110,16 @@ class Lesson:
     @property
     def trains(self) -> bool:
         """Whether there is something to train on."""
-        return self.wish.task == DIGITS or self.train is not None
+        return self.options.brings_data or self.train is not None
 
     @property
-    def judges(self) -> bool:
+    def evaluates(self) -> bool:
         """Whether there is something to judge by."""
-        return self.wish.task == DIGITS or self.eval is not None
+        return self.options.brings_data or self.eval is not None
 
 
-def lesson_of(wish: Wish, steps: Sequence[Pass]) -> Lesson | None:
-    """Read the files of a wish that `check_wish` let pass, before a model is loaded.
+def labeled_data(options: TrainingOptions, steps: Sequence[Pass]) -> LabeledData | None:
+    """Read the files of options that `check_training` accepted, before a model is loaded.
 
     Returns:
         None where the command line names no task.
@@ -122,81 +128,85 @@ def lesson_of(wish: Wish, steps: Sequence[Pass]) -> Lesson | None:
         GraphPruneError: there is nothing to train the passes on, or a file is broken.
     """
     training = " and ".join(dict.fromkeys(step.name for step in steps if step.needs_training))
-    if not wish.task:
+    if not options.task:
         if training:
             raise RecipeError(
                 f"{training} needs something to train on: give --task classification (or "
                 "regression) with --train FILE, a table with TABs and a header line"
             )
         return None
-    if wish.task == DIGITS:
-        return Lesson(wish, recovers=bool(training))
-    if wish.train is None and (training or wish.eval is None):
+    if options.brings_data:
+        return LabeledData(options, recovers=bool(training))
+    if options.train is None and (training or options.eval is None):
         raise RecipeError(
-            f"{training or f'--task {wish.task}'} needs --train FILE: a table with TABs and a "
+            f"{training or f'--task {options.task}'} needs --train FILE: a table with TABs and a "
             "header line"
         )
     from graphprune.models.data.tables import Schema, read_table
 
     tables = {
-        file: read_table(file, wish.task, wish.text, wish.label)
-        for file in (wish.train, wish.eval)
+        file: read_table(file, options.task, options.text, options.label)
+        for file in (options.train, options.eval)
         if file is not None
     }
-    train = None if wish.train is None else tables[wish.train]
-    judged = None if wish.eval is None else tables[wish.eval]
+    train = None if options.train is None else tables[options.train]
+    judged = None if options.eval is None else tables[options.eval]
     first = train or judged
     assert first is not None
-    schema = Schema(wish.task, first.text, first.label)
+    schema = Schema(options.task, first.text, first.label)
     if train is not None:
-        if wish.task == "classification":
+        if options.task == "classification":
             schema = replace(schema, classes=train.classes())
         for table in (train, *([] if judged is None else [judged])):
             schema.targets(table)
-    return Lesson(wish, schema, train, judged, bool(training))
+    return LabeledData(options, schema, train, judged, bool(training))
 
 
-def check_wish(wish: Wish) -> None:
+def check_training(options: TrainingOptions) -> None:
     """Refuse options about training that are wrong, or that nothing would come of.
 
     Raises:
-        RecipeError: so they are.
+        RecipeError: an option has a wrong value, misses another one, or has no effect.
         ExportError: the folder for checkpoints cannot be written.
     """
+    from graphprune.models.tasks import TRAINABLE
     from graphprune.training.optimizer import Plan
 
     learning = {
-        "--epochs": wish.epochs,
-        "--lr": wish.lr,
-        "--batch-size": wish.batch,
-        "--checkpoints": wish.checkpoints,
-        "--resume": wish.resume or None,
+        "--epochs": options.epochs,
+        "--lr": options.lr,
+        "--batch-size": options.batch,
+        "--checkpoints": options.checkpoints,
+        "--resume": options.resume or None,
     }
-    files = {"--train": wish.train, "--eval": wish.eval}
-    columns = {"--text-column": wish.text or None, "--label-column": wish.label or None}
-    if not wish.task:
-        _refuse({**files, **columns, **learning}, f"needs --task: one of {', '.join(TASKS)}")
+    files = {"--train": options.train, "--eval": options.eval}
+    columns = {"--text-column": options.text or None, "--label-column": options.label or None}
+    if not options.task:
+        _refuse({**files, **columns, **learning}, f"needs --task: one of {', '.join(TRAINABLE)}")
         return
-    if wish.task not in TASKS:
+    if options.task not in TRAINABLE:
         raise RecipeError(
-            f"there is no task {wish.task!r} to train for; {suggest(wish.task, TASKS)}"
+            f"there is no task {options.task!r} to train for; {suggest(options.task, TRAINABLE)}"
         )
-    if wish.task == DIGITS:
-        own = "is for a file of texts, and the task 'digits' brings its own images: leave it away"
-        _refuse({**files, **columns}, own)
-    elif wish.train is None:
+    if options.brings_data:
+        _refuse(
+            {**files, **columns},
+            f"is for a file of texts, and the task {options.task!r} brings its own images: leave "
+            "it away",
+        )
+    elif options.train is None:
         _refuse(learning, "is about training: give --train FILE, or leave it away")
-    if len(wish.text) > 2:
+    if len(options.text) > 2:
         raise RecipeError(
-            f"--text-column is given once, or twice for pairs, not {len(wish.text)} times"
+            f"--text-column is given once, or twice for pairs, not {len(options.text)} times"
         )
-    if wish.size < 1:
-        raise RecipeError(f"--batch-size must be at least 1, got {wish.size}")
-    if wish.resume and wish.checkpoints is None:
+    if options.size < 1:
+        raise RecipeError(f"--batch-size must be at least 1, got {options.size}")
+    if options.resume and options.checkpoints is None:
         raise RecipeError("--resume goes on from checkpoints: give --checkpoints FOLDER")
-    Plan(epochs=wish.dense_epochs, lr=wish.rate)
-    if wish.checkpoints is not None:
-        check_writable(wish.checkpoints / "checkpoint")
+    Plan(epochs=options.dense_epochs, lr=options.rate)
+    if options.checkpoints is not None:
+        check_writable(options.checkpoints / "checkpoint")
 
 
 def _refuse(options: Mapping[str, object], why: str) -> None:
@@ -206,79 +216,51 @@ def _refuse(options: Mapping[str, object], why: str) -> None:
             raise RecipeError(f"{name} {why}")
 
 
-def taught(
-    subject: LoadedModel | Artifact, lesson: Lesson, folder: Path | None, seed: int
-) -> tuple[LoadedModel | Artifact, Lesson]:
-    """The subject with a head for the lesson, and the lesson in the order of that head's classes.
+def with_task_head(
+    subject: Subject, labeled: LabeledData, seed: int
+) -> tuple[Subject, LabeledData]:
+    """Put a head on the subject; return it, and the data with that head's order of classes.
 
     Args:
         subject: a model, or an artifact, which has a head already.
-        lesson: what `lesson_of` read.
-        folder: the subject's tokenizer.
+        labeled: what `labeled_data` read.
         seed: for a fresh head.
 
     Raises:
         GraphPruneError: there is no tokenizer, no head can be put on, the head there is does not
             know a label, or it is kept, and options about training have no effect.
     """
-    from graphprune.models import LoadedModel
-
-    subject, lesson = _headed(subject, lesson, folder, seed)
-    if isinstance(subject, LoadedModel) and not subject.trained:
-        return subject, lesson
-    wish = lesson.wish
-    idle: dict[str, object] = {"--epochs": wish.epochs}
-    if not lesson.recovers:
-        idle |= {"--lr": wish.lr, "--checkpoints": wish.checkpoints}
-    _refuse(
-        idle,
-        "has no effect: the model has a trained head, which is kept; leave it away, or train after "
-        "pruning with --finetune EPOCHS or --distill EPOCHS",
-    )
-    return subject, lesson
-
-
-def _headed(
-    subject: LoadedModel | Artifact, lesson: Lesson, folder: Path | None, seed: int
-) -> tuple[LoadedModel | Artifact, Lesson]:
-    from graphprune.models import LoadedModel
-    from graphprune.models.zoo.heads import with_head
-
-    schema = lesson.schema
-    if schema is None:
-        return subject, lesson
-    if folder is None:
-        raise GraphPruneError(
-            f"--task {schema.task} reads text, and no tokenizer was found beside the model"
-        )
-    if isinstance(subject, LoadedModel):
-        center = 0.0
-        if schema.task == "regression" and lesson.train is not None:
-            center = statistics.fmean(lesson.train.scores())
-        subject = with_head(subject, schema, seed=seed, center=center)
-        if not subject.trained and lesson.train is None:
+    if labeled.schema is not None:
+        if subject.tokenizer_dir is None:
             raise GraphPruneError(
-                f"{subject.name!r} has no head for {schema.task}: give --train FILE, and one is "
-                "trained first"
+                f"--task {labeled.schema.task} reads text, and no tokenizer was found beside the "
+                "model"
             )
-        assert subject.schema is not None
-        known = subject.schema
-    else:
-        found = schema_of(subject, schema.task)
-        known = replace(schema, classes=found.classes or schema.classes)
-    for table in (lesson.train, lesson.eval):
-        if table is not None:
-            known.targets(table)
-    return subject, replace(lesson, schema=known)
+        subject, schema = subject.with_head(labeled.schema, labeled.train, seed)
+        for table in (labeled.train, labeled.eval):
+            if table is not None:
+                schema.targets(table)
+        labeled = replace(labeled, schema=schema)
+    if subject.trained:
+        options = labeled.options
+        idle: dict[str, object] = {"--epochs": options.epochs}
+        if not labeled.recovers:
+            idle |= {"--lr": options.lr, "--checkpoints": options.checkpoints}
+        _refuse(
+            idle,
+            "has no effect: the model has a trained head, which is kept; leave it away, or train "
+            "after pruning with --finetune EPOCHS or --distill EPOCHS",
+        )
+    return subject, labeled
 
 
 def training_of(
-    lesson: Lesson, inputs: Sequence[str], folder: Path | None, length: int
+    labeled: LabeledData, inputs: Sequence[str], folder: Path | None, length: int
 ) -> Training:
-    """Batches, loss and evaluation of a lesson.
+    """Return batches, loss and evaluation of labeled data.
 
     Args:
-        lesson: as `taught` returned it; there is something to train on.
+        labeled: as `with_task_head` returned it; there is something to train on.
         inputs: names of the model's inputs.
         folder: the subject's tokenizer.
         length: the most tokens of a text.
@@ -286,32 +268,32 @@ def training_of(
     from graphprune.models.data.batches import Batches, table_batches
     from graphprune.training.spec import Training
 
-    wish = lesson.wish
+    options = labeled.options
     judge: Batches | None = None
-    if lesson.schema is None:
-        from graphprune.models.zoo.digits import digits
-
-        images, labels = digits("train")
-        data = Batches({"pixel_values": images}, labels, wish.size)
-        images, labels = digits("test")
-        judge = Batches({"pixel_values": images}, labels, wish.size, shuffle=False)
+    if labeled.schema is None:
+        assert options.record is not None
+        assert options.record.examples is not None
+        data = Batches(*options.record.examples("train"), options.size)
+        judge = Batches(*options.record.examples("test"), options.size, shuffle=False)
         loss = "classification"
     else:
         assert folder is not None
-        assert lesson.train is not None
-        loss = lesson.schema.task
+        assert labeled.train is not None
+        loss = labeled.schema.task
         batches = functools.partial(
             table_batches,
-            schema=lesson.schema,
+            schema=labeled.schema,
             inputs=inputs,
             tokenizer_dir=folder,
-            size=wish.size,
+            size=options.size,
             length=length,
         )
-        data = batches(lesson.train)
-        if lesson.eval is not None:
-            judge = batches(lesson.eval, shuffle=False)
-    return Training(data, loss=loss, eval=judge, checkpoints=wish.checkpoints, resume=wish.resume)
+        data = batches(labeled.train)
+        if labeled.eval is not None:
+            judge = batches(labeled.eval, shuffle=False)
+    return Training(
+        data, loss=loss, eval=judge, checkpoints=options.checkpoints, resume=options.resume
+    )
 
 
 def calibration_from(training: Training, count: int) -> list[dict[str, Tensor]]:
@@ -323,7 +305,7 @@ def calibration_from(training: Training, count: int) -> list[dict[str, Tensor]]:
 
 
 def trained_first(
-    start: Compiled, training: Training, wish: Wish, seed: int, observer: Observer
+    start: Compiled, training: Training, options: TrainingOptions, seed: int, observer: Observer
 ) -> tuple[Compiled, dict[str, JSON]]:
     """A captured model whose head is fresh, trained, and what the training reports.
 
@@ -341,7 +323,7 @@ def trained_first(
     if training.checkpoints is not None:
         training = replace(training, checkpoints=Path(training.checkpoints) / _DENSE)
     context = Context(training=training, seed=seed, observers=[announced])
-    step = Finetune(epochs=wish.dense_epochs, lr=wish.rate)
+    step = Finetune(epochs=options.dense_epochs, lr=options.rate)
     result = Pipeline([step]).run(start.program, context)
     program = result.program
     # With the report of the untrained model it would count as compiled from that one.
@@ -349,41 +331,3 @@ def trained_first(
     dense = compile(replace(program, metadata=metadata), [])
     dense.files = start.files
     return dense, dict(result.results[0].report)
-
-
-def schema_of(subject: LoadedModel | Artifact, task: str) -> Schema:
-    """What a subject's head answers: as it was told when it was trained, or as its files say.
-
-    Raises:
-        GraphPruneError: it has no head for this task.
-    """
-    from graphprune.models import LoadedModel
-    from graphprune.models.data.tables import Schema
-    from graphprune.models.loading.loaded import LABELS, SCHEMA
-    from graphprune.models.zoo.heads import head_classes, head_width
-
-    if isinstance(subject, LoadedModel):
-        classes = head_classes(subject) or ()
-        if not classes if task == "classification" else head_width(subject) != 1:
-            raise _headless(subject.name, task)
-        return Schema(task, classes=classes)
-    if (subject.path / SCHEMA).is_file():
-        found = Schema.from_file(subject.path / SCHEMA)
-        if found.task != task:
-            raise GraphPruneError(
-                f"{str(subject.path)!r} was trained for {found.task}: give --task {found.task}"
-            )
-        return found
-    outputs: list[Any] = subject.manifest.get("outputs") or [{}]
-    if outputs[0].get("name") != "logits":
-        raise _headless(str(subject.path), task)
-    names: dict[str, str] = {}
-    if (subject.path / LABELS).is_file():
-        names = json.loads((subject.path / LABELS).read_text(encoding="utf-8"))
-    return Schema(task, classes=tuple(names[key] for key in sorted(names, key=int)))
-
-
-def _headless(name: str, task: str) -> GraphPruneError:
-    return GraphPruneError(
-        f"{name!r} has no head for {task}: compile MODEL with --task {task} --train FILE first"
-    )

@@ -21,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import (
     free_unbacked_symbols,
 )
 
-from graphprune.errors import VerificationError
+from graphprune.errors import VerificationError, first_line
 from graphprune.ir.graph import terms
 
 
@@ -101,7 +101,7 @@ class _Propagator(fx.Interpreter):
         except Exception as e:
             raise VerificationError(
                 f"node {n.name!r} ({n.target}) does not fit its inputs "
-                f"{[_shape(a) for a in n.all_input_nodes]}: {_fact(e)}"
+                f"{[_shape(a) for a in n.all_input_nodes]}: {first_line(e)}"
             ) from e
         n.meta["val"] = value
         return value
@@ -179,12 +179,6 @@ def _number(value: Any) -> Any:
 def _fits(value: Any) -> bool:
     number = _number(value) if isinstance(value, int | torch.SymInt) else 0
     return -(2**63) <= number < 2**63
-
-
-def _fact(error: Exception) -> str:
-    """The first line of an error: fx and the fake tensors append pages of their own."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def _shape(node: fx.Node) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from graphprune.errors import RecipeError
+from graphprune.errors import RecipeError, first_line
 from graphprune.pipeline.base import Pass
 from graphprune.pipeline.registry import lookup, options, suggest
 
@@ -121,7 +121,7 @@ def _problem(error: yaml.YAMLError) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
         return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
-    return str(error).partition("\n")[0]
+    return first_line(error)
 
 
 def _from_data(data: Any, where: str, lr: float | None = None) -> list[Pass]:

@@ -1,34 +1,27 @@
 """Pages for people: the artifact's report and a sensitivity analysis, each one file, no network.
 
-Text, tables and the picture of layers come from templates. Charts are drawn by pygal as inline SVG;
-without it (it is the extra `report`) the same figures stay tables.
+Text, tables and the picture of layers come from templates. Without charts the same figures stay
+tables.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import re
-import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from graphprune.pipeline.events import JSON
+from graphprune.report import charts
+from graphprune.report.charts import Chart
 from graphprune.report.report import HEADER, Report, change_text, megabytes_text
 
 if TYPE_CHECKING:
-    from graphprune.report.sensitivity import Cost, Sensitivity
+    from graphprune.report.sensitivity import Sensitivity
 
 Rows = list[Sequence[str]]
-Chart = dict[str, Any]
 
 # Groups with at most so many units are drawn unit by unit; as a bar wider ones, and those of which
 # it is not told what stayed.
 _DRAWN = 64
-_COLOURS = (
-    *("#2f6fb3", "#d9822b", "#3f9b6c", "#8a5fb0", "#c04b5a"),
-    *("#5c6f82", "#1f9bb0", "#b8a12c", "#d35fa0", "#6b4a2f"),
-)
-_TITLES = {"head": "Attention heads", "kv_group": "Key/value groups", "neuron": "Neurons"}
 
 
 def report_page(report: Report, manifest: Mapping[str, Any]) -> str:
@@ -40,7 +33,7 @@ def report_page(report: Report, manifest: Mapping[str, Any]) -> str:
             parity, inputs and outputs, versions, and under "results" what was noted later:
             "timing", "quality", "dense_training".
     """
-    measured, charts = _measured(manifest)
+    measured, drawn = _measured(manifest)
     errors = _output_errors(report)
     return _render(
         "report.html.j2",
@@ -49,10 +42,10 @@ def report_page(report: Report, manifest: Mapping[str, Any]) -> str:
         headline=report.headline(),
         sizes=[*report.size_rows(), *_file_rows(manifest)],
         measured=measured,
-        measured_charts=charts,
+        measured_charts=drawn,
         roles=_roles(report),
         errors=[(name, f"{error:.4f}") for name, error in errors.items()],
-        error_charts=_error_charts(report, errors),
+        error_charts=charts.error_charts(report, errors),
         matrices=_matrices(report),
         trainings=_trainings([*_trained_first(manifest), *report.steps()]),
         pass_header=HEADER,
@@ -88,7 +81,7 @@ def sensitivity_page(found: Sensitivity, name: str) -> str:
             f"score {found.score}, compensation {found.compensation}, outputs compared on "
             f"{found.samples:,} samples"
         ),
-        error_charts=_sensitivity_charts(found.costs),
+        error_charts=charts.sensitivity_charts(found.costs),
         errors=[(group, *values) for group, values in errors.items()],
         error_header=["group", *(f"{ratio} removed" for ratio in ratios)],
         times=[
@@ -100,7 +93,7 @@ def sensitivity_page(found: Sensitivity, name: str) -> str:
             )
             for t in found.times
         ],
-        time_charts=_time_charts(found),
+        time_charts=charts.time_charts(found),
         skipped=[f"{group}: {reason}" for group, reason in found.skipped.items()],
         footer=_footer({}),
     )
@@ -116,46 +109,22 @@ def points_page(
 
     The series called `line` is drawn as one.
     """
-    charts: list[Chart] = []
-    if charts_available():
-        size = {"width": 1000, "include_x_axis": False}
-        chart = _pygal().XY(**{**_options(True, 480), **size}, stroke=False, dots_size=4)
-        for name, points in series.items():
-            chart.add(name, list(points), stroke=name == line, show_dots=name != line)
-        charts = [_chart(chart, caption)]
     rows = [(name, f"{x:.4g}", f"{y:.4g}") for name, points in series.items() for x, y in points]
     return _render(
         "points.html.j2",
         title=title,
         name=title,
-        charts=charts,
+        charts=charts.points(caption, series, line),
         rows=rows,
         footer=_footer({}),
     )
-
-
-def short_names(names: Sequence[str] | Mapping[str, Any]) -> dict[str, str]:
-    """Ids by their layer's number alone, "layer 0" for "encoder.layer.0.output.weight[1]".
-
-    Where that does not tell them apart, they stay whole.
-    """
-    split = {name: name.split(".") for name in names}
-    numbered = {
-        name: next(
-            (f"{parts[i - 1]} {part}" for i, part in enumerate(parts) if i and part.isdigit()), name
-        )
-        for name, parts in split.items()
-    }
-    if len(set(numbered.values())) == len(numbered):
-        return numbered
-    return {name: name for name in names}
 
 
 def _render(template: str, **values: Any) -> str:
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("graphprune", "templates"),
+        loader=jinja2.PackageLoader("graphprune.report", "templates"),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -180,12 +149,12 @@ def _file_rows(manifest: Mapping[str, Any]) -> Rows:
 def _measured(manifest: Mapping[str, Any]) -> tuple[Rows, list[Chart]]:
     """Rows and charts of time and quality, those that were measured."""
     rows: Rows = []
-    charts: list[Chart] = []
+    drawn: list[Chart] = []
     time = _timing(manifest)
     if time is not None:
         what, dense, pruned, speedup = time
         rows.append((what, f"{dense:.2f}", f"{pruned:.2f}", f"{speedup:.2f}x faster"))
-        charts += _pair("Milliseconds, less is better", {"dense": dense, "pruned": pruned})
+        drawn += charts.pair("Milliseconds, less is better", {"dense": dense, "pruned": pruned})
     quality = (manifest.get("results") or {}).get("quality") or {}
     if "pruned" in quality:
         ours, theirs = quality["pruned"], quality.get("dense")
@@ -198,8 +167,8 @@ def _measured(manifest: Mapping[str, Any]) -> tuple[Rows, list[Chart]]:
             left, change = f"{theirs['value']:.4f}", f"{value - theirs['value']:+.4f}"
         rows.append((title, left, f"{value:.4f}", change))
         better = "more" if ours.get("higher_is_better", True) else "less"
-        charts += _pair(f"{title}, {better} is better", pair)
-    return rows, charts
+        drawn += charts.pair(f"{title}, {better} is better", pair)
+    return rows, drawn
 
 
 def _timing(manifest: Mapping[str, Any]) -> tuple[str, float, float, float] | None:
@@ -235,7 +204,7 @@ def _roles(report: Report) -> list[dict[str, Any]]:
                 )
     # A role of which nothing was cut has nothing to show.
     return [
-        {"title": _TITLES.get(role, role), "layers": _drawn(groups)}
+        {"title": charts.TITLES.get(role, role), "layers": _drawn(groups)}
         for role, groups in layers.items()
         if any(layer["cut"] for layer in groups.values())
     ]
@@ -260,8 +229,8 @@ def _composed(before: list[int] | None, told: Any, group: Mapping[str, Any]) -> 
 
 
 def _drawn(groups: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    names = short_names(list(groups))
-    ordered = sorted(groups, key=lambda name: _natural(names[name]))
+    names = charts.short_names(list(groups))
+    ordered = sorted(groups, key=lambda name: charts.natural(names[name]))
     rows = []
     for name in ordered:
         size, left, kept = (groups[name][key] for key in ("size", "left", "kept"))
@@ -279,12 +248,6 @@ def _drawn(groups: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _natural(name: str) -> list[tuple[int, int, str]]:
-    """Sort key: numbers by value, so that layer 10 comes after layer 9."""
-    parts = re.split(r"(\d+)", name)
-    return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in parts]
-
-
 # --- errors ------------------------------------------------------------------------------------
 
 
@@ -296,21 +259,6 @@ def _output_errors(report: Report) -> dict[str, float]:
         if isinstance(errors, Mapping):
             found |= {str(name): float(value) for name, value in errors.items()}
     return found
-
-
-def _error_charts(report: Report, errors: Mapping[str, float]) -> list[Chart]:
-    """One chart a pass."""
-    charts: list[Chart] = []
-    for title, details in report.steps():
-        mine = details.get("output_error")
-        if isinstance(mine, Mapping) and mine:
-            names = short_names(list(mine))
-            bars = {names[name]: errors[name] for name in sorted(mine, key=lambda n: _natural(n))}
-            charts += _bars(title, list(bars), {"error": list(bars.values())})
-        curves = details.get("score_curves")
-        if isinstance(curves, Mapping) and curves:
-            charts += _curves(f"{title}: cost of the units, in order of removal", curves)
-    return charts
 
 
 def _matrices(report: Report) -> list[dict[str, Any]]:
@@ -336,8 +284,8 @@ def _matrices(report: Report) -> list[dict[str, Any]]:
             kind, layer = _without_number(s["name"])
             if "error" in s:
                 layers.setdefault(kind, []).append((i if layer is None else layer, s["error"]))
-        charts = _lines(f"{title}: output error of each matrix, by layer", layers)
-        found.append({"title": title, "rows": rows, "charts": charts})
+        drawn = charts.lines(f"{title}: output error of each matrix, by layer", layers)
+        found.append({"title": title, "rows": rows, "charts": drawn})
     return found
 
 
@@ -370,16 +318,18 @@ def _trainings(steps: Sequence[tuple[str, Mapping[str, Any]]]) -> list[dict[str,
             for key in columns
             if key not in ("epoch", "seconds", "metric")
         }
-        charts: list[Chart] = []
+        drawn: list[Chart] = []
         if len(epochs) > 1:
-            charts += _lines(f"{title}: loss by epoch", lines)
+            drawn += charts.lines(f"{title}: loss by epoch", lines)
             metric = [(e["epoch"], e["metric"]) for e in epochs if "metric" in e]
             told = details.get("metric")
-            charts += _lines(f"{title}: {told} by epoch", {str(told): metric} if metric else {})
+            drawn += charts.lines(
+                f"{title}: {told} by epoch", {str(told): metric} if metric else {}
+            )
         degrees = details.get("degrees") or {}
         wirings = _wirings(degrees)
         for name, (before, after) in wirings.items():
-            charts += _degree_chart(f"{name}: units by living connections", before, after)
+            drawn += charts.degree_chart(f"{name}: units by living connections", before, after)
         spread = [
             (f"{name}, {when}", f"{told['units']:,}", f"{told['dead']:,}",
              f"{told['mean']:.1f}", f"{told['sd']:.2f}")
@@ -391,7 +341,7 @@ def _trainings(steps: Sequence[tuple[str, Mapping[str, Any]]]) -> list[dict[str,
                 "title": title,
                 "header": [_metric_word(key, details) for key in columns],
                 "rows": rows,
-                "charts": charts,
+                "charts": drawn,
                 "degrees": spread,
             }
         )
@@ -411,16 +361,6 @@ def _wirings(degrees: Mapping[str, Any]) -> dict[str, tuple[Mapping[str, Any], M
     }
 
 
-def _degree_chart(caption: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Chart]:
-    old, new = before["histogram"], after["histogram"]
-    if (old["from"], old["to"]) != (new["from"], new["to"]):
-        return []  # units have other widths by now
-    bins = len(old["counts"])
-    step = (old["to"] - old["from"]) / bins
-    labels = [f"{old['from'] + i * step:.0f}" for i in range(bins)]
-    return _bars(caption, labels, {"before": old["counts"], "after": new["counts"]})
-
-
 def _metric_word(key: str, details: Mapping[str, Any]) -> str:
     return str(details.get("metric") or key) if key == "metric" else key
 
@@ -429,148 +369,6 @@ def _number(value: Any) -> str:
     if value is None:
         return ""
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-
-
-def _sensitivity_charts(costs: Sequence[Cost]) -> list[Chart]:
-    charts: list[Chart] = []
-    for role in dict.fromkeys(c.role for c in costs):
-        mine = [c for c in costs if c.role == role]
-        names = short_names(list(dict.fromkeys(c.group for c in mine)))
-        series = {
-            f"{100 * ratio:g} %": [c.error for c in mine if c.ratio == ratio]
-            for ratio in dict.fromkeys(c.ratio for c in mine)
-        }
-        title = _TITLES.get(role, role)
-        charts += _bars(f"{title}: output error", list(names.values()), series)
-    return charts
-
-
-def _time_charts(found: Sensitivity) -> list[Chart]:
-    if not found.times:
-        return []
-    ratios = list(dict.fromkeys(t.ratio for t in found.times))
-    series = {
-        role: [t.dense_ms / t.ms for t in found.times if t.role == role]
-        for role in dict.fromkeys(t.role for t in found.times)
-    }
-    return _bars("times faster than dense, by part removed", [f"{r:.0%}" for r in ratios], series)
-
-
-# --- charts ------------------------------------------------------------------------------------
-
-
-def charts_available() -> bool:
-    """Whether pygal, which draws the charts, is installed."""
-    return importlib.util.find_spec("pygal") is not None
-
-
-def _pygal() -> Any:
-    """The library, without the import hook that it leaves behind.
-
-    The hook is for its map plug-ins and of a kind that Python 3.12 no longer knows; while it is
-    there, every later import in the process warns.
-    """
-    import pygal
-    import pygal.style
-
-    hooks = [hook for hook in sys.meta_path if type(hook).__module__ == "pygal"]
-    for hook in hooks:
-        sys.meta_path.remove(hook)
-    return pygal
-
-
-def _pair(caption: str, values: Mapping[str, float]) -> list[Chart]:
-    return _bars(caption, list(values), {"": list(values.values())}, print_values=True, height=220)
-
-
-def _bars(
-    caption: str,
-    labels: Sequence[str],
-    series: Mapping[str, Sequence[float]],
-    *,
-    print_values: bool = False,
-    height: int = 280,
-) -> list[Chart]:
-    """A bar chart, or nothing where it cannot be drawn."""
-    if not charts_available():
-        return []
-    chart = _pygal().Bar(
-        **_options(len(series) > 1, height),
-        print_values=print_values,
-        x_label_rotation=0 if len(labels) <= 6 else 30,
-    )
-    chart.x_labels = list(labels)
-    for name, values in series.items():
-        chart.add(name, list(values))
-    return [_chart(chart, caption)]
-
-
-def _curves(caption: str, curves: Mapping[str, Sequence[float]]) -> list[Chart]:
-    """One line a group."""
-    names = short_names(list(curves))
-    return _lines(
-        caption,
-        {
-            names[group]: [(i / max(len(values) - 1, 1), v) for i, v in enumerate(values)]
-            for group, values in curves.items()
-        },
-    )
-
-
-def _lines(caption: str, lines: Mapping[str, Sequence[tuple[float, float]]]) -> list[Chart]:
-    """Points (x, y) joined to a line each."""
-    if not lines or not charts_available():
-        return []
-    chart = _pygal().XY(**_options(len(lines) > 1, 280), show_dots=False)
-    for name, points in lines.items():
-        chart.add(name, list(points))
-    return [_chart(chart, caption)]
-
-
-def _options(legend: bool, height: int) -> dict[str, Any]:
-    style = _pygal().style.Style(
-        background="transparent",
-        plot_background="transparent",
-        foreground="#687585",
-        foreground_strong="#1d2733",
-        foreground_subtle="#dde3ea",
-        font_family="system-ui, sans-serif",
-        guide_stroke_color="#dde3ea",
-        major_guide_stroke_color="#c9d2dc",
-        guide_stroke_dasharray="none",
-        major_guide_stroke_dasharray="none",
-        label_font_size=12,
-        major_label_font_size=12,
-        legend_font_size=12,
-        value_font_size=13,
-        value_colors=("#fff",) * len(_COLOURS),
-        opacity=1,
-        colors=_COLOURS,
-    )
-    return {
-        # Its tooltips are a script from a server; the page must do without any.
-        "js": (),
-        "disable_xml_declaration": True,
-        "width": 560,
-        "height": height,
-        "margin": 8,
-        "style": style,
-        "show_legend": legend,
-        "truncate_label": -1,
-        "truncate_legend": -1,
-        "legend_box_size": 11,
-        "include_x_axis": True,
-        "value_formatter": lambda value: f"{value:.4g}",
-    }
-
-
-def _chart(chart: Any, caption: str) -> Chart:
-    import markupsafe
-
-    svg = str(chart.render(is_unicode=True))
-    # Script and comments of the library: the page works without, and names no server.
-    svg = re.sub(r"<script.*?</script>|<!--.*?-->", "", svg, flags=re.DOTALL)
-    return {"svg": markupsafe.Markup(svg), "caption": caption}
 
 
 # --- the rest ----------------------------------------------------------------------------------
@@ -622,5 +420,5 @@ def _footer(manifest: Mapping[str, Any]) -> str:
     versions = manifest.get("versions") or {}
     told = [f"{name} {versions[name]}" for name in ("torch", "onnxruntime") if name in versions]
     created = [str(manifest["created"])] if "created" in manifest else []
-    missing = [] if charts_available() else ["charts: pip install 'graphprune[report]'"]
+    missing = [] if charts.charts_available() else ["charts: pip install 'graphprune[report]'"]
     return "; ".join([f"graphprune {__version__}", *told, *created, *missing])

@@ -409,7 +409,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> Iterable[str]:
         yield "  ".join(cells).rstrip()
 
 
-def change_text(before: int, after: int) -> str:
+def change_text(before: float, after: float) -> str:
     """The change in percent."""
     return f"{100 * (after - before) / before:+.1f} %" if before else "0 %"
 

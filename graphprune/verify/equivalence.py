@@ -11,7 +11,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, fx
 
-from graphprune.errors import VerificationError
+from graphprune.errors import VerificationError, first_line
 from graphprune.ir.graph import flat_outputs, op_name, output_node
 from graphprune.ir.program import JSON, Entry, Program, graph_module
 from graphprune.rewrite.shrink import MASK
@@ -191,11 +191,11 @@ def _refuse(
     try:
         reference.run(inputs, name)
     except Exception as e:
-        found.refused.append(f"inputs of shapes {shapes}: {str(e).partition(chr(10))[0]}")
+        found.refused.append(f"inputs of shapes {shapes}: {first_line(e)}")
         return
     raise VerificationError(
         f"the rewritten graph fails on inputs of shapes {shapes}, where it ran before: "
-        f"{str(error).partition(chr(10))[0]}"
+        f"{first_line(error)}"
     ) from error
 
 

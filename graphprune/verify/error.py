@@ -33,7 +33,7 @@ _MOVES = {"view", "reshape", "flatten", "unsqueeze", "squeeze", "expand", "conti
 
 def batches(entry: Entry) -> list[list[Tensor]]:
     """The flat inputs that everything is compared on, the examples first."""
-    at_bounds = [_resized(entry, sizes) for sizes in _bound_sizes(entry)]
+    at_bounds = [resized(entry, sizes) for sizes in _bound_sizes(entry)]
     return [list(entry.example), second_inputs(entry), fresh_inputs(entry), *at_bounds]
 
 
@@ -49,7 +49,7 @@ def second_inputs(entry: Entry) -> list[Tensor]:
         _padded(entry, tensor, [tensor.shape[-1] * 2 // 3])
         if name not in tables and _is_mask(tensor, entry.dynamic.get(name, {}))
         else tensor
-        for name, tensor in zip(entry.input_names, _resized(entry, entry.second), strict=True)
+        for name, tensor in zip(entry.input_names, resized(entry, entry.second), strict=True)
     ]
 
 
@@ -136,7 +136,7 @@ def _bound_sizes(entry: Entry) -> list[dict[str, int]]:
                 for s, n in own.items()
             }
             result.append({**few, symbol: bound})
-    return [sizes for sizes in result if _is_allowed(entry, _resized(entry, sizes))]
+    return [sizes for sizes in result if _is_allowed(entry, resized(entry, sizes))]
 
 
 def _is_allowed(entry: Entry, inputs: list[Tensor]) -> bool:
@@ -170,8 +170,9 @@ def _within(size: int, bounds: tuple[int, int | None]) -> int:
     return max(low, size if high is None else min(size, high))
 
 
-def _resized(entry: Entry, sizes: Mapping[str, int]) -> list[Tensor]:
-    """The examples cropped and repeated to these sizes."""
+def resized(entry: Entry, sizes: Mapping[str, int]) -> list[Tensor]:
+    """The examples cropped and repeated to these sizes; others stay as they are."""
+    sizes = {**_own_sizes(entry.input_names, entry.example, entry.dynamic), **sizes}
     result = []
     for name, tensor in zip(entry.input_names, entry.example, strict=True):
         for dim, symbol in entry.dynamic.get(name, {}).items():

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from graphprune.errors import GraphPruneError
 from graphprune.models.data.tables import Schema
-from graphprune.models.tasks.base import DATA
-from graphprune.models.tasks.base import TaskResult as TaskResult
-from graphprune.models.tasks.base import find_data as find_data
-from graphprune.models.tasks.base import runner as runner
+from graphprune.models.tasks import (
+    digits,
+    labelled,
+    lambada,
+    neighbours,
+    perplexity,
+    piqa,
+    sts,
+)
+from graphprune.models.tasks.base import Progress, Request, Task, TaskResult, runner, silent
 
 __all__ = [
-    "LABELLED",
     "TASKS",
+    "TRAINABLE",
+    "Task",
     "TaskResult",
     "check",
     "evaluate",
@@ -25,27 +32,25 @@ __all__ = [
     "unknown_task",
 ]
 
-# name -> one line for the help page
 TASKS = {
-    "neighbours": "share of nearest neighbours that dense and pruned models agree on",
-    "sts": "Spearman of cosine similarity and human scores (STS Benchmark; needs --data)",
-    "digits": "accuracy on the 360 held-out handwritten digits of scikit-learn",
-    "perplexity": "of a language model on a text, in windows (WikiText-2; needs --data)",
-    "piqa": "zero-shot accuracy of a language model on PIQA (needs --data)",
-    "lambada": "last-word accuracy of a language model on LAMBADA (needs --data)",
-    "classification": "accuracy of a classifier of text on a labelled file (needs --data)",
-    "regression": "Spearman of one score a text and the labels of a file (needs --data)",
+    task.name: task
+    for task in (
+        neighbours.TASK,
+        sts.TASK,
+        digits.TASK,
+        perplexity.TASK,
+        piqa.TASK,
+        lambada.TASK,
+        labelled.CLASSIFICATION,
+        labelled.REGRESSION,
+    )
 }
 
-# Their data are files of texts and labels, which can train a model too.
-LABELLED = ("classification", "regression")
-
-# task -> its options beside the data
-OPTIONS = {
-    "perplexity": ("window", "windows"),
-    "piqa": ("limit",),
-    "lambada": ("limit",),
-}
+# Those whose data can train a model too: first those that read the user's file.
+TRAINABLE = (
+    *(name for name, task in TASKS.items() if task.labeled),
+    *(name for name, task in TASKS.items() if task.examples is not None),
+)
 
 
 def evaluate(
@@ -56,7 +61,7 @@ def evaluate(
     dense: Any = None,
     data: Path | None = None,
     schema: Schema | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
     **options: int,
 ) -> TaskResult:
     """Judge a model by a task.
@@ -77,61 +82,46 @@ def evaluate(
             have an option.
     """
     check(task, options)
-    if task == "digits":
-        from graphprune.models.tasks.digits import accuracy
-
-        return accuracy(model, progress)
-    if tokenizer_dir is None:
+    record = TASKS[task]
+    if record.reads_text and tokenizer_dir is None:
         raise GraphPruneError(f"the task {task!r} needs the model's tokenizer, and none was found")
-    if task == "sts":
-        from graphprune.models.tasks.sts import spearman_of_cosine
-
-        return spearman_of_cosine(model, tokenizer_dir, data, progress)
-    if task == "perplexity":
-        from graphprune.models.tasks.perplexity import perplexity
-
-        return perplexity(model, tokenizer_dir, data, progress=progress, **options)
-    if task == "piqa":
-        from graphprune.models.tasks.piqa import piqa
-
-        return piqa(model, tokenizer_dir, data, progress=progress, **options)
-    if task == "lambada":
-        from graphprune.models.tasks.lambada import lambada
-
-        return lambada(model, tokenizer_dir, data, progress=progress, **options)
-    if task in LABELLED:
-        from graphprune.models.tasks.labelled import judge
-
-        return judge(model, tokenizer_dir, find_data(task, data), schema or Schema(task), progress)
-    if dense is None:
+    if record.compares and dense is None:
         raise GraphPruneError(
-            "the task 'neighbours' compares with the dense model, and none was given"
+            f"the task {task!r} compares with the dense model, and none was given"
         )
-    from graphprune.models.tasks.neighbours import agreement
-
-    return agreement(model, dense, tokenizer_dir, progress=progress)
+    return record.run(
+        Request(
+            model=model,
+            tokenizer_dir=tokenizer_dir or Path(),
+            dense=dense,
+            data=data,
+            schema=schema or Schema(task),
+            progress=progress,
+            options=options,
+        )
+    )
 
 
 def check(task: str, options: Iterable[str]) -> None:
     """Refuse an unknown task, and an option that the task does not have.
 
     Raises:
-        GraphPruneError: so it is.
+        GraphPruneError: the task is not in TASKS, or an option is another task's or none.
     """
     if task not in TASKS:
         raise unknown_task(task)
     for name in options:
-        if name not in OPTIONS.get(task, ()):
-            having = [other for other, names in OPTIONS.items() if name in names]
+        if name not in TASKS[task].options:
+            having = [other.name for other in TASKS.values() if name in other.options]
             raise GraphPruneError(
                 f"the task {task!r} has no option --{name}"
                 + (f"; it is for {' and '.join(having)}" if having else "")
             )
 
 
-def needs_data(task: str) -> bool:
-    """Whether a task reads a file (`find_data`)."""
-    return task in DATA
+def find_data(task: str, data: Path | None) -> Path:
+    """The file of the task of a name (`Task.find_data`)."""
+    return TASKS[task].find_data(data)
 
 
 def unknown_task(task: str) -> GraphPruneError:

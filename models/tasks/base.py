@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 import numpy as np
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from graphprune.capture.decoder import PAST
+from graphprune.capture.decoder import is_past, zero_pasts
 from graphprune.errors import GraphPruneError
+from graphprune.models.data.batches import Batches
+from graphprune.models.data.tables import Schema
 from graphprune.models.data.tokenize import TOKENS, tokenizer
 from graphprune.models.zoo.sentence import masked_mean
 
 Runner = Callable[[Mapping[str, Tensor]], Tensor]
+Progress = Callable[[int, int], None]
+T = TypeVar("T")
+
+
+def silent(done: int, total: int) -> None:
+    """Progress that nobody watches."""
 
 
 @final
@@ -48,37 +56,90 @@ class TaskResult:
     more: Mapping[str, float] = field(default_factory=dict)
 
 
-# task -> its file under $GRAPHPRUNE_DATA, and whose it is
-DATA = {
-    "sts": ("stsb/test.tsv", "the STS Benchmark"),
-    "perplexity": ("wikitext2/test.raw.txt", "WikiText-2, or any text in UTF-8"),
-    "piqa": ("piqa/valid.jsonl", "PIQA"),
-    "lambada": ("lambada/test.jsonl", "LAMBADA"),
-    "classification": ("sst2/test.tsv", "SST-2, or any file of texts and labels"),
-    "regression": ("stsb/test.tsv", "the STS Benchmark, or any file of texts and scores"),
-}
+@final
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a task is asked to evaluate.
 
-
-def find_data(task: str, data: Path | None) -> Path:
-    """A task's file: the one given, that in the folder given, or that under $GRAPHPRUNE_DATA.
-
-    Raises:
-        GraphPruneError: there is none.
+    Attributes:
+        model: a torch module, a Program or an onnxruntime session.
+        tokenizer_dir: where its tokenizer is, for a task that reads text.
+        dense: the unpruned model, for a task that compares.
+        data: the task's file or folder, or None for that under $GRAPHPRUNE_DATA.
+        schema: columns and classes of a labeled file.
+        progress: called with (done, total) batches.
+        options: the task's own options by name.
     """
-    usual, whose = DATA[task]
-    folder, name = usual.split("/")
-    root = os.environ.get("GRAPHPRUNE_DATA")
-    if data is None and root:
-        data = Path(root) / folder
-    if data is None:
-        raise GraphPruneError(
-            f"the task {task!r} needs its file: give --data FILE ({name} of {whose}), or set "
-            f"GRAPHPRUNE_DATA to the folder that holds {usual}"
+
+    model: Any
+    tokenizer_dir: Path
+    dense: Any
+    data: Path | None
+    schema: Schema
+    progress: Progress
+    options: Mapping[str, int]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A way to evaluate a model.
+
+    Attributes:
+        name: how the command line calls it.
+        purpose: what it is for, in one line.
+        metric: what its figure is.
+        run: evaluates a model; its defaults are those of the function that it calls.
+        higher_is_better: False for a perplexity.
+        file: "folder/file" of its data under $GRAPHPRUNE_DATA; empty where it needs none.
+        source: whose these data are.
+        options: names of its own options.
+        reads_text: whether it needs the model's tokenizer.
+        compares: whether it needs the dense model too.
+        labeled: whether its file has texts and labels, which can train a model too.
+        examples: inputs and labels [n] of "train" or "test", where it brings such; else None.
+        rate: learning rate for a model of its kind, where the usual one is not.
+    """
+
+    name: str
+    purpose: str
+    metric: str
+    run: Callable[[Request], TaskResult]
+    higher_is_better: bool = True
+    file: str = ""
+    source: str = ""
+    options: tuple[str, ...] = ()
+    reads_text: bool = True
+    compares: bool = False
+    labeled: bool = False
+    examples: Callable[[str], tuple[dict[str, Tensor], Tensor]] | None = None
+    rate: float | None = None
+
+    def result(self, value: float, count: int, **more: Any) -> TaskResult:
+        """A figure of this task; `more` as in TaskResult."""
+        return TaskResult(
+            self.name, self.metric, value, count, higher_is_better=self.higher_is_better, **more
         )
-    file = data / name if data.is_dir() else data
-    if not file.is_file():
-        raise GraphPruneError(f"there is no file {str(file)!r}")
-    return file
+
+    def find_data(self, data: Path | None) -> Path:
+        """Its file: the one given, that in the folder given, or that under $GRAPHPRUNE_DATA.
+
+        Raises:
+            GraphPruneError: there is none.
+        """
+        folder, name = self.file.split("/")
+        root = os.environ.get("GRAPHPRUNE_DATA")
+        if data is None and root:
+            data = Path(root) / folder
+        if data is None:
+            raise GraphPruneError(
+                f"the task {self.name!r} needs its file: give --data FILE ({name} of "
+                f"{self.source}), or set GRAPHPRUNE_DATA to the folder that holds {self.file}"
+            )
+        file = data / name if data.is_dir() else data
+        if not file.is_file():
+            raise GraphPruneError(f"there is no file {str(file)!r}")
+        return file
 
 
 def runner(model: Any, *, quiet: bool = False) -> Runner:
@@ -93,7 +154,8 @@ def runner(model: Any, *, quiet: bool = False) -> Runner:
 
         def run_session(inputs: Mapping[str, Tensor]) -> Tensor:
             feeds = {name: value.numpy() for name, value in inputs.items() if name in names}
-            feeds |= _empty_cache(model, len(next(iter(inputs.values()))))
+            shapes = {i.name: i.shape for i in model.get_inputs() if is_past(i.name)}
+            feeds |= zero_pasts(shapes, len(next(iter(inputs.values()))))
             return torch.from_numpy(np.asarray(model.run(None, feeds, *options)[0]))
 
         return run_session
@@ -148,15 +210,6 @@ def longest(model: Any, at_most: int = TOKENS) -> int:
     return low or at_most
 
 
-def _empty_cache(session: Any, batch: int) -> dict[str, Any]:
-    """What a decoder with a key/value cache takes of it before the first token."""
-    return {
-        i.name: np.zeros((batch, i.shape[1], 0, i.shape[3]), np.float32)
-        for i in session.get_inputs()
-        if i.name.startswith(f"{PAST}.")
-    }
-
-
 def _accepted(model: Any) -> set[str]:
     """The inputs that a program or a module names."""
     program = getattr(model, "program", None)
@@ -166,6 +219,54 @@ def _accepted(model: Any) -> set[str]:
     return set(inspect.signature(getattr(model, "forward", model)).parameters)
 
 
+def scored(
+    model: Any,
+    batches: Batches,
+    progress: Progress,
+    check: Callable[[Tensor, Tensor], None] = lambda scores, labels: None,
+) -> tuple[Tensor, Tensor]:
+    """A model's first outputs on batches, and their labels [n].
+
+    Args:
+        model: as `runner` takes it.
+        batches: inputs by name, and "labels".
+        progress: called with (done, total) batches.
+        check: called with the outputs and labels of each batch.
+    """
+    run = runner(model)
+    parts, labels = [], []
+    for done, batch in enumerate(batches, 1):
+        labels.append(batch.pop("labels"))
+        parts.append(run(batch))
+        check(parts[-1], labels[-1])
+        progress(done, len(batches))
+    return torch.cat(parts), torch.cat(labels)
+
+
+def by_length(
+    items: Sequence[Sized],
+    evaluate: Callable[[list[int]], Iterable[T]],
+    batch: int,
+    progress: Progress,
+) -> list[T]:
+    """One result an item, where items of like length share a batch: less padding, the same result.
+
+    Args:
+        items: texts, or rows of token ids.
+        evaluate: from the indices of a batch's items to their results.
+        batch: items of a batch.
+        progress: called with (done, total) batches.
+    """
+    order = sorted(range(len(items)), key=lambda i: len(items[i]))
+    found: dict[int, T] = {}
+    starts = range(0, len(order), batch)
+    for done, start in enumerate(starts, 1):
+        part = order[start : start + batch]
+        found.update(zip(part, evaluate(part), strict=True))
+        progress(done, len(starts))
+    return [found[i] for i in range(len(items))]
+
+
 def embed(
     model: Any,
     tokenizer_dir: Path,
@@ -173,7 +274,7 @@ def embed(
     *,
     batch: int = 32,
     length: int = TOKENS,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
 ) -> Tensor:
     """Unit-length embeddings [n, width] of sentences, cut to the length that the model takes.
 
@@ -186,12 +287,9 @@ def embed(
     run = runner(model)
     tokenize = tokenizer(tokenizer_dir)
     length = longest(model, length)
-    # Sentences of like length share a batch: less padding, the same result.
-    order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))
-    parts = []
-    starts = range(0, len(order), batch)
-    for done, start in enumerate(starts, 1):
-        inputs = tokenize([sentences[i] for i in order[start : start + batch]], length)
+
+    def embedded(part: list[int]) -> Tensor:
+        inputs = tokenize([sentences[i] for i in part], length)
         output = run(inputs)
         if output.dim() == 3:
             output = masked_mean(output, inputs["attention_mask"])
@@ -205,7 +303,6 @@ def embed(
                 "the model's embeddings hold NaN or infinity, so there is nothing to compare: a "
                 "layer before overflows, or its weights are broken"
             )
-        parts.append(torch.nn.functional.normalize(output.float(), dim=-1))
-        progress(done, len(starts))
-    embeddings = torch.cat(parts)
-    return embeddings[torch.argsort(torch.tensor(order))]
+        return torch.nn.functional.normalize(output.float(), dim=-1)
+
+    return torch.stack(by_length(sentences, embedded, batch, progress))

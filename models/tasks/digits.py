@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from graphprune.models.tasks.base import TaskResult, runner
+from torch import Tensor
+
+from graphprune.models.data.batches import Batches
+from graphprune.models.tasks.base import Progress, Task, TaskResult, scored, silent
 from graphprune.models.zoo.digits import digits
 
+_BATCH = 60
 
-def accuracy(
-    model: Any, progress: Callable[[int, int], None] = lambda done, total: None
-) -> TaskResult:
+
+def examples(split: str) -> tuple[dict[str, Tensor], Tensor]:
+    """Images pixel_values [n, 1, 8, 8] and labels [n] of "train" or "test"."""
+    images, labels = digits(split)
+    return {"pixel_values": images}, labels
+
+
+def accuracy(model: Any, progress: Progress = silent) -> TaskResult:
     """Share of the 360 test digits that a classifier of pixel_values [n, 1, 8, 8] names rightly."""
-    images, labels = digits("test")
-    run = runner(model)
-    right = 0
-    batches = list(zip(images.chunk(6), labels.chunk(6), strict=True))
-    for done, (pixels, wanted) in enumerate(batches, 1):
-        right += int((run({"pixel_values": pixels}).argmax(dim=-1) == wanted).sum())
-        progress(done, len(batches))
-    return TaskResult("digits", "accuracy", right / len(labels), len(labels))
+    batches = Batches(*examples("test"), _BATCH, shuffle=False)
+    scores, labels = scored(model, batches, progress)
+    right = int((scores.argmax(dim=-1) == labels).sum())
+    return TASK.result(right / len(labels), len(labels))
+
+
+TASK = Task(
+    name="digits",
+    purpose="accuracy on the 360 held-out handwritten digits of scikit-learn",
+    metric="accuracy",
+    run=lambda r: accuracy(r.model, r.progress),
+    reads_text=False,
+    examples=examples,
+    # A small network that was trained at a high rate does not move at the usual one.
+    rate=1e-3,
+)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from graphprune.errors import GraphPruneError
 from graphprune.models.data.batches import table_batches
 from graphprune.models.data.tables import Schema, Table
-from graphprune.models.tasks.base import TaskResult, longest, runner
+from graphprune.models.tasks.base import Progress, Task, TaskResult, longest, scored, silent
 from graphprune.training.losses import pearson, spearman
 
 # A model takes those that it has.
@@ -26,7 +24,7 @@ def judge(
     tokenizer_dir: Path,
     file: Path,
     schema: Schema,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
 ) -> TaskResult:
     """Judge scores by a file's labels.
 
@@ -51,22 +49,17 @@ def judge(
     batches = table_batches(
         table, schema, _INPUTS, tokenizer_dir, length=longest(model), shuffle=False
     )
-    run = runner(model)
-    parts, labels = [], []
-    for done, batch in enumerate(batches, 1):
-        labels.append(batch.pop("labels"))
-        parts.append(run(batch))
-        _check(parts[-1], labels[-1], schema)
-        progress(done, len(batches))
-    scores, wanted = torch.cat(parts).float(), torch.cat(labels)
-    count = len(wanted)
+    scores, wanted = scored(
+        model, batches, progress, lambda scores, labels: _check(scores, labels, schema)
+    )
+    scores, count = scores.float(), len(wanted)
     if schema.task == "regression":
         scores, wanted = scores.flatten().double(), wanted.double()
         more = {"Pearson": pearson(scores, wanted)}
-        return TaskResult(schema.task, "Spearman", spearman(scores, wanted), count, more=more)
+        return REGRESSION.result(spearman(scores, wanted), count, more=more)
     share = float((scores.argmax(dim=-1) == wanted).double().mean())
     error = math.sqrt(share * (1 - share) / count)
-    return TaskResult(schema.task, "accuracy", share, count, standard_error=error)
+    return CLASSIFICATION.result(share, count, standard_error=error)
 
 
 def _integers(table: Table) -> tuple[str, ...]:
@@ -100,3 +93,27 @@ def _check(scores: Tensor, labels: Tensor, schema: Schema) -> None:
             "the model's scores are NaN or infinite for some of the texts, so there is nothing to "
             "judge: a layer before overflows, or its weights are broken"
         )
+
+
+CLASSIFICATION: Task = Task(
+    name="classification",
+    purpose="accuracy of a classifier of text on a labelled file (needs --data)",
+    metric="accuracy",
+    run=lambda r: judge(
+        r.model, r.tokenizer_dir, CLASSIFICATION.find_data(r.data), r.schema, r.progress
+    ),
+    file="sst2/test.tsv",
+    source="SST-2, or any file of texts and labels",
+    labeled=True,
+)
+REGRESSION: Task = Task(
+    name="regression",
+    purpose="Spearman of one score a text and the labels of a file (needs --data)",
+    metric="Spearman",
+    run=lambda r: judge(
+        r.model, r.tokenizer_dir, REGRESSION.find_data(r.data), r.schema, r.progress
+    ),
+    file="stsb/test.tsv",
+    source="the STS Benchmark, or any file of texts and scores",
+    labeled=True,
+)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from graphprune.errors import GraphPruneError
-from graphprune.models.tasks.base import TaskResult, find_data
+from graphprune.models.tasks.base import Progress, Task, TaskResult, silent
 from graphprune.models.tasks.language import continuations, read_rows, share
 
 
@@ -21,7 +20,7 @@ def lambada(
     *,
     limit: int = 0,
     batch: int = 8,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
 ) -> TaskResult:
     """Last-word accuracy on LAMBADA (Paperno et al. 2016), as lm-evaluation-harness has it.
 
@@ -42,7 +41,7 @@ def lambada(
         GraphPruneError: the file is missing or broken, the tokenizer does not fit the model, or the
             model's logits are NaN or no logits.
     """
-    file = find_data("lambada", data)
+    file = TASK.find_data(data)
     rows, part = read_rows(file, ("text",), limit)
     texts = []
     for row in rows:
@@ -55,12 +54,21 @@ def lambada(
     scored = continuations(model, tokenizer_dir, texts, batch=batch, progress=progress)
     value, error = share([s.greedy for s in scored])
     mean = -sum(s.log_probability for s in scored) / len(scored)
-    return TaskResult(
-        "lambada",
-        "accuracy of the last word",
+    return TASK.result(
         value,
         len(rows),
         standard_error=error,
         details=part,
         more={"perplexity of the last word": torch.tensor(mean, dtype=torch.float64).exp().item()},
     )
+
+
+TASK = Task(
+    name="lambada",
+    purpose="last-word accuracy of a language model on LAMBADA (needs --data)",
+    metric="accuracy of the last word",
+    run=lambda r: lambada(r.model, r.tokenizer_dir, r.data, progress=r.progress, **r.options),
+    file="lambada/test.jsonl",
+    source="LAMBADA",
+    options=("limit",),
+)

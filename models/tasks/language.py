@@ -13,7 +13,7 @@ from torch import Tensor
 
 from graphprune.errors import GraphPruneError
 from graphprune.models.data.tokenize import encoder
-from graphprune.models.tasks.base import Runner, runner
+from graphprune.models.tasks.base import Progress, Runner, by_length, runner
 
 _PROBE = 8  # tokens that show the width of the logits
 
@@ -105,7 +105,7 @@ def continuations(
     texts: Sequence[tuple[str, str]],
     *,
     batch: int,
-    progress: Callable[[int, int], None],
+    progress: Progress,
 ) -> list[Scored]:
     """What a model thinks of the second of each two texts, after the first.
 
@@ -130,16 +130,12 @@ def continuations(
         max(1, min(len(context), len(row) - 1)) for row, context in zip(rows, alone, strict=True)
     ]
     score = scorer(model, tokenizer_dir, rows)
-    # Rows of like length share a batch: less padding, the same result.
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    found: dict[int, Scored] = {}
-    begins = range(0, len(order), batch)
-    for done, begin in enumerate(begins, 1):
-        part = order[begin : begin + batch]
-        scored = score([rows[i] for i in part], [starts[i] for i in part])
-        found.update(zip(part, scored, strict=True))
-        progress(done, len(begins))
-    return [found[i] for i in range(len(rows))]
+    return by_length(
+        rows,
+        lambda part: score([rows[i] for i in part], [starts[i] for i in part]),
+        batch,
+        progress,
+    )
 
 
 def read_rows(file: Path, columns: Sequence[str], limit: int) -> tuple[list[dict[str, Any]], str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from graphprune.errors import GraphPruneError
-from graphprune.models.tasks.base import TaskResult, embed
+from graphprune.models.tasks.base import Progress, Task, TaskResult, embed, silent
 
 SENTENCES = 400
 NEIGHBOURS = 10
@@ -26,7 +26,7 @@ def agreement(
     dense: Any,
     tokenizer_dir: Path,
     count: int = SENTENCES,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
 ) -> TaskResult:
     """Mean share of each sentence's ten nearest neighbours that both models name."""
     sentences = python_sentences(count)
@@ -40,7 +40,7 @@ def agreement(
         progress=lambda done, total: progress(total + done, 2 * total),
     )
     value = overlap(ours, theirs, NEIGHBOURS)
-    return TaskResult("neighbours", f"agreement of {NEIGHBOURS} nearest", value, len(sentences))
+    return TASK.result(value, len(sentences))
 
 
 def overlap(ours: Tensor, theirs: Tensor, neighbours: int) -> float:
@@ -78,3 +78,12 @@ def python_sentences(count: int) -> Sequence[str]:
                 if 40 <= len(sentence) <= 300 and sentence[-1] in ".!?":
                     found.setdefault(sentence)
     return random.Random(0).sample(list(found), min(count, len(found)))
+
+
+TASK = Task(
+    name="neighbours",
+    purpose="share of nearest neighbours that dense and pruned models agree on",
+    metric=f"agreement of {NEIGHBOURS} nearest",
+    run=lambda r: agreement(r.model, r.dense, r.tokenizer_dir, progress=r.progress),
+    compares=True,
+)

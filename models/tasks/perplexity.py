@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from graphprune.errors import GraphPruneError
+from graphprune.errors import GraphPruneError, first_line
 from graphprune.models.data.tokenize import encoder
-from graphprune.models.tasks.base import TaskResult, find_data
+from graphprune.models.tasks.base import Progress, Task, TaskResult, silent
 from graphprune.models.tasks.language import scorer
 
 WINDOW = 512
@@ -27,7 +26,7 @@ def perplexity(
     window: int = WINDOW,
     windows: int = 0,
     batch: int = 0,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
 ) -> TaskResult:
     """exp of the mean negative log-likelihood (in nats) of a text's tokens; lower is better.
 
@@ -58,7 +57,7 @@ def perplexity(
             f"a window has at least 2 tokens and the number of windows is 0 (all) or more, got "
             f"window={window}, windows={windows}, batch={batch}"
         )
-    file = find_data("perplexity", data)
+    file = TASK.find_data(data)
     try:
         text = file.read_text("utf-8")
     except UnicodeDecodeError as e:
@@ -83,20 +82,17 @@ def perplexity(
             raise
         except Exception as e:
             # Of torch or ONNX Runtime, in one of many classes; a few tokens were no trouble.
-            first = str(e).strip().partition("\n")[0]
             raise GraphPruneError(
-                f"the model fails on windows of {window} tokens ({first}): give a smaller --window"
+                f"the model fails on windows of {window} tokens ({first_line(e)}): give a smaller "
+                "--window"
             ) from e
         total -= sum(s.log_probability for s in scored)
         progress(start + len(part), used)
     count = used * (window - 1)
-    return TaskResult(
-        "perplexity",
-        "perplexity",
+    return TASK.result(
         # torch, unlike math, has an infinity for what is too large.
         torch.tensor(total / count, dtype=torch.float64).exp().item(),
         count,
-        higher_is_better=False,
         details=f"{'all' if used == found else f'the first {used:,} of'} {found:,} windows of "
         f"{window:,} tokens",
     )
@@ -111,3 +107,15 @@ def joined(text: str) -> str:
     if not re.search(r"^ = .+ = $", text, flags=re.MULTILINE):
         return text
     return "\n\n".join(line + "\n" if line.strip() else "" for line in text.split("\n"))
+
+
+TASK = Task(
+    name="perplexity",
+    purpose="of a language model on a text, in windows (WikiText-2; needs --data)",
+    metric="perplexity",
+    run=lambda r: perplexity(r.model, r.tokenizer_dir, r.data, progress=r.progress, **r.options),
+    higher_is_better=False,
+    file="wikitext2/test.raw.txt",
+    source="WikiText-2, or any text in UTF-8",
+    options=("window", "windows"),
+)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from graphprune.errors import GraphPruneError
-from graphprune.models.tasks.base import TaskResult, find_data
+from graphprune.models.tasks.base import Progress, Task, TaskResult, silent
 from graphprune.models.tasks.language import continuations, read_rows, share
 
 
@@ -18,7 +17,7 @@ def piqa(
     *,
     limit: int = 0,
     batch: int = 8,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
 ) -> TaskResult:
     """Zero-shot accuracy on PIQA (Bisk et al. 2019), by the protocol of lm-evaluation-harness.
 
@@ -38,7 +37,7 @@ def piqa(
         GraphPruneError: the file is missing or broken, the tokenizer does not fit the model, or the
             model's logits are NaN or no logits.
     """
-    file = find_data("piqa", data)
+    file = TASK.find_data(data)
     rows, part = read_rows(file, ("goal", "sol1", "sol2", "label"), limit)
     for row in rows:
         if row["label"] not in (0, 1) or not (row["sol1"] and row["sol2"]):
@@ -59,12 +58,21 @@ def piqa(
         first, second = first / len(row["sol1"]), second / len(row["sol2"])
         normalised.append((second > first) == bool(row["label"]))
     value, error = share(normalised)
-    return TaskResult(
-        "piqa",
-        "accuracy, log-probability a character (acc_norm)",
+    return TASK.result(
         value,
         len(rows),
         standard_error=error,
         details=part,
         more={"accuracy, log-probability (acc)": share(plain)[0]},
     )
+
+
+TASK = Task(
+    name="piqa",
+    purpose="zero-shot accuracy of a language model on PIQA (needs --data)",
+    metric="accuracy, log-probability a character (acc_norm)",
+    run=lambda r: piqa(r.model, r.tokenizer_dir, r.data, progress=r.progress, **r.options),
+    file="piqa/valid.jsonl",
+    source="PIQA",
+    options=("limit",),
+)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from graphprune.models.data.tables import read_table
-from graphprune.models.tasks.base import TaskResult, embed, find_data
+from graphprune.models.tasks.base import Progress, Task, TaskResult, embed, silent
 from graphprune.training.losses import spearman
 
 
@@ -17,17 +16,17 @@ def spearman_of_cosine(
     model: Any,
     tokenizer_dir: Path,
     data: Path | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
 ) -> TaskResult:
     """Spearman's rank correlation between the pairs' cosine and their human score."""
-    first, second, scores = read_pairs(find_data("sts", data))
+    first, second, scores = read_pairs(TASK.find_data(data))
     # A sentence that occurs in several pairs is embedded once.
     unique = {sentence: i for i, sentence in enumerate(dict.fromkeys(first + second))}
     embeddings = embed(model, tokenizer_dir, list(unique), progress=progress)
     left = embeddings[[unique[s] for s in first]]
     right = embeddings[[unique[s] for s in second]]
     value = spearman((left * right).sum(dim=1), torch.tensor(scores))
-    return TaskResult("sts", "Spearman", value, len(scores))
+    return TASK.result(value, len(scores))
 
 
 def read_pairs(file: Path) -> tuple[list[str], list[str], list[float]]:
@@ -39,3 +38,13 @@ def read_pairs(file: Path) -> tuple[list[str], list[str], list[float]]:
     table = read_table(file, "regression", ("sentence1", "sentence2"), "score")
     first, second = (list(part) for part in zip(*table.texts, strict=True))
     return first, second, table.scores()
+
+
+TASK = Task(
+    name="sts",
+    purpose="Spearman of cosine similarity and human scores (STS Benchmark; needs --data)",
+    metric="Spearman",
+    run=lambda r: spearman_of_cosine(r.model, r.tokenizer_dir, r.data, r.progress),
+    file="stsb/test.tsv",
+    source="the STS Benchmark",
+)

@@ -16,23 +16,27 @@ from torch import nn
 from typer.testing import CliRunner, Result
 
 import graphprune as gp
-from graphprune.cli import app
+from graphprune.cli.app import app
+from graphprune.cli.compile import steps_of
+from graphprune.cli.sizes import input_names
+from graphprune.cli.subject import Model
+from graphprune.cli.summary import Summary
 from graphprune.cli.training import (
-    Lesson,
-    Wish,
-    lesson_of,
-    taught,
+    LabeledData,
+    TrainingOptions,
+    labeled_data,
     trained_first,
     training_of,
+    with_task_head,
 )
-from graphprune.cli.workflow import Summary, captured, input_names, steps_of
 from graphprune.errors import RecipeError
-from graphprune.models import LoadedModel, load_model
+from graphprune.models import load_model
 from graphprune.models.data.tables import Schema
 from graphprune.models.tasks import evaluate
 from graphprune.passes import L1, Distill, Finetune, PruneHeads, PruneNeurons, PruneRecover
 
 Run = Callable[..., Result]
+Sentence = Callable[[Result], str]
 
 
 @pytest.fixture(scope="module")
@@ -100,14 +104,6 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     return invoke
 
 
-def sentence(result: Result) -> str:
-    """The error: one sentence, no traceback."""
-    errors = result.stderr[result.stderr.index("error:") :].strip()
-    assert "Traceback" not in result.stderr
-    assert "\n" not in errors
-    return errors
-
-
 TASK = ("--task", "classification")
 LEARN = (*TASK, "--train", "train.tsv", "--lr", "0.005", "--batch-size", "16")
 CUT = ("compile", "m", "--neurons", "0.5", "--heads", "0.5", "--no-measure")
@@ -149,18 +145,18 @@ def test_a_fresh_head_is_trained_before_pruning_and_is_the_dense_model(
 
 
 def test_the_teacher_is_the_trained_model(folder: Path) -> None:
-    wish = Wish("classification", folder / "train.tsv", epochs=1, lr=0.005)
-    lesson = lesson_of(wish, [])
-    assert lesson is not None
+    options = TrainingOptions("classification", folder / "train.tsv", epochs=1, lr=0.005)
+    labeled = labeled_data(options, [])
+    assert labeled is not None
     tokenizer = folder / "m"
-    subject, lesson = taught(load_model(str(tokenizer)), lesson, tokenizer, 0)
-    assert isinstance(subject, LoadedModel)
-    for module in subject.module.modules():
+    subject, labeled = with_task_head(Model(load_model(str(tokenizer))), labeled, 0)
+    assert isinstance(subject, Model)
+    for module in subject.loaded.module.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    start = captured(subject)
-    training = training_of(lesson, input_names(start.program), tokenizer, 64)
-    dense, _ = trained_first(start, training, wish, 0, lambda event: None)
+    start = subject.captured()
+    training = training_of(labeled, input_names(start.program), tokenizer, 64)
+    dense, _ = trained_first(start, training, options, 0, lambda event: None)
     head = "head.weight"
     assert not torch.allclose(dense.program.tensors[head], start.program.tensors[head])
     assert dense.report.before == dense.report.after
@@ -170,7 +166,9 @@ def test_the_teacher_is_the_trained_model(folder: Path) -> None:
     assert [p.name for p in again.report.passes] == ["distill"]
 
 
-def test_the_artifact_remembers_columns_and_classes(run: Run, folder: Path, made: Any) -> None:
+def test_the_artifact_remembers_columns_and_classes(
+    run: Run, sentence: Sentence, folder: Path, made: Any
+) -> None:
     schema = Schema.from_file(folder / "out" / "task.json")
     assert schema == Schema("classification", ("text",), "label", ("no", "yes"))
     assert "task.json" in json.loads((folder / "out" / "manifest.json").read_text())["sha256"]
@@ -303,13 +301,15 @@ def test_the_dense_model_s_training_in_words(
 
 
 def test_epochs_without_a_new_head_are_refused_for_images_too() -> None:
-    lesson = Lesson(Wish("digits", epochs=1), recovers=True)
+    labeled = LabeledData(TrainingOptions("digits", epochs=1), recovers=True)
     with pytest.raises(RecipeError, match="--epochs has no effect"):
-        taught(load_model("tiny-vit"), lesson, None, 0)
+        with_task_head(Model(load_model("tiny-vit")), labeled, 0)
 
 
 @pytest.mark.slow
-def test_training_resumes_where_its_checkpoints_are(run: Run, folder: Path) -> None:
+def test_training_resumes_where_its_checkpoints_are(
+    run: Run, sentence: Sentence, folder: Path
+) -> None:
     arguments = (*CUT, *LEARN, "--epochs", "1", "--finetune", "1", "--no-baseline")
     kept = (*arguments, "--checkpoints", "kept")
     first = run(*kept, "--eval", "dev.tsv", "-o", "once", "--json")
@@ -356,34 +356,34 @@ def rated(folder: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    ("wish", "rate"),
+    ("options", "rate"),
     [
-        (Wish("classification"), 5e-5),
-        (Wish("classification", lr=0.125), 0.125),
-        (Wish("digits"), 1e-3),
-        (Wish("digits", lr=0.125), 0.125),
+        (TrainingOptions("classification"), 5e-5),
+        (TrainingOptions("classification", lr=0.125), 0.125),
+        (TrainingOptions("digits"), 1e-3),
+        (TrainingOptions("digits", lr=0.125), 0.125),
     ],
 )
 def test_the_learning_rate_reaches_what_trains_and_names_none(
-    rated: str, wish: Wish, rate: float
+    rated: str, options: TrainingOptions, rate: float
 ) -> None:
-    first, distill, l1, recover, heads = steps_of(rated, {}, lr=wish.own_rate)
+    first, distill, l1, recover, heads = steps_of(rated, {}, lr=options.own_rate)
     assert first == Finetune(lr=rate)
     assert (distill, l1) == (Distill(lr=5e-5), L1(lr=0.25, alpha=1.0))
     assert recover == PruneRecover((PruneNeurons(0.5), Finetune(epochs=1, lr=rate)), rounds=2)
     assert heads == PruneHeads(0.25)
-    flags = steps_of(None, {"finetune": {"epochs": 1}, "prune-heads": None}, lr=wish.own_rate)
+    flags = steps_of(None, {"finetune": {"epochs": 1}, "prune-heads": None}, lr=options.own_rate)
     assert flags == [Finetune(epochs=1, lr=rate)]
-    assert wish.rate == rate
+    assert options.rate == rate
 
 
 def test_the_digits_bring_their_own_data() -> None:
     pytest.importorskip("sklearn")
     from graphprune.models.zoo.digits import digits
 
-    lesson = lesson_of(Wish("digits", batch=100), [])
-    assert lesson is not None
-    training = training_of(lesson, ["pixel_values"], None, 128)
+    labeled = labeled_data(TrainingOptions("digits", batch=100), [])
+    assert labeled is not None
+    training = training_of(labeled, ["pixel_values"], None, 128)
     for split, batches in (("train", training.data), ("test", training.eval)):
         images, labels = digits(split)
         assert not callable(batches)
@@ -446,7 +446,7 @@ RECOVER = ("compile", "m", "--neurons", "0.5", "-o", "no")
 @pytest.mark.usefixtures("made")
 @pytest.mark.slow
 def test_bad_input_is_one_sentence_before_any_work(
-    run: Run, folder: Path, arguments: tuple[str, ...], says: str
+    run: Run, sentence: Sentence, folder: Path, arguments: tuple[str, ...], says: str
 ) -> None:
     _write(folder / "broken.tsv", "text\tlabel", [["w1", "yes"], ["w2"]])
     _write(folder / "one.tsv", "text\tlabel", [["w1", "yes"]])

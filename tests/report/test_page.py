@@ -21,6 +21,7 @@ from graphprune.exporters.artifact.results import add_results
 from graphprune.ir.program import Program
 from graphprune.passes import PruneHeads, PruneNeurons, Quantize
 from graphprune.pipeline.events import PassFinished
+from graphprune.report import charts as drawing
 from graphprune.report import page as html
 from graphprune.report.report import PassReport, Report, Size
 from graphprune.report.sensitivity import Cost, Sensitivity, Time
@@ -66,7 +67,7 @@ def read(page: str) -> str:
 
 def _need_charts() -> None:
     # Not by importing it: see page._pygal.
-    if not html.charts_available():
+    if not drawing.charts_available():
         pytest.skip("the package pygal is not installed")
 
 
@@ -76,7 +77,7 @@ def charts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> b
     if request.param:
         _need_charts()
     else:
-        monkeypatch.setattr(html, "charts_available", lambda: False)
+        monkeypatch.setattr(drawing, "charts_available", lambda: False)
     return bool(request.param)
 
 
@@ -285,8 +286,8 @@ def test_training_is_told_epoch_by_epoch_and_connections_before_and_after(charts
 
 
 def test_short_names_tell_apart_or_stay_whole() -> None:
-    assert html.short_names(["a.0.x", "a.1.x"]) == {"a.0.x": "a 0", "a.1.x": "a 1"}
-    assert html.short_names(["a.0.x", "a.0.y"]) == {"a.0.x": "a.0.x", "a.0.y": "a.0.y"}
+    assert drawing.short_names(["a.0.x", "a.1.x"]) == {"a.0.x": "a 0", "a.1.x": "a 1"}
+    assert drawing.short_names(["a.0.x", "a.0.y"]) == {"a.0.x": "a.0.x", "a.0.y": "a.0.y"}
 
 
 def test_a_sensitivity_page(charts: bool) -> None:
@@ -306,4 +307,4 @@ def test_points(charts: bool) -> None:
 
 def test_a_report_survives_json_with_a_page() -> None:
     again = Report.from_json(json.loads(json.dumps(report(output_error={"g": 0.5}).to_json())))
-    assert "0.5000" in html.report_page(again, {}) or html.charts_available()
+    assert "0.5000" in html.report_page(again, {}) or drawing.charts_available()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner, Result
 
 import graphprune
-from graphprune.cli import app
+from graphprune.cli.app import app
 from graphprune.errors import GraphPruneError
 from graphprune.models.tasks import evaluate
 from graphprune.models.tasks.lambada import lambada
@@ -150,7 +150,7 @@ def test_a_program_and_a_session_are_judged_as_the_module_is(tmp_path: Path, wor
 
 
 def test_tables_and_pages_say_which_way_is_better() -> None:
-    from graphprune.cli.workflow import _quality_rows
+    from graphprune.cli.summary import _quality_rows
     from graphprune.report.page import _measured
 
     result = {"task": "perplexity", "metric": "perplexity", "value": 30.0, "count": 9}

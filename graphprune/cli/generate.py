@@ -2,20 +2,54 @@
 
 from __future__ import annotations
 
-import tempfile
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Annotated, Any, final
 
+import typer
+from rich.console import Console
+
+from graphprune.cli.app import ArtifactOrModel, Json, Pickle, Threads, print_json
+from graphprune.cli.subject import Subject, opened
 from graphprune.errors import GraphPruneError
 
 if TYPE_CHECKING:
-    from graphprune.exporters import Artifact
     from graphprune.exporters.runtime.generate import Decoder
-    from graphprune.models import LoadedModel
     from graphprune.models.data.text import Text
+
+
+def generate_command(
+    model: ArtifactOrModel,
+    prompt: Annotated[str, typer.Option(help="The text to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 128,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the likeliest token, above 0 one is drawn.")
+    ] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw from the k likeliest; 0 for all.")] = 0,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The prompt is a user's turn of a conversation.")
+    ] = False,
+    threads: Threads = 1,
+    seed: Annotated[int, typer.Option(help="For drawing.")] = 0,
+    as_json: Json = False,
+    allow_pickle: Pickle = False,
+) -> None:
+    """Continue a text with a decoder that was compiled with --cache, on ONNX Runtime."""
+
+    sampling = Sampling(max_new_tokens, temperature, top_k, seed, chat)
+    with opened(model, allow_pickle) as (subject, display), display.step("open"):
+        found = generated(subject, prompt, sampling, threads)
+    for piece in found:
+        if not as_json:
+            typer.echo(piece, nl=False)
+            sys.stdout.flush()
+    if as_json:
+        print_json({"model": model, **found.to_json()})
+        return
+    typer.echo()
+    Console(stderr=True, highlight=False).print(found.speed(), style="dim")
 
 
 @final
@@ -102,31 +136,22 @@ class Generation:
         return (self.new_tokens - 1) / self.decode_seconds if self.new_tokens > 1 else None
 
 
-def generated(
-    subject: LoadedModel | Artifact, prompt: str, sampling: Sampling, threads: int
-) -> Generation:
+def generated(subject: Subject, prompt: str, sampling: Sampling, threads: int) -> Generation:
     """A generation that is about to begin; a model that is no artifact is exported first.
 
     Raises:
         GraphPruneError: no cache, no tokenizer, one that is not the model's, or an empty prompt.
     """
-    from graphprune.cli.workflow import captured, tokenizer_dir
-    from graphprune.exporters import Artifact
     from graphprune.exporters.runtime.generate import Decoder, check_options
     from graphprune.models.data.text import Text
 
     check_options(sampling.max_new_tokens, sampling.temperature, sampling.top_k)
-    folder = tokenizer_dir(subject)
-    if folder is None:
+    if subject.tokenizer_dir is None:
         raise GraphPruneError(
             "the model comes without a tokenizer, so there is no text to read or write; in Python, "
             "graphprune.exporters.runtime.generate takes token ids"
         )
-    text = Text(folder)
+    text = Text(subject.tokenizer_dir)
     ids = text.chat(prompt) if sampling.chat else text.encode(prompt)
-    if isinstance(subject, Artifact):
-        return Generation(Decoder(subject.session(threads)), text, ids, sampling)
-    with tempfile.TemporaryDirectory(prefix="graphprune-") as temporary:
-        compiled = captured(subject, cache=True)
-        artifact = compiled.export(Path(temporary) / "out", baseline=False)
+    with subject.exported(cache=True) as artifact:
         return Generation(Decoder(artifact.session(threads)), text, ids, sampling)

@@ -1,0 +1,149 @@
+"""`graphprune eval`: how good a model is, by a task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from graphprune.cli.app import (
+    ArtifactOrModel,
+    Json,
+    LabelColumn,
+    Pickle,
+    TextColumn,
+    print_json,
+    stdout_console,
+)
+from graphprune.cli.subject import Subject, opened
+from graphprune.errors import GraphPruneError, first_line
+
+if TYPE_CHECKING:
+    from graphprune.cli.progress import Advance
+    from graphprune.pipeline.events import JSON
+
+Columns = tuple[tuple[str, ...], str]
+
+NO_COLUMNS: Columns = ((), "")
+
+
+def eval_command(
+    model: ArtifactOrModel,
+    task: Annotated[
+        str,
+        typer.Option(
+            help="sts, neighbours, digits, perplexity, piqa, lambada, classification or regression."
+        ),
+    ],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="The task's file or folder; default: the one under $GRAPHPRUNE_DATA."),
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(min=2, help="perplexity: tokens of a window. Default 512.")
+    ] = None,
+    windows: Annotated[
+        int | None, typer.Option(min=0, help="perplexity: so many, from the start. Default all.")
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=0, help="piqa, lambada: so many examples from the start. Default all."),
+    ] = None,
+    text_column: TextColumn = None,
+    label_column: LabelColumn = "",
+    as_json: Json = False,
+    allow_pickle: Pickle = False,
+) -> None:
+    """Judge a model by a task; an artifact is judged beside its dense twin."""
+    from graphprune.cli.tables import quality_table
+
+    given = {"window": window, "windows": windows, "limit": limit}
+    options = {name: number for name, number in given.items() if number is not None}
+    check_task(task, data, options)
+    columns = (tuple(text_column or ()), label_column)
+    with (
+        opened(model, allow_pickle) as (subject, display),
+        display.step(f"task {task}") as advance,
+    ):
+        results = judged(subject, task, data, advance, options, columns)
+    if as_json:
+        print_json({"model": model, **results})
+    else:
+        stdout_console().print(quality_table(results))
+
+
+def check_task(task: str, data: Path | None, options: Mapping[str, int] | None = None) -> None:
+    """Refuse an unknown task, a foreign option or missing data before a model is loaded.
+
+    Raises:
+        GraphPruneError: there is no such task or option, or the task's data is missing.
+    """
+    from graphprune.models.tasks import TASKS, check
+
+    check(task, options or {})
+    if TASKS[task].file:
+        TASKS[task].find_data(data)
+
+
+def judged(
+    subject: Subject,
+    task: str,
+    data: Path | None,
+    advance: Advance,
+    options: Mapping[str, int] | None = None,
+    columns: Columns = NO_COLUMNS,
+) -> dict[str, JSON]:
+    """Task results by "pruned" and "dense"; a model that is no artifact has only the latter.
+
+    Args:
+        subject: what is judged.
+        task: a name from TASKS.
+        data: the task's file or folder, or None for the usual place.
+        advance: told of the progress, anew for each of the two models.
+        options: the task's own options.
+        columns: a labelled file's columns of text, and of labels; by default those that the subject
+            was trained on.
+
+    Raises:
+        GraphPruneError: the task needs what the subject does not have.
+    """
+    from graphprune.models.tasks import TASKS
+
+    common: dict[str, Any] = {"data": data, "tokenizer_dir": subject.tokenizer_dir}
+    common |= options or {}
+    if TASKS[task].labeled:
+        schema = subject.schema(task)
+        text, label = columns
+        common["schema"] = replace(schema, text=text or schema.text, label=label or schema.label)
+    try:
+        return _results(subject, task, common, advance)
+    except GraphPruneError:
+        raise
+    except Exception as e:
+        # ONNX Runtime's errors have no common class.
+        foreign = type(e).__module__.startswith("onnxruntime")
+        if not foreign and not isinstance(e, ValueError | TypeError | RuntimeError | IndexError):
+            raise
+        raise GraphPruneError(
+            f"task {task!r} cannot feed this model: {first_line(e)}; "
+            "`graphprune eval --help` says what each task is for"
+        ) from e
+
+
+def _results(
+    subject: Subject, task: str, common: Mapping[str, Any], advance: Advance
+) -> dict[str, JSON]:
+    from graphprune.models.tasks import TASKS, evaluate
+
+    if TASKS[task].compares:
+        models = subject.models(comparing=task)
+        result = evaluate(task, models["pruned"], dense=models["dense"], progress=advance, **common)
+        # The dense model agrees with itself.
+        return {"pruned": asdict(result), "dense": {**asdict(result), "value": 1.0}}
+    return {
+        which: asdict(evaluate(task, model, progress=advance, **common))
+        for which, model in subject.models().items()
+    }

@@ -1,0 +1,89 @@
+"""`graphprune compile`: recipes, flags, calibration, what is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import Result
+
+from graphprune.cli.sensitivity import parse_ratios
+from graphprune.errors import GraphPruneError
+
+Run = Callable[..., Result]
+Sentence = Callable[[Result], str]
+
+
+def test_compile_prints_json_alone_on_stdout(run: Run, tmp_path: Path) -> None:
+    result = run("compile", "tiny-mlp", "--neurons", "0.5", "-o", "out", "--json")
+    assert result.exit_code == 0, result.stderr
+    summary = json.loads(result.stdout)
+    assert summary["report"]["after"]["parameters"] < summary["report"]["before"]["parameters"]
+    assert summary["timing"]["batch"] == "1"
+    assert set(summary["megabytes"]) == {"pruned", "dense"}
+    assert (tmp_path / "out" / "model.onnx").is_file()
+
+
+def test_compile_without_the_dense_twin_writes_and_times_none(
+    run: Run, sentence: Sentence, tmp_path: Path
+) -> None:
+    result = run("compile", "tiny-mlp", "--neurons", "0.5", "-o", "out", "--no-baseline")
+    assert result.exit_code == 0, result.stderr
+    assert not (tmp_path / "out" / "baseline.onnx").exists()
+    assert "faster" not in result.stdout
+    again = run("bench", "out")
+    assert again.exit_code == 2
+    assert "dense twin" in sentence(again)
+
+
+def test_compile_takes_a_recipe_file_and_replaces_its_own_folder(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text("passes:\n  - prune-neurons: {ratio: 0.5}\n")
+    arguments = ("compile", "tiny-mlp", "--recipe", "my.yaml", "-o", "out", "--no-measure")
+    for _ in range(2):
+        assert run(*arguments).exit_code == 0
+
+
+def test_compile_goes_on_from_an_artifact(run: Run, artifact: Path) -> None:
+    result = run("compile", str(artifact), "--neurons", "0.5", "-o", "more", "--json")
+    assert result.exit_code == 0, result.stderr
+    passes = [p["name"] for p in json.loads(result.stdout)["report"]["passes"]]
+    assert passes == ["prune-neurons", "prune-heads", "prune-neurons"]
+    compared = run("bench", "more", "--against", str(artifact), "--json")
+    assert json.loads(compared.stdout)["speedup"] > 0
+
+
+@pytest.mark.parametrize(("given", "ratio"), [("50%", 0.5), ("12.5%", 0.125), ("0.25", 0.25)])
+def test_ratios_may_be_per_cent(
+    run: Run, monkeypatch: pytest.MonkeyPatch, given: str, ratio: float
+) -> None:
+    found: list[Any] = []
+
+    def stops(model: str, steps: list[Any], *rest: Any) -> Any:
+        found.extend(steps)
+        raise GraphPruneError("enough")
+
+    monkeypatch.setattr("graphprune.cli.compile.run", stops)
+    run("compile", "tiny-bert", "--heads", given, "--neurons", given, "-o", "out")
+    assert [step.ratio for step in found] == [ratio, ratio]
+    assert parse_ratios(f"{given}, 0.75") == [ratio, 0.75]
+    refused = run("compile", "tiny-bert", "--heads", "half", "-o", "out")
+    assert refused.exit_code == 2
+    assert "write 0.5, or 50%" in refused.stderr
+
+
+def test_compile_with_calibration_scores_by_it(run: Run, tmp_path: Path, arrays: str) -> None:
+    arguments = ("compile", "tiny-mlp", "--neurons", "0.5", "--calibration", arrays, "--json")
+    result = run(*arguments, "--quantize", "int8-dynamic", "-o", "out")
+    assert result.exit_code == 0, result.stderr
+    summary = json.loads(result.stdout)
+    prune, quantize = summary["report"]["passes"]
+    assert prune["step"]["prune-neurons"]["score"] == "obs"
+    assert quantize["name"] == "quantize"
+    assert prune["details"]["output_error"]
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["results"]["timing"] == summary["timing"]
+    assert "faster" in (tmp_path / "out" / "report.html").read_text()
+    assert run("bench", "out").exit_code == 0  # whose hashes were brought up to date
