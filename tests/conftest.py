@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from graphprune.capture.capture import capture
 from graphprune.ir.program import Argument, Entry, Program
 from graphprune.models.zoo.tiny import tiny
+from graphprune.verify.error import second_sizes
 
 torch.set_num_threads(1)
 
@@ -93,7 +94,7 @@ def _written(
         out_spec=out_spec,
         example=tuple(inputs.values()),
         dynamic=dynamic or {},
-        second={},
+        second=second_sizes(tuple(inputs), tuple(inputs.values()), dynamic or {})[0],
     )
     parameters = frozenset(n for n, t in tensors.items() if t.is_floating_point())
     return Program(tensors, parameters, {}, {"forward": entry}).with_graphs({})
