@@ -74,13 +74,13 @@ def test_a_copy_keeps_names_and_metadata_and_shares_no_node() -> None:
     copied = copy_graph(graph)
     assert [n.name for n in copied.nodes] == [n.name for n in graph.nodes]
     assert [n.op for n in copied.nodes] == [n.op for n in graph.nodes]
-    twin = list(copied.nodes)[1]
-    assert twin.meta == y.meta
-    assert twin.args == (next(iter(copied.nodes)),)
-    twin.meta["val"] = "other"
-    twin.target = aten.gelu.default
+    new = list(copied.nodes)[1]
+    assert new.meta == y.meta
+    assert new.args == (next(iter(copied.nodes)),)
+    new.meta["val"] = "other"
+    new.target = aten.gelu.default
     assert (y.meta["val"], y.target) == ("shape", aten.relu.default)
-    assert flat_outputs(copied) == (twin, None)
+    assert flat_outputs(copied) == (new, None)
     assert output_node(copied).op == "output"
 
 

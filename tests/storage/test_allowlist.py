@@ -93,7 +93,7 @@ def test_other_functions_are_not_saved(target: Any) -> None:
         target_name(target)
 
 
-def test_overloads_for_numbers_and_text_alone_are_told_apart() -> None:
+def test_overloads_for_numbers_and_text_alone_are_not_on_tensors() -> None:
     aten = torch.ops.aten
     assert on_tensors(aten.add.Tensor)
     assert on_tensors(aten.zeros.default)

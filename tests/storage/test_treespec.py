@@ -70,7 +70,7 @@ def test_outputs_are_read_by_name_attribute_and_position() -> None:
     output = Output(logits=1, hidden=(2, 3))
     assert (output["logits"], output.hidden, output[1], output[:1]) == (1, (2, 3), (2, 3), (1,))
     paths = [path for path, _ in pytree.tree_flatten_with_path(output)[0]]
-    assert [path[0].key for path in paths] == ["logits", "hidden", "hidden"]
+    assert list(map(pytree.keystr, paths)) == ["['logits']", "['hidden'][0]", "['hidden'][1]"]
 
 
 class Bag:

@@ -40,7 +40,10 @@ def made(
     program = program_of({"w": torch.randn(4, 3)}, inputs, write, {"x": {0: "batch"}})
     folder = tmp_path_factory.mktemp("made")
     (folder / "names.txt").write_text("a b")
-    extra = {"tokenizer/names.txt": folder / "names.txt", "labels.json": b"[1]"}
+    extra: dict[str, Path | bytes] = {
+        "tokenizer/names.txt": folder / "names.txt",
+        "labels.json": b"[1]",
+    }
     return program, export(program, folder / "out", baseline=program, extra=extra)
 
 

@@ -51,7 +51,7 @@ def test_inputs_have_the_names_of_arguments_and_keys(entry: Callable[[Any], Entr
     assert input_names(made) == ["past.0.0", "x", "past.0.1.key"]
 
 
-def test_limits_are_told_by_the_names_of_the_file(entry: Callable[[Any], Entry]) -> None:
+def test_limits_use_the_names_of_the_file(entry: Callable[[Any], Entry]) -> None:
     made = replace(
         entry(lambda y: (y,)), bounds={"batch": (2, 8)}, fixed={"past_1": {0: "a branch"}}
     )

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from graphprune.exporters.onnx.patterns import heads_together, rejoined, same, shared, unchanged
+from graphprune.ir.graph import flat_outputs
 from graphprune.ir.program import Program
 
 aten = torch.ops.aten
@@ -33,8 +34,7 @@ def nodes(program_of: Callable[..., Program]) -> Callable[..., Any]:
 
 
 def outputs(graph: fx.Graph) -> list[fx.Node]:
-    *_, output = graph.nodes
-    return list(output.args[0])  # type: ignore[arg-type]
+    return list(flat_outputs(graph))
 
 
 SPLITS: dict[str, Callable[[Call, fx.Node], fx.Node]] = {

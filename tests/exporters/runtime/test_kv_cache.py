@@ -79,7 +79,7 @@ class Session:
         return [Input(name, shape) for name, shape in SHAPES.items()]
 
 
-def test_inputs_of_a_session_are_told_apart_by_name() -> None:
+def test_inputs_of_a_cache_are_known_by_name() -> None:
     assert shapes_of(Session()) == SHAPES
     assert [name for name in SHAPES if is_past(name)] == [KEY, VALUE]
     assert not is_past("past_key_values_count")
