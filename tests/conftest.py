@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx
 
 from graphprune.capture.capture import capture
-from graphprune.ir.program import Program
+from graphprune.ir.program import Argument, Entry, Program
 from graphprune.models.zoo.tiny import tiny
+from graphprune.verify.error import second_sizes
 
 torch.set_num_threads(1)
 
@@ -71,3 +74,37 @@ def data_folder() -> Path:
     if not named or not folder.is_dir():
         pytest.skip(f"GRAPHPRUNE_DATA is {named!r}: set it to the folder of data sets to run this")
     return folder
+
+
+def _written(
+    tensors: Mapping[str, Tensor],
+    inputs: Mapping[str, Tensor],
+    write: Callable[[fx.Graph, dict[str, fx.Node]], Any],
+    dynamic: Mapping[str, Mapping[int, str]] | None = None,
+) -> Program:
+    graph = fx.Graph()
+    node = {name: graph.placeholder(name) for name in inputs}
+    node |= {name: graph.create_node("get_attr", name) for name in tensors}
+    outputs, out_spec = pytree.tree_flatten(write(graph, node))
+    graph.output(tuple(outputs))
+    leaf = pytree.tree_flatten(0)[1]
+    entry = Entry(
+        graph=graph,
+        arguments=tuple(Argument(name, leaf, (name,)) for name in inputs),
+        out_spec=out_spec,
+        example=tuple(inputs.values()),
+        dynamic=dynamic or {},
+        second=second_sizes(tuple(inputs), tuple(inputs.values()), dynamic or {})[0],
+    )
+    parameters = frozenset(n for n, t in tensors.items() if t.is_floating_point())
+    return Program(tensors, parameters, {}, {"forward": entry}).with_graphs({})
+
+
+@pytest.fixture(scope="session")
+def program_of() -> Callable[..., Program]:
+    """A Program written by hand: `program_of(tensors, inputs, write)`.
+
+    `write(graph, node)` gets a node for each input and tensor by name, and returns the outputs, a
+    tuple or a dict of nodes. `dynamic` names the sizes of inputs that may change.
+    """
+    return _written

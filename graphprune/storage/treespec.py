@@ -84,9 +84,12 @@ def encode_spec(spec: pytree.TreeSpec) -> JSON:
 
 
 def _keys(spec: pytree.TreeSpec) -> list[Any]:
-    """Names of a container's children, from torch's key paths."""
+    """Names of a container's children, from torch's key paths, or positions."""
     filled = pytree.tree_unflatten(range(spec.num_leaves), spec)
-    one_level = pytree.tree_flatten_with_path(filled, is_leaf=lambda x: x is not filled)[0]
+    try:
+        one_level = pytree.tree_flatten_with_path(filled, is_leaf=lambda x: x is not filled)[0]
+    except ValueError:  # registered without names of its children
+        return list(range(len(spec.children())))
     keys: list[Any] = []
     for position, (path, _) in enumerate(one_level):
         key = path[0]

@@ -128,22 +128,6 @@ def test_a_site_is_the_same_view_for_every_storage(captured: Captured) -> None:
         assert site.bias is not None
 
 
-def test_grams_merge_by_adding() -> None:
-    rows = torch.randn(50, 6)
-    one, two, both = Gram.empty(6), Gram.empty(6), Gram.empty(6)
-    one.add(rows[:20])
-    two.add(rows[20:])
-    both.add(rows)
-    merged = one + two
-    torch.testing.assert_close(merged.matrix, both.matrix, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(merged.mean, rows.double().mean(0), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(
-        merged.variance, rows.double().var(0, correction=0), rtol=1e-4, atol=1e-5
-    )
-    ones = torch.cat([rows.double(), torch.ones(50, 1, dtype=torch.float64)], 1)
-    torch.testing.assert_close(merged.with_ones(), ones.T @ ones, rtol=1e-5, atol=1e-5)
-
-
 def keep_in(seen: list[Tensor]) -> Callable[[LinearSite, Tensor], None]:
     """An observer that keeps the rows."""
     return lambda _, rows: seen.append(rows)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -15,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 import graphprune as gp
-from graphprune.errors import ArtifactError
 from graphprune.exporters import open_artifact
 from graphprune.exporters.artifact.results import add_results
 from graphprune.ir.program import Program
@@ -114,19 +112,6 @@ def test_an_artifact_has_a_page_and_results_go_on_it(
     # The next artifact has a page of its own.
     again = gp.compile(gp.load(tmp_path / "out"), [PruneNeurons(0.5)]).export(tmp_path / "more")
     assert "results" not in again.manifest
-
-
-@pytest.mark.parametrize("value", [math.nan, object()])
-def test_results_that_cannot_be_noted_leave_the_artifact(
-    captured: Captured, tmp_path: Path, value: Any
-) -> None:
-    compiled = gp.compile(captured("tiny-mlp"), [PruneNeurons(0.5)])
-    artifact = compiled.export(tmp_path / "out", baseline=False)
-    page = (tmp_path / "out" / "report.html").read_bytes()
-    with pytest.raises(ArtifactError, match="results cannot be noted in"):
-        add_results(artifact, compiled.report, {"other": {"value": value}})
-    assert (tmp_path / "out" / "report.html").read_bytes() == page
-    assert open_artifact(tmp_path / "out").manifest == artifact.manifest
 
 
 def test_a_page_names_what_is_quantised(captured: Captured, tmp_path: Path) -> None:

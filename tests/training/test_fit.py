@@ -136,14 +136,6 @@ def test_what_was_frozen_stays(tmp_path: Path) -> None:
         _fit(frozen)
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
-def test_rates_rise_and_fall(schedule: str) -> None:
-    rates = [Plan(1, 2.0, warmup=0.2, schedule=schedule).rate(i, 10) for i in range(11)]
-    assert rates[:3] == [1.0, 2.0, 2.0]
-    assert rates[10] == pytest.approx(2.0 if schedule == "constant" else 0.0)
-    assert rates[6] == pytest.approx(2.0 if schedule == "constant" else 1.0)
-
-
 def test_the_given_program_stays_and_the_loss_falls(captured: Captured) -> None:
     program = captured("tiny-mlp")
     before = {n: t.clone() for n, t in program.tensors.items()}

@@ -118,24 +118,6 @@ def test_an_output_of_nothing_but_nan_says_so() -> None:
         verify_rewrite(program, program)
 
 
-@pytest.mark.parametrize(
-    ("expected", "actual", "error"),
-    [
-        # A row of next to nothing counts as a thousandth of the typical row.
-        ([[1.0, 1.0], [1.0, 1.0], [0.0, 0.0]], [[1.0, 1.0], [1.0, 1.0], [0.0, 1e-6]], 1e-3),
-        # Each row by itself: the large one does not excuse the small one.
-        ([[1e6, 1e6], [1.0, 1.0], [1.0, 1.0]], [[1e6, 1e6], [1.0, 1.0], [1.0, 1.1]], 0.1),
-        # One large value in a row is not its scale.
-        ([[1e6, 1.0, 1.0, 1.0]], [[1e6, 1.0, 1.0, 1.5]], 0.5),
-        ([[torch.inf, 2.0, 2.0]], [[torch.inf, 2.0, 3.0]], 0.5),
-        ([[torch.nan, 2.0, 2.0]], [[torch.nan, 2.0, 3.0]], 0.5),
-    ],
-)
-def test_rows_have_scales_of_their_own(expected: Any, actual: Any, error: float) -> None:
-    got = relative_error(torch.tensor(expected).double(), torch.tensor(actual).double())
-    assert got == pytest.approx(error, rel=1e-6)
-
-
 # --- the batches -------------------------------------------------------------------------------
 
 
@@ -156,31 +138,6 @@ def text() -> Program:
     ids = torch.randint(3, 9, (2, 9))
     ones = torch.ones(2, 9, dtype=torch.int64)
     return capture(Text().eval(), (ids, torch.zeros_like(ids), ones, torch.rand(2, 9)))
-
-
-def test_the_second_batch_is_padded_and_of_other_sizes() -> None:
-    ids, kinds, mask, _ = second_inputs(text().forward)
-    assert ids.shape == mask.shape == (3, 6)
-    assert mask.tolist() == [[1] * 6, [1] * 6, [1, 1, 1, 1, 0, 0]]
-    # Numbers of a table's rows are no mask, although they are all zero.
-    assert not kinds.any()
-
-
-def test_fresh_values_reach_all_of_a_table_and_pad_in_earnest() -> None:
-    entry = text().forward
-    ids, kinds, mask, bias = fresh_inputs(entry)
-    assert ids.max() > 9
-    assert 0 <= int(ids.min()) <= int(ids.max()) < 50
-    assert not kinds.any()
-    assert mask[0].all()
-    assert bool((mask[:, 0] == 1).all())
-    assert (mask == 0).any()
-    assert bool((bias >= 0).all())
-    assert not torch.equal(bias, entry.example[3])
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(fresh_inputs(entry), (ids, kinds, mask, bias), strict=True)
-    )
 
 
 def test_fresh_floats_keep_the_scale_of_the_examples() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from graphprune.errors import ArtifactError, ExportError, GraphPruneError
-from graphprune.exporters import Artifact, export, measure, open_artifact
+from graphprune.exporters import Artifact, export, open_artifact
 from graphprune.ir.program import Program
 from graphprune.rewrite.shrink import kept_indices, shrink
 from graphprune.storage.folders import sha256
@@ -100,10 +100,6 @@ def test_footprint_is_of_a_fresh_process(made: Artifact) -> None:
     del held
 
 
-def test_measure_is_in_milliseconds(captured: Captured) -> None:
-    assert 0 < measure(captured("tiny-mlp"), repeats=2) < 100
-
-
 @pytest.mark.parametrize(
     ("batch", "message"),
     [({"y": torch.randn(2, 12)}, r"lacks \['x'\]"), ((), r"lacks \['x'\]")],
@@ -176,27 +172,6 @@ def refuse_work(*args: Any, **kwargs: Any) -> Any:
     raise AssertionError("work was done before the refusal")
 
 
-@pytest.mark.parametrize("kind", ["folder", "file", "link", "other manifest"])
-def test_what_is_not_ours_is_refused_before_any_work(
-    kind: str, captured: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("graphprune.exporters.artifact.export.to_onnx", refuse_work)
-    path = tmp_path / "out"
-    if kind == "file":
-        path.write_text("mine")
-    elif kind == "link":
-        (tmp_path / "target").mkdir()
-        path.symlink_to(tmp_path / "target")
-    else:
-        path.mkdir()
-        name = "thesis.tex" if kind == "folder" else "manifest.json"
-        (path / name).write_text('{"format": "a web page"}')
-    before = tree(tmp_path)
-    with pytest.raises(ExportError, match="out'"):
-        export(captured("tiny-mlp"), path)
-    assert tree(tmp_path) == before
-
-
 def test_files_that_somebody_put_into_an_artifact_are_not_removed(
     copy: Path, captured: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,19 +196,6 @@ def test_artifacts_of_other_models_are_not_measured_against(
 def test_threads_that_cannot_be_are_refused(made: Artifact, threads: int) -> None:
     with pytest.raises(GraphPruneError, match="threads must be between 1 and"):
         made.session(threads=threads)
-
-
-def test_unknown_targets_and_reserved_names_are_refused(
-    captured: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("graphprune.exporters.artifact.export.to_onnx", refuse_work)
-    program = captured("tiny-mlp")
-    with pytest.raises(ExportError, match="'onnxruntime'"):
-        export(program, tmp_path / "out", target="tensorrt")
-    for name in ("../x", "model.onnx", "program/x", "/x", ""):
-        with pytest.raises(ExportError, match="cannot be called"):
-            export(program, tmp_path / "out", extra={name: b""})
-    assert list(tmp_path.iterdir()) == []
 
 
 def disk_full(*args: Any, **kwargs: Any) -> Any:

@@ -25,9 +25,8 @@ from graphprune.errors import ExportError, GraphPruneError
 from graphprune.exporters import export, measure
 from graphprune.exporters.onnx.convert import save_onnx, to_onnx
 from graphprune.exporters.onnx.names import input_names
-from graphprune.exporters.quantize.layers import find_layers, quantised_rows
+from graphprune.exporters.quantize.layers import find_layers
 from graphprune.exporters.quantize.quantize import quantise
-from graphprune.exporters.runtime.drift import drifts
 from graphprune.exporters.runtime.session import feeds_of, open_session
 from graphprune.ir.program import Program
 from graphprune.ir.quantization import SCHEMES, mark_of
@@ -203,12 +202,6 @@ def test_a_looked_up_row_is_exact_to_half_a_step(lower: Lower) -> None:
     rows = lower(source, "int8-dynamic").run(ids)
     exact = table.weight.detach().numpy()[ids]
     assert np.all(np.abs(rows - exact) <= np.abs(exact).max(-1, keepdims=True) / 127 * 0.5001)
-
-
-def test_rows_of_zeros_have_a_scale() -> None:
-    codes, scales = quantised_rows(np.zeros((2, 4), np.float32))
-    assert (codes == 0).all()
-    assert (scales == 1).all()
 
 
 def simulated(x: Tensor, weight: Tensor) -> Tensor:
@@ -427,18 +420,6 @@ def test_layers_know_their_weights(program: Program, float_file: Callable[[Progr
         ("narrow.weight", "matmul"),
         ("head.weight", "matmul"),
     ]
-
-
-def test_drift_is_the_worst_of_all_inputs() -> None:
-    a, b = np.array([3.0, 4.0]), np.array([3.0, 4.5])
-    (found,) = drifts(["y"], [[a], [a]], [[a], [b]])
-    assert found.error == pytest.approx(0.1)
-    assert found.largest == pytest.approx(0.5 / 3)  # of the row's scale, its lower value here
-    assert found.cosine < 1
-    (same,) = drifts(["y"], [[np.array([np.inf, 1.0])]], [[np.array([np.inf, 1.0])]])
-    assert (same.cosine, same.error) == (1.0, 0.0)
-    with pytest.raises(ExportError, match="'y' of the quantised model is not finite"):
-        drifts(["y"], [[a]], [[a * np.nan]])
 
 
 def test_half_precision_programs_are_quantised_from_float32(

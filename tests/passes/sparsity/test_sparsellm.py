@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,14 +21,11 @@ from graphprune.passes import SparseGPT, SparseLLM
 from graphprune.passes.solvers.alternation import (
     Alternation,
     Weights,
-    elementwise_step,
-    relu_step,
 )
 from graphprune.passes.solvers.sparsegpt import Inputs
 from graphprune.passes.sparsity.feedforward import FeedForward, assembled, find_feedforwards
 
 Captured = Callable[[str], Program]
-weights = st.builds(Weights, *[st.floats(0.05, 10)] * 3)
 IN, HIDDEN, OUT = 6, 8, 5
 
 
@@ -162,60 +157,6 @@ def test_p_is_the_least_squares_solution(make: Callable[[], nn.Module]) -> None:
     target = torch.cat([c.beta**0.5 * (state.y - b), c.gamma**0.5 * phi], 1)
     expected = torch.linalg.lstsq(system.double(), target.double().T).solution.T
     torch.testing.assert_close(state.p.double(), expected, rtol=1e-4, atol=1e-5)
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.integers(0, 10_000), st.floats(0.05, 10), st.floats(0.05, 10))
-def test_relu_has_no_better_value_on_a_dense_grid(seed: int, alpha: float, gamma: float) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    m, p = torch.randn(2, 40, generator=generator, dtype=torch.float64) * 2
-    c = Weights(alpha, 1.0, gamma)
-
-    def loss(z: Tensor) -> Tensor:
-        return gamma * (p - z.relu()).square() + alpha * (z - m).square()
-
-    z = relu_step(m, p, c)
-    grid = torch.linspace(-10, 10, 4001, dtype=torch.float64)[:, None].expand(-1, 40)
-    best = loss(grid).min(0).values
-    assert bool((loss(z) <= best + 1e-12).all())
-    assert bool((loss(z) >= best - 1e-3 * (alpha + gamma) * 5).all())
-
-
-def test_relu_may_leave_either_branch() -> None:
-    """m below zero but p large: across; m above and p low: down to a compromise, never below."""
-    c = Weights(1.0, 1.0, 1.0)
-    m, p = torch.tensor([-1.0, -1.0, 2.0, 2.0]), torch.tensor([5.0, 0.5, 0.0, -9.0])
-    torch.testing.assert_close(relu_step(m, p, c), torch.tensor([2.0, -1.0, 1.0, 0.0]))
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.integers(0, 10_000), weights)
-def test_where_phi_is_linear_the_step_is_the_minimum(seed: int, c: Weights) -> None:
-    """A gated block in its linear part: z = (α m + γ g p) / (α + γ g²)."""
-    generator = torch.Generator().manual_seed(seed)
-    g, z, m, p = torch.randn(4, 50, generator=generator, dtype=torch.float64)
-    found = elementwise_step(lambda value: value * g, z, m, p, c)
-    expected = (c.alpha * m + c.gamma * g * p) / (c.alpha + c.gamma * g.square())
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10_000), weights, st.sampled_from([F.gelu, F.silu, torch.tanh, F.relu]))
-def test_a_step_never_raises_what_it_lowers(
-    seed: int, c: Weights, phi: Callable[[Tensor], Tensor]
-) -> None:
-    """Value by value; and most values that are off the minimum do move."""
-    generator = torch.Generator().manual_seed(seed)
-    z, m, p = torch.randn(3, 200, generator=generator, dtype=torch.float64) * 3
-
-    def loss(value: Tensor) -> Tensor:
-        return c.gamma * (p - phi(value)).square() + c.alpha * (value - m).square()
-
-    after = elementwise_step(phi, z, m, p, c)
-    assert bool((loss(after) <= loss(z)).all())
-    assert bool((loss(after) <= loss(m)).all())
-    assert float(loss(after).sum()) < float(loss(z).sum())
-    assert not after.requires_grad
 
 
 @pytest.mark.parametrize("make", MODELS)

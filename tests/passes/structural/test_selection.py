@@ -7,39 +7,9 @@ import pytest
 from graphprune.axes import axis_groups
 from graphprune.errors import RecipeError, UnsupportedError
 from graphprune.ir.program import Program
-from graphprune.passes.name_patterns import check_patterns, matches
 from graphprune.passes.structural.selection import Selection, Selector, select
 
 Captured = Callable[[str], Program]
-
-
-@pytest.mark.parametrize(
-    ("pattern", "name", "covered"),
-    [
-        ("a.b.weight", "a.b.weight", True),
-        ("a.b", "a.b.weight", True),
-        ("a.*.weight", "a.b.weight", True),
-        ("*.b", "a.b.weight", True),
-        ("a.1", "a.10.weight", False),
-        ("b", "a.b.weight", False),
-        ("A.b", "a.b.weight", False),
-        ("re:a\\.[bc]\\.", "a.b.weight", True),
-        ("re:b", "a.b.weight", False),
-        ("re:.*b", "a.b.weight", True),
-    ],
-)
-def test_patterns_cover_names_and_the_modules_that_hold_them(
-    pattern: str, name: str, covered: bool
-) -> None:
-    assert matches(pattern, name) is covered
-
-
-def test_patterns_that_can_only_be_slips_are_refused() -> None:
-    for wrong in ("a.b", ["a"], (1,), ("",)):
-        with pytest.raises(RecipeError, match="targets"):
-            check_patterns("targets", wrong)
-    with pytest.raises(RecipeError, match="no regular expression"):
-        check_patterns("targets", ("re:[",))
 
 
 def _select(program: Program, wanted: Selector) -> Selection:

@@ -22,7 +22,6 @@ from graphprune.ir.program import Program
 from graphprune.passes import L1, Finetune, NeuroPrune, PruneNeurons
 from graphprune.passes.training.merge import (
     Merge,
-    find_dominating,
     merge_units,
     plan_merge,
     unit_distances,
@@ -135,28 +134,6 @@ def test_a_part_of_a_weight_is_seen_alone() -> None:
 
 
 # --- redundant heads ---------------------------------------------------------------------------
-
-
-def test_representatives_are_what_the_algorithm_promises() -> None:
-    """Similar, stable, dominating; a cycle of four loses nobody."""
-    drawn = torch.Generator().manual_seed(0)
-    for _ in range(300):
-        k = int(torch.randint(1, 9, (), generator=drawn))
-        upper = (torch.rand(k, k, generator=drawn) < torch.rand((), generator=drawn)).triu(1)
-        similar = upper | upper.T | torch.eye(k, dtype=torch.bool)
-        into = find_dominating(similar)
-        assert all(similar[i, r] for i, r in enumerate(into))
-        assert all(into[r] == r for r in into)
-        assert similar[:, sorted(set(into))].any(1).all()
-    assert find_dominating(torch.eye(5, dtype=torch.bool)) == [0, 1, 2, 3, 4]
-    assert find_dominating(torch.ones(4, 4, dtype=torch.bool)) == [3, 3, 3, 3]
-    cycle = torch.eye(4, dtype=torch.bool)
-    for i in range(4):
-        cycle[i, (i + 1) % 4] = cycle[(i + 1) % 4, i] = True
-    assert find_dominating(cycle) == [0, 1, 2, 3]
-    star = torch.eye(4, dtype=torch.bool)
-    star[0, :] = star[:, 0] = True
-    assert find_dominating(star) == [0, 0, 0, 0]
 
 
 def _duplicated(program: Program, group: Any, noise: float = 0.0) -> Program:
