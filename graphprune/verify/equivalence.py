@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from graphprune.errors import VerificationError, first_line
 from graphprune.ir.graph import flat_outputs, op_name, output_node
-from graphprune.ir.program import JSON, Entry, Program, graph_module
+from graphprune.ir.program import JSON, Entry, Program
 from graphprune.rewrite.shrink import MASK
 from graphprune.verify.error import BEFORE_BOUNDS, batches, bounds_not_run, row_errors
 
@@ -216,10 +216,7 @@ class _Step:
     ) -> None:
         self.found, self.name, self.nodes = found, name, nodes
         self.candidate = candidate
-        # Built once for all batches: it takes longer than a run of small inputs.
-        self.modules = [graph_module(program, name) for program in (candidate, *references)]
-        self.dense = None if dense is None else graph_module(dense, name)
-        self.noise = None if noise is None else graph_module(noise, name)
+        self.references, self.dense, self.noise = references, dense, noise
         self.single = [] if noise is None else [t.dtype for t in noise.entries[name].example]
         self.numbers: set[int] = set()  # outputs that were not NaN alone on some batch
 
@@ -230,12 +227,13 @@ class _Step:
 
         At a bound, where batches are long, the outputs of two programs are enough.
         """
-        candidate = _Run(self.modules[0], own)
-        runs = [_Run(m, inputs) for m in (self.modules[1:2] if at_bound else self.modules[1:])]
+        candidate = _Run(self.candidate, self.name, own)
+        references = self.references[:1] if at_bound else self.references
+        runs = [_Run(program, self.name, inputs) for program in references]
         noise = None
         if self.noise is not None:
             narrow = [t.to(dtype) for t, dtype in zip(inputs, self.single, strict=True)]
-            noise = _Run(self.noise, narrow)
+            noise = _Run(self.noise, self.name, narrow)
         if self.nodes and not at_bound:
             self._compare_nodes(candidate, runs, noise, limit)
             if not self.found.error <= limit:
@@ -244,7 +242,7 @@ class _Step:
         self._compare_outputs(candidate, outputs, None if noise is None else noise.outputs())
         self.found.live |= runs[0].live
         if self.dense is not None and not at_bound:
-            before = _Run(self.dense, inputs).outputs()
+            before = _Run(self.dense, self.name, inputs).outputs()
             for a, b in zip(before, outputs[0], strict=True):
                 if _shape(a) == _shape(b):
                     self.found.moved = max(self.found.moved or 0.0, _error(a, b, None))
@@ -337,6 +335,17 @@ def _widened(programs: Sequence[Program]) -> list[Program]:
     return result
 
 
+class _Interpreter(fx.Interpreter):
+    """Runs a graph as it is: a GraphModule's code takes longer to write than a small batch."""
+
+    def __init__(self, program: Program, graph: fx.Graph) -> None:
+        super().__init__(torch.nn.Module(), graph=graph)
+        self.tensors = program.tensors
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Tensor:
+        return self.tensors[target]
+
+
 @final
 class _Run:
     """One program on one batch, run node by node, as far as somebody asks.
@@ -347,15 +356,16 @@ class _Run:
         live: whether a mask has changed a value so far.
     """
 
-    def __init__(self, module: fx.GraphModule, inputs: Sequence[Tensor]) -> None:
+    def __init__(self, program: Program, entry: str, inputs: Sequence[Tensor]) -> None:
+        graph = program.entries[entry].graph
         self.wanted: set[str] = set()
-        self.names = {n.name for n in module.graph.nodes if n.op == "call_function"}
+        self.names = {n.name for n in graph.nodes if n.op == "call_function"}
         self.live = False
-        self._interpreter = fx.Interpreter(module)
+        self._interpreter = _Interpreter(program, graph)
         self._interpreter.args_iter = iter(inputs)
-        self._nodes = iter(list(module.graph.nodes))
+        self._nodes = iter(list(graph.nodes))
         self._values: dict[str, Any] = {}
-        self._output = output_node(module.graph)
+        self._output = output_node(graph)
         self._results: Any = None
 
     def steps(self) -> Iterator[tuple[str, Any]]:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
@@ -283,13 +284,16 @@ def row_errors(expected: Tensor, actual: Tensor) -> tuple[Tensor, Tensor]:
         return difference, torch.ones_like(difference)
     wide = torch.promote_types(a.dtype, torch.float32)  # differences of near numbers are exact
     a, b = a.to(wide), b.to(wide)
-    finite = a.isfinite()
-    same = (a == b) | (a.isnan() & b.isnan())
-    difference = torch.where(same, 0.0, (a - b).abs()).nan_to_num(math.inf, math.inf)
-    difference = difference.amax(1).double()
+    difference = (a - b).abs_().amax(1)
+    finite = None
+    if not bool(difference.isfinite().all()):  # else both are finite throughout
+        finite = a.isfinite()
+        same = (a == b) | (a.isnan() & b.isnan())
+        difference = torch.where(same, 0.0, (a - b).abs()).nan_to_num(math.inf, math.inf).amax(1)
     scale = _quantile(a.abs(), finite).double()
-    typical = scale[finite.any(1)].median() if bool(finite.any()) else scale.new_zeros(())
-    return difference, scale.clamp_min(max(_SMALL * float(typical), _TINY))
+    typical = scale if finite is None else scale[finite.any(1)]
+    least = _SMALL * float(typical.median()) if len(typical) else 0.0
+    return difference.double().cpu(), scale.clamp_min(max(least, _TINY))
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -298,10 +302,12 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1] if tensor.dim() else 1)
 
 
-def _quantile(magnitude: Tensor, finite: Tensor) -> Tensor:
-    """The percentile of each row over its finite values, 0 without any; [rows]."""
-    if bool(finite.all()):
-        return magnitude.kthvalue(1 + int(_QUANTILE * (magnitude.shape[1] - 1)), 1).values
+def _quantile(magnitude: Tensor, finite: Tensor | None) -> Tensor:
+    """The percentile of each row over its finite values (None: all are), 0 without any; [rows]."""
+    if finite is None or bool(finite.all()):
+        # numpy selects five times faster than torch.kthvalue.
+        k = int(_QUANTILE * (magnitude.shape[1] - 1))
+        return torch.from_numpy(np.partition(magnitude.cpu().numpy(), k, axis=1)[:, k])
     # Others sort to the front as -1.
     order = magnitude.masked_fill(~finite, -1).sort(1).values
     count = finite.sum(1)
