@@ -131,19 +131,6 @@ class Context:
         # Seeded by position: a pass gives the same result whatever the passes before it drew.
         self._generator.manual_seed(self.seed * 1_000_003 + index)
 
-    def batches(self) -> Iterable[Any]:
-        """The calibration batches.
-
-        Raises:
-            RecipeError: none were given.
-        """
-        if self.calibration is None:
-            raise RecipeError(
-                f"pass {self.running!r} looks at activations and needs calibration batches: give "
-                "compile(..., calibration=batches), or --calibration FILE"
-            )
-        return self.calibration
-
     def get(self, analysis: Callable[[Program], T], program: Program) -> T:
         """The analysis of this program, computed once.
 
