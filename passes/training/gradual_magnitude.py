@@ -53,6 +53,7 @@ class GradualMagnitude(PatternPass, GradualPass):
     allocations: ClassVar[tuple[str, ...]] = ("uniform", "global")
 
     final: float | None = None
+    schedule: str = "cubic"
     initial: float = 0.0
     every: int = 10
     pattern: str = "single"

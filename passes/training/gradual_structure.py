@@ -67,6 +67,7 @@ class GradualStructure(GradualPass):
     score: str = "grain"
     smoothing: float = 0.998
     regularise: float = 0.3
+    schedule: str = "cubic"
     roles: tuple[str, ...] = ROLES
     _: KW_ONLY
     begin: float = 0.2

@@ -125,11 +125,15 @@ class GradualPass(DistillingPass):
 
     __slots__ = ()
 
-    schedule: str = "cubic"
     begin: float = 0.0
     end: float = 0.7
     lr_schedule: str = "linear"
     distill: bool = False
+
+    @property
+    @abc.abstractmethod
+    def schedule(self) -> str:
+        """A field of the subclasses, which take it by position."""
 
     def __post_init__(self) -> None:
         DistillingPass.__post_init__(self)
