@@ -17,8 +17,6 @@ from graphprune.axes.roles import roles
 from graphprune.errors import UnsupportedError
 from graphprune.ir.program import Program
 
-NAMES = "axis_names"  # in a program's metadata: id by position -> id to go by
-
 
 @dataclass(frozen=True, slots=True)
 class Occurrence:
@@ -207,7 +205,7 @@ def _groups(axes: Axes) -> list[AxisGroup]:
                     found.append(Occurrence(tensor, dim))
                 names.setdefault(leaf, f"{tensor}[{dim}]" + (f".{k}" if len(parts) > 1 else ""))
     known = roles(axes)
-    former = axes.program.metadata.get(NAMES, {})
+    former = axes.program.axis_names
     return [
         AxisGroup(
             id=former.get(names[leaf], names[leaf]),
@@ -236,11 +234,11 @@ def names_after(before: AxisGroups, keep: Mapping[Axis, Tensor], after: Program)
         after: the program with those units alone; names it has are left out of account.
 
     Returns:
-        for `Program.metadata[NAMES]`: name by position -> name before, where they differ.
+        for `Program.axis_names`: name by position -> name before, where they differ.
     """
     old = {algebra.find(group.axis): group.id for group in before}
     found = {}
-    plain = AxisGroups(infer_axes(replace(after, metadata={**after.metadata, NAMES: {}})))
+    plain = AxisGroups(infer_axes(replace(after, axis_names={})))
     for group in plain:
         place = group.occurrences[0]
         new_parts = _parts(plain, place, {})

@@ -345,8 +345,7 @@ def trained_first(
     result = Pipeline([step]).run(start.program, context)
     program = result.program
     # With the report of the untrained model it would count as compiled from that one.
-    metadata = {key: value for key, value in program.metadata.items() if key != "report"}
-    dense = compile(replace(program, metadata=metadata), [])
+    dense = compile(replace(program, report=None), [])
     dense.files = start.files
     return dense, dict(result.results[0].report)
 

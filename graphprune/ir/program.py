@@ -22,6 +22,7 @@ from graphprune.ir.graph import (
     terms,
 )
 from graphprune.ir.propagate import propagate
+from graphprune.ir.quantization import Mark
 from graphprune.ir.sizes import Relation, Shape, check_sizes, limit_lines
 
 JSON = Any  # what json.dumps takes
@@ -244,6 +245,14 @@ class Program:
         aliases: tied names -> the name in `tensors` that holds their storage.
         entries: "forward" and, for decoders captured with a cache, "decode".
         history: one JSON record for everything that was done, in order.
+        model: the name of the captured module's class; empty where it was not captured.
+        frozen: parameters that had no `requires_grad` at capture: no training moves them.
+        overlapping: tensors that share a part of their memory with another at capture.
+        zeroed: tensors, or aliases of them, whose zeros passes have set and training keeps.
+        axis_names: id of an axis group by its position -> the id that it goes by, where axes of
+            one unit beside it are no groups any more.
+        quantization: how to quantize at export; None for a float model.
+        report: what `Report.to_json` gave for the compiles so far; None for a dense program.
     """
 
     tensors: Mapping[str, Tensor]
@@ -251,7 +260,13 @@ class Program:
     aliases: Mapping[str, str]
     entries: Mapping[str, Entry]
     history: tuple[JSON, ...] = ()
-    metadata: Mapping[str, JSON] = field(default_factory=dict)
+    model: str = ""
+    frozen: frozenset[str] = frozenset()
+    overlapping: frozenset[str] = frozenset()
+    zeroed: frozenset[str] = frozenset()
+    axis_names: Mapping[str, str] = field(default_factory=dict)
+    quantization: Mark | None = None
+    report: Mapping[str, JSON] | None = None
 
     @property
     def forward(self) -> Entry:
@@ -422,9 +437,6 @@ def graph_module(program: Program, entry: str = "forward") -> fx.GraphModule:
     """One entry as a flat torch.fx GraphModule: tensors in, tuple of tensors out."""
     return fx.GraphModule(_root(program), copy_graph(program.entries[entry].graph))
 
-
-# In a program's metadata: parameters that had no `requires_grad` when the model was captured.
-FROZEN = "frozen"
 
 # Operators with a mode, and the argument that holds it.
 _MODES = {

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from graphprune.axes import algebra
 from graphprune.axes.algebra import Axis, Size
-from graphprune.axes.groups import NAMES, AxisGroups, axis_groups, names_after
+from graphprune.axes.groups import AxisGroups, axis_groups, names_after
 from graphprune.axes.rules import REWRITERS
 from graphprune.axes.rules.registry import Contraction, Facts, RewriteContext, size_of
 from graphprune.errors import VerificationError
@@ -57,8 +57,7 @@ def shrink(program: Program, kept: Mapping[str, Any]) -> Program:
     result = cut.with_graphs({}, tensors)
     _check_shapes(groups, result, keep)
     if any(len(indices) == 1 for indices in keep.values()):
-        names = names_after(groups, keep, result)
-        result = replace(result, metadata={**result.metadata, NAMES: names})
+        result = replace(result, axis_names=names_after(groups, keep, result))
     return result.record(
         {
             "removed": {

@@ -22,7 +22,7 @@ from graphprune.axes.rules.registry import size_of
 from graphprune.calibration.stream import flat_batch
 from graphprune.errors import GraphPruneError, RecipeError, TrainingError
 from graphprune.ir.graph import bound_arguments, is_op, value_of
-from graphprune.ir.program import FROZEN, JSON, Entry, Program, ProgramModule
+from graphprune.ir.program import JSON, Entry, Program, ProgramModule
 from graphprune.ir.quantization import refuse_quantised
 from graphprune.pipeline.base import Context, Keep
 from graphprune.rewrite.shrink import shrink, take
@@ -539,9 +539,7 @@ class _Run:
             for units in self.place.cuts:
                 graphs = shrink(graphs, units)
             tensors = {n: t.to(graphs.tensors[n].dtype) for n, t in moved.tensors.items()}
-            moved = replace(graphs, metadata=moved.metadata, history=moved.history).with_tensors(
-                tensors
-            )
+            moved = replace(moved, entries=graphs.entries, tensors={**graphs.tensors, **tensors})
         return moved.with_tensors(
             {
                 name: old
@@ -707,7 +705,7 @@ def _notes(program: Program) -> list[str]:
     """What a user should know about the graph in training."""
     nodes = list(program.forward.graph.nodes)
     notes = []
-    if frozen := set(program.metadata.get(FROZEN, ())) & set(program.parameters):
+    if frozen := program.frozen & program.parameters:
         notes.append(f"{len(frozen):,} parameters were frozen when captured, and stay as they are")
     dropouts = [n for n in nodes if is_op(n, "dropout")]
     if not dropouts:

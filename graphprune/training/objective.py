@@ -239,7 +239,7 @@ def residual_values(program: Program) -> list[fx.Node]:
 
 def _warnings(teacher: Program | None) -> list[str]:
     """What a user should know about the teacher."""
-    report = None if teacher is None else teacher.metadata.get("report")
+    report = None if teacher is None else teacher.report
     if teacher is None or report is None:
         return []
     dense, left = report["before"]["parameters"], teacher.num_parameters()

@@ -8,7 +8,7 @@ from typing import ClassVar, final
 
 from graphprune.errors import RecipeError
 from graphprune.ir.program import Program
-from graphprune.ir.quantization import KEY, SCHEMES, Mark, mark_of
+from graphprune.ir.quantization import SCHEMES, Mark
 from graphprune.passes.name_patterns import check_names, check_patterns, matches, refuse_unmatched
 from graphprune.pipeline.base import Context, Invariant, Pass, PassResult
 from graphprune.pipeline.registry import register, suggest
@@ -120,12 +120,12 @@ class Quantize(Pass):
             self.reduce_range,
         )
         report = {"scheme": self.scheme, "weights": len(weights), "float": list(mark.ignored)}
-        old = mark_of(program)
+        old = program.quantization
         if old == mark:
             return PassResult(program, False, report)
         if old is not None:
             report["replaced"] = old.to_json()
-        marked = replace(program, metadata={**program.metadata, KEY: mark.to_json()})
+        marked = replace(program, quantization=mark)
         return PassResult(marked, True, report)
 
     def _takes(self, names: list[str]) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.axes import axis_groups
-from graphprune.axes.sites import ZEROED, LinearSite, is_output_head, linear_sites
+from graphprune.axes.sites import LinearSite, is_output_head, linear_sites
 from graphprune.calibration.gram import Gram, Remarks
 from graphprune.calibration.stream import Stream
 from graphprune.errors import RecipeError, UnsupportedError
@@ -481,8 +481,7 @@ def _extremes(shares: Mapping[str, Share], allocation: str) -> list[str]:
 
 def noted(program: Program, sites: Sequence[LinearSite]) -> Program:
     """The program with the names of its zeroed tensors, for passes that train: zeros stay zero."""
-    names = {*program.metadata.get(ZEROED, ()), *(site.tensor for site in sites)}
-    return replace(program, metadata={**program.metadata, ZEROED: sorted(names)})
+    return replace(program, zeroed=program.zeroed.union(site.tensor for site in sites))
 
 
 def _check_number(name: str, value: object, rule: str, holds: Callable[[float], bool]) -> None:

@@ -87,7 +87,7 @@ def test_overlapping_tensors_are_frozen() -> None:
             return result
 
     program = capture(Sliced(), (torch.randn(2, 4),))
-    assert program.metadata["overlapping"] == ["first", "second"]
+    assert program.overlapping == {"first", "second"}
     groups = axis_groups(program)
     assert any("shares a part of its memory" in r for r in groups["first[0]"].frozen)
 

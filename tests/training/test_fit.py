@@ -17,7 +17,6 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler
 
 import graphprune as gp
 from graphprune.axes import axis_groups
-from graphprune.axes.sites import ZEROED
 from graphprune.capture.capture import capture
 from graphprune.errors import RecipeError, TrainingError
 from graphprune.ir.program import Program, ProgramModule
@@ -77,9 +76,8 @@ def _zeroed(program: Program, name: str, part: float = 0.5) -> Program:
     """The program with a random part of a tensor zeroed, and that said."""
     tensor = program.tensors[name]
     gone = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(3)) < part
-    metadata = {**program.metadata, ZEROED: [name]}
     changed = program.with_tensors({name: tensor.masked_fill(gone, 0)})
-    return replace(changed, metadata=metadata)
+    return replace(changed, zeroed=frozenset([name]))
 
 
 # --- the loop is what it says ------------------------------------------------------------------
@@ -254,7 +252,7 @@ def test_zeroed_weights_stay_zero_and_others_move(captured: Captured) -> None:
     assert (after[weight == 0] == 0).all()
     assert (after[weight != 0] != weight[weight != 0]).all()
     assert fitted.report["masked_weights"] == int((weight == 0).sum())
-    assert fitted.program.metadata[ZEROED] == ["layers.2.weight"]
+    assert fitted.program.zeroed == {"layers.2.weight"}
 
 
 def test_zeros_train_as_if_they_were_not_there(captured: Captured) -> None:
