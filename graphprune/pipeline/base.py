@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import enum
-import importlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -128,12 +127,6 @@ class Context:
     def progress(self, done: int, total: int, unit: str = "", **values: float) -> None:
         """Tell observers how far the running pass is, with numbers to watch such as the loss."""
         emit(self.observers, PassProgress(self.running, done, total, unit, values))
-
-    def measure(self, program: Program) -> float:
-        """Milliseconds that ONNX Runtime takes for the program's example inputs."""
-        # By name, because exporters import this package and not the other way round.
-        exporters = importlib.import_module("graphprune.exporters")
-        return float(exporters.measure(program))
 
     def shrink(
         self, program: Program, keep: Keep, prepared: Program | None = None
