@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, overload
 
 import torch
@@ -14,8 +15,11 @@ from graphprune.axes import algebra
 from graphprune.axes.algebra import Axis
 from graphprune.axes.analysis import Axes, infer_axes
 from graphprune.axes.roles import roles
+from graphprune.axes.rules import RULES
+from graphprune.axes.rules.registry import location
 from graphprune.errors import UnsupportedError
-from graphprune.ir.program import Program
+from graphprune.ir.graph import node_content, op_name
+from graphprune.ir.program import Entry, Program
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +93,23 @@ class AxisGroup:
 class AxisGroups(Sequence[AxisGroup]):
     """All axis groups of a program, in the order of its tensors."""
 
-    def __init__(self, axes: Axes) -> None:
+    def __init__(self, axes: Axes, groups: Sequence[AxisGroup]) -> None:
         self.axes = axes
         self.program = axes.program
-        self._groups = _groups(axes)
+        self._groups = list(groups)
         self._by_id = {g.id: g for g in self._groups}
+
+    def on(self, program: Program) -> AxisGroups:
+        """The same groups of a program whose graphs have nodes of the same names, such as a fork.
+
+        They go by the names that this program has for them.
+        """
+        facts = {n: f.on(program.entries[n].graph) for n, f in self.axes.facts.items()}
+        names = program.axis_names
+        return AxisGroups(
+            Axes(program, self.axes.tensors, facts),
+            [replace(g, id=names.get(g.id, g.id)) for g in self._groups] if names else self._groups,
+        )
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -189,8 +205,46 @@ class AxisGroups(Sequence[AxisGroup]):
 
 
 def axis_groups(program: Program) -> AxisGroups:
-    """The axis groups of a program: what can be removed from it, and what cannot, and why."""
-    return AxisGroups(infer_axes(program))
+    """The axis groups of a program: what can be removed from it, and what cannot, and why.
+
+    The last few analyses are kept, so that a fork, or a program with other values, costs none. What
+    lost units is analyzed anew: rules compare sizes (a broadcast, the boundaries of a reshape), and
+    sizes that meet by chance, or are one now, say something else than they did.
+    """
+    return _analyzed(_Content(program)).on(program)
+
+
+class _Content:
+    """All that the axes of a program follow from, to compare by; tensors count by their shapes."""
+
+    def __init__(self, program: Program) -> None:
+        shapes = {name: t.to("meta") for name, t in program.tensors.items()}
+        self.program = replace(program, tensors=shapes, axis_names={}, report=None)
+        self.key = (
+            tuple((name, _entry_content(entry)) for name, entry in program.entries.items()),
+            tuple((name, tuple(t.shape)) for name, t in program.tensors.items()),
+            program.parameters,
+            program.overlapping,
+        )
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Content) and self.key == other.key
+
+
+def _entry_content(entry: Entry) -> Hashable:
+    # Reasons name the place in the model, and what an operator's rule says may be registered anew.
+    nodes = tuple((node_content(n), location(n), RULES.get(op_name(n))) for n in entry.graph.nodes)
+    dynamic = tuple((name, tuple(dims.items())) for name, dims in entry.dynamic.items())
+    return nodes, dynamic, tuple(entry.cache.items())
+
+
+@lru_cache(maxsize=4)
+def _analyzed(content: _Content) -> AxisGroups:
+    axes = infer_axes(content.program.fork())  # a fork, which nobody else edits
+    return AxisGroups(axes, _groups(axes))
 
 
 def _groups(axes: Axes) -> list[AxisGroup]:
@@ -205,10 +259,9 @@ def _groups(axes: Axes) -> list[AxisGroup]:
                     found.append(Occurrence(tensor, dim))
                 names.setdefault(leaf, f"{tensor}[{dim}]" + (f".{k}" if len(parts) > 1 else ""))
     known = roles(axes)
-    former = axes.program.axis_names
     return [
         AxisGroup(
-            id=former.get(names[leaf], names[leaf]),
+            id=names[leaf],
             size=int(leaf.size),
             role=known.get(leaf, "other"),
             occurrences=tuple(places),
@@ -238,7 +291,7 @@ def names_after(before: AxisGroups, keep: Mapping[Axis, Tensor], after: Program)
     """
     old = {algebra.find(group.axis): group.id for group in before}
     found = {}
-    plain = AxisGroups(infer_axes(replace(after, axis_names={})))
+    plain = axis_groups(replace(after, axis_names={}))
     for group in plain:
         place = group.occurrences[0]
         new_parts = _parts(plain, place, {})

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.errors import GraphPruneError, PassError, RecipeError, VerificationError
-from graphprune.ir.graph import copy_graph, output_node, value_of
+from graphprune.ir.graph import copy_graph, describe, node_content, output_node, value_of
 from graphprune.ir.program import Entry, Program
 from graphprune.ir.propagate import propagate
 from graphprune.ir.quantization import KEY, too_late
@@ -269,7 +269,7 @@ def fingerprint(program: Program) -> Hashable:
         (name, id(t), _version(t), tuple(t.shape)) for name, t in program.tensors.items()
     )
     entries = tuple(
-        (name, tuple(_node_text(node) for node in entry.graph.nodes))
+        (name, tuple(node_content(node) for node in entry.graph.nodes))
         for name, entry in program.entries.items()
     )
     return tensors, entries, program.parameters, tuple(sorted(program.aliases.items()))
@@ -280,40 +280,12 @@ def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-def _node_text(node: fx.Node) -> Hashable:
-    return (
-        node.name,
-        node.op,
-        str(node.target),
-        str(node.args),
-        str(node.kwargs),
-        describe(node.meta.get("val")),
-    )
-
-
-def describe(value: Any) -> Hashable:
-    """Shape and type of what a node computes; symbolic sizes by their example value."""
-    if isinstance(value, Tensor):
-        return str(value.dtype), tuple(_size(size) for size in value.shape)
-    if isinstance(value, torch.SymInt):
-        return _size(value)
-    if isinstance(value, tuple | list):
-        return tuple(describe(v) for v in value)
-    return value if isinstance(value, int | float | bool | str) else type(value).__name__
-
-
-def _size(size: Any) -> Hashable:
-    if not isinstance(size, torch.SymInt):
-        return int(size)
-    return "symbolic", size.node.hint
-
-
 def _at_example(value: Any) -> Hashable:
     """Like `describe`, with symbolic sizes as the plain numbers that they are for the examples."""
 
     def plain(what: Any) -> Any:
         if isinstance(what, tuple):
-            return what[1] if what[:1] == ("symbolic",) else tuple(plain(w) for w in what)
+            return what[-1] if what[:1] == ("symbolic",) else tuple(plain(w) for w in what)
         return what
 
     result: Hashable = plain(describe(value))

@@ -40,7 +40,7 @@ def shrink(program: Program, kept: Mapping[str, Any]) -> Program:
         VerificationError: the rewritten graph does not fit its tensors; an error of ours.
     """
     fork = program.fork()
-    groups = axis_groups(fork)
+    groups = axis_groups(program).on(fork)
     keep = groups.keep(kept)
     tensors = {name: _indexed(groups, name, t, keep) for name, t in fork.tensors.items()}
     for name, facts in groups.axes.facts.items():
@@ -96,7 +96,7 @@ def mask(program: Program, kept: Mapping[str, Any], *, everywhere: bool = False)
             (Where no activation carries the units, as between constants, sums are masked.)
     """
     fork = program.fork()
-    groups = axis_groups(fork)
+    groups = axis_groups(program).on(fork)
     keep = groups.keep(kept)
     tensors = dict(fork.tensors)
     for name, facts in groups.axes.facts.items():
