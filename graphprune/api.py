@@ -194,11 +194,9 @@ def compile(
         reference=dense if isinstance(dense, Program) else program,
         calibration=batches,
         training=training,
-        verify=verify,
         seed=seed,
-        observers=observers,
     )
-    result = Pipeline(steps, verify).run(program, context)
+    result = Pipeline(steps, verify, observers).run(program, context)
     done = _pass_reports(steps, result.results, result.program.history[len(program.history) :])
     after = Size.of(result.program)
     report = report.extended(after, done, time.perf_counter() - start)

@@ -340,9 +340,9 @@ def trained_first(
 
     if training.checkpoints is not None:
         training = replace(training, checkpoints=Path(training.checkpoints) / _DENSE)
-    context = Context(training=training, seed=seed, observers=[announced])
+    context = Context(training=training, seed=seed)
     step = Finetune(epochs=wish.dense_epochs, lr=wish.rate)
-    result = Pipeline([step]).run(start.program, context)
+    result = Pipeline([step], observers=[announced]).run(start.program, context)
     program = result.program
     # With the report of the untrained model it would count as compiled from that one.
     dense = compile(replace(program, report=None), [])

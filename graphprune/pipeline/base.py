@@ -7,14 +7,14 @@ import enum
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast, final
 
 import torch
 from torch import Tensor
 
 from graphprune.errors import VerificationError
 from graphprune.ir.program import Program
-from graphprune.pipeline.events import JSON, Observer, PassProgress, emit
+from graphprune.pipeline.events import JSON, Event, Observer, PassProgress, emit
 
 if TYPE_CHECKING:
     from graphprune.training.spec import Training
@@ -53,59 +53,23 @@ class PassResult:
     report: Mapping[str, JSON] = field(default_factory=dict)
 
 
-class Context:
-    """What a pass is given beside the program.
+@final
+class Run:
+    """What the pipeline keeps while its passes run.
 
     Attributes:
-        calibration: batches for passes that need activations, or None.
-        training: a loss and its batches for passes that train, or None.
-        reference: the dense program that the pipeline began with: teacher and baseline.
-        verify: whether rewrites are proven on the way.
-        seed: everything random comes from it.
+        verify: whether passes are verified.
+        observers: called with every event.
     """
 
-    def __init__(
-        self,
-        *,
-        reference: Program | None = None,
-        calibration: Iterable[Any] | None = None,
-        training: Training | None = None,
-        verify: bool = True,
-        seed: int = 0,
-        observers: Sequence[Observer] = (),
-    ) -> None:
-        self.reference = reference
-        self.calibration = calibration
-        self.training = training
+    def __init__(self, verify: bool = True, observers: Sequence[Observer] = ()) -> None:
         self.verify = verify
-        self.seed = seed
         self.observers = tuple(observers)
-        self.running = ""
-        self.fits = 0  # how many trainings there were: each has a checkpoint folder of its own
         self._facts: dict[tuple[Any, int], tuple[Program, Any]] = {}
-        self._generator = torch.Generator().manual_seed(seed)
 
-    def derive(self, *, reference: Program, verify: bool, observers: Sequence[Observer]) -> Context:
-        """A context for one pipeline run: this one's data and seed, with its own caches."""
-        return Context(
-            reference=reference,
-            calibration=self.calibration,
-            training=self.training,
-            verify=verify,
-            seed=self.seed,
-            observers=observers,
-        )
-
-    @property
-    def generator(self) -> torch.Generator:
-        """The source of randomness; the pipeline seeds it anew before every pass."""
-        return self._generator
-
-    def begin(self, name: str, index: int) -> None:
-        """Tell the context which pass runs now (the pipeline calls this)."""
-        self.running = name
-        # Seeded by position: a pass gives the same result whatever the passes before it drew.
-        self._generator.manual_seed(self.seed * 1_000_003 + index)
+    def emit(self, event: Event) -> None:
+        """Tell every observer."""
+        emit(self.observers, event)
 
     def get(self, analysis: Callable[[Program], T], program: Program) -> T:
         """The analysis of this program, computed once.
@@ -120,13 +84,73 @@ class Context:
         return cast(T, held[1])
 
     def forget(self, *keep: Program) -> None:
-        """Drop the facts of every program but these (the pipeline calls this between passes)."""
+        """Drop the facts of every program but these (between passes)."""
         alive = {id(program) for program in keep}
         self._facts = {key: held for key, held in self._facts.items() if key[1] in alive}
 
+
+class Context:
+    """What a pass is given beside the program.
+
+    Attributes:
+        calibration: batches for passes that need activations, or None.
+        training: a loss and its batches for passes that train, or None.
+        reference: the dense program that the pipeline began with: teacher and baseline.
+        seed: everything random comes from it.
+        run: what the pipeline keeps, for passes that run others; one with no observers by default.
+    """
+
+    def __init__(
+        self,
+        *,
+        reference: Program | None = None,
+        calibration: Iterable[Any] | None = None,
+        training: Training | None = None,
+        seed: int = 0,
+        run: Run | None = None,
+    ) -> None:
+        self.reference = reference
+        self.calibration = calibration
+        self.training = training
+        self.seed = seed
+        self.run = Run() if run is None else run
+        self.running = ""
+        self.fits = 0  # how many trainings there were: each has a checkpoint folder of its own
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def during(self, run: Run, reference: Program) -> Context:
+        """A context for one run: this one's data and seed, and its reference where it has one."""
+        return Context(
+            reference=reference if self.reference is None else self.reference,
+            calibration=self.calibration,
+            training=self.training,
+            seed=self.seed,
+            run=run,
+        )
+
+    @property
+    def verify(self) -> bool:
+        """Whether rewrites are verified on the way."""
+        return self.run.verify
+
+    @property
+    def generator(self) -> torch.Generator:
+        """The source of randomness; the pipeline seeds it anew before every pass."""
+        return self._generator
+
+    def begin(self, name: str, index: int) -> None:
+        """Tell the context which pass runs now (the pipeline calls this)."""
+        self.running = name
+        # Seeded by position: a pass gives the same result whatever the passes before it drew.
+        self._generator.manual_seed(self.seed * 1_000_003 + index)
+
+    def get(self, analysis: Callable[[Program], T], program: Program) -> T:
+        """The analysis of this program, computed once."""
+        return self.run.get(analysis, program)
+
     def progress(self, done: int, total: int, unit: str = "", **values: float) -> None:
         """Tell observers how far the running pass is, with numbers to watch such as the loss."""
-        emit(self.observers, PassProgress(self.running, done, total, unit, values))
+        self.run.emit(PassProgress(self.running, done, total, unit, values))
 
     def shrink(
         self, program: Program, keep: Keep, prepared: Program | None = None

@@ -28,7 +28,7 @@ from graphprune.ir.graph import copy_graph, describe, node_content, output_node,
 from graphprune.ir.program import Entry, Program
 from graphprune.ir.propagate import propagate
 from graphprune.ir.quantization import KEY, too_late
-from graphprune.pipeline.base import Context, Invariant, Pass, PassResult, flat
+from graphprune.pipeline.base import Context, Invariant, Pass, PassResult, Run, flat
 from graphprune.pipeline.events import (
     JSON,
     Observer,
@@ -36,7 +36,6 @@ from graphprune.pipeline.events import (
     PassStarted,
     PipelineFinished,
     PipelineStarted,
-    emit,
 )
 from graphprune.pipeline.recipe import dump, to_data
 
@@ -90,29 +89,19 @@ class Pipeline:
         """
         start = time.perf_counter()
         check_steps(self.passes, program)
-        ctx = self._context(program, ctx)
-        emit(ctx.observers, PipelineStarted(tuple(step.name for step in self.passes)))
+        run = Run(self.verify, self.observers)
+        ctx = (Context() if ctx is None else ctx).during(run, program)
+        run.emit(PipelineStarted(tuple(step.name for step in self.passes)))
         results: list[PassFinished] = []
         for index, step in enumerate(self.passes):
-            emit(ctx.observers, PassStarted(step.name, index, len(self.passes)))
+            run.emit(PassStarted(step.name, index, len(self.passes)))
             program, finished = run_pass(step, program, ctx, self.passes, index)
-            ctx.forget(program)
             results.append(finished)
-            emit(ctx.observers, finished)
+            run.emit(finished)
         seconds = time.perf_counter() - start
         result = PipelineResult(program, tuple(results), seconds)
-        emit(ctx.observers, PipelineFinished(result.modified, seconds))
+        run.emit(PipelineFinished(result.modified, seconds))
         return result
-
-    def _context(self, program: Program, ctx: Context | None) -> Context:
-        """The caller's context with this pipeline's observers added, or a fresh one."""
-        if ctx is None:
-            return Context(reference=program, verify=self.verify, observers=self.observers)
-        return ctx.derive(
-            reference=program if ctx.reference is None else ctx.reference,
-            verify=ctx.verify and self.verify,
-            observers=(*ctx.observers, *(o for o in self.observers if o not in ctx.observers)),
-        )
 
 
 def check_order(steps: Iterable[Pass]) -> None:
@@ -180,6 +169,8 @@ def run_pass(
     finished = PassFinished(
         step.name, index, max(len(passes), 1), result.modified, seconds, verify_seconds, report
     )
+    # Else the weights of every step would stay in memory.
+    ctx.run.forget(after)
     return after, finished
 
 

@@ -22,7 +22,7 @@ from graphprune.errors import RecipeError, TrainingError
 from graphprune.ir.program import Program, ProgramModule
 from graphprune.models.zoo.tiny import tiny
 from graphprune.passes import Distill, Finetune, GradualMagnitude, RemoveNoOps, Repeat
-from graphprune.pipeline.base import Context
+from graphprune.pipeline.base import Context, Run
 from graphprune.pipeline.events import PassProgress
 from graphprune.pipeline.pipeline import Pipeline
 from graphprune.rewrite.shrink import mask, shrink, take
@@ -59,7 +59,7 @@ def _fit(program: Program, data: Any = None, *, seed: int = 0, **options: Any) -
     plan = Plan(**{k: given.pop(k) for k in Plan.__slots__ if k in given})
     observers = given.pop("observers", ())
     reference = given.pop("reference", None)
-    ctx = Context(seed=seed, observers=observers, reference=reference)
+    ctx = Context(seed=seed, reference=reference, run=Run(observers=observers))
     ctx.begin("finetune", 0)
     return fit(program, training, ctx, plan, **given)
 
