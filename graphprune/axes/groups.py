@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import Any, overload
 
 import torch
@@ -16,10 +16,8 @@ from graphprune.axes.algebra import Axis
 from graphprune.axes.analysis import Axes, infer_axes
 from graphprune.axes.roles import roles
 from graphprune.axes.rules import RULES
-from graphprune.axes.rules.registry import location
 from graphprune.errors import UnsupportedError
-from graphprune.ir.graph import node_content, op_name
-from graphprune.ir.program import Entry, Program
+from graphprune.ir.program import Program
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,44 +205,39 @@ class AxisGroups(Sequence[AxisGroup]):
 def axis_groups(program: Program) -> AxisGroups:
     """The axis groups of a program: what can be removed from it, and what cannot, and why.
 
-    The last few analyses are kept, so that a fork, or a program with other values, costs none. What
-    lost units is analyzed anew: rules compare sizes (a broadcast, the boundaries of a reshape), and
-    sizes that meet by chance, or are one now, say something else than they did.
+    The last few analyses are kept, so that a program with other values costs none. A copy of its
+    graphs has `axis_groups(program).on(copy)`. What lost units is analyzed anew: rules compare
+    sizes (a broadcast, the boundaries of a reshape), and sizes that meet by chance, or are one now,
+    say something else than they did.
     """
-    return _analyzed(_Content(program)).on(program)
+    content = _content(program)
+    for held, groups in _kept:
+        if held == content:
+            return groups.on(program)
+    shapes = {name: t.to("meta") for name, t in program.tensors.items()}
+    # A fork, which nobody else edits, and which holds no weights.
+    own = replace(program, tensors=shapes, axis_names={}, report=None).fork()
+    axes = infer_axes(own)
+    groups = AxisGroups(axes, _groups(axes))
+    _kept.append((content, groups))
+    return groups.on(program)
 
 
-class _Content:
-    """All that the axes of a program follow from, to compare by; tensors count by their shapes."""
+_kept: deque[tuple[Any, AxisGroups]] = deque(maxlen=4)
 
-    def __init__(self, program: Program) -> None:
-        shapes = {name: t.to("meta") for name, t in program.tensors.items()}
-        self.program = replace(program, tensors=shapes, axis_names={}, report=None)
-        self.key = (
-            tuple((name, _entry_content(entry)) for name, entry in program.entries.items()),
-            tuple((name, tuple(t.shape)) for name, t in program.tensors.items()),
-            program.parameters,
-            program.overlapping,
+
+def _content(program: Program) -> Any:
+    """All that the axes of a program follow from: two that are equal have the same."""
+    entries = {
+        name: (
+            [(n, n.name, n.target, n.args, n.kwargs) for n in entry.graph.nodes],
+            {name: dict(dims) for name, dims in entry.dynamic.items()},
+            dict(entry.cache),
         )
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Content) and self.key == other.key
-
-
-def _entry_content(entry: Entry) -> Hashable:
-    # Reasons name the place in the model, and what an operator's rule says may be registered anew.
-    nodes = tuple((node_content(n), location(n), RULES.get(op_name(n))) for n in entry.graph.nodes)
-    dynamic = tuple((name, tuple(dims.items())) for name, dims in entry.dynamic.items())
-    return nodes, dynamic, tuple(entry.cache.items())
-
-
-@lru_cache(maxsize=4)
-def _analyzed(content: _Content) -> AxisGroups:
-    axes = infer_axes(content.program.fork())  # a fork, which nobody else edits
-    return AxisGroups(axes, _groups(axes))
+        for name, entry in program.entries.items()
+    }
+    shapes = [(name, t.shape) for name, t in program.tensors.items()]
+    return entries, shapes, program.parameters, program.overlapping, dict(RULES)
 
 
 def _groups(axes: Axes) -> list[AxisGroup]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import graphprune as gp
-from graphprune.axes import analysis, axis_groups, groups
+from graphprune.axes import analysis, axis_groups
 from graphprune.capture.capture import capture
 from graphprune.errors import UnsupportedError, VerificationError
 from graphprune.ir.program import Program
@@ -352,7 +352,6 @@ def test_masks_where_units_are_carried_see_what_masks_at_sums_cannot(
 ) -> None:
     """Were the rule wrong, the second way of masking would say so."""
     monkeypatch.setattr(analysis, "_normalise_weight_sums", lambda facts: None)
-    monkeypatch.setattr(groups, "_analyzed", groups._analyzed.__wrapped__)
     program = capture(Weighted(STATISTICS[statistic]).eval(), (torch.randn(3, 6),))
     kept = {role_of(program, "a.weight", 0).id: range(8)}
     verify_rewrite(mask(program, kept), shrink(program, kept))
