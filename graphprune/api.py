@@ -21,7 +21,8 @@ from graphprune.errors import (
     RecipeError,
     UnsupportedError,
 )
-from graphprune.ir.program import Program, ProgramModule
+from graphprune.ir.module import ProgramModule
+from graphprune.ir.program import Program
 from graphprune.pipeline.base import Context, Pass, flat
 from graphprune.pipeline.events import JSON, Observer, PassFinished
 from graphprune.pipeline.pipeline import Pipeline, check_order
@@ -71,7 +72,8 @@ class Compiled:
     def program(self) -> Program:
         """The program; once `module` has been trained, with the module's weights.
 
-        A snapshot: later training does not change a program already read.
+        A snapshot: later training does not change a program already read. Another one is made only
+        where a tensor of the module differs, which reading compares: writes leave no sure trace.
         """
         if self._module is not None:
             self._program = _snapshot(self._program, self._module)

@@ -23,8 +23,9 @@ from graphprune.errors import GraphPruneError, RecipeError, UnsupportedError
 from graphprune.ir.program import Program
 from graphprune.pipeline.base import Context
 from graphprune.pipeline.events import JSON
-from graphprune.pipeline.registry import suggest
-from graphprune.rewrite.shrink import mask, shrink
+from graphprune.rewrite.mask import mask
+from graphprune.rewrite.shrink import shrink
+from graphprune.suggest import suggest
 
 if TYPE_CHECKING:
     from graphprune.passes.structural.removal import Removal

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, final
 from graphprune.errors import GraphPruneError, RecipeError
 from graphprune.pipeline.base import Context, Pass
 from graphprune.pipeline.events import JSON, Event, Observer, PassStarted
-from graphprune.pipeline.registry import suggest
 from graphprune.storage.folders import check_writable
+from graphprune.suggest import suggest
 
 if TYPE_CHECKING:
     from torch import Tensor

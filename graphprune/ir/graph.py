@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 
 def op_name(node: fx.Node) -> str:
@@ -42,35 +42,6 @@ def erase_dead(graph: fx.Graph) -> list[str]:
 def value_of(node: fx.Node) -> Any:
     """The fake tensor, symbolic integer, or tuple of them that the node computes."""
     return node.meta["val"]
-
-
-def describe(value: Any) -> Hashable:
-    """Shape and type of what a node computes; symbolic sizes by expression and example value."""
-    if isinstance(value, Tensor):
-        return str(value.dtype), tuple(_size(size) for size in value.shape)
-    if isinstance(value, torch.SymInt):
-        return _size(value)
-    if isinstance(value, tuple | list):
-        return tuple(describe(v) for v in value)
-    return value if isinstance(value, int | float | bool | str) else type(value).__name__
-
-
-def _size(size: Any) -> Hashable:
-    if not isinstance(size, torch.SymInt):
-        return int(size)
-    return "symbolic", size.node.expr, size.node.hint
-
-
-def node_content(node: fx.Node) -> Hashable:
-    """All that a node says, to compare graphs by: copies are equal, however they were made."""
-    return (
-        node.name,
-        node.op,
-        str(node.target),
-        str(node.args),
-        str(node.kwargs),
-        describe(node.meta.get("val")),
-    )
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import enum
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,27 +14,13 @@ from torch import Tensor
 from graphprune.errors import VerificationError
 from graphprune.ir.program import Program
 from graphprune.pipeline.events import JSON, Event, Observer, PassProgress, emit
+from graphprune.verify.invariants import Invariant as Invariant
 
 if TYPE_CHECKING:
     from graphprune.training.spec import Training
 
 T = TypeVar("T")
 Keep = Mapping[str, Sequence[int] | Tensor]
-
-
-class Invariant(enum.Flag):
-    """What stays true across a pass, beyond the program being well formed."""
-
-    NONE = 0
-    INTERFACE = enum.auto()
-    """Names, ranks, dtypes and dynamic dimensions of inputs and outputs."""
-    SHAPES = enum.auto()
-    """Name and shape of every tensor."""
-    NUMERICS = enum.auto()
-    """The outputs on the example inputs, within the verifier's tolerance."""
-    NODES = enum.auto()
-    """Likewise what every node computes that keeps its name."""
-    ALL = INTERFACE | SHAPES | NUMERICS | NODES
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +161,8 @@ class Context:
             VerificationError: masked and shrunk do not agree.
         """
         from graphprune.axes import axis_groups
-        from graphprune.rewrite.shrink import mask, shrink
+        from graphprune.rewrite.mask import mask
+        from graphprune.rewrite.shrink import shrink
         from graphprune.verify.equivalence import verify_rewrite
 
         source = program if prepared is None else prepared

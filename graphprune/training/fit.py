@@ -22,7 +22,8 @@ from graphprune.axes.rules.registry import size_of
 from graphprune.calibration.stream import flat_batch
 from graphprune.errors import GraphPruneError, RecipeError, TrainingError
 from graphprune.ir.graph import bound_arguments, is_op, value_of
-from graphprune.ir.program import JSON, Entry, Program, ProgramModule
+from graphprune.ir.module import ProgramModule
+from graphprune.ir.program import JSON, Entry, Program
 from graphprune.ir.quantization import refuse_quantised
 from graphprune.pipeline.base import Context, Keep
 from graphprune.rewrite.shrink import shrink, take

@@ -17,7 +17,8 @@ from graphprune.axes.algebra import find, leaves
 from graphprune.calibration.stream import flat_batch, rows_without_padding
 from graphprune.errors import RecipeError, TrainingError
 from graphprune.ir.graph import is_op, output_node, value_of
-from graphprune.ir.program import JSON, Program, ProgramModule
+from graphprune.ir.module import ProgramModule
+from graphprune.ir.program import JSON, Program
 from graphprune.training.losses import Loss, Summed, logits_of, loss_of
 from graphprune.training.optimizer import check_number
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from graphprune.errors import RecipeError, TrainingError
-from graphprune.ir.program import Program, ProgramModule
-from graphprune.pipeline.registry import suggest
+from graphprune.ir.module import ProgramModule
+from graphprune.ir.program import Program
 from graphprune.rewrite.shrink import take
+from graphprune.suggest import suggest
 
 SCHEDULES = ("linear", "cosine", "constant")
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -11,7 +11,8 @@ from graphprune.ir.program import Program
 from graphprune.ir.quantization import SCHEMES, Mark
 from graphprune.passes.name_patterns import check_names, check_patterns, matches, refuse_unmatched
 from graphprune.pipeline.base import Context, Invariant, Pass, PassResult
-from graphprune.pipeline.registry import register, suggest
+from graphprune.pipeline.registry import register
+from graphprune.suggest import suggest
 
 _BLOCKS = (16, 32, 64, 128, 256)  # what ONNX Runtime's MatMulNBits takes
 

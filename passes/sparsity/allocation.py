@@ -9,7 +9,7 @@ from torch import Tensor
 
 from graphprune.errors import RecipeError
 from graphprune.passes.sparsity.sparsity_pattern import removed_count
-from graphprune.pipeline.registry import suggest
+from graphprune.suggest import suggest
 
 ALLOCATIONS = ("uniform", "owl", "global")
 

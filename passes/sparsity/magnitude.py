@@ -13,7 +13,8 @@ from graphprune.passes.name_patterns import check_names
 from graphprune.passes.sparsity.sparsity_pattern import removed_mask
 from graphprune.passes.sparsity.zeroing import Share, SiteBySite, Zeroing
 from graphprune.pipeline.base import Context, Invariant, Pass, PassResult
-from graphprune.pipeline.registry import register, suggest
+from graphprune.pipeline.registry import register
+from graphprune.suggest import suggest
 
 SCOPES = ("layer", "row")
 

@@ -17,7 +17,8 @@ from graphprune.passes.sparsity.magnitude import SCOPES
 from graphprune.passes.sparsity.sparsity_pattern import removed_mask
 from graphprune.passes.sparsity.zeroing import Share, SiteBySite, Zeroing
 from graphprune.pipeline.base import Context, Invariant, Pass, PassResult
-from graphprune.pipeline.registry import register, suggest
+from graphprune.pipeline.registry import register
+from graphprune.suggest import suggest
 
 
 @register

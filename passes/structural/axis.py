@@ -12,7 +12,8 @@ from graphprune.passes.name_patterns import check_names
 from graphprune.passes.structural.removal import Removal
 from graphprune.passes.structural.selection import Selector
 from graphprune.pipeline.base import Context, Invariant, Pass, PassResult
-from graphprune.pipeline.registry import register, suggest
+from graphprune.pipeline.registry import register
+from graphprune.suggest import suggest
 
 
 @register

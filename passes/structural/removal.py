@@ -37,7 +37,7 @@ from graphprune.passes.structural.statistics import (
 from graphprune.passes.structural.taylor import taylor_scores
 from graphprune.pipeline.base import Context, PassResult
 from graphprune.pipeline.events import JSON
-from graphprune.pipeline.registry import suggest
+from graphprune.suggest import suggest
 
 log = logging.getLogger(__name__)
 

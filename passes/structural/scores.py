@@ -11,7 +11,7 @@ from graphprune.axes import AxisGroup, AxisGroups, axis_groups
 from graphprune.errors import RecipeError
 from graphprune.ir.program import Program
 from graphprune.pipeline.base import Context
-from graphprune.pipeline.registry import suggest
+from graphprune.suggest import suggest
 
 Score = Callable[[Program, AxisGroup, Context], Tensor]
 

@@ -11,7 +11,8 @@ from graphprune.axes import AxisGroup, AxisGroups
 from graphprune.axes.sites import consumers
 from graphprune.calibration.stream import flat_batch
 from graphprune.errors import GraphPruneError
-from graphprune.ir.program import Program, graph_module
+from graphprune.ir.module import graph_module
+from graphprune.ir.program import Program
 from graphprune.pipeline.base import Context
 
 _PROJECTIONS = 2  # random directions of the output a batch

@@ -25,7 +25,8 @@ from graphprune.passes.sparsity.zeroing import Zeroing, noted
 from graphprune.passes.training.finetune import trained_report
 from graphprune.passes.training.schedule import check_schedule, scheduled
 from graphprune.pipeline.base import Context, Invariant, Pass, PassResult
-from graphprune.pipeline.registry import register, suggest
+from graphprune.pipeline.registry import register
+from graphprune.suggest import suggest
 from graphprune.training.fit import fit
 from graphprune.training.objective import Distillation
 from graphprune.training.optimizer import Plan, check_number

@@ -22,8 +22,9 @@ from graphprune.passes.training.penalties import (
 )
 from graphprune.passes.training.zeros import sparsity_of, topology, zero_small
 from graphprune.pipeline.base import Context, Invariant, Keep, Pass, PassResult
-from graphprune.pipeline.registry import register, suggest
+from graphprune.pipeline.registry import register
 from graphprune.rewrite.shrink import removed_since
+from graphprune.suggest import suggest
 from graphprune.training.fit import fit
 from graphprune.training.optimizer import Plan, check_number
 

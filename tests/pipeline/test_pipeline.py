@@ -24,7 +24,7 @@ from graphprune.pipeline.events import (
     PipelineFinished,
     PipelineStarted,
 )
-from graphprune.pipeline.pipeline import Pipeline, fingerprint
+from graphprune.pipeline.pipeline import Pipeline
 
 Captured = Callable[[str], Program]
 
@@ -441,10 +441,3 @@ def test_repeat_of_nothing_to_do_returns_its_input(program: Program) -> None:
 def test_repeat_verifies_what_is_inside(program: Program) -> None:
     with pytest.raises(VerificationError, match="'step'"):
         _run(program, Repeat((Step(_fail),)))
-
-
-def test_a_fingerprint_sees_what_a_pass_could_write_to(program: Program) -> None:
-    assert fingerprint(program) == fingerprint(program)
-    other = program.with_graphs(program.fork_graphs())
-    assert fingerprint(other) == fingerprint(program)
-    assert fingerprint(program.with_tensors({"x": torch.zeros(1)})) != fingerprint(program)

@@ -24,7 +24,8 @@ from torch.nn import functional as F
 
 from graphprune.capture.capture import capture
 from graphprune.errors import ArtifactError, ExportError, GraphPruneError, UnsupportedError
-from graphprune.ir.program import Program, ProgramModule
+from graphprune.ir.module import ProgramModule
+from graphprune.ir.program import Program
 from graphprune.ir.quantization import Mark
 from graphprune.storage.allowlist import resolve, target_name
 from graphprune.storage.arguments import decode, encode

@@ -19,13 +19,15 @@ import graphprune as gp
 from graphprune.axes import axis_groups
 from graphprune.capture.capture import capture
 from graphprune.errors import RecipeError, TrainingError
-from graphprune.ir.program import Program, ProgramModule
+from graphprune.ir.module import ProgramModule
+from graphprune.ir.program import Program
 from graphprune.models.zoo.tiny import tiny
 from graphprune.passes import Distill, Finetune, GradualMagnitude, RemoveNoOps, Repeat
 from graphprune.pipeline.base import Context, Run
 from graphprune.pipeline.events import PassProgress
 from graphprune.pipeline.pipeline import Pipeline
-from graphprune.rewrite.shrink import mask, shrink, take
+from graphprune.rewrite.mask import mask
+from graphprune.rewrite.shrink import shrink, take
 from graphprune.training.distributed import Workers
 from graphprune.training.fit import Fitted, fit
 from graphprune.training.losses import Score, loss_of, spearman

@@ -15,7 +15,8 @@ from graphprune.axes import axis_groups
 from graphprune.axes.sites import linear_sites
 from graphprune.capture.capture import capture
 from graphprune.errors import RecipeError, UnsupportedError
-from graphprune.ir.program import Program, ProgramModule
+from graphprune.ir.module import ProgramModule
+from graphprune.ir.program import Program
 from graphprune.passes import (
     GradualStructure,
     LeastSquares,

@@ -18,7 +18,8 @@ from graphprune.axes.sites import LinearSite, linear_sites
 from graphprune.calibration.stream import Stream
 from graphprune.capture.capture import capture
 from graphprune.errors import GraphPruneError, RecipeError, UnsupportedError
-from graphprune.ir.program import Program, graph_module
+from graphprune.ir.module import graph_module
+from graphprune.ir.program import Program
 from graphprune.models.zoo.tiny import tiny
 from graphprune.passes import Magnitude, PruneHeads, Quantize, SparseGPT, SparseLLM, Wanda
 from graphprune.passes.solvers.sparsegpt import Inputs, sparsegpt
