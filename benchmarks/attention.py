@@ -29,7 +29,8 @@ from graphprune.capture.capture import capture
 from graphprune.exporters.onnx.convert import save_onnx, to_onnx
 from graphprune.exporters.onnx.names import input_names, output_names
 from graphprune.exporters.runtime.session import feeds_of, interleaved, open_session
-from graphprune.ir.program import Program, graph_module
+from graphprune.ir.module import graph_module
+from graphprune.ir.program import Program
 from graphprune.models import load_model
 
 MICROSOFT = "com.microsoft"

@@ -21,7 +21,8 @@ from graphprune.errors import (
     RecipeError,
     UnsupportedError,
 )
-from graphprune.ir.program import FROZEN, Program, ProgramModule
+from graphprune.ir.module import ProgramModule
+from graphprune.ir.program import Program
 from graphprune.pipeline.base import Context, Pass, flat
 from graphprune.pipeline.events import JSON, Observer, PassFinished
 from graphprune.pipeline.pipeline import Pipeline, check_order
@@ -38,9 +39,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 Passes = Sequence[Pass] | str | os.PathLike[str] | Mapping[str, Any]
-
-# Under this key the program carries its report, so that saving a program saves it too.
-_REPORT = "report"
 
 
 @final
@@ -74,7 +72,8 @@ class Compiled:
     def program(self) -> Program:
         """The program; once `module` has been trained, with the module's weights.
 
-        A snapshot: later training does not change a program already read.
+        A snapshot: later training does not change a program already read. Another one is made only
+        where a tensor of the module differs, which reading compares: writes leave no sure trace.
         """
         if self._module is not None:
             self._program = _snapshot(self._program, self._module)
@@ -90,9 +89,8 @@ class Compiled:
             # The program shares tensors with others; training must write to copies.
             own = {name: tensor.clone() for name, tensor in self._program.tensors.items()}
             self._module = ProgramModule(self._program.with_tensors(own))
-            frozen = set(self._program.metadata.get(FROZEN, ()))
             for name, parameter in self._module.named_parameters():
-                if name in frozen:
+                if name in self._program.frozen:
                     parameter.requires_grad_(False)
         return self._module
 
@@ -198,15 +196,13 @@ def compile(
         reference=dense if isinstance(dense, Program) else program,
         calibration=batches,
         training=training,
-        verify=verify,
         seed=seed,
-        observers=observers,
     )
-    result = Pipeline(steps, verify).run(program, context)
+    result = Pipeline(steps, verify, observers).run(program, context)
     done = _pass_reports(steps, result.results, result.program.history[len(program.history) :])
     after = Size.of(result.program)
     report = report.extended(after, done, time.perf_counter() - start)
-    finished = _with_metadata(result.program, _REPORT, report.to_json())
+    finished = replace(result.program, report=report.to_json())
     return Compiled(finished, report, dense=dense, files=files, calibration=batches)
 
 
@@ -353,9 +349,9 @@ def _begin(
         if isinstance(model, Compiled):
             return model.program, model._dense, False
         if isinstance(model, Program):
-            return model, None if _REPORT in model.metadata else model, False
+            return model, model if model.report is None else None, False
         program = _copied(model.program())
-        return program, None if _REPORT in program.metadata else program, False
+        return program, program if program.report is None else None, False
     if not isinstance(model, nn.Module):
         raise GraphPruneError(
             f"model must be an nn.Module, a Program or a Compiled, got {type(model).__name__}"
@@ -394,16 +390,16 @@ def _derived_inputs(model: nn.Module) -> Any:
 
 def _report_of(program: Program, capture_seconds: float) -> Report:
     """The report that a program carries, or a new one for a dense program."""
-    if _REPORT in program.metadata:
+    if program.report is not None:
         try:
-            return Report.from_json(program.metadata[_REPORT])
+            return Report.from_json(program.report)
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise ArtifactError(
                 f"the report inside the program is not one that graphprune wrote ({e!r}); compile "
                 "the model again"
             ) from e
     size = Size.of(program)
-    name = str(program.metadata.get("model", "model"))
+    name = program.model or "model"
     limits = tuple(program.limit_lines())
     return Report(name, before=size, after=size, capture_seconds=capture_seconds, limits=limits)
 
@@ -440,7 +436,3 @@ def _snapshot(program: Program, module: ProgramModule) -> Program:
 
 def _copied(program: Program) -> Program:
     return program.with_tensors({name: t.clone() for name, t in program.tensors.items()})
-
-
-def _with_metadata(program: Program, key: str, value: JSON) -> Program:
-    return replace(program, metadata={**program.metadata, key: value})

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from graphprune.errors import RecipeError
 from graphprune.ir.program import Program
 from graphprune.pipeline.base import Pass
-from graphprune.pipeline.registry import suggest
+from graphprune.suggest import suggest
 
 REGEX = "re:"
 

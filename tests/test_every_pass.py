@@ -41,7 +41,7 @@ from graphprune.passes import (
     Wanda,
 )
 from graphprune.pipeline.base import Context, Invariant, Pass, flat
-from graphprune.pipeline.pipeline import Pipeline, fingerprint
+from graphprune.pipeline.pipeline import Pipeline
 from graphprune.pipeline.recipe import dump, loads
 from graphprune.pipeline.registry import meanings, options, registered
 from graphprune.report.page import report_page
@@ -49,6 +49,7 @@ from graphprune.report.report import PassReport, Report, Size
 from graphprune.training.losses import logits_of
 from graphprune.training.spec import Training
 from graphprune.verify.equivalence import verify_rewrite
+from graphprune.verify.invariants import fingerprint
 
 Captured = Callable[[str], Program]
 

@@ -22,7 +22,8 @@ from graphprune.axes import AxisGroup, AxisGroups, axis_groups
 from graphprune.axes.rules import RULES
 from graphprune.capture.capture import capture
 from graphprune.errors import CaptureError, ExportError, UnsupportedError
-from graphprune.ir.program import Entry, Program, graph_module
+from graphprune.ir.module import graph_module
+from graphprune.ir.program import Entry, Program
 from graphprune.rewrite.shrink import shrink
 
 TOLERANCE = 1e-8  # in float64, of a row's own size

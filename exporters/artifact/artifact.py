@@ -25,9 +25,9 @@ from graphprune.exporters.runtime.session import (
 )
 from graphprune.ir.quantization import SCHEMES, Mark
 from graphprune.ir.sizes import check_sizes, limits_from_json
-from graphprune.pipeline.registry import suggest
 from graphprune.storage.folders import restore
 from graphprune.storage.program import MANIFEST, check_hashes, digest, read_json
+from graphprune.suggest import suggest
 
 FORMAT = "graphprune-artifact"
 VERSION = 1

@@ -45,10 +45,10 @@ from graphprune.exporters.runtime.session import (
     interleaved,
     open_session,
 )
+from graphprune.ir.history import kept_indices
 from graphprune.ir.program import Program
-from graphprune.ir.quantization import SCHEMES, Mark, mark_of
+from graphprune.ir.quantization import SCHEMES, Mark
 from graphprune.report.report import Report
-from graphprune.rewrite.shrink import kept_indices
 from graphprune.storage.folders import check_target, sha256, whole_folder
 from graphprune.storage.program import MANIFEST, save_files
 from graphprune.verify.error import second_inputs
@@ -92,7 +92,7 @@ def export(
         ExportError: the folder is not ours or cannot be written, the graph has no ONNX form, ONNX
             Runtime disagrees with the program, or the target cannot run the quantised operators.
     """
-    mark = mark_of(program)
+    mark = program.quantization
     _check_runs(target, mark)
     check_target(path, is_artifact)
     _check_extra(extra or {})
@@ -115,8 +115,8 @@ def export(
         (folder / "report.md").write_text(report or _report(program), encoding="utf-8")
         _copy_extra(extra or {}, folder)
         manifest = _manifest(program, target, model, notes, folder)
-        if "report" in program.metadata:
-            write_page(Report.from_json(program.metadata["report"]), manifest, folder)
+        if program.report is not None:
+            write_page(Report.from_json(program.report), manifest, folder)
         text = json.dumps(manifest, indent=1, allow_nan=False)
         (folder / MANIFEST).write_text(text, encoding="utf-8")
     return open_artifact(path)
@@ -131,7 +131,7 @@ def measure(program: Program, *, threads: int = 1, repeats: int = 10) -> float:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / MODEL
         save_onnx(to_onnx(program), path)
-        mark = mark_of(program)
+        mark = program.quantization
         if mark is not None and not mark.needs_calibration:
             feeds = _examples(program, "forward")
             quantise(path, path, replace(mark, keep_error=None), feeds[:1])
@@ -264,12 +264,12 @@ def _manifest(
         for file in sorted(folder.rglob("*"))
         if file.is_file()
     }
-    mark = mark_of(program)
+    mark = program.quantization
     return {
         "format": FORMAT,
         "version": VERSION,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": program.metadata.get("model", ""),
+        "model": program.model,
         "target": target,
         "entry": program.deployed,
         "opset": OPSET,
@@ -297,11 +297,9 @@ def _versions() -> dict[str, str]:
 
 
 def _report(program: Program) -> str:
-    data = program.metadata.get("report")
-    if data is not None:
-        return Report.from_json(data).to_markdown()
-    name = program.metadata.get("model", "model")
-    return f"# {name}\n\n{program.num_parameters():,} parameters.\n"
+    if program.report is not None:
+        return Report.from_json(program.report).to_markdown()
+    return f"# {program.model or 'model'}\n\n{program.num_parameters():,} parameters.\n"
 
 
 def _check_extra(extra: Mapping[str, Path | bytes]) -> None:

@@ -25,7 +25,8 @@ from graphprune.exporters.onnx.names import (
 )
 from graphprune.exporters.onnx.translations import OPSET, translations
 from graphprune.ir.graph import output_node
-from graphprune.ir.program import Entry, Program, graph_module
+from graphprune.ir.module import graph_module
+from graphprune.ir.program import Entry, Program
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -40,7 +40,7 @@ def infer_axes(program: Program) -> Axes:
     for name in sorted(set(tensors) - _read(program)):
         for axis in tensors[name]:
             algebra.freeze(axis, f"{name} is never read")
-    for name in program.metadata.get("overlapping", ()):
+    for name in sorted(program.overlapping):
         for axis in tensors.get(name, ()):
             algebra.freeze(axis, f"{name} shares a part of its memory with another tensor")
     for name, found in facts.items():

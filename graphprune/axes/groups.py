@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, overload
@@ -14,10 +15,9 @@ from graphprune.axes import algebra
 from graphprune.axes.algebra import Axis
 from graphprune.axes.analysis import Axes, infer_axes
 from graphprune.axes.roles import roles
+from graphprune.axes.rules import RULES
 from graphprune.errors import UnsupportedError
 from graphprune.ir.program import Program
-
-NAMES = "axis_names"  # in a program's metadata: id by position -> id to go by
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +91,23 @@ class AxisGroup:
 class AxisGroups(Sequence[AxisGroup]):
     """All axis groups of a program, in the order of its tensors."""
 
-    def __init__(self, axes: Axes) -> None:
+    def __init__(self, axes: Axes, groups: Sequence[AxisGroup]) -> None:
         self.axes = axes
         self.program = axes.program
-        self._groups = _groups(axes)
+        self._groups = list(groups)
         self._by_id = {g.id: g for g in self._groups}
+
+    def on(self, program: Program) -> AxisGroups:
+        """The same groups of a program whose graphs have nodes of the same names, such as a fork.
+
+        They go by the names that this program has for them.
+        """
+        facts = {n: f.on(program.entries[n].graph) for n, f in self.axes.facts.items()}
+        names = program.axis_names
+        return AxisGroups(
+            Axes(program, self.axes.tensors, facts),
+            [replace(g, id=names.get(g.id, g.id)) for g in self._groups] if names else self._groups,
+        )
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -191,8 +203,41 @@ class AxisGroups(Sequence[AxisGroup]):
 
 
 def axis_groups(program: Program) -> AxisGroups:
-    """The axis groups of a program: what can be removed from it, and what cannot, and why."""
-    return AxisGroups(infer_axes(program))
+    """The axis groups of a program: what can be removed from it, and what cannot, and why.
+
+    The last few analyses are kept, so that a program with other values costs none. A copy of its
+    graphs has `axis_groups(program).on(copy)`. What lost units is analyzed anew: rules compare
+    sizes (a broadcast, the boundaries of a reshape), and sizes that meet by chance, or are one now,
+    say something else than they did.
+    """
+    content = _content(program)
+    for held, groups in _kept:
+        if held == content:
+            return groups.on(program)
+    shapes = {name: t.to("meta") for name, t in program.tensors.items()}
+    # A fork, which nobody else edits, and which holds no weights.
+    own = replace(program, tensors=shapes, axis_names={}, report=None).fork()
+    axes = infer_axes(own)
+    groups = AxisGroups(axes, _groups(axes))
+    _kept.append((content, groups))
+    return groups.on(program)
+
+
+_kept: deque[tuple[Any, AxisGroups]] = deque(maxlen=4)
+
+
+def _content(program: Program) -> Any:
+    """All that the axes of a program follow from: two that are equal have the same."""
+    entries = {
+        name: (
+            [(n, n.name, n.target, n.args, n.kwargs) for n in entry.graph.nodes],
+            {name: dict(dims) for name, dims in entry.dynamic.items()},
+            dict(entry.cache),
+        )
+        for name, entry in program.entries.items()
+    }
+    shapes = [(name, t.shape) for name, t in program.tensors.items()]
+    return entries, shapes, program.parameters, program.overlapping, dict(RULES)
 
 
 def _groups(axes: Axes) -> list[AxisGroup]:
@@ -207,10 +252,9 @@ def _groups(axes: Axes) -> list[AxisGroup]:
                     found.append(Occurrence(tensor, dim))
                 names.setdefault(leaf, f"{tensor}[{dim}]" + (f".{k}" if len(parts) > 1 else ""))
     known = roles(axes)
-    former = axes.program.metadata.get(NAMES, {})
     return [
         AxisGroup(
-            id=former.get(names[leaf], names[leaf]),
+            id=names[leaf],
             size=int(leaf.size),
             role=known.get(leaf, "other"),
             occurrences=tuple(places),
@@ -236,11 +280,11 @@ def names_after(before: AxisGroups, keep: Mapping[Axis, Tensor], after: Program)
         after: the program with those units alone; names it has are left out of account.
 
     Returns:
-        for `Program.metadata[NAMES]`: name by position -> name before, where they differ.
+        for `Program.axis_names`: name by position -> name before, where they differ.
     """
     old = {algebra.find(group.axis): group.id for group in before}
     found = {}
-    plain = AxisGroups(infer_axes(replace(after, metadata={**after.metadata, NAMES: {}})))
+    plain = axis_groups(replace(after, axis_names={}))
     for group in plain:
         place = group.occurrences[0]
         new_parts = _parts(plain, place, {})

@@ -17,8 +17,6 @@ from graphprune.axes.rules.registry import Contraction
 from graphprune.ir.graph import bound_arguments, is_op, op_name
 from graphprune.ir.program import Program
 
-ZEROED = "zeroed"  # in a program's metadata: names of tensors whose zeros are meant to stay
-
 _TRANSPOSES = {"t", "numpy_T", "transpose", "permute", "mT", "swapaxes"}
 _COPIES = {"to", "contiguous", "clone", "detach", "alias"}
 

@@ -37,7 +37,7 @@ from graphprune.errors import (
     first_line,
 )
 from graphprune.ir.graph import erase_dead, is_op, op_name, output_node, tensor_nodes
-from graphprune.ir.program import FROZEN, Argument, Constant, Entry, Program
+from graphprune.ir.program import Argument, Constant, Entry, Program
 from graphprune.ir.propagate import propagate
 from graphprune.storage.allowlist import allowed
 from graphprune.storage.arguments import encode
@@ -342,15 +342,13 @@ def program_of(
         parameters=parameters,
         aliases=aliases,
         entries={"forward": entry},
-        metadata={
-            "model": type(model).__name__,
-            "overlapping": sorted(overlaps),
-            FROZEN: sorted(
-                name
-                for name, parameter in model.named_parameters()
-                if name in parameters and not parameter.requires_grad
-            ),
-        },
+        model=type(model).__name__,
+        overlapping=frozenset(overlaps),
+        frozen=frozenset(
+            name
+            for name, parameter in model.named_parameters()
+            if name in parameters and not parameter.requires_grad
+        ),
     )
 
 

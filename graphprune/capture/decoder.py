@@ -327,12 +327,11 @@ def _merged(program: Program, decode: Program) -> Program:
         if node.op == "get_attr":
             node.target = renamed[str(node.target)]
     entry = replace(decode.forward, graph=graphs["forward"])
-    overlapping = {*program.metadata["overlapping"], *decode.metadata["overlapping"]}
     return replace(
         program,
         tensors=tensors,
         entries={**program.entries, "decode": entry},
-        metadata={**program.metadata, "overlapping": sorted(overlapping)},
+        overlapping=program.overlapping | decode.overlapping,
     )
 
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, final
 from graphprune.errors import GraphPruneError, RecipeError
 from graphprune.pipeline.base import Context, Pass
 from graphprune.pipeline.events import JSON, Event, Observer, PassStarted
-from graphprune.pipeline.registry import suggest
 from graphprune.storage.folders import check_writable
+from graphprune.suggest import suggest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -322,12 +322,11 @@ def trained_first(
 
     if training.checkpoints is not None:
         training = replace(training, checkpoints=Path(training.checkpoints) / _DENSE)
-    context = Context(training=training, seed=seed, observers=[announced])
+    context = Context(training=training, seed=seed)
     step = Finetune(epochs=options.dense_epochs, lr=options.rate)
-    result = Pipeline([step]).run(start.program, context)
+    result = Pipeline([step], observers=[announced]).run(start.program, context)
     program = result.program
     # With the report of the untrained model it would count as compiled from that one.
-    metadata = {key: value for key, value in program.metadata.items() if key != "report"}
-    dense = compile(replace(program, metadata=metadata), [])
+    dense = compile(replace(program, report=None), [])
     dense.files = start.files
     return dense, dict(result.results[0].report)

@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import graphprune.ir.operators  # noqa: F401  (registers the cost of graphprune::grouped_mm)
 from graphprune.ir.graph import bound_arguments, is_op
-from graphprune.ir.program import Program, graph_module
+from graphprune.ir.module import graph_module
+from graphprune.ir.program import Program
 
 
 def _cpu_attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:

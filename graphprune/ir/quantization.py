@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 from graphprune.errors import ArtifactError, UnsupportedError
-from graphprune.ir.program import Program
 
-KEY = "quantize"  # in a program's metadata
+if TYPE_CHECKING:
+    from graphprune.ir.program import Program
+
+KEY = "quantize"  # the pass, and its mark in a saved program
 
 SCHEMES: Mapping[str, str] = {
     "int8-dynamic": "int8 weights with a scale a channel, activations to uint8 as they come",
@@ -49,6 +51,27 @@ class Mark:
         """Plain data."""
         return {**asdict(self), "ignored": list(self.ignored)}
 
+    @classmethod
+    def from_json(cls, data: Any) -> Mark:
+        """Read what `to_json` gave.
+
+        Raises:
+            ArtifactError: the data are no mark, or of a scheme that is not known.
+        """
+        try:
+            mark = cls(**{**data, "ignored": tuple(data["ignored"])})
+        except (TypeError, KeyError) as e:
+            raise ArtifactError(
+                f"the program's metadata[{KEY!r}] is not what graphprune wrote ({e!r}); "
+                "quantise again"
+            ) from e
+        if mark.scheme not in SCHEMES:
+            raise ArtifactError(
+                f"the program is marked for scheme {mark.scheme!r}; this graphprune knows "
+                f"{sorted(SCHEMES)}"
+            )
+        return mark
+
     def takes(self, weight: str) -> bool:
         """Whether this weight is to be quantised."""
         return weight not in self.ignored
@@ -59,38 +82,14 @@ class Mark:
         return self.scheme == "int8-static"
 
 
-def mark_of(program: Program) -> Mark | None:
-    """The mark of a program, or None.
-
-    Raises:
-        ArtifactError: the program says that it is marked, but not in our words.
-    """
-    data = program.metadata.get(KEY)
-    if data is None:
-        return None
-    try:
-        mark = Mark(**{**data, "ignored": tuple(data["ignored"])})
-    except (TypeError, KeyError) as e:
-        raise ArtifactError(
-            f"the program's metadata[{KEY!r}] is not what graphprune wrote ({e!r}); quantise again"
-        ) from e
-    if mark.scheme not in SCHEMES:
-        raise ArtifactError(
-            f"the program is marked for scheme {mark.scheme!r}; this graphprune knows "
-            f"{sorted(SCHEMES)}"
-        )
-    return mark
-
-
 def refuse_quantised(program: Program, name: str) -> None:
     """Refuse to change shapes or weights behind a mark; every pass that does so calls this first.
 
     Raises:
         UnsupportedError: the program is marked.
     """
-    mark = mark_of(program)
-    if mark is not None:
-        raise UnsupportedError(too_late(name, mark.scheme))
+    if program.quantization is not None:
+        raise UnsupportedError(too_late(name, program.quantization.scheme))
 
 
 def too_late(name: str, scheme: str) -> str:

@@ -3,41 +3,25 @@
 from __future__ import annotations
 
 import abc
-import enum
-import importlib
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast, final
 
 import torch
 from torch import Tensor
 
 from graphprune.errors import RecipeError, VerificationError
 from graphprune.ir.program import Program
-from graphprune.pipeline.events import JSON, Observer, PassProgress, emit
+from graphprune.pipeline.events import JSON, Event, Observer, PassProgress, emit
+from graphprune.verify.invariants import Invariant as Invariant
 
 if TYPE_CHECKING:
     from graphprune.training.spec import Training
 
 T = TypeVar("T")
 Keep = Mapping[str, Sequence[int] | Tensor]
-
-
-class Invariant(enum.Flag):
-    """What stays true across a pass, beyond the program being well formed."""
-
-    NONE = 0
-    INTERFACE = enum.auto()
-    """Names, ranks, dtypes and dynamic dimensions of inputs and outputs."""
-    SHAPES = enum.auto()
-    """Name and shape of every tensor."""
-    NUMERICS = enum.auto()
-    """The outputs on the example inputs, within the verifier's tolerance."""
-    NODES = enum.auto()
-    """Likewise what every node computes that keeps its name."""
-    ALL = INTERFACE | SHAPES | NUMERICS | NODES
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +39,43 @@ class PassResult:
     report: Mapping[str, JSON] = field(default_factory=dict)
 
 
+@final
+class Run:
+    """What the pipeline keeps while its passes run.
+
+    Attributes:
+        verify: whether passes are verified.
+        observers: called with every event.
+    """
+
+    def __init__(self, verify: bool = True, observers: Sequence[Observer] = ()) -> None:
+        self.verify = verify
+        self.observers = tuple(observers)
+        self.trainings = itertools.count()  # numbers of the passes that train
+        self._facts: dict[tuple[Any, int], tuple[Program, Any]] = {}
+
+    def emit(self, event: Event) -> None:
+        """Tell every observer."""
+        emit(self.observers, event)
+
+    def get(self, analysis: Callable[[Program], T], program: Program) -> T:
+        """The analysis of this program, computed once.
+
+        Programs are values, so a fact about one never goes stale. The program is kept beside its
+        fact because an `id` is only unique among living objects.
+        """
+        key = (analysis, id(program))
+        held = self._facts.get(key)
+        if held is None or held[0] is not program:
+            self._facts[key] = held = (program, analysis(program))
+        return cast(T, held[1])
+
+    def forget(self, *keep: Program) -> None:
+        """Drop the facts of every program but these (between passes)."""
+        alive = {id(program) for program in keep}
+        self._facts = {key: held for key, held in self._facts.items() if key[1] in alive}
+
+
 class Context:
     """What a pass is given beside the program.
 
@@ -62,8 +83,8 @@ class Context:
         calibration: batches for passes that need activations, or None.
         training: a loss and its batches for passes that train, or None.
         reference: the dense program that the pipeline began with: teacher and baseline.
-        verify: whether rewrites are proven on the way.
         seed: everything random comes from it.
+        run: what the pipeline keeps, for passes that run others; one with no observers by default.
         running: name of the pass that runs now.
         training_number: which of the passes that train it is, from 0; it names the pass's folder of
             checkpoints, and tells the seeds of a pass that runs in rounds apart.
@@ -75,32 +96,32 @@ class Context:
         reference: Program | None = None,
         calibration: Iterable[Any] | None = None,
         training: Training | None = None,
-        verify: bool = True,
         seed: int = 0,
-        observers: Sequence[Observer] = (),
+        run: Run | None = None,
     ) -> None:
         self.reference = reference
         self.calibration = calibration
         self.training = training
-        self.verify = verify
         self.seed = seed
-        self.observers = tuple(observers)
+        self.run = Run() if run is None else run
         self.running = ""
         self.training_number = 0
-        self._numbers = itertools.count()
-        self._facts: dict[tuple[Any, int], tuple[Program, Any]] = {}
         self._generator = torch.Generator().manual_seed(seed)
 
-    def derive(self, *, reference: Program, verify: bool, observers: Sequence[Observer]) -> Context:
-        """A context for one pipeline run: this one's data and seed, with its own caches."""
+    def during(self, run: Run, reference: Program) -> Context:
+        """A context for one run: this one's data and seed, and its reference where it has one."""
         return Context(
-            reference=reference,
+            reference=reference if self.reference is None else self.reference,
             calibration=self.calibration,
             training=self.training,
-            verify=verify,
             seed=self.seed,
-            observers=observers,
+            run=run,
         )
+
+    @property
+    def verify(self) -> bool:
+        """Whether rewrites are verified on the way."""
+        return self.run.verify
 
     @property
     def generator(self) -> torch.Generator:
@@ -127,36 +148,17 @@ class Context:
         """
         self.running = name
         if trains:
-            self.training_number = next(self._numbers)
+            self.training_number = next(self.run.trainings)
         # Seeded by position: a pass gives the same result whatever the passes before it drew.
         self._generator.manual_seed(self.seed * 1_000_003 + index)
 
     def get(self, analysis: Callable[[Program], T], program: Program) -> T:
-        """The analysis of this program, computed once.
-
-        Programs are values, so a fact about one never goes stale. The program is kept beside its
-        fact because an `id` is only unique among living objects.
-        """
-        key = (analysis, id(program))
-        held = self._facts.get(key)
-        if held is None or held[0] is not program:
-            self._facts[key] = held = (program, analysis(program))
-        return cast(T, held[1])
-
-    def forget(self, *keep: Program) -> None:
-        """Drop the facts of every program but these (the pipeline calls this between passes)."""
-        alive = {id(program) for program in keep}
-        self._facts = {key: held for key, held in self._facts.items() if key[1] in alive}
+        """The analysis of this program, computed once."""
+        return self.run.get(analysis, program)
 
     def progress(self, done: int, total: int, unit: str = "", **values: float) -> None:
         """Tell observers how far the running pass is, with numbers to watch such as the loss."""
-        emit(self.observers, PassProgress(self.running, done, total, unit, values))
-
-    def measure(self, program: Program) -> float:
-        """Milliseconds that ONNX Runtime takes for the program's example inputs."""
-        # By name, because exporters import this package and not the other way round.
-        exporters = importlib.import_module("graphprune.exporters")
-        return float(exporters.measure(program))
+        self.run.emit(PassProgress(self.running, done, total, unit, values))
 
     def shrink(
         self, program: Program, keep: Keep, prepared: Program | None = None
@@ -182,7 +184,8 @@ class Context:
             VerificationError: masked and shrunk do not agree.
         """
         from graphprune.axes import axis_groups
-        from graphprune.rewrite.shrink import mask, shrink
+        from graphprune.rewrite.mask import mask
+        from graphprune.rewrite.shrink import shrink
         from graphprune.verify.equivalence import verify_rewrite
 
         source = program if prepared is None else prepared

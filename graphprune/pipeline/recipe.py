@@ -23,7 +23,8 @@ import yaml
 
 from graphprune.errors import RecipeError, first_line
 from graphprune.pipeline.base import Pass
-from graphprune.pipeline.registry import lookup, options, suggest
+from graphprune.pipeline.registry import lookup, options
+from graphprune.suggest import suggest
 
 Recipe = str | os.PathLike[str] | Mapping[str, Any] | Sequence[Any]
 

@@ -1,18 +1,17 @@
-"""Pass names: who registered what, and what was probably meant."""
+"""Pass names: who registered what."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import inspect
 import re
-from collections.abc import Iterable
 from importlib.metadata import entry_points
 from typing import TypeVar
 
 from graphprune.errors import RecipeError
 from graphprune.pipeline.base import Pass
+from graphprune.suggest import suggest
 
 P = TypeVar("P", bound=type[Pass])
 
@@ -101,17 +100,6 @@ def _attributes(doc: str) -> dict[str, str]:
         elif name and line.strip():
             found[name] += " " + line.strip()
     return found
-
-
-def suggest(wrong: str, known: Iterable[str]) -> str:
-    """The end of an error sentence: near matches, or else all there is."""
-    known = sorted(known)
-    # Users also write the class name: PruneHeads for prune-heads.
-    kebab = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", wrong).replace("_", "-").lower()
-    close = difflib.get_close_matches(wrong, known) or difflib.get_close_matches(kebab, known)
-    if close:
-        return f"did you mean {' or '.join(repr(c) for c in close)}?"
-    return f"there are {known}" if known else "there are none"
 
 
 def _load() -> None:

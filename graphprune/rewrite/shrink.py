@@ -1,9 +1,9 @@
-"""Rewriting: remove units of axes from tensors and graphs, or mask them at the old shapes."""
+"""Rewriting: remove units of axes from tensors and graphs."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,14 +13,13 @@ from torch import Tensor, fx
 
 from graphprune.axes import algebra
 from graphprune.axes.algebra import Axis, Size
-from graphprune.axes.groups import NAMES, AxisGroups, axis_groups, names_after
+from graphprune.axes.groups import AxisGroups, axis_groups, names_after
 from graphprune.axes.rules import REWRITERS
-from graphprune.axes.rules.registry import Contraction, Facts, RewriteContext, size_of
+from graphprune.axes.rules.registry import RewriteContext, size_of
 from graphprune.errors import VerificationError
-from graphprune.ir.graph import bound_arguments, flat_outputs, op_name, output_node, set_bound
+from graphprune.ir.graph import op_name
+from graphprune.ir.history import kept_indices
 from graphprune.ir.program import JSON, Entry, Program
-
-MASK = "graphprune_mask_"  # name prefix of the tensors and nodes that `mask` adds
 
 
 def shrink(program: Program, kept: Mapping[str, Any]) -> Program:
@@ -40,7 +39,7 @@ def shrink(program: Program, kept: Mapping[str, Any]) -> Program:
         VerificationError: the rewritten graph does not fit its tensors; an error of ours.
     """
     fork = program.fork()
-    groups = axis_groups(fork)
+    groups = axis_groups(program).on(fork)
     keep = groups.keep(kept)
     tensors = {name: _indexed(groups, name, t, keep) for name, t in fork.tensors.items()}
     for name, facts in groups.axes.facts.items():
@@ -57,8 +56,7 @@ def shrink(program: Program, kept: Mapping[str, Any]) -> Program:
     result = cut.with_graphs({}, tensors)
     _check_shapes(groups, result, keep)
     if any(len(indices) == 1 for indices in keep.values()):
-        names = names_after(groups, keep, result)
-        result = replace(result, metadata={**result.metadata, NAMES: names})
+        result = replace(result, axis_names=names_after(groups, keep, result))
     return result.record(
         {
             "removed": {
@@ -81,40 +79,6 @@ def take(
     return {name: _indexed(groups, name, tensor, keep) for name, tensor in tensors.items()}
 
 
-def mask(program: Program, kept: Mapping[str, Any], *, everywhere: bool = False) -> Program:
-    """The reference of `shrink`: old shapes, removed units set to zero where they are summed.
-
-    Zeroing parameters would not do: a unit may have a constant of its own (elu(x) + 1 has one).
-    Keys and values that go out into a cache come without the removed units, as `shrink` gives them;
-    those that come in have all of them.
-
-    Args:
-        program: left as it is.
-        kept: group id -> indices of the units that stay.
-        everywhere: mask every activation that carries a removed unit, not the operands of sums.
-            That equals the other for the same reason that shrinking does, but does not rely on
-            where sums are said to be: a sum over weights alone, or one without a record, shows.
-            (Where no activation carries the units, as between constants, sums are masked.)
-    """
-    fork = program.fork()
-    groups = axis_groups(fork)
-    keep = groups.keep(kept)
-    tensors = dict(fork.tensors)
-    for name, facts in groups.axes.facts.items():
-        graph = fork.entries[name].graph
-        carried = _carried(facts) if everywhere else set()
-        for contraction in facts.contractions:
-            cut = {leaf for leaf in algebra.leaves(contraction.axis) if leaf in keep}
-            # A statistic over a normalised axis stays that of all units: the drift is from there.
-            statistic = contraction.kind == "reduction" and any(leaf.normalised for leaf in cut)
-            if cut and not statistic and cut.isdisjoint(carried):
-                _mask_operand(graph, contraction, keep, tensors)
-        _cut_outputs(fork.entries[name], facts, keep, tensors)
-        if everywhere:
-            _mask_activations(graph, facts, keep, tensors)
-    return replace(fork, tensors=tensors)
-
-
 def _indexed(groups: AxisGroups, name: str, tensor: Tensor, keep: Mapping[Axis, Tensor]) -> Tensor:
     for dim, axis in enumerate(groups.axes.tensors[name]):
         if any(leaf in keep for leaf in algebra.leaves(axis)):
@@ -133,125 +97,6 @@ def _cut_cache(groups: AxisGroups, name: str, entry: Entry, keep: Mapping[Axis, 
                     indices = algebra.kept_indices(axis, keep)
                     example[i] = example[i].index_select(dim, indices)
     return replace(entry, example=tuple(example))
-
-
-def _cut_outputs(
-    entry: Entry, facts: Facts, keep: Mapping[Axis, Tensor], tensors: dict[str, Tensor]
-) -> None:
-    """Drop the removed units from what an entry gives to be cached."""
-    graph = entry.graph
-    results = list(flat_outputs(graph))
-    for number in entry.cache.values():
-        for dim, axis in enumerate(facts.dims[results[number]]):
-            if not any(leaf in keep for leaf in algebra.leaves(axis)):
-                continue
-            name = f"{MASK}{len(tensors)}"
-            tensors[name] = algebra.kept_indices(axis, keep)
-            with graph.inserting_before(output_node(graph)):
-                results[number] = graph.call_function(
-                    torch.ops.aten.index_select.default,
-                    (results[number], dim, graph.create_node("get_attr", name)),
-                )
-    output_node(graph).args = (tuple(results),)
-
-
-def _mask_operand(
-    graph: fx.Graph,
-    contraction: Contraction,
-    keep: Mapping[Axis, Tensor],
-    tensors: dict[str, Tensor],
-) -> None:
-    argument, _, index = contraction.slot.partition(":")
-    current = bound_arguments(contraction.node)[argument]
-    operand = current[int(index)] if index else current
-    with graph.inserting_before(contraction.node):
-        masked = _masked(graph, operand, contraction.dim, contraction.axis, keep, tensors)
-    several = [*current[: int(index)], masked, *current[int(index) + 1 :]] if index else masked
-    set_bound(contraction.node, {argument: several})
-
-
-def _carried(facts: Facts) -> set[Axis]:
-    """Leaves of all activations."""
-    dims = (facts.dims.get(node) for node in facts.activations)
-    return {
-        part for d in dims if isinstance(d, tuple) for axis in d for part in algebra.leaves(axis)
-    }
-
-
-def _mask_activations(
-    graph: fx.Graph, facts: Facts, keep: Mapping[Axis, Tensor], tensors: dict[str, Tensor]
-) -> None:
-    for node in list(graph.nodes):
-        dims = facts.dims.get(node)
-        if node not in facts.activations or not isinstance(dims, tuple):
-            continue
-        value = node
-        for dim, axis in enumerate(dims):
-            parts = list(algebra.leaves(axis))
-            # Folded into a batch of unknown size it has no places; before and behind it has.
-            whole = all(isinstance(part.size, int) for part in parts)
-            if whole and any(part in keep for part in parts):
-                with graph.inserting_before(value.next):
-                    value = _masked(graph, value, dim, axis, keep, tensors)
-        if value is not node:
-            node.replace_all_uses_with(
-                value, delete_user_cb=lambda user: not user.name.startswith(MASK)
-            )
-
-
-def _masked(
-    graph: fx.Graph,
-    value: fx.Node,
-    dim: int,
-    axis: Axis,
-    keep: Mapping[Axis, Tensor],
-    tensors: dict[str, Tensor],
-) -> fx.Node:
-    """A value with the removed units of a dimension set to zero, whatever they are."""
-    fake = value.meta["val"]
-    gone = torch.ones(int(axis.size), dtype=torch.bool, device=fake.device)
-    gone[algebra.kept_indices(axis, keep).to(fake.device)] = False
-    name = f"{MASK}{len(tensors)}"
-    tensors[name] = gone.reshape([-1] + [1] * (fake.dim() - dim - 1))
-    read = graph.create_node("get_attr", name)
-    # Not a product with zeros: a unit may be infinite.
-    masked = graph.create_node(
-        "call_function", torch.ops.aten.masked_fill.Scalar, (value, read, 0), name=f"{name}_of"
-    )
-    # Shapes stay, so metadata is known without propagating the whole graph again.
-    read.meta["val"] = fake.fake_mode.from_tensor(tensors[name], static_shapes=True)
-    masked.meta["val"] = fake
-    return masked
-
-
-def kept_indices(history: Sequence[JSON]) -> dict[str, list[int]]:
-    """For each axis that was cut: which of its original indices are left.
-
-    An axis whose units were put in another order is not among them: each head may have kept others.
-    """
-    kept: dict[str, list[int]] = {}
-    lost: set[str] = set()
-    for cut, rearranged in removals(history):
-        lost |= rearranged
-        for name, indices in cut.items():
-            before = kept.get(name)
-            kept[name] = indices if before is None else [before[i] for i in indices]
-    return {name: indices for name, indices in kept.items() if name not in lost}
-
-
-def removals(history: Sequence[JSON]) -> Iterator[tuple[dict[str, list[int]], set[str]]]:
-    """What was removed, oldest first: axis group -> units that stay, and groups put in order.
-
-    The units of those were in another order by then, the removed ones last: a line "rearranged" of
-    the history, before the line "removed", says which they are.
-    """
-    rearranged: set[str] = set()
-    for record in history:
-        rearranged |= set(record.get("rearranged", ()))
-        if "removed" in record:
-            yield {name: list(cut["kept"]) for name, cut in record["removed"].items()}, rearranged
-            rearranged = set()
-        yield from removals(record.get("steps", ()))
 
 
 def removed_since(before: Program, after: Program) -> dict[str, JSON]:

@@ -26,6 +26,7 @@ from torch import Tensor, fx
 from graphprune.errors import ArtifactError, GraphPruneError
 from graphprune.ir.graph import output_node
 from graphprune.ir.program import Argument, Constant, Entry, Program
+from graphprune.ir.quantization import KEY, Mark
 from graphprune.ir.sizes import limits_from_json, limits_to_json
 from graphprune.storage.allowlist import resolve, target_name
 from graphprune.storage.arguments import decode, encode
@@ -77,7 +78,7 @@ def save_files(program: Program, folder: Path) -> None:
         "aliases": dict(program.aliases),
         "entries": entries,
         "history": list(program.history),
-        "metadata": dict(program.metadata),
+        "metadata": _encode_notes(program),
         "sha256": {name: sha256(folder / name) for name in (TENSORS, EXAMPLES)},
     }
     (folder / PROGRAM).write_text(json.dumps(data, indent=1, allow_nan=False), encoding="utf-8")
@@ -298,6 +299,33 @@ def _encode_node(node: fx.Node) -> JSON:
     return data
 
 
+def _encode_notes(program: Program) -> dict[str, JSON]:
+    """What a program says of itself beside its graphs; what is empty is left out, by most."""
+    mark = program.quantization
+    some = {
+        "zeroed": sorted(program.zeroed),
+        "axis_names": dict(program.axis_names),
+        KEY: mark and mark.to_json(),
+        "report": program.report,
+    }
+    return {
+        "model": program.model,
+        "overlapping": sorted(program.overlapping),
+        "frozen": sorted(program.frozen),
+        **{key: value for key, value in some.items() if value},
+    }
+
+
+def _decode_notes(data: JSON) -> dict[str, Any]:
+    return {
+        "model": str(data.get("model", "")),
+        **{key: frozenset(data.get(key, ())) for key in ("overlapping", "frozen", "zeroed")},
+        "axis_names": dict(data.get("axis_names", {})),
+        "quantization": Mark.from_json(data[KEY]) if KEY in data else None,
+        "report": data.get("report"),
+    }
+
+
 def _decode_program(data: JSON, tensors: dict[str, Tensor], examples: dict[str, Tensor]) -> Program:
     for name in (*tensors, *data["aliases"]):
         if not _TENSOR_NAME.fullmatch(name):
@@ -312,7 +340,7 @@ def _decode_program(data: JSON, tensors: dict[str, Tensor], examples: dict[str, 
         aliases=dict(data["aliases"]),
         entries=entries,
         history=tuple(data["history"]),
-        metadata=dict(data["metadata"]),
+        **_decode_notes(data["metadata"]),
     )
     program.forward  # noqa: B018  (KeyError where there is none)
     return program.with_graphs({})

@@ -20,7 +20,6 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from graphprune.axes.sites import ZEROED
 from graphprune.errors import ArtifactError, TrainingError
 from graphprune.ir.program import JSON, Program
 from graphprune.storage.folders import check_target, restore, sha256, whole_folder
@@ -99,7 +98,7 @@ def _structure(program: Program) -> str:
         sorted((n, str(t.dtype), list(t.shape)) for n, t in program.tensors.items()),
         sorted(program.parameters),
         sorted(program.aliases.items()),
-        sorted(program.metadata.get(ZEROED, ())),
+        sorted(program.zeroed),
         [
             [
                 name,

@@ -15,7 +15,7 @@ from graphprune.axes.rules.registry import size_of
 from graphprune.calibration.stream import flat_batch
 from graphprune.errors import GraphPruneError, TrainingError
 from graphprune.ir.graph import bound_arguments, is_op, value_of
-from graphprune.ir.program import FROZEN, Entry, Program
+from graphprune.ir.program import Entry, Program
 from graphprune.storage.folders import check_target
 from graphprune.training.checkpoint import is_checkpoint
 from graphprune.training.losses import Loss, check_labels, labels_of, scores_of
@@ -167,7 +167,7 @@ def notes(program: Program) -> list[str]:
     """What a user should know about the graph in training."""
     nodes = list(program.forward.graph.nodes)
     notes = []
-    if frozen := set(program.metadata.get(FROZEN, ())) & set(program.parameters):
+    if frozen := program.frozen & program.parameters:
         notes.append(f"{len(frozen):,} parameters were frozen when captured, and stay as they are")
     dropouts = [n for n in nodes if is_op(n, "dropout")]
     if not dropouts:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from graphprune.errors import RecipeError, TrainingError
-from graphprune.ir.program import JSON, Program, ProgramModule
+from graphprune.ir.module import ProgramModule
+from graphprune.ir.program import JSON, Program
 from graphprune.ir.quantization import refuse_quantised
 from graphprune.pipeline.base import Context, Keep
 from graphprune.rewrite.shrink import take

@@ -17,7 +17,8 @@ from graphprune.axes.algebra import find, leaves
 from graphprune.calibration.stream import flat_batch, rows_without_padding
 from graphprune.errors import TrainingError
 from graphprune.ir.graph import is_op, output_node, value_of
-from graphprune.ir.program import JSON, Program, ProgramModule
+from graphprune.ir.module import ProgramModule
+from graphprune.ir.program import JSON, Program
 from graphprune.training.losses import Loss, Summed, logits_of, loss_of
 from graphprune.validate import check_number
 
@@ -237,7 +238,7 @@ def residual_values(program: Program) -> list[fx.Node]:
 
 def _warnings(teacher: Program | None) -> list[str]:
     """What a user should know about the teacher."""
-    report = None if teacher is None else teacher.metadata.get("report")
+    report = None if teacher is None else teacher.report
     if teacher is None or report is None:
         return []
     dense, left = report["before"]["parameters"], teacher.num_parameters()

@@ -10,11 +10,11 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from graphprune.axes.sites import ZEROED
 from graphprune.errors import RecipeError, TrainingError
-from graphprune.ir.program import FROZEN, Program, ProgramModule
-from graphprune.pipeline.registry import suggest
+from graphprune.ir.module import ProgramModule
+from graphprune.ir.program import Program
 from graphprune.rewrite.shrink import take
+from graphprune.suggest import suggest
 from graphprune.validate import check_number, check_whole
 
 SCHEDULES = ("linear", "cosine", "constant")
@@ -68,8 +68,7 @@ class Plan:
 
 def zero_masks(program: Program) -> dict[str, Tensor]:
     """Where the tensors that a pass has zeroed are not zero: what may change there."""
-    names = program.metadata.get(ZEROED, ())
-    held = dict.fromkeys(program.aliases.get(name, name) for name in names)
+    held = dict.fromkeys(program.aliases.get(name, name) for name in sorted(program.zeroed))
     return {name: program.tensors[name] != 0 for name in held if name in program.parameters}
 
 
@@ -99,8 +98,7 @@ class Optimiser:
         }
         if not self.parameters:
             raise TrainingError("the model has no parameter of floats to train")
-        frozen = set(program.metadata.get(FROZEN, ()))
-        self.trained = [p for name, p in self.parameters.items() if name not in frozen]
+        self.trained = [p for name, p in self.parameters.items() if name not in program.frozen]
         if not self.trained:
             raise TrainingError(
                 "every parameter was frozen when the model was captured: set requires_grad of "

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from graphprune.errors import TrainingError
 from graphprune.ir.program import Program
-from graphprune.pipeline.registry import suggest
+from graphprune.suggest import suggest
 from graphprune.training.losses import LOSSES, Loss, named_function
 from graphprune.validate import check_whole
 

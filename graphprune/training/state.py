@@ -118,9 +118,7 @@ def as_given(
         for units in cuts:
             graphs = shrink(graphs, units)
         tensors = {n: t.to(graphs.tensors[n].dtype) for n, t in moved.tensors.items()}
-        moved = replace(graphs, metadata=moved.metadata, history=moved.history).with_tensors(
-            tensors
-        )
+        moved = replace(moved, entries=graphs.entries, tensors={**graphs.tensors, **tensors})
     return moved.with_tensors(
         {
             name: old

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from graphprune.errors import VerificationError, first_line
 from graphprune.ir.graph import flat_outputs, op_name, output_node
 from graphprune.ir.program import JSON, Entry, Program
-from graphprune.rewrite.shrink import MASK
+from graphprune.rewrite.mask import MASK
 from graphprune.verify.error import BEFORE_BOUNDS, batches, bounds_not_run, row_errors
 
 TOLERANCE = 1e-5  # of a row's scale, in float32

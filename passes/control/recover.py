@@ -8,7 +8,8 @@ from typing import Any, ClassVar, final
 import torch
 
 from graphprune.errors import RecipeError
-from graphprune.ir.program import Program, ProgramModule
+from graphprune.ir.module import ProgramModule
+from graphprune.ir.program import Program
 from graphprune.passes.control.repeat import inner_passes, inner_proof, run_round
 from graphprune.pipeline.base import Context, Invariant, Pass, PassResult
 from graphprune.pipeline.events import JSON

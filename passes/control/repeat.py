@@ -91,8 +91,6 @@ def run_round(
     reports: list[dict[str, JSON]] = []
     for index, step in enumerate(passes):
         program, finished = run_pass(step, program, ctx, passes, index, record=False)
-        # Else the weights of every step would stay in memory.
-        ctx.forget(program)
         reports.append({**finished.report, "pass": step.name, "modified": finished.modified})
     return program, reports
 

@@ -8,10 +8,11 @@ from typing import ClassVar, final
 
 from graphprune.errors import RecipeError
 from graphprune.ir.program import Program
-from graphprune.ir.quantization import KEY, SCHEMES, Mark, mark_of
+from graphprune.ir.quantization import SCHEMES, Mark
 from graphprune.passes.name_patterns import check_names, check_patterns, matches, refuse_unmatched
 from graphprune.pipeline.base import Context, Invariant, Pass, PassResult
-from graphprune.pipeline.registry import register, suggest
+from graphprune.pipeline.registry import register
+from graphprune.suggest import suggest
 
 _BLOCKS = (16, 32, 64, 128, 256)  # what ONNX Runtime's MatMulNBits takes
 
@@ -120,12 +121,12 @@ class Quantize(Pass):
             self.reduce_range,
         )
         report = {"scheme": self.scheme, "weights": len(weights), "float": list(mark.ignored)}
-        old = mark_of(program)
+        old = program.quantization
         if old == mark:
             return PassResult(program, False, report)
         if old is not None:
             report["replaced"] = old.to_json()
-        marked = replace(program, metadata={**program.metadata, KEY: mark.to_json()})
+        marked = replace(program, quantization=mark)
         return PassResult(marked, True, report)
 
     def _takes(self, names: list[str]) -> bool:

@@ -15,7 +15,7 @@ from graphprune.errors import RecipeError
 from graphprune.ir.program import Program
 from graphprune.passes.sparsity.sparsity_pattern import Pattern, removed_count, removed_mask
 from graphprune.pipeline.base import Context
-from graphprune.pipeline.registry import suggest
+from graphprune.suggest import suggest
 
 ALLOCATIONS = ("uniform", "owl", "global")
 

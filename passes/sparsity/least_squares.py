@@ -26,6 +26,7 @@ from graphprune.calibration.gram import Gram, Remarks
 from graphprune.calibration.stream import Stream
 from graphprune.errors import RecipeError, UnsupportedError
 from graphprune.ir.graph import bound_arguments, is_op
+from graphprune.ir.history import removals
 from graphprune.ir.program import Program
 from graphprune.ir.quantization import refuse_quantised
 from graphprune.passes.solvers.obs import damped
@@ -35,7 +36,7 @@ from graphprune.passes.training.penalties import site_dims
 from graphprune.pipeline.base import Context, PassResult
 from graphprune.pipeline.events import JSON
 from graphprune.pipeline.registry import register
-from graphprune.rewrite.shrink import removals, shrink
+from graphprune.rewrite.shrink import shrink
 from graphprune.training.optimizer import zero_masks
 from graphprune.validate import check_number
 

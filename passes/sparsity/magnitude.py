@@ -11,7 +11,8 @@ from graphprune.axes.sites import LinearSite
 from graphprune.errors import RecipeError
 from graphprune.passes.sparsity.visit import Visit
 from graphprune.passes.sparsity.zeroing import ZeroingPass
-from graphprune.pipeline.registry import register, suggest
+from graphprune.pipeline.registry import register
+from graphprune.suggest import suggest
 
 SCOPES = ("layer", "row")
 

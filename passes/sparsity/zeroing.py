@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from graphprune.axes.sites import ZEROED, LinearSite
+from graphprune.axes.sites import LinearSite
 from graphprune.calibration.stream import Stream
 from graphprune.errors import RecipeError, UnsupportedError
 from graphprune.ir.program import Program
@@ -267,5 +267,4 @@ def _extremes(shares: Mapping[str, Share], allocation: str) -> list[str]:
 
 def with_zeroed(program: Program, sites: Sequence[LinearSite]) -> Program:
     """The program with the names of its zeroed tensors, for passes that train: zeros stay zero."""
-    names = {*program.metadata.get(ZEROED, ()), *(site.tensor for site in sites)}
-    return replace(program, metadata={**program.metadata, ZEROED: sorted(names)})
+    return replace(program, zeroed=program.zeroed.union(site.tensor for site in sites))

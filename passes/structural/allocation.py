@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from graphprune.errors import RecipeError
-from graphprune.pipeline.registry import suggest
+from graphprune.suggest import suggest
 
 Keep = dict[str, Tensor]
 

@@ -9,7 +9,8 @@ from graphprune.axes import ROLES
 from graphprune.errors import RecipeError
 from graphprune.passes.structural.base import StructuralPass
 from graphprune.passes.structural.selection import Selector
-from graphprune.pipeline.registry import register, suggest
+from graphprune.pipeline.registry import register
+from graphprune.suggest import suggest
 
 
 @register

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from graphprune.axes import AxisGroup, AxisGroups, axis_groups, frozen_parameters
-from graphprune.axes.sites import ZEROED
 from graphprune.calibration.gram import Remarks
 from graphprune.calibration.stream import Stream
 from graphprune.errors import RecipeError, UnsupportedError
@@ -280,8 +279,7 @@ class StructuralPass(Pass):
 
 def _without_zeros(program: Program, refitted: set[str], warnings: list[str]) -> Program:
     """Take note where least squares has filled weights that an earlier pass had set to zero."""
-    zeroed = program.metadata.get(ZEROED, ())
-    filled = sorted(refitted & set(zeroed))
+    filled = sorted(refitted & program.zeroed)
     if not filled:
         return program
     more = f" and {len(filled) - 1} more" if len(filled) > 1 else ""
@@ -291,8 +289,7 @@ def _without_zeros(program: Program, refitted: set[str], warnings: list[str]) ->
     )
     log.warning("%s", sentence)
     warnings.append(sentence)
-    left = [name for name in zeroed if name not in filled]
-    return replace(program, metadata={**program.metadata, ZEROED: left})
+    return replace(program, zeroed=program.zeroed - refitted)
 
 
 def _curve(scores: Tensor, points: int = 64) -> list[float]:

@@ -22,7 +22,7 @@ from graphprune.ir.program import Program, graph_module
 from graphprune.passes.solvers.obs import greedy, loss
 from graphprune.passes.structural.statistics import Consumer
 from graphprune.pipeline.base import Context
-from graphprune.pipeline.registry import suggest
+from graphprune.suggest import suggest
 
 _PROJECTIONS = 2  # random directions of the output a batch
 

@@ -22,7 +22,7 @@ from graphprune.errors import RecipeError, UnsupportedError
 from graphprune.ir.program import Program
 from graphprune.passes.solvers.obs import Problem, damped, idle_features, loss, refit
 from graphprune.pipeline.base import Context
-from graphprune.pipeline.registry import suggest
+from graphprune.suggest import suggest
 
 log = logging.getLogger(__name__)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from graphprune.axes import axis_groups, frozen_parameters
 from graphprune.errors import RecipeError, UnsupportedError, VerificationError
+from graphprune.ir.history import kept_indices
 from graphprune.ir.program import JSON, Program
 from graphprune.ir.quantization import refuse_quantised
 from graphprune.passes.structural.selection import Selector, select
@@ -18,8 +19,9 @@ from graphprune.passes.training.schedule import scheduled
 from graphprune.passes.training.training_pass import GradualPass, trained_report
 from graphprune.passes.training.units import DIMS, HEADS, Ledger, Units, find_units, position_sums
 from graphprune.pipeline.base import Context, Invariant, Keep, PassResult
-from graphprune.pipeline.registry import register, suggest
-from graphprune.rewrite.shrink import kept_indices, mask
+from graphprune.pipeline.registry import register
+from graphprune.rewrite.mask import mask
+from graphprune.suggest import suggest
 from graphprune.training.loop import Hooks, fit
 from graphprune.validate import check_number
 from graphprune.verify.equivalence import verify_rewrite

@@ -22,8 +22,9 @@ from graphprune.passes.training.penalties import (
 from graphprune.passes.training.training_pass import trained_report
 from graphprune.passes.training.zeros import PenaltyPass, sparsity_of, topology
 from graphprune.pipeline.base import Context, Invariant, Keep, PassResult
-from graphprune.pipeline.registry import register, suggest
+from graphprune.pipeline.registry import register
 from graphprune.rewrite.shrink import removed_since
+from graphprune.suggest import suggest
 from graphprune.training.loop import Hooks, fit
 from graphprune.validate import check_number
 

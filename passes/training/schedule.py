@@ -10,7 +10,7 @@ much to take, and comes to rest at `end`: its slope there is zero.
 from __future__ import annotations
 
 from graphprune.errors import RecipeError
-from graphprune.pipeline.registry import suggest
+from graphprune.suggest import suggest
 from graphprune.validate import check_number
 
 SCHEDULES = ("cubic", "linear")

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from graphprune.axes import axis_groups
-from graphprune.axes.sites import ZEROED
 from graphprune.errors import UnsupportedError
 from graphprune.ir.program import JSON, Program
 from graphprune.passes.training.penalties import Part, Parts, degrees, find_parts, views
@@ -92,9 +91,7 @@ def zero_small(
         name: program.tensors[name].masked_fill(chosen[name] & (sizes[name] < limit), 0)
         for name in names
     }
-    noted = sorted({*program.metadata.get(ZEROED, ()), *names})
-    metadata = {**program.metadata, ZEROED: noted}
-    return replace(program.with_tensors(changed), metadata=metadata)
+    return replace(program.with_tensors(changed), zeroed=program.zeroed.union(names))
 
 
 def sparsity_of(program: Program, parts: Sequence[Part], threshold: float) -> float:

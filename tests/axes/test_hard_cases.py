@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from graphprune.axes import AxisGroups, axis_groups
 from graphprune.capture.capture import capture
-from graphprune.rewrite.shrink import mask, shrink
+from graphprune.rewrite.mask import mask
+from graphprune.rewrite.shrink import shrink
 from graphprune.verify.equivalence import verify_rewrite
 
 Step = Callable[[Any, Any], Any]

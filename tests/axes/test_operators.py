@@ -18,8 +18,10 @@ from graphprune.axes.rules import RULES
 from graphprune.capture.capture import capture
 from graphprune.errors import ArtifactError, CaptureError
 from graphprune.ir.graph import op_name
-from graphprune.ir.program import Program, graph_module
-from graphprune.rewrite.shrink import mask, shrink
+from graphprune.ir.module import graph_module
+from graphprune.ir.program import Program
+from graphprune.rewrite.mask import mask
+from graphprune.rewrite.shrink import shrink
 from graphprune.storage.allowlist import allowed, on_tensors, resolve
 from graphprune.storage.program import load, save
 from graphprune.verify.equivalence import verify_rewrite

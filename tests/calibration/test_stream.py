@@ -13,7 +13,8 @@ from graphprune.calibration.gram import Gram
 from graphprune.calibration.stream import Stream, made_of_weights
 from graphprune.capture.capture import capture
 from graphprune.errors import GraphPruneError
-from graphprune.ir.program import Program, graph_module
+from graphprune.ir.module import graph_module
+from graphprune.ir.program import Program
 
 Captured = Callable[[str], Program]
 

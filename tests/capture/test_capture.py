@@ -14,7 +14,8 @@ from graphprune.api import compile
 from graphprune.api import load as load_compiled
 from graphprune.capture.capture import capture
 from graphprune.errors import CaptureError, GraphPruneError, VerificationError
-from graphprune.ir.program import Program, ProgramModule
+from graphprune.ir.module import ProgramModule
+from graphprune.ir.program import Program
 from graphprune.models.zoo.tiny import tiny
 from graphprune.storage.program import load, save
 from graphprune.verify.error import batches, relative_error, second_inputs
@@ -87,7 +88,7 @@ def test_overlapping_tensors_are_frozen() -> None:
             return result
 
     program = capture(Sliced(), (torch.randn(2, 4),))
-    assert program.metadata["overlapping"] == ["first", "second"]
+    assert program.overlapping == {"first", "second"}
     groups = axis_groups(program)
     assert any("shares a part of its memory" in r for r in groups["first[0]"].frozen)
 
@@ -333,7 +334,8 @@ def test_calls_are_checked_against_the_capture(captured: Any) -> None:
 
 def test_an_axis_cut_to_one_unit_keeps_its_dimension(captured: Any) -> None:
     from graphprune.axes import axis_groups
-    from graphprune.rewrite.shrink import mask, shrink
+    from graphprune.rewrite.mask import mask
+    from graphprune.rewrite.shrink import shrink
     from graphprune.verify.equivalence import verify_rewrite
 
     program = captured("tiny-gpt2")

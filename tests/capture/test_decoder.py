@@ -17,11 +17,13 @@ from graphprune.axes import axis_groups
 from graphprune.capture.capture import capture
 from graphprune.capture.decoder import empty_cache, step, with_decode
 from graphprune.errors import ArtifactError, CaptureError, UnsupportedError, VerificationError
-from graphprune.ir.program import Program, ProgramModule
+from graphprune.ir.module import ProgramModule
+from graphprune.ir.program import Program
 from graphprune.models.loading.inputs import text_batch
 from graphprune.models.zoo.tiny import randomise, tiny
 from graphprune.passes import PruneHeads, PruneNeurons
-from graphprune.rewrite.shrink import mask, shrink
+from graphprune.rewrite.mask import mask
+from graphprune.rewrite.shrink import shrink
 from graphprune.storage.program import load, save
 from graphprune.verify.equivalence import TOLERANCE, verify_rewrite
 from graphprune.verify.error import batches, relative_error

@@ -13,7 +13,8 @@ from graphprune.capture.fold import spell_indices
 from graphprune.ir.graph import op_name
 from graphprune.ir.program import Program
 from graphprune.ir.propagate import propagate
-from graphprune.rewrite.shrink import mask, shrink
+from graphprune.rewrite.mask import mask
+from graphprune.rewrite.shrink import shrink
 from graphprune.storage.program import load, save
 from graphprune.verify.equivalence import verify_rewrite
 

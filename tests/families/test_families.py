@@ -14,7 +14,8 @@ from graphprune.axes import AxisGroup, axis_groups
 from graphprune.ir.program import Program
 from graphprune.models.zoo.tiny import tiny_names
 from graphprune.passes import PruneHeads, PruneNeurons
-from graphprune.rewrite.shrink import mask, shrink
+from graphprune.rewrite.mask import mask
+from graphprune.rewrite.shrink import shrink
 from graphprune.verify.equivalence import TOLERANCE, verify_rewrite
 from graphprune.verify.error import batches, relative_error
 

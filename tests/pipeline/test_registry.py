@@ -12,7 +12,7 @@ from graphprune.ir.program import Program
 from graphprune.passes import PruneHeads, PruneNeurons
 from graphprune.pipeline import registry
 from graphprune.pipeline.base import Context, Pass, PassResult
-from graphprune.pipeline.registry import lookup, register, registered, suggest
+from graphprune.pipeline.registry import lookup, register, registered
 
 
 @final
@@ -59,10 +59,6 @@ def test_unknown_names_are_answered_with_near_matches(wrong: str) -> None:
 def test_a_name_near_nothing_is_answered_with_all_names() -> None:
     with pytest.raises(RecipeError, match=r"there are \['distill', .*'fold-batch-norm', "):
         lookup("zzzzzz")
-
-
-def test_suggest_says_when_there_is_nothing() -> None:
-    assert suggest("x", []) == "there are none"
 
 
 @pytest.mark.parametrize("name", ["Bad", "bad_name", "-bad", "bad-", "2bad", "", None])

@@ -12,7 +12,8 @@ from graphprune.capture.capture import capture
 from graphprune.errors import UnsupportedError, VerificationError
 from graphprune.ir.graph import is_op, set_bound
 from graphprune.ir.program import Program
-from graphprune.rewrite.shrink import mask, shrink
+from graphprune.rewrite.mask import mask
+from graphprune.rewrite.shrink import shrink
 from graphprune.verify.equivalence import verify_rewrite
 
 Captured = Callable[[str], Program]

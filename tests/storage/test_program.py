@@ -21,7 +21,9 @@ from torch.nn import functional as F
 
 from graphprune.capture.capture import capture
 from graphprune.errors import ArtifactError, ExportError, GraphPruneError, UnsupportedError
-from graphprune.ir.program import Program, ProgramModule
+from graphprune.ir.module import ProgramModule
+from graphprune.ir.program import Program
+from graphprune.ir.quantization import Mark
 from graphprune.storage.arguments import encode
 from graphprune.storage.folders import sha256
 from graphprune.storage.program import digest, load, save, save_files
@@ -32,14 +34,26 @@ Captured = Callable[[str], Program]
 
 @pytest.mark.parametrize("name", ["tiny-bert", "tiny-t5", "tiny-mixtral", "tiny-cnn", "tiny-mlp"])
 def test_a_program_comes_back_equal(name: str, captured: Captured, tmp_path: Path) -> None:
-    program = captured(name).record({"pass": "none", "ratio": 0.5})
+    program = replace(
+        captured(name).record({"pass": "none", "ratio": 0.5}),
+        frozen=frozenset(["a", "b"]),
+        overlapping=frozenset(["c"]),
+        zeroed=frozenset(["d"]),
+        axis_names={"w[0]": "w[0].1"},
+        quantization=Mark("int8-dynamic", ("e",)),
+        report={"passes": []},
+    )
     save(program, tmp_path / "p")
     again = load(tmp_path / "p")
     assert str(again.forward.graph) == str(program.forward.graph)
     assert again.tensors.keys() == program.tensors.keys()
     assert all(torch.equal(again.tensors[k], t) for k, t in program.tensors.items())
     assert (again.parameters, again.aliases) == (program.parameters, program.aliases)
-    assert (again.history, again.metadata) == (program.history, program.metadata)
+    assert again.history == program.history
+    for what in (
+        "model", "frozen", "overlapping", "zeroed", "axis_names", "quantization", "report"
+    ):  # fmt: skip
+        assert getattr(again, what) == getattr(program, what)
     assert again.forward.dynamic == program.forward.dynamic
     flat = second_inputs(program.forward)
     for a, b in zip(program.run(flat), again.run(flat), strict=True):
@@ -264,7 +278,7 @@ def test_saving_over_something_else_is_refused(captured: Captured, tmp_path: Pat
 
 def test_a_program_is_replaced_as_a_whole(captured: Captured, saved: Path) -> None:
     save(captured("tiny-cnn"), saved)
-    assert load(saved).metadata["model"] == "Cnn"
+    assert load(saved).model == "Cnn"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits on files are POSIX")

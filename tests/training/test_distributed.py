@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from graphprune.axes import axis_groups
-from graphprune.axes.sites import ZEROED
 from graphprune.capture.capture import capture
 from graphprune.ir.program import Program
 from graphprune.models.zoo.tiny import tiny
@@ -51,8 +50,8 @@ def program() -> Program:
     found = capture(model, inputs).cast(torch.float32, torch.float64)
     weight = found.tensors["layers.2.weight"].clone()
     weight[::2] = 0
-    metadata = {**found.metadata, ZEROED: ["layers.2.weight"]}
-    return replace(found.with_tensors({"layers.2.weight": weight}), metadata=metadata)
+    zeroed = frozenset(["layers.2.weight"])
+    return replace(found.with_tensors({"layers.2.weight": weight}), zeroed=zeroed)
 
 
 def data(size: int) -> list[dict[str, torch.Tensor]]:

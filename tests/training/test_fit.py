@@ -17,16 +17,17 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler
 
 import graphprune as gp
 from graphprune.axes import axis_groups
-from graphprune.axes.sites import ZEROED
 from graphprune.capture.capture import capture
 from graphprune.errors import RecipeError, TrainingError
-from graphprune.ir.program import Program, ProgramModule
+from graphprune.ir.module import ProgramModule
+from graphprune.ir.program import Program
 from graphprune.models.zoo.tiny import tiny
 from graphprune.passes import Distill, Finetune, GradualMagnitude, RemoveNoOps, Repeat
-from graphprune.pipeline.base import Context
+from graphprune.pipeline.base import Context, Run
 from graphprune.pipeline.events import PassProgress
 from graphprune.pipeline.pipeline import Pipeline
-from graphprune.rewrite.shrink import mask, shrink, take
+from graphprune.rewrite.mask import mask
+from graphprune.rewrite.shrink import shrink, take
 from graphprune.training.distributed import Workers
 from graphprune.training.loop import Fitted, Hooks, fit
 from graphprune.training.losses import Score, loss_of, spearman
@@ -60,7 +61,7 @@ def _fit(program: Program, data: Any = None, *, seed: int = 0, **options: Any) -
     plan = Plan(**{k: given.pop(k) for k in Plan.__slots__ if k in given})
     observers = given.pop("observers", ())
     reference = given.pop("reference", None)
-    ctx = Context(seed=seed, observers=observers, reference=reference)
+    ctx = Context(seed=seed, reference=reference, run=Run(observers=observers))
     ctx.begin("finetune", 0)
     hooks = Hooks(**{k: given.pop(k) for k in Hooks.__slots__ if k in given})
     return fit(program, training, ctx, plan, hooks, **given)
@@ -78,9 +79,8 @@ def _zeroed(program: Program, name: str, part: float = 0.5) -> Program:
     """The program with a random part of a tensor zeroed, and that said."""
     tensor = program.tensors[name]
     gone = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(3)) < part
-    metadata = {**program.metadata, ZEROED: [name]}
     changed = program.with_tensors({name: tensor.masked_fill(gone, 0)})
-    return replace(changed, metadata=metadata)
+    return replace(changed, zeroed=frozenset([name]))
 
 
 # --- the loop is what it says ------------------------------------------------------------------
@@ -247,7 +247,7 @@ def test_zeroed_weights_stay_zero_and_others_move(captured: Captured) -> None:
     assert (after[weight == 0] == 0).all()
     assert (after[weight != 0] != weight[weight != 0]).all()
     assert fitted.report["masked_weights"] == int((weight == 0).sum())
-    assert fitted.program.metadata[ZEROED] == ["layers.2.weight"]
+    assert fitted.program.zeroed == {"layers.2.weight"}
 
 
 def test_zeros_train_as_if_they_were_not_there(captured: Captured) -> None:

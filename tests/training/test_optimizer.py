@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphprune.axes import axis_groups
-from graphprune.axes.sites import ZEROED
 from graphprune.errors import RecipeError, TrainingError
-from graphprune.ir.program import FROZEN, Program, ProgramModule
+from graphprune.ir.program import Program, ProgramModule
 from graphprune.rewrite.shrink import shrink
 from graphprune.training.optimizer import (
     MOMENTS,
@@ -138,13 +137,13 @@ def test_a_state_goes_on_where_it_was_left(program: Program) -> None:
 
 
 def test_what_is_frozen_takes_no_step(program: Program) -> None:
-    frozen = replace(program, metadata={FROZEN: ["a"]})
+    frozen = replace(program, frozen=frozenset({"a"}))
     chosen = optimizer(frozen, Plan(1, 1.0))
     step(chosen, gradients(0))
     moved = {n for n, v in values(chosen).items() if not torch.equal(v, program.tensors[n])}
     assert moved == {"b", "c"}
     with pytest.raises(TrainingError, match="every parameter was frozen"):
-        optimizer(replace(program, metadata={FROZEN: ["a", "b", "c"]}), Plan(1, 1.0))
+        optimizer(replace(program, frozen=frozenset("abc")), Plan(1, 1.0))
 
 
 # --- what follows rewrites ---------------------------------------------------------------------
@@ -169,7 +168,7 @@ def test_masks_are_where_zeroed_tensors_are_not_zero(program: Program) -> None:
     zeroed = program.tensors["a"].clone()
     zeroed[1] = 0
     changed = replace(
-        program.with_tensors({"a": zeroed}), metadata={ZEROED: ["a", "tied"]}, aliases={"tied": "a"}
+        program.with_tensors({"a": zeroed}), zeroed=frozenset({"a", "tied"}), aliases={"tied": "a"}
     )
     assert zero_masks(program) == {}
     (mask,) = zero_masks(changed).values()

@@ -17,7 +17,8 @@ from graphprune.errors import UnsupportedError, VerificationError
 from graphprune.ir.program import Program
 from graphprune.passes import PruneAxis, PruneHeads, PruneNeurons
 from graphprune.pipeline.base import Context
-from graphprune.rewrite.shrink import mask, shrink
+from graphprune.rewrite.mask import mask
+from graphprune.rewrite.shrink import shrink
 from graphprune.verify.equivalence import verify_rewrite
 from graphprune.verify.error import batches, fresh_inputs, relative_error, second_inputs
 

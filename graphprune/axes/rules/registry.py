@@ -7,7 +7,7 @@ operator also takes sizes as arguments, a rewriter rebuilds those arguments afte
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -98,6 +98,23 @@ class Facts:
     experts: list[Axis] = field(default_factory=list)
     weights: set[fx.Node] = field(default_factory=set)
     activations: set[fx.Node] = field(default_factory=set)
+
+    def on(self, graph: fx.Graph) -> Facts:
+        """The same facts about a copy of the graph: about its nodes of the same names."""
+        of = {node.name: node for node in graph.nodes}
+        return Facts(
+            dims={of[n.name]: dims for n, dims in self.dims.items()},
+            extra={of[n.name]: dict(axes) for n, axes in self.extra.items()},
+            contractions=[
+                replace(c, node=of[c.node.name], operand=of[c.operand.name])
+                for c in self.contractions
+            ],
+            attention=[(of[n.name], role, axis) for n, role, axis in self.attention],
+            gathered=[(of[n.name], axis) for n, axis in self.gathered],
+            experts=list(self.experts),
+            weights={of[n.name] for n in self.weights},
+            activations={of[n.name] for n in self.activations},
+        )
 
 
 class RuleContext:

@@ -15,7 +15,7 @@ import torch
 from graphprune.errors import ArtifactError, ExportError, GraphPruneError
 from graphprune.exporters import Artifact, export, open_artifact
 from graphprune.ir.program import Program
-from graphprune.rewrite.shrink import kept_indices, shrink
+from graphprune.rewrite.shrink import shrink
 from graphprune.storage.folders import sha256
 from graphprune.storage.program import load
 
@@ -230,11 +230,3 @@ def test_an_artifact_is_replaced_as_a_whole(copy: Path, captured: Captured) -> N
     assert "labels.json" not in tree(copy)
     assert [p.name for p in copy.parent.iterdir()] == ["out"]
     assert open_artifact(copy).manifest["kept"] == {}
-
-
-def test_kept_indices_are_of_the_original() -> None:
-    history = [
-        {"pass": "a", "steps": [{"removed": {"x": {"of": 6, "kept": [1, 3, 5]}}}]},
-        {"removed": {"x": {"of": 3, "kept": [0, 2]}, "y": {"of": 2, "kept": [0]}}},
-    ]
-    assert kept_indices(history) == {"x": [1, 5], "y": [0]}

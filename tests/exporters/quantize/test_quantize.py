@@ -29,7 +29,7 @@ from graphprune.exporters.quantize.layers import find_layers
 from graphprune.exporters.quantize.quantize import quantise
 from graphprune.exporters.runtime.session import feeds_of, open_session
 from graphprune.ir.program import Program
-from graphprune.ir.quantization import SCHEMES, mark_of
+from graphprune.ir.quantization import SCHEMES
 from graphprune.passes import Quantize
 from graphprune.pipeline.base import Context
 from graphprune.storage.program import load
@@ -94,7 +94,7 @@ def lower(float_file: Callable[[Program], Path], tmp_path: Path) -> Lower:
         entry = program.forward
         feeds = [feeds_of(entry.example, input_names(entry))]
         marked = Quantize(scheme, **options).run(program, Context(calibration=[entry.example]))
-        mark = mark_of(marked.program)
+        mark = marked.program.quantization
         assert mark is not None
         path = tmp_path / f"{next(number)}.onnx"
         source = float_file(program)
@@ -309,7 +309,7 @@ def test_an_artifact_holds_the_dense_twin_in_both_forms(program: Program, tmp_pa
     assert list(result.others) == ["int8"]
     assert result.others["int8"].model == result.model
     assert json.loads(json.dumps(result.to_json()))["others"]["int8"]["rounds"] == 2
-    assert mark_of(load(artifact.path / "program")) is not None
+    assert load(artifact.path / "program").quantization is not None
 
 
 def test_a_float_artifact_can_be_measured_against_int8(program: Program, tmp_path: Path) -> None:

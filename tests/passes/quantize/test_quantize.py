@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from graphprune.errors import ArtifactError, RecipeError, UnsupportedError
 from graphprune.ir.program import Program
-from graphprune.ir.quantization import KEY, Mark, mark_of
+from graphprune.ir.quantization import KEY, Mark
 from graphprune.passes import (
     FoldConstants,
     PruneAxis,
@@ -36,8 +37,8 @@ def marked(program: Program, **options: Any) -> Program:
 def test_only_the_mark_changes(captured: Captured) -> None:
     program = captured("tiny-encoder")
     result = marked(program)
-    assert mark_of(program) is None
-    assert mark_of(result) == Mark("int8-dynamic")
+    assert program.quantization is None
+    assert result.quantization == Mark("int8-dynamic")
     assert result.tensors is program.tensors
     assert result.entries is program.entries
 
@@ -51,22 +52,22 @@ def test_a_second_run_changes_nothing(captured: Captured) -> None:
 def test_another_scheme_replaces_the_mark(captured: Captured) -> None:
     program = marked(captured("tiny-mlp"))
     result = Quantize("int4-weights", block_size=16).run(program, Context())
-    assert mark_of(result.program) == Mark("int4-weights", block_size=16)
+    assert result.program.quantization == Mark("int4-weights", block_size=16)
     assert result.report["replaced"] == Mark("int8-dynamic").to_json()
 
 
 def test_patterns_become_names(captured: Captured) -> None:
     program = captured("tiny-mlp")
     ignored = marked(program, ignore=("layers.2",))
-    assert mark_of(ignored) == Mark("int8-dynamic", ("layers.2.weight",))
+    assert ignored.quantization == Mark("int8-dynamic", ("layers.2.weight",))
     only = marked(program, targets=("layers.0", "layers.4"))
-    assert mark_of(only) == mark_of(ignored)
+    assert only.quantization == ignored.quantization
 
 
 def test_a_mark_survives_saving(captured: Captured, tmp_path: Path) -> None:
     program = marked(captured("tiny-mlp"), ignore=("layers.2",), keep_error=0.01)
     save(program, tmp_path / "p")
-    assert mark_of(load(tmp_path / "p")) == mark_of(program)
+    assert load(tmp_path / "p").quantization == program.quantization
 
 
 def test_recipes_round_trip() -> None:
@@ -99,7 +100,7 @@ def test_pruning_afterwards_is_refused(
 def test_what_keeps_the_numbers_may_follow(captured: Captured) -> None:
     program = marked(captured("tiny-encoder"))
     result = Pipeline([RemoveNoOps(), FoldConstants()]).run(program).program
-    assert mark_of(result) == mark_of(program)
+    assert result.quantization == program.quantization
 
 
 @pytest.mark.parametrize(
@@ -140,9 +141,11 @@ def test_static_ranges_need_calibration(captured: Captured) -> None:
 @pytest.mark.parametrize(
     "data", [1, {}, {"scheme": "int8-dynamic"}, {"scheme": "x", "ignored": []}]
 )
-def test_a_mark_that_is_none(data: Any, captured: Captured) -> None:
-    from dataclasses import replace
-
-    program = replace(captured("tiny-mlp"), metadata={KEY: data})
-    with pytest.raises(ArtifactError):
-        mark_of(program)
+def test_a_mark_that_is_none(data: Any, captured: Captured, tmp_path: Path) -> None:
+    save(captured("tiny-mlp"), tmp_path / "p")
+    file = tmp_path / "p" / "program.json"
+    saved = json.loads(file.read_text())
+    saved["metadata"][KEY] = data
+    file.write_text(json.dumps(saved))
+    with pytest.raises(ArtifactError, match="the program"):
+        load(tmp_path / "p")

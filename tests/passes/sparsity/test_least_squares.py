@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from graphprune.axes import axis_groups
-from graphprune.axes.sites import ZEROED, linear_sites
+from graphprune.axes.sites import linear_sites
 from graphprune.capture.capture import capture
 from graphprune.errors import RecipeError, UnsupportedError
-from graphprune.ir.program import Program, ProgramModule
+from graphprune.ir.module import ProgramModule
+from graphprune.ir.program import Program
 from graphprune.passes import (
     GradualStructure,
     LeastSquares,
@@ -272,10 +273,10 @@ def test_the_model_comes_nearer_to_the_dense_one(
         return sum(float((a - b).square().sum()) for a, b in pairs)
 
     assert distance(result.program) < 0.85 * distance(program)
-    for name in program.metadata.get(ZEROED, ()):
+    for name in program.zeroed:
         zeros = program.tensors[name] == 0
         assert bool((result.program.tensors[name][zeros] == 0).all())
-    assert result.program.metadata == program.metadata
+    assert result.program.zeroed == program.zeroed
 
 
 def test_errors_are_those_of_the_final_model_on_these_rows(captured: Captured) -> None:

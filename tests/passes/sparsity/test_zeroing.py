@@ -18,7 +18,8 @@ from graphprune.axes.sites import LinearSite, linear_sites
 from graphprune.calibration.stream import Stream
 from graphprune.capture.capture import capture
 from graphprune.errors import GraphPruneError, RecipeError, UnsupportedError
-from graphprune.ir.program import Program, graph_module
+from graphprune.ir.module import graph_module
+from graphprune.ir.program import Program
 from graphprune.models.zoo.tiny import tiny
 from graphprune.passes import Magnitude, PruneHeads, Quantize, SparseGPT, SparseLLM, Wanda
 from graphprune.passes.solvers.sparsegpt import Inputs, sparsegpt
@@ -541,11 +542,9 @@ def test_zeros_are_noted_and_promise_no_speed(
     with caplog.at_level(logging.WARNING, "graphprune"):
         compiled = gp.compile(program, [Magnitude(0.5, targets=("encoder.layer.0.output",))])
     assert any("no faster" in record.getMessage() for record in caplog.records)
-    assert compiled.program.metadata["zeroed"] == ["encoder.layer.0.output.dense.weight"]
+    assert compiled.program.zeroed == {"encoder.layer.0.output.dense.weight"}
     more = gp.compile(compiled, [Magnitude(0.5, targets=("encoder.layer.1.output",))])
-    assert more.program.metadata["zeroed"] == [
-        f"encoder.layer.{i}.output.dense.weight" for i in range(2)
-    ]
+    assert more.program.zeroed == {f"encoder.layer.{i}.output.dense.weight" for i in range(2)}
 
 
 def test_ids_of_another_tokenizer_are_named(captured: Captured) -> None:
@@ -616,6 +615,6 @@ def test_least_squares_after_zeroing_is_told(captured: Captured) -> None:
         calibration=batches_of(program),
     )
     down = "model.layers.0.mlp.down_proj.weight"
-    assert down not in compiled.program.metadata["zeroed"]
-    assert "model.layers.0.self_attn.q_proj.weight" in compiled.program.metadata["zeroed"]
+    assert down not in compiled.program.zeroed
+    assert "model.layers.0.self_attn.q_proj.weight" in compiled.program.zeroed
     assert any("filled the zeros" in w for w in compiled.report.passes[1].details["warnings"])

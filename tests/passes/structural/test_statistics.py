@@ -12,6 +12,7 @@ from graphprune.axes import axis_groups
 from graphprune.calibration.stream import Stream
 from graphprune.capture.capture import capture
 from graphprune.errors import RecipeError, UnsupportedError
+from graphprune.ir.history import kept_indices
 from graphprune.ir.program import Program
 from graphprune.models.zoo.tiny import tiny
 from graphprune.passes import PruneHeads, PruneNeurons
@@ -22,7 +23,6 @@ from graphprune.passes.structural.statistics import (
     gather,
 )
 from graphprune.pipeline.base import Context
-from graphprune.rewrite.shrink import kept_indices
 from graphprune.verify.error import relative_error
 
 Captured = Callable[[str], Program]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from graphprune.axes import axis_groups
-from graphprune.axes.sites import ZEROED, linear_sites
+from graphprune.axes.sites import linear_sites
 from graphprune.errors import PassError, RecipeError, UnsupportedError
 from graphprune.ir.program import Program
 from graphprune.passes import Finetune, GradualMagnitude, Magnitude
@@ -103,7 +103,7 @@ def test_weights_that_stand_still_end_as_one_shot(
     expected = Pipeline([Magnitude(sparsity, **same)]).run(program).program
     for name, tensor in expected.tensors.items():
         assert torch.equal(result.program.tensors[name], tensor), name
-    assert result.program.metadata[ZEROED] == expected.metadata[ZEROED]
+    assert result.program.zeroed == expected.zeroed
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_weights_that_move_choose_other_ones_than_one_shot(captured: Captured) -
 def test_zeros_of_an_earlier_pass_stay_and_count(captured: Captured) -> None:
     program = Pipeline([Magnitude(0.5, pattern="2:4")]).run(captured("tiny-mlp")).program
     result = _run(program, GradualMagnitude(0.7, epochs=4, lr=0.05))
-    for name in program.metadata[ZEROED]:
+    for name in program.zeroed:
         zeros = result.program.tensors[name] == 0
         assert bool(zeros[program.tensors[name] == 0].all())
         assert int(zeros.sum()) == removed_count(0.7, zeros.numel())

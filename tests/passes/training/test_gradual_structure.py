@@ -20,7 +20,9 @@ from graphprune.axes import axis_groups
 from graphprune.axes.sites import consumers
 from graphprune.capture.capture import capture
 from graphprune.errors import RecipeError, UnsupportedError
-from graphprune.ir.program import Program, graph_module
+from graphprune.ir.history import kept_indices
+from graphprune.ir.module import graph_module
+from graphprune.ir.program import Program
 from graphprune.models.zoo.tiny import tiny
 from graphprune.passes import GradualStructure, PruneNeurons, Quantize
 from graphprune.passes.training.gradual_structure import ROLES, _State
@@ -28,7 +30,8 @@ from graphprune.passes.training.schedule import scheduled
 from graphprune.passes.training.units import DIMS, Ledger, Units, find_units, position_sums
 from graphprune.pipeline.base import Context
 from graphprune.pipeline.pipeline import Pipeline
-from graphprune.rewrite.shrink import MASK, kept_indices, mask, shrink
+from graphprune.rewrite.mask import MASK, mask
+from graphprune.rewrite.shrink import shrink
 from graphprune.training.losses import logits_of
 from graphprune.training.spec import Training
 

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 import graphprune as gp
 from graphprune.axes import axis_groups
-from graphprune.axes.sites import ZEROED
 from graphprune.capture.capture import capture
 from graphprune.errors import RecipeError, UnsupportedError
 from graphprune.ir.program import Program
@@ -222,7 +221,7 @@ def test_so_many_weights_are_zeroed_and_no_others(captured: Captured) -> None:
     count = sum(program.tensors[p.tensor].numel() for p in parts)
     assert round(sparsity_of(zeroed, parts, 0.0) * count) == int(0.3 * count + 0.5)
     names = {p.tensor for p in parts}
-    assert zeroed.metadata[ZEROED] == sorted(names)
+    assert zeroed.zeroed == set(names)
     largest = 0.0
     for name, tensor in program.tensors.items():
         gone = zeroed.tensors[name] != tensor
@@ -317,9 +316,7 @@ def test_penalties_make_weights_die_and_zeros_stay(captured: Captured) -> None:
         report["degrees"]["before"]["expanding"],
     )
     assert after["mean"] < 0.2 * before["mean"]
-    zeros = {
-        n: t == 0 for n, t in result.program.tensors.items() if n in result.program.metadata[ZEROED]
-    }
+    zeros = {n: t == 0 for n, t in result.program.tensors.items() if n in result.program.zeroed}
     data = _training(program)
     tuned = Pipeline([Finetune(1, lr=0.1)]).run(
         result.program,

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 import graphprune as gp
 from graphprune.errors import RecipeError, TrainingError, UnsupportedError
-from graphprune.ir.program import Program, ProgramModule
+from graphprune.ir.module import ProgramModule
+from graphprune.ir.program import Program
 from graphprune.models.zoo.tiny import tiny
 from graphprune.passes import Distill, Finetune, PruneAxis, PruneHeads, PruneNeurons, Quantize
 from graphprune.passes.training.training_pass import trained_report
