@@ -18,7 +18,8 @@ from graphprune.axes import AxisGroup, AxisGroups, axis_groups
 from graphprune.axes.sites import consumers
 from graphprune.calibration.stream import flat_batch
 from graphprune.errors import GraphPruneError, RecipeError, UnsupportedError
-from graphprune.ir.program import Program, graph_module
+from graphprune.ir.module import graph_module
+from graphprune.ir.program import Program
 from graphprune.passes.solvers.obs import greedy, loss
 from graphprune.passes.structural.statistics import Consumer
 from graphprune.pipeline.base import Context

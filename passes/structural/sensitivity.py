@@ -25,7 +25,8 @@ from graphprune.passes.structural.scores import Evidence, score_named
 from graphprune.passes.structural.statistics import compensate, gather, in_execution_order
 from graphprune.pipeline.base import Context
 from graphprune.report.sensitivity import Cost, Sensitivity, Time
-from graphprune.rewrite.mask import mask, shrink
+from graphprune.rewrite.mask import mask
+from graphprune.rewrite.shrink import shrink
 
 ROLES = ("head", "kv_group", "neuron")
 RATIOS = (0.25, 0.5, 0.75)

@@ -12,7 +12,8 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from graphprune.errors import RecipeError, TrainingError
-from graphprune.ir.program import Program, ProgramModule
+from graphprune.ir.module import ProgramModule
+from graphprune.ir.program import Program
 from graphprune.training.objective import (
     Distillation,
     Objective,

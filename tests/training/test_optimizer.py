@@ -13,7 +13,8 @@ from torch import Tensor, fx, nn
 
 from graphprune.axes import axis_groups
 from graphprune.errors import RecipeError, TrainingError
-from graphprune.ir.program import Program, ProgramModule
+from graphprune.ir.module import ProgramModule
+from graphprune.ir.program import Program
 from graphprune.rewrite.shrink import shrink
 from graphprune.training.optimizer import (
     MOMENTS,
