@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
@@ -13,6 +12,7 @@ from graphprune.passes.name_patterns import check_names, check_patterns, matches
 from graphprune.pipeline.base import Context, Invariant, Pass, PassResult
 from graphprune.pipeline.registry import register
 from graphprune.suggest import suggest
+from graphprune.validate import check_number, check_whole
 
 _BLOCKS = (16, 32, 64, 128, 256)  # what ONNX Runtime's MatMulNBits takes
 
@@ -74,19 +74,13 @@ class Quantize(Pass):
         self._check_numbers()
 
     def _check_numbers(self) -> None:
-        error, block = self.keep_error, self.block_size
-        number = isinstance(error, int | float) and not isinstance(error, bool)
-        if error is not None and not (number and 0 < error < math.inf):
-            raise RecipeError(
-                f"keep_error is a relative error above 0 such as 0.01, or null; got {error!r}"
-            )
-        if (
-            isinstance(block, bool)
-            or not isinstance(block, int)
-            or block < 16
-            or block.bit_count() > 1
-        ):
-            raise RecipeError(f"block_size must be a power of two from 16, got {block!r}")
+        if self.keep_error is not None:
+            rule = "a relative error above 0 such as 0.01, or null"
+            check_number("keep_error", self.keep_error, rule, low=0, open_low=True)
+        rule = "a power of two from 16"
+        check_whole("block_size", self.block_size, rule, low=16)
+        if self.block_size.bit_count() > 1:
+            raise RecipeError(f"block_size must be {rule}, got {self.block_size!r}")
 
     @property
     def needs_calibration(self) -> bool:

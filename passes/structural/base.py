@@ -30,6 +30,7 @@ from graphprune.passes.structural.statistics import (
     in_execution_order,
 )
 from graphprune.pipeline.base import Context, Invariant, Pass, PassResult
+from graphprune.validate import check_number, check_whole
 
 log = logging.getLogger(__name__)
 
@@ -76,22 +77,13 @@ class StructuralPass(Pass):
     of: str = "now"
 
     def __post_init__(self) -> None:
-        if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float):
-            raise RecipeError(f"ratio must be a number, got {self.ratio!r}")
-        if math.isnan(self.ratio) or not 0 <= self.ratio < 1:
-            raise RecipeError(
-                f"ratio is the part to remove, at least 0 and below 1, got {self.ratio!r}"
-            )
-        if isinstance(self.round_to, bool) or not isinstance(self.round_to, int):
-            raise RecipeError(f"round_to must be a whole number, got {self.round_to!r}")
-        if self.round_to < 1:
-            raise RecipeError(f"round_to must be at least 1, got {self.round_to!r}")
-        if isinstance(self.damping, bool) or not 0 <= self.damping < math.inf:
-            raise RecipeError(f"damping must be 0 or more, got {self.damping!r}")
-        if isinstance(self.floor, bool) or not 0 <= self.floor <= 1:
-            raise RecipeError(
-                f"floor is the part of each group that stays, 0 to 1, got {self.floor!r}"
-            )
+        check_number("ratio", self.ratio, "the part to remove, at least 0 and below 1",
+                     low=0, high=1, open_high=True)  # fmt: skip
+        check_whole("round_to", self.round_to, "at least 1, and whole")
+        check_number("damping", self.damping, "0 or more", low=0)
+        check_number(
+            "floor", self.floor, "the part of each group that stays, 0 to 1", low=0, high=1
+        )
         if self.of not in OF:
             raise RecipeError(f"ratio is a part of the units 'now' or 'dense', got of={self.of!r}")
         score_named(self.score)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphprune.axes import axis_groups
-from graphprune.errors import RecipeError, TrainingError
+from graphprune.errors import TrainingError
 from graphprune.ir.module import ProgramModule
 from graphprune.ir.program import Program
 from graphprune.rewrite.shrink import shrink
@@ -20,7 +20,6 @@ from graphprune.training.optimizer import (
     MOMENTS,
     Optimiser,
     Plan,
-    check_number,
     cut_state,
     zero_masks,
 )
@@ -177,19 +176,6 @@ def test_masks_are_where_zeroed_tensors_are_not_zero(program: Program) -> None:
 
 
 # --- rates -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("given", "good"),
-    [(0.5, True), (1, True), (0, False), (2.5, False), (math.nan, False), (True, False),
-     ("1", False), (None, False)],
-)  # fmt: skip
-def test_a_number_is_finite_and_in_its_range(given: Any, good: bool) -> None:
-    if good:
-        check_number("x", given, "above 0, to 2", low=0, high=2, open_low=True)
-        return
-    with pytest.raises(RecipeError, match="x must be above 0, to 2, got"):
-        check_number("x", given, "above 0, to 2", low=0, high=2, open_low=True)
 
 
 def test_a_cosine_falls_as_its_formula() -> None:
