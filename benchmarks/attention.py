@@ -79,7 +79,7 @@ def _sessions(program: Program, folder: Path) -> dict[str, Any]:
         model.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
         paths[name] = folder / f"{len(paths)}.onnx"
         onnx.save(model, paths[name])
-    paths["transformers optimizer"] = _optimised(paths["MatMul + Softmax"], folder)
+    paths["transformers optimizer"] = _optimized(paths["MatMul + Softmax"], folder)
     paths["torch.onnx"] = _torch_onnx(program, folder / "torch.onnx")
     sessions = {name: open_session(path, 1) for name, path in paths.items()}
     sessions["torch.onnx with SkipLayerNormalization"] = _all_fusions(paths["torch.onnx"])
@@ -113,15 +113,15 @@ def _torch_onnx(program: Program, path: Path) -> Path:
     return path
 
 
-def _optimised(path: Path, folder: Path) -> Path:
+def _optimized(path: Path, folder: Path) -> Path:
     from onnxruntime.transformers.fusion_options import FusionOptions
     from onnxruntime.transformers.optimizer import optimize_model
 
     options = FusionOptions("bert")
     options.enable_skip_layer_norm = options.enable_bias_skip_layer_norm = False
     best = optimize_model(str(path), "bert", optimization_options=options, opt_level=0)
-    best.save_model_to_file(str(folder / "optimised.onnx"))
-    return folder / "optimised.onnx"
+    best.save_model_to_file(str(folder / "optimized.onnx"))
+    return folder / "optimized.onnx"
 
 
 def _attentions(model: onnx.ModelProto) -> list[tuple[onnx.NodeProto, int, float]]:

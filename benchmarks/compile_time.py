@@ -57,7 +57,7 @@ def _row(name: str, module: nn.Module, inputs: Mapping[str, Tensor], limit: floa
     program = capture(module, dict(inputs))
     captured = time.perf_counter()
     groups = len(axis_groups(program))
-    analysed = time.perf_counter()
+    analyzed = time.perf_counter()
     compiled = graphprune.compile(program, [PruneHeads(1 / 3), PruneNeurons(0.5)])
     done = time.perf_counter()
     return {
@@ -66,8 +66,8 @@ def _row(name: str, module: nn.Module, inputs: Mapping[str, Tensor], limit: floa
         "left": compiled.program.num_parameters(),
         "groups": groups,
         "capture s": captured - start,
-        "axes s": analysed - captured,
-        "passes and proofs s": done - analysed,
+        "axes s": analyzed - captured,
+        "passes and proofs s": done - analyzed,
         "total s": done - start,
         "limit s": limit,
     }

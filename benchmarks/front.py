@@ -2,7 +2,7 @@
 
 Quality is Spearman's rank correlation on the STS Benchmark's test pairs, calibrated on 1,024
 sentences of its training part; $GRAPHPRUNE_DATA names the folder that holds stsb/. Without it:
-agreement of ten nearest neighbours with the dense model on sentences of Python's own help topics,
+agreement of ten nearest neighbors with the dense model on sentences of Python's own help topics,
 calibrated on others of them. Milliseconds are CPU time of one thread for one sentence of 128
 tokens, dense float and the model in turns; "faster" is the median ratio to dense float.
 
@@ -34,7 +34,7 @@ from graphprune.exporters import Artifact
 from graphprune.models import load_model
 from graphprune.models.data.calibration import LINES, calibration_batches, text_batches
 from graphprune.models.tasks import evaluate
-from graphprune.models.tasks.neighbours import SENTENCES, python_sentences
+from graphprune.models.tasks.neighbors import SENTENCES, python_sentences
 from graphprune.passes import PruneHeads, PruneNeurons, Quantize
 from graphprune.pipeline.base import Pass
 from graphprune.report.page import points_page
@@ -74,7 +74,7 @@ class Bench:
         self.inputs = dict(loaded.example_inputs)
         self.dense = graphprune.compile(loaded.module, [], example_inputs=self.inputs)
         self.data = _sts()
-        self.task = "neighbours" if self.data is None else "sts"
+        self.task = "neighbors" if self.data is None else "sts"
         lines = LINES // 4 if settings.quick else LINES
         self.batches: list[Any] = list(self._calibration(lines))
         self.twin = self.dense.export(self.folder / "dense").session(1)

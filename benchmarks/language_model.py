@@ -2,7 +2,7 @@
 
 Quality is perplexity on the raw test text of WikiText-2, on the first 64 of its 595 windows of 512
 tokens, which do not overlap and are each read by themselves; lower is better. Calibration is on its
-validation text, detokenised, lines with `<unk>` left out: 32 segments of 512 tokens, drawn at
+validation text, detokenized, lines with `<unk>` left out: 32 segments of 512 tokens, drawn at
 random. All layers are pruned; the embedding, which is also the output head, is not.
 $GRAPHPRUNE_DATA names the folder that holds wikitext2/.
 

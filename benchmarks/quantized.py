@@ -1,4 +1,4 @@
-"""MiniLM-L6 quantised, with and without structure removed first, against dense float.
+"""MiniLM-L6 quantized, with and without structure removed first, against dense float.
 
 Every model runs in turns with the dense float one; the clock is the one thread's CPU time, so that
 other programs do not count. Ratios are medians over rounds, their spread the quartiles. Structure

@@ -54,7 +54,7 @@ from graphprune.ir.program import Program
 from graphprune.models import load_model
 from graphprune.models.data.batches import Batches, table_batches
 from graphprune.models.data.tables import Schema
-from graphprune.models.tasks.labelled import judge
+from graphprune.models.tasks.labeled import judge
 from graphprune.models.zoo.heads import with_head
 from graphprune.passes import (
     L1,
@@ -91,7 +91,7 @@ class Case:
 
 def cases() -> list[Case]:
     """All rows, without the timing of an epoch."""
-    penalised: dict[str, tuple[Pass, ...]] = {
+    penalized: dict[str, tuple[Pass, ...]] = {
         "NeuroPrune": (
             NeuroPrune(ALPHA, BETA, None, zero_below=0, epochs=3, lr=LR, schedule="constant"),
         ),
@@ -104,7 +104,7 @@ def cases() -> list[Case]:
         zero = Magnitude(sparsity, allocation="global")
         found += [
             Case("zeros", f"{name}, then magnitude", amount, (first, (zero, Finetune(1, lr=LR))))
-            for name, first in penalised.items()
+            for name, first in penalized.items()
         ]
         gradual = GradualMagnitude(sparsity, allocation="global", end=0.75, epochs=4, lr=LR)
         found.append(Case("zeros", "gradual magnitude", amount, ((gradual,),)))
@@ -159,7 +159,7 @@ class Bench:
 
     @cached_property
     def calibration(self) -> list[Any]:
-        return self.batches("train").unlabelled(256)
+        return self.batches("train").unlabeled(256)
 
     @cached_property
     def dense(self) -> Program:

@@ -28,7 +28,7 @@ from graphprune.pipeline.events import JSON, Observer, PassFinished
 from graphprune.pipeline.pipeline import Pipeline, check_order
 from graphprune.pipeline.recipe import load as load_recipe
 from graphprune.pipeline.recipe import to_data
-from graphprune.report.report import PassReport, Report, Size
+from graphprune.report.report import ModelSize, PassReport, Report
 from graphprune.storage.folders import check_writable
 from graphprune.training.spec import Training
 
@@ -49,7 +49,7 @@ class Compiled:
         report: what every pass did, sizes before and after, verification.
         files: what goes into the artifact beside the model (a tokenizer, labels): name in the
             folder -> a file to copy, or bytes.
-        calibration: the batches that passes saw; export quantises by them where it has to.
+        calibration: the batches that passes saw; export quantizes by them where it has to.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Compiled:
             path: the folder to make; one that graphprune made before is replaced as a whole.
             target: what will run it; "onnxruntime".
             baseline: write the dense twin as baseline.onnx too, to measure against.
-            calibration: batches for quantisation that needs them; by default those that were given
+            calibration: batches for quantization that needs them; by default those that were given
                 to `compile`.
 
         Raises:
@@ -200,7 +200,7 @@ def compile(
     )
     result = Pipeline(steps, verify, observers).run(program, context)
     done = _pass_reports(steps, result.results, result.program.history[len(program.history) :])
-    after = Size.of(result.program)
+    after = ModelSize.of(result.program)
     report = report.extended(after, done, time.perf_counter() - start)
     finished = replace(result.program, report=report.to_json())
     return Compiled(finished, report, dense=dense, files=files, calibration=batches)
@@ -398,7 +398,7 @@ def _report_of(program: Program, capture_seconds: float) -> Report:
                 f"the report inside the program is not one that graphprune wrote ({e!r}); compile "
                 "the model again"
             ) from e
-    size = Size.of(program)
+    size = ModelSize.of(program)
     name = program.model or "model"
     limits = tuple(program.limit_lines())
     return Report(name, before=size, after=size, capture_seconds=capture_seconds, limits=limits)

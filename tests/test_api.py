@@ -323,9 +323,9 @@ def test_training_a_tied_model_keeps_it_tied(captured: Callable[[str], Program])
     _, inputs = tiny("tiny-gpt2")
     compiled = gp.compile(captured("tiny-gpt2"), [PruneNeurons(0.5)])
     assert compiled.program.aliases
-    optimiser = torch.optim.SGD(compiled.module.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(compiled.module.parameters(), lr=0.1)
     compiled.module(**inputs)[0].pow(2).mean().backward()
-    optimiser.step()
+    optimizer.step()
     program = compiled.program
     with torch.no_grad():
         torch.testing.assert_close(program(**inputs)[0], compiled.module(**inputs)[0])
@@ -387,7 +387,7 @@ def test_inspect_finds_heads_and_neurons_of_a_module() -> None:
 
 def _train_one_step(module: nn.Module, x: Tensor) -> None:
     module.train()
-    optimiser = torch.optim.SGD(module.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     module(x).pow(2).mean().backward()
-    optimiser.step()
+    optimizer.step()
     module.eval()

@@ -45,7 +45,7 @@ from graphprune.pipeline.pipeline import Pipeline
 from graphprune.pipeline.recipe import dump, loads
 from graphprune.pipeline.registry import meanings, options, registered
 from graphprune.report.page import report_page
-from graphprune.report.report import PassReport, Report, Size
+from graphprune.report.report import ModelSize, PassReport, Report
 from graphprune.training.losses import logits_of
 from graphprune.training.spec import Training
 from graphprune.verify.equivalence import verify_rewrite
@@ -77,7 +77,7 @@ EXAMPLES: dict[str, list[Pass]] = {
     "prune-axis": [
         PruneAxis(0.5, role="qk_dim"),
         PruneAxis(0.25, role=("v_dim", "pooled"), score="random"),
-        PruneAxis(0.25, role="residual", normalised=True),
+        PruneAxis(0.25, role="residual", normalized=True),
     ],
     "prune-heads": [PruneHeads(0.5), PruneHeads(0.25, allocation="global")],
     "prune-neurons": [PruneNeurons(0.5), PruneNeurons(0.3, score="random", round_to=8)],
@@ -126,16 +126,16 @@ def test_classes_are_final_frozen_slotted_and_documented(cls: type[Pass]) -> Non
 
 
 @every_pass
-def test_passes_say_whether_they_refuse_a_quantised_program(step: Pass, captured: Captured) -> None:
-    quantised = Quantize("int8-dynamic").run(captured("tiny-mlp"), Context()).program
+def test_passes_say_whether_they_refuse_a_quantized_program(step: Pass, captured: Captured) -> None:
+    quantized = Quantize("int8-dynamic").run(captured("tiny-mlp"), Context()).program
     refuses = any(inner.needs_float for inner in flat([step]))
     if not refuses:
-        Pipeline([step]).run(quantised)
+        Pipeline([step]).run(quantized)
         return
-    batch = (quantised.forward.example[0],)
-    context = Context(reference=quantised, calibration=[batch], training=_training(quantised))
+    batch = (quantized.forward.example[0],)
+    context = Context(reference=quantized, calibration=[batch], training=_training(quantized))
     with pytest.raises(UnsupportedError, match="comes after 'quantize'"):
-        Pipeline([step]).run(quantised, context)
+        Pipeline([step]).run(quantized, context)
 
 
 @every_class
@@ -205,7 +205,7 @@ def test_contract(step: Pass, model: str, captured: Captured) -> None:
     (finished,) = result.results
     json.dumps(finished.report)
     json.dumps(result.program.history)
-    size = Size(program.num_parameters(), 0, 0)
+    size = ModelSize(program.num_parameters(), 0, 0)
     told = Report("model", size, size, (PassReport.of(finished, step.name, None),))
     assert step.name in str(told)
     assert step.name in report_page(told, {})

@@ -316,7 +316,7 @@ def _lines(program: Program) -> list[str]:
 
 def _cuts(case: _Case, number: int, thorough: bool) -> Iterator[Kept]:
     """Random cuts of free axes: several at once and one alone, by turns; the simplest first."""
-    free = [g for g in case.groups if not g.frozen and not g.normalised]
+    free = [g for g in case.groups if not g.frozen and not g.normalized]
     rng = random.Random(case.graph.seed)
     if not free:
         return
@@ -402,14 +402,14 @@ def _input_mark(case: _Case, name: str, tensor: Tensor, kept: Kept) -> Tensor | 
     """The same for a cache that comes in: heads and widths that are gone."""
     if name not in case.entry.cache:
         return None
-    from graphprune.axes.algebra import kept_indices
+    from graphprune.axes.algebra import expanded
 
     (node,) = (n for n in case.entry.graph.nodes if n.name == name)
     dims = case.groups.axes.facts["forward"].dims[node]
     mark = torch.zeros(tensor.shape, dtype=torch.bool)
     for dim in (1, 3):
         gone = torch.ones(tensor.shape[dim], dtype=torch.bool)
-        gone[kept_indices(dims[dim], case.groups.keep(kept))] = False
+        gone[expanded(dims[dim], case.groups.keep(kept))] = False
         mark |= gone.view(-1, *[1] * (tensor.dim() - dim - 1))
     return mark
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from graphprune.capture.decoder import PAST, is_past
 from graphprune.errors import ArtifactError, ExportError, GraphPruneError
-from graphprune.exporters.quantize.quantize import quantise
+from graphprune.exporters.quantize.quantize import quantize
 from graphprune.exporters.runtime.kv_cache import Shapes, filled, shapes_of
 from graphprune.exporters.runtime.session import (
     Clock,
@@ -37,7 +37,7 @@ DENSE = "dense"  # how `benchmark` calls the dense twin
 
 
 def low_bit_baseline(scheme: str) -> str:
-    """The file of the dense twin quantised by a scheme: baseline-int8.onnx, baseline-int4.onnx."""
+    """The file of the dense twin quantized by a scheme: baseline-int8.onnx, baseline-int4.onnx."""
     return f"baseline-{scheme.partition('-')[0]}.onnx"
 
 
@@ -159,7 +159,7 @@ class Artifact:
         Args:
             batch: inputs as the model takes them; not part of the artifact, because speed-ups
                 depend on batch and length.
-            against: "dense"; "int8" or a scheme, for the dense twin quantised; another artifact or
+            against: "dense"; "int8" or a scheme, for the dense twin quantized; another artifact or
                 its folder; or several names with commas, "dense,int8": the first is what the result
                 compares with, the others are in its `others`.
             threads: ORT's threads within operators.
@@ -217,7 +217,7 @@ class Artifact:
         return open_artifact(Path(name).expanduser()).session(threads)
 
     def _low_bit_session(self, scheme: str, own: str, feeds: Feeds, threads: int) -> Any:
-        """The dense twin quantised: as it was written, or made now where it was not."""
+        """The dense twin quantized: as it was written, or made now where it was not."""
         file = low_bit_baseline(scheme)
         if scheme == own and file in self.manifest["sha256"]:
             return open_session(self.path / file, threads)
@@ -225,12 +225,12 @@ class Artifact:
         mark = Mark(scheme)
         if mark.needs_calibration:
             raise GraphPruneError(
-                f"the dense twin quantised by {scheme!r} needs calibration batches, which an "
+                f"the dense twin quantized by {scheme!r} needs calibration batches, which an "
                 f"artifact does not hold; compile with quantize {scheme!r} to have it written"
             )
         with tempfile.TemporaryDirectory(prefix="graphprune-") as folder:
             path = Path(folder) / file
-            quantise(self.path / BASELINE, path, mark, [feeds])
+            quantize(self.path / BASELINE, path, mark, [feeds])
             return open_session(path, threads)
 
     def footprint(self, batch: Any, *, dense: bool = False, threads: int = 1) -> Footprint:

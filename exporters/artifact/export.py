@@ -33,7 +33,7 @@ from graphprune.exporters.artifact.results import PAGE, write_page
 from graphprune.exporters.onnx.convert import save_onnx, to_onnx
 from graphprune.exporters.onnx.names import input_names, limits_by_input
 from graphprune.exporters.onnx.translations import OPSET
-from graphprune.exporters.quantize.quantize import quantise
+from graphprune.exporters.quantize.quantize import quantize
 from graphprune.exporters.runtime.kv_cache import filled, shapes_of
 from graphprune.exporters.runtime.parity import check_parity
 from graphprune.exporters.runtime.session import (
@@ -56,7 +56,7 @@ from graphprune.verify.error import second_inputs
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-# What runs an artifact, and the quantisation schemes that it has operators for.
+# What runs an artifact, and the quantization schemes that it has operators for.
 TARGETS: Mapping[str, tuple[str, ...]] = {"onnxruntime": tuple(SCHEMES)}
 
 _Notes = dict[str, Any]
@@ -82,15 +82,15 @@ def export(
             baseline.onnx of an artifact that this program comes from, which is copied.
         report: text of report.md; by default from the program's own report or history.
         extra: more files by name (tokenizer, labels), as paths to copy or bytes.
-        calibration: batches like the example inputs; quantisation "int8-static" needs them, and
+        calibration: batches like the example inputs; quantization "int8-static" needs them, and
             measures its drift on the first of them.
 
-    A program that is marked for quantisation is written in float, proven equal, and then quantised;
+    A program that is marked for quantization is written in float, proven equal, and then quantized;
     so is its dense twin, as a third file, while baseline.onnx stays float.
 
     Raises:
         ExportError: the folder is not ours or cannot be written, the graph has no ONNX form, ONNX
-            Runtime disagrees with the program, or the target cannot run the quantised operators.
+            Runtime disagrees with the program, or the target cannot run the quantized operators.
     """
     mark = program.quantization
     _check_runs(target, mark)
@@ -108,7 +108,7 @@ def export(
         elif baseline is not None:
             _write_model(baseline, folder / BASELINE, notes)
         if mark is not None:
-            _write_quantised(program, mark, batches, folder, notes)
+            _write_quantized(program, mark, batches, folder, notes)
         notes["measurements"] = _measurements(program, folder)
         (folder / "program").mkdir()
         save_files(program, folder / "program")
@@ -125,7 +125,7 @@ def export(
 def measure(program: Program, *, threads: int = 1, repeats: int = 10) -> float:
     """Milliseconds that ONNX Runtime takes for the program's example inputs, without a cache.
 
-    A program marked for quantisation is measured quantised, all layers of it; in float where the
+    A program marked for quantization is measured quantized, all layers of it; in float where the
     scheme needs calibration.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -134,7 +134,7 @@ def measure(program: Program, *, threads: int = 1, repeats: int = 10) -> float:
         mark = program.quantization
         if mark is not None and not mark.needs_calibration:
             feeds = _examples(program, "forward")
-            quantise(path, path, replace(mark, keep_error=None), feeds[:1])
+            quantize(path, path, replace(mark, keep_error=None), feeds[:1])
         session = open_session(path, threads)
         (times,) = interleaved(
             [session], _example(program, "forward"), repeats=repeats, clock=default_clock(threads)
@@ -175,12 +175,12 @@ def _copy_model(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _write_quantised(
+def _write_quantized(
     program: Program, mark: Mark, batches: Sequence[Feeds], folder: Path, notes: _Notes
 ) -> None:
-    """Quantise model.onnx in place, and the dense twin into a file of its own."""
+    """Quantize model.onnx in place, and the dense twin into a file of its own."""
     feeds = _examples(program, program.deployed)
-    notes["quantization"][MODEL] = quantise(folder / MODEL, folder / MODEL, mark, feeds, batches)
+    notes["quantization"][MODEL] = quantize(folder / MODEL, folder / MODEL, mark, feeds, batches)
     notes["sizes"][MODEL] = file_bytes(folder / MODEL)
     if (folder / BASELINE).exists():
         twin = low_bit_baseline(mark.scheme)
@@ -189,7 +189,7 @@ def _write_quantised(
         if program.deployed != "forward":
             shapes = shapes_of(open_session(folder / BASELINE, 1))
             feeds, batches = ([filled(shapes, feed) for feed in all_] for all_ in (feeds, batches))
-        notes["quantization"][twin] = quantise(
+        notes["quantization"][twin] = quantize(
             folder / BASELINE, folder / twin, every, feeds, batches
         )
         notes["sizes"][twin] = file_bytes(folder / twin)

@@ -109,7 +109,7 @@ def shared(key: fx.Node, value: fx.Node) -> tuple[fx.Node, fx.Node]:
 
 
 def _unrepeated(node: fx.Node) -> fx.Node | None:
-    """[batch, heads, ...] from [batch, heads x n, ...] whose neighbours are n copies of one."""
+    """[batch, heads, ...] from [batch, heads x n, ...] whose neighbors are n copies of one."""
     if is_op(node, "repeat_interleave"):
         a = bound_arguments(node)
         if not isinstance(a.get("repeats"), int) or a.get("dim") not in (1, -3):

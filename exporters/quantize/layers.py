@@ -1,4 +1,4 @@
-"""The layers of an ONNX graph that can be quantised, and the graph brought into shape for it."""
+"""The layers of an ONNX graph that can be quantized, and the graph brought into shape for it."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ class Editor:
     def prepare(self, chosen: Iterable[Layer], layers: Iterable[Layer]) -> None:
         """Products become MatMul with a weight of their own, tables int8.
 
-        Every Gemm is spelled out, also one that stays float: ORT's quantiser (1.31) does so with
+        Every Gemm is spelled out, also one that stays float: ORT's quantizer (1.31) does so with
         those that it meets, and then trips over their old shapes.
         """
         for layer in layers:
@@ -134,7 +134,7 @@ class Editor:
                 self._untie(layer)
         for layer in chosen:
             if layer.kind == "embedding":
-                self._quantise_table(layer)
+                self._quantize_table(layer)
         self._drop_unread()
 
     def _array(self, name: str) -> npt.NDArray[np.float32]:
@@ -175,15 +175,15 @@ class Editor:
         node.output[0] = product
         self.graph.node.insert(list(self.graph.node).index(node) + 1, add)
 
-    def _quantise_table(self, layer: Layer) -> None:
+    def _quantize_table(self, layer: Layer) -> None:
         """Gather(float) -> Gather(int8) as float, times the gathered rows' scales."""
         from onnx import helper
 
-        # ORT's quantiser makes names such as X_scale and X_quantized; these must not meet them.
+        # ORT's quantizer makes names such as X_scale and X_quantized; these must not meet them.
         node = self.nodes[layer.node]
         indices, output = node.input[1], node.output[0]
         coded, plain, steps = (f"{output}_row_{part}" for part in ("int8", "codes", "scales"))
-        codes, scales = quantised_rows(self._array(layer.weight))
+        codes, scales = quantized_rows(self._array(layer.weight))
         node.input[0] = self._store(f"{layer.weight}_row_int8", codes)
         node.output[0] = coded
         table_scales = self._store(f"{layer.weight}_row_scales", scales)
@@ -210,7 +210,7 @@ class Editor:
         return read | {output.name for output in self.graph.output}
 
 
-def quantised_rows(
+def quantized_rows(
     table: npt.NDArray[np.float32],
 ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
     """int8 codes [rows, width] and scales [rows, 1] with |table - codes x scales| <= scales / 2."""

@@ -1,4 +1,4 @@
-"""Quantise an exported float file as a Mark says, with ONNX Runtime's own quantiser.
+"""Quantize an exported float file as a Mark says, with ONNX Runtime's own quantizer.
 
 Measured with ORT 1.31 on AVX-512 VNNI, one thread, MiniLM-L6 at 1 x 128 tokens, float = 1:
 
@@ -37,28 +37,28 @@ _MEASURED = 8  # calibration batches that drift is measured on, beside the examp
 Notes = dict[str, Any]
 
 
-def quantise(
+def quantize(
     source: Path,
     target: Path,
     mark: Mark,
     feeds: Sequence[Feeds],
     calibration: Sequence[Feeds] = (),
 ) -> Notes:
-    """Write `target`, the file `source` quantised, and measure how far it drifts.
+    """Write `target`, the file `source` quantized, and measure how far it drifts.
 
     Args:
         source: a float ONNX file.
         target: where to write; may be the source.
-        mark: what to quantise, and how.
+        mark: what to quantize, and how.
         feeds: inputs to measure drift on.
         calibration: inputs that fix the ranges of activations in scheme "int8-static".
 
     Returns:
-        JSON for the manifest: how many layers are quantised, those left in float with the reason,
+        JSON for the manifest: how many layers are quantized, those left in float with the reason,
         and the drift of every output.
 
     Raises:
-        ExportError: there is nothing to quantise, ranges have no calibration, nothing holds
+        ExportError: there is nothing to quantize, ranges have no calibration, nothing holds
             keep_error, or ONNX Runtime cannot run the result.
     """
     if mark.needs_calibration and not calibration:
@@ -84,7 +84,7 @@ def quantise(
 
 @final
 class _Work:
-    """One file to quantise, its layers, and what its float form computes."""
+    """One file to quantize, its layers, and what its float form computes."""
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class _Work:
         self.expected: Outputs = run_all(open_session(source, 1), feeds)
 
     def choose(self) -> tuple[list[Layer], Notes]:
-        """The layers to quantise, and the others with the reason."""
+        """The layers to quantize, and the others with the reason."""
         chosen, left = [], {}
         for layer in self.layers:
             if reason := self._obstacle(layer):
@@ -116,7 +116,7 @@ class _Work:
         chosen = self._without_half_tied(chosen, left)
         if not chosen:
             raise ExportError(
-                f"scheme {self.mark.scheme!r} finds nothing to quantise among "
+                f"scheme {self.mark.scheme!r} finds nothing to quantize among "
                 f"{len(self.layers)} layers; the first is left because: "
                 f"{next(iter(left.values()), 'there is no layer with a constant weight')}"
             )
@@ -141,7 +141,7 @@ class _Work:
         return chosen
 
     def error(self, chosen: Collection[Layer]) -> float:
-        """The relative error of the outputs when only these layers are quantised."""
+        """The relative error of the outputs when only these layers are quantized."""
         path = self.folder / "candidate.onnx"
         self.write(chosen, path)
         actual = run_all(_session(path, self.mark, 1), self.feeds)
@@ -179,7 +179,7 @@ class _Work:
             low, high = (low, middle) if measured[middle] <= limit else (middle, high)
         if high == len(ranked):
             raise ExportError(
-                f"keep_error={limit:g} leaves nothing to quantise: the least costly layer alone "
+                f"keep_error={limit:g} leaves nothing to quantize: the least costly layer alone "
                 f"({ranked[-1]!r}) makes an error of {alone[ranked[-1]]:.1e}, all together "
                 f"{total:.1e}"
             )
@@ -189,7 +189,7 @@ class _Work:
         return kept(high), {"error": measured[high], "error_alone": alone}
 
     def write(self, chosen: Collection[Layer], target: Path) -> None:
-        """Write the file with just these layers quantised."""
+        """Write the file with just these layers quantized."""
         import onnx
 
         model = onnx.ModelProto()
@@ -207,7 +207,7 @@ class _Work:
 
         if self.mark.scheme in BITS:
             return self._blocks(model, names)
-        source, target = self.folder / "float.onnx", self.folder / "quantised.onnx"
+        source, target = self.folder / "float.onnx", self.folder / "quantized.onnx"
         _save(model, source)
         if self.mark.scheme == "int8-static":
             self._static(source, target, names)
@@ -238,7 +238,7 @@ class _Work:
             quantize_static,
         )
 
-        # What sits between two convolutions is quantised too, or each would go through float.
+        # What sits between two convolutions is quantized too, or each would go through float.
         between = [n.name for n in self.model.graph.node if n.op_type in _BETWEEN]
         convolutions = any(layer.kind == "conv" for layer in self.layers)
         quantize_static(
@@ -299,7 +299,7 @@ class _Reader:
 
 
 def _together(layers: Sequence[Layer]) -> dict[str, list[Layer]]:
-    """Layers by weight: a table and the projection tied to it are quantised both or not at all."""
+    """Layers by weight: a table and the projection tied to it are quantized both or not at all."""
     groups: dict[str, list[Layer]] = {}
     for layer in layers:
         groups.setdefault(layer.weight, []).append(layer)
@@ -330,7 +330,7 @@ def _session(path: Path, mark: Mark, threads: int | None = None) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep ORT's quantiser from the user's log; importing it sets up logging for everybody."""
+    """Keep ORT's quantizer from the user's log; importing it sets up logging for everybody."""
     root = logging.getLogger()
     handlers, level, disabled = list(root.handlers), root.level, root.manager.disable
     logging.disable(logging.CRITICAL)

@@ -1,4 +1,4 @@
-"""Drift: how far a quantised file is from its float twin."""
+"""Drift: how far a quantized file is from its float twin."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Drift:
 
     Attributes:
         cosine: between all values of the output and of its float twin.
-        error: ||quantised - float|| / ||float||.
+        error: ||quantized - float|| / ||float||.
         largest: the largest difference in any row, relative to the row's scale, as verification
             and parity have it (`verify.error.relative_error`).
     """
@@ -49,14 +49,14 @@ def run_all(session: Any, feeds: Sequence[Feeds]) -> Outputs:
     try:
         return [session.run(None, {name: feed[name] for name in names}) for feed in feeds]
     except Exception as e:
-        raise ExportError(f"ONNX Runtime fails on the quantised model: {e}") from e
+        raise ExportError(f"ONNX Runtime fails on the quantized model: {e}") from e
 
 
 def drifts(names: Sequence[str], expected: Outputs, actual: Outputs) -> list[Drift]:
     """One Drift for each floating-point output.
 
     Raises:
-        ExportError: a quantised output is not finite where the float one is.
+        ExportError: a quantized output is not finite where the float one is.
     """
     result = []
     for i, name in enumerate(names):
@@ -80,7 +80,7 @@ def _measure(name: str, expected: npt.NDArray[Any], actual: npt.NDArray[Any]) ->
     a, b = expected[finite].astype(np.float64), actual[finite].astype(np.float64)
     if not np.isfinite(b).all():
         raise ExportError(
-            f"output {name!r} of the quantised model is not finite where the float one is; keep "
+            f"output {name!r} of the quantized model is not finite where the float one is; keep "
             "layers in float with ignore=, or by keep_error="
         )
     largest = relative_error(torch.from_numpy(expected), torch.from_numpy(actual))

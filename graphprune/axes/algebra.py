@@ -28,14 +28,14 @@ _serial = itertools.count()
 class Axis:
     """A node of the algebra. Compare with `is` after `find`; sizes never change."""
 
-    __slots__ = ("_forward", "children", "frozen", "kind", "normalised", "serial", "size")
+    __slots__ = ("_forward", "children", "frozen", "kind", "normalized", "serial", "size")
 
     def __init__(self, size: Size, kind: str = "leaf", children: tuple[Axis, ...] = ()) -> None:
         self.size: Final = size
         self.kind = kind
         self.children = children
         self.frozen: dict[str, None] = {}  # reasons, in order
-        self.normalised = False
+        self.normalized = False
         self.serial = next(_serial)
         self._forward: Axis | None = None
 
@@ -129,10 +129,10 @@ def freeze(axis: Axis, reason: str) -> None:
         node.frozen.setdefault(reason)
 
 
-def normalise(axis: Axis) -> None:
+def normalize(axis: Axis) -> None:
     """Mark every leaf as one whose removal changes a statistic."""
     for node in leaves(axis):
-        node.normalised = True
+        node.normalized = True
 
 
 def divide(a: Size, b: Size) -> Size | None:
@@ -157,7 +157,7 @@ def _become(axis: Axis, structure: Axis) -> None:
     """Turn a leaf into a structure of fresh leaves; its marks go to all of them."""
     for part in leaves(structure):
         part.frozen.update(axis.frozen)
-        part.normalised |= axis.normalised
+        part.normalized |= axis.normalized
     axis._forward = structure
 
 
@@ -197,7 +197,7 @@ def unify(a: Axis, b: Axis, where: str) -> None:
             return
         for part in leaves(other):
             part.frozen.update(one.frozen)
-            part.normalised |= one.normalised
+            part.normalized |= one.normalized
         one._forward = other
     elif a.kind == b.kind == "product":
         if not _refine_products(factors(a), factors(b), where):
@@ -332,7 +332,7 @@ def new_size(axis: Axis, keep: Mapping[Axis, Tensor]) -> Size:
     return sympy_product(sizes) if axis.kind == "product" else sum(sizes)
 
 
-def kept_indices(axis: Axis, keep: Mapping[Axis, Tensor]) -> Tensor:
+def expanded(axis: Axis, keep: Mapping[Axis, Tensor]) -> Tensor:
     """Positions along an axis of static size that stay, as int64 [new size], ascending per leaf."""
     axis = find(axis)
     if axis.kind == "leaf":
@@ -340,7 +340,7 @@ def kept_indices(axis: Axis, keep: Mapping[Axis, Tensor]) -> Tensor:
     result = torch.zeros(1 if axis.kind == "product" else 0, dtype=torch.int64)
     offset = 0
     for child in axis.children:
-        indices = kept_indices(child, keep)
+        indices = expanded(child, keep)
         if axis.kind == "product":
             result = (result[:, None] * int(child.size) + indices[None, :]).reshape(-1)
         else:

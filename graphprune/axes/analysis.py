@@ -45,8 +45,8 @@ def infer_axes(program: Program) -> Axes:
             algebra.freeze(axis, f"{name} shares a part of its memory with another tensor")
     for name, found in facts.items():
         _freeze_mixed(found)
-        _normalise_weight_sums(found)
-        _normalise_subtracted_means(found)
+        _normalize_weight_sums(found)
+        _normalize_subtracted_means(found)
         _freeze_returned_averages(found, flat_outputs(program.entries[name].graph))
     return Axes(program, tensors, facts)
 
@@ -133,7 +133,7 @@ def _freeze_mixed(facts: Facts) -> None:
                 )
 
 
-def _normalise_weight_sums(facts: Facts) -> None:
+def _normalize_weight_sums(facts: Facts) -> None:
     """A sum over weights alone changes when units of an activation's axis go: a statistic of them.
 
     W - W.mean(1), W / |W| and the like: masking activations says nothing about those sums.
@@ -142,11 +142,11 @@ def _normalise_weight_sums(facts: Facts) -> None:
     for contraction in facts.contractions:
         if contraction.node not in facts.activations:
             for part in carried.intersection(algebra.leaves(contraction.axis)):
-                algebra.normalise(part)
+                algebra.normalize(part)
 
 
-def _normalise_subtracted_means(facts: Facts) -> None:
-    """A mean taken off the values that it is the mean of: the axis is normalised, as by layer_norm.
+def _normalize_subtracted_means(facts: Facts) -> None:
+    """A mean taken off the values that it is the mean of: the axis is normalized, as by layer_norm.
 
     x - mean(x). As a factor, as in x / |x| or a gate by mean(x), a sum leaves a zero unit zero.
     """
@@ -171,7 +171,7 @@ def _normalise_subtracted_means(facts: Facts) -> None:
                     stack.append(user)
                 elif op_name(user) in _SHIFTS:
                     for part in back:
-                        algebra.normalise(part)
+                        algebra.normalize(part)
 
 
 _SHIFTS = {"add", "sub", "rsub", "lerp", "addcmul", "addcdiv"}

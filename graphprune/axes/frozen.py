@@ -1,7 +1,7 @@
 """Frozen axes that cost: what a smaller model cannot lose because an operator has no rule for it.
 
 Axes that every model keeps are left out: its inputs and outputs, tables and the sides of kernels,
-what a normalisation computes statistics over, and a factor of a dimension beside which another one
+what a normalization computes statistics over, and a factor of a dimension beside which another one
 can go, as the 3 of a fused query, key and value is.
 """
 
@@ -71,7 +71,7 @@ def frozen_parameters(groups: AxisGroups) -> list[Frozen]:
 
 def _could_go(groups: AxisGroups, group: AxisGroup) -> bool:
     """Whether only operators inside the model freeze a group."""
-    if not group.frozen or group.normalised or group.role in _KEPT_ROLES:
+    if not group.frozen or group.normalized or group.role in _KEPT_ROLES:
         return False
     outside = any(reason.startswith(_INTERFACE) for reason in group.frozen)
     return not outside and not _beside_free(groups, group)

@@ -57,7 +57,7 @@ class AxisGroup:
         role: what it is for, one of `graphprune.axes.ROLES`.
         occurrences: every tensor dimension that it is, or is a part of.
         frozen: why no unit can go; empty when they can.
-        normalised: removing a unit changes a mean or variance, so it is not exact.
+        normalized: removing a unit changes a mean or variance, so it is not exact.
         cost: parameters that go with one unit.
     """
 
@@ -66,7 +66,7 @@ class AxisGroup:
     role: str
     occurrences: tuple[Occurrence, ...]
     frozen: tuple[str, ...]
-    normalised: bool
+    normalized: bool
     cost: int
     axis: Axis = field(repr=False, compare=False)
 
@@ -82,7 +82,7 @@ class AxisGroup:
             "role": self.role,
             "size": self.size,
             "cost": self.cost,
-            "normalised": self.normalised,
+            "normalized": self.normalized,
             "frozen": list(self.frozen),
             "occurrences": [[o.tensor, o.dim] for o in self.occurrences],
         }
@@ -179,7 +179,7 @@ class AxisGroups(Sequence[AxisGroup]):
 
     def indices(self, tensor: str, dim: int, kept: Mapping[str, Any]) -> Tensor:
         """Positions along a tensor's dimension that stay when groups keep these units."""
-        return algebra.kept_indices(self.axes.tensors[tensor][dim], self.keep(kept))
+        return algebra.expanded(self.axes.tensors[tensor][dim], self.keep(kept))
 
     def units(self, group: AxisGroup, tensor: str, dim: int) -> Tensor:
         """For each position along a tensor's dimension, its unit of the group, or -1."""
@@ -194,7 +194,7 @@ class AxisGroups(Sequence[AxisGroup]):
         lines = [f"{'role':18}{'size':>7}{'params/unit':>13}  axis"]
         for g in self._groups:
             note = f"  frozen: {g.frozen[0]}" if g.frozen else ""
-            note += "  normalised" if g.normalised and not g.frozen else ""
+            note += "  normalized" if g.normalized and not g.frozen else ""
             lines.append(f"{g.role:18}{g.size:>7}{g.cost:>13,}  {g.id}{note}")
         limits = self.program.limit_lines()
         if limits:
@@ -259,7 +259,7 @@ def _groups(axes: Axes) -> list[AxisGroup]:
             role=known.get(leaf, "other"),
             occurrences=tuple(places),
             frozen=tuple(leaf.frozen),
-            normalised=leaf.normalised,
+            normalized=leaf.normalized,
             cost=_unit_cost(axes, leaf, places),
             axis=leaf,
         )

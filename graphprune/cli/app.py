@@ -70,10 +70,10 @@ Calibration = Annotated[
 ]
 TextColumn = Annotated[
     list[str] | None,
-    typer.Option(metavar="NAME", help="A labelled file's column of text; twice for pairs."),
+    typer.Option(metavar="NAME", help="A labeled file's column of text; twice for pairs."),
 ]
 LabelColumn = Annotated[
-    str, typer.Option(metavar="NAME", help="Its column of labels; the usual names are recognised.")
+    str, typer.Option(metavar="NAME", help="Its column of labels; the usual names are recognized.")
 ]
 
 

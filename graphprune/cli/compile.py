@@ -93,7 +93,7 @@ def compile_command(
     ] = "",
     train: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Labelled examples: TABs and a header line, no quotes."),
+        typer.Option(metavar="FILE", help="Labeled examples: TABs and a header line, no quotes."),
     ] = None,
     eval_file: Annotated[
         Path | None,

@@ -50,7 +50,7 @@ def demo_command(
 
 def demo_sentences(file: Path) -> Path:
     """Write the demo's calibration: Python's help topics, without those that it is evaluated on."""
-    from graphprune.models.tasks.neighbours import SENTENCES, python_sentences
+    from graphprune.models.tasks.neighbors import SENTENCES, python_sentences
 
     judged = set(python_sentences(SENTENCES))
     found = [s for s in python_sentences(SENTENCES + 2 * LINES) if s not in judged]

@@ -35,7 +35,7 @@ def eval_command(
     task: Annotated[
         str,
         typer.Option(
-            help="sts, neighbours, digits, perplexity, piqa, lambada, classification or regression."
+            help="sts, neighbors, digits, perplexity, piqa, lambada, classification or regression."
         ),
     ],
     data: Annotated[
@@ -104,7 +104,7 @@ def judged(
         data: the task's file or folder, or None for the usual place.
         advance: told of the progress, anew for each of the two models.
         options: the task's own options.
-        columns: a labelled file's columns of text, and of labels; by default those that the subject
+        columns: a labeled file's columns of text, and of labels; by default those that the subject
             was trained on.
 
     Raises:

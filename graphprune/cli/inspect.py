@@ -23,7 +23,7 @@ def inspect_command(
     from graphprune.cli.subject import opened
     from graphprune.cli.tables import groups_footer, groups_table
 
-    with opened(model, allow_pickle) as (subject, display), display.step("capture and analyse"):
+    with opened(model, allow_pickle) as (subject, display), display.step("capture and analyze"):
         groups = axis_groups(subject.captured(dynamic=listed(dynamic)).program)
     if as_json:
         parameters = groups.program.num_parameters()

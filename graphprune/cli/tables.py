@@ -77,8 +77,8 @@ def _state(group: AxisGroup) -> Text:
     if group.frozen:
         more = f" (and {len(group.frozen) - 1} more)" if len(group.frozen) > 1 else ""
         return Text(f"\n  frozen: {_starred_numbers(group.frozen[0])}{more}", style="yellow")
-    if group.normalised:
-        return Text("\n  normalised: cutting it is not exact", style="cyan")
+    if group.normalized:
+        return Text("\n  normalized: cutting it is not exact", style="cyan")
     return Text()
 
 

@@ -30,7 +30,7 @@ def bench_command(
     against: Annotated[
         str,
         typer.Option(
-            help="dense (its own twin), int8 (the twin quantised), or another artifact's folder; "
+            help="dense (its own twin), int8 (the twin quantized), or another artifact's folder; "
             "several with commas."
         ),
     ] = "dense",

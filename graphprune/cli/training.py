@@ -1,4 +1,4 @@
-"""What the command line trains with: labelled files, a head for them, a dense model to prune."""
+"""What the command line trains with: labeled files, a head for them, a dense model to prune."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class TrainingOptions:
 
     Attributes:
         task: one of TRAINABLE, or empty.
-        train, eval: labelled files.
-        text, label: names of their columns; recognised where empty.
+        train, eval: labeled files.
+        text, label: names of their columns; recognized where empty.
         epochs: of the dense model, where its head is fresh.
         lr: learning rate of that, and of the passes for which a recipe gives none.
         batch: examples of a batch.
@@ -301,7 +301,7 @@ def calibration_from(training: Training, count: int) -> list[dict[str, Tensor]]:
     from graphprune.models.data.batches import Batches
 
     assert isinstance(training.data, Batches)
-    return training.data.unlabelled(count)
+    return training.data.unlabeled(count)
 
 
 def trained_first(

@@ -61,7 +61,7 @@ class ProgramModule(nn.Module):
     """A Program's entry as a module with the inputs and outputs of the original model.
 
     Parameters share memory with the program that it was made from, tied ones are one Parameter.
-    `train()` and `eval()` switch dropout and normalisation inside the graph.
+    `train()` and `eval()` switch dropout and normalization inside the graph.
 
     Args:
         record: names of nodes; after a call, `recorded` holds what they computed.

@@ -1,6 +1,6 @@
 """The mark that Quantize leaves on a program, and that exporters read.
 
-A marked program still holds its float weights and computes what it did: quantised operators exist
+A marked program still holds its float weights and computes what it did: quantized operators exist
 only in the exported file. So a mark survives saving, and nothing in the core knows int8.
 """
 
@@ -20,21 +20,21 @@ KEY = "quantize"  # the pass, and its mark in a saved program
 SCHEMES: Mapping[str, str] = {
     "int8-dynamic": "int8 weights with a scale a channel, activations to uint8 as they come",
     "int8-static": "the same with the activations' ranges fixed by calibration",
-    "int8-weights": "int8 weights in blocks, dequantised inside the product",
-    "int4-weights": "int4 weights in blocks, dequantised inside the product",
+    "int8-weights": "int8 weights in blocks, dequantized inside the product",
+    "int4-weights": "int4 weights in blocks, dequantized inside the product",
 }
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """How to quantise at export.
+    """How to quantize at export.
 
     Attributes:
         scheme: a key of `SCHEMES`.
         ignored: names of tensors that stay float.
         embeddings: whether lookup tables become int8, with a scale a row.
-        keep_error: largest relative error of the outputs, ||quantised - float|| / ||float||; the
+        keep_error: largest relative error of the outputs, ||quantized - float|| / ||float||; the
             layers that cost most stay float until it holds. None keeps none.
         block_size: weights that share a scale, in the schemes with blocks.
         reduce_range: int8 weights of seven bits.
@@ -63,7 +63,7 @@ class Mark:
         except (TypeError, KeyError) as e:
             raise ArtifactError(
                 f"the program's metadata[{KEY!r}] is not what graphprune wrote ({e!r}); "
-                "quantise again"
+                "quantize again"
             ) from e
         if mark.scheme not in SCHEMES:
             raise ArtifactError(
@@ -73,7 +73,7 @@ class Mark:
         return mark
 
     def takes(self, weight: str) -> bool:
-        """Whether this weight is to be quantised."""
+        """Whether this weight is to be quantized."""
         return weight not in self.ignored
 
     @property
@@ -82,7 +82,7 @@ class Mark:
         return self.scheme == "int8-static"
 
 
-def refuse_quantised(program: Program, name: str) -> None:
+def refuse_quantized(program: Program, name: str) -> None:
     """Refuse to change shapes or weights behind a mark; every pass that does so calls this first.
 
     Raises:
@@ -96,5 +96,5 @@ def too_late(name: str, scheme: str) -> str:
     """Why a pass that changes weights or shapes cannot come after quantize."""
     return (
         f"pass {name!r} comes after 'quantize' ({scheme}): scales and the layers kept in float are "
-        "chosen for the weights as they are then, so prune first and quantise last"
+        "chosen for the weights as they are then, so prune first and quantize last"
     )

@@ -176,7 +176,7 @@ class Context:
 
         Returns:
             The smaller program, and the verification's report (`equivalence.verify_rewrite`):
-            max_error, moved, observable, seconds. Where a group is normalised the two differ by
+            max_error, moved, observable, seconds. Where a group is normalized the two differ by
             nature: drift instead of max_error. When the context says not to verify:
             {"skipped": reason}.
 
@@ -193,7 +193,7 @@ class Context:
         if not self.verify:
             return shrunk, {"skipped": "verification was switched off"}
         groups = self.get(axis_groups, program)
-        exact = not any(groups[name].normalised for name in keep)
+        exact = not any(groups[name].normalized for name in keep)
         start = time.perf_counter()
         also = [mask(source, keep, everywhere=True)] if exact else []
         try:
@@ -232,7 +232,7 @@ class Pass(abc.ABC):
         idempotent: whether a second run finds nothing to do.
         needs_float: whether it changes values or shapes of tensors, under their names, and so
             refuses a program that is marked for quantization
-            (`ir.quantization.refuse_quantised`); asked before any work.
+            (`ir.quantization.refuse_quantized`); asked before any work.
         trains: whether it calls `training.loop.fit`, which it may do once a run.
         without_data: options with which it needs no calibration; empty where it always does.
     """

@@ -71,7 +71,8 @@ def lookup(name: str) -> type[Pass]:
 
 def options(cls: type[Pass]) -> tuple[dataclasses.Field[object], ...]:
     """The options of a pass: its dataclass fields, those first that it takes by position too."""
-    return tuple(sorted(dataclasses.fields(cls), key=lambda f: bool(f.kw_only)))
+    found = dataclasses.fields(cls)  # type: ignore[arg-type]
+    return tuple(sorted(found, key=lambda f: bool(f.kw_only)))
 
 
 def meanings(cls: type[Pass]) -> dict[str, str]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Chart = dict[str, Any]
 
-_COLOURS = (
+_COLORS = (
     *("#2f6fb3", "#d9822b", "#3f9b6c", "#8a5fb0", "#c04b5a"),
     *("#5c6f82", "#1f9bb0", "#b8a12c", "#d35fa0", "#6b4a2f"),
 )
@@ -197,9 +197,9 @@ def _options(legend: bool, height: int) -> dict[str, Any]:
         major_label_font_size=12,
         legend_font_size=12,
         value_font_size=13,
-        value_colors=("#fff",) * len(_COLOURS),
+        value_colors=("#fff",) * len(_COLORS),
         opacity=1,
-        colors=_COLOURS,
+        colors=_COLORS,
     )
     return {
         # Its tooltips are a script from a server; the page must do without any.

@@ -401,7 +401,7 @@ def _low_bit_lines(manifest: Mapping[str, Any]) -> list[str]:
         drifted = f"; outputs drift by {worst:.1e} of the float ones, {row:.1e} of a row's scale"
         lines.append(
             f"{file}: {notes['scheme']}, {notes['products']} products and {notes['tables']} tables "
-            f"quantised, {len(notes.get('float') or ())} left in float{drifted}."
+            f"quantized, {len(notes.get('float') or ())} left in float{drifted}."
         )
     return lines
 

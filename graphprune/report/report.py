@@ -12,7 +12,7 @@ from graphprune.pipeline.events import JSON, PassFinished
 
 @final
 @dataclass(frozen=True, slots=True)
-class Size:
+class ModelSize:
     """How large a program is: parameters, bytes of all tensors, FLOPs on the example inputs."""
 
     parameters: int
@@ -20,7 +20,7 @@ class Size:
     flops: int
 
     @classmethod
-    def of(cls, program: Program) -> Size:
+    def of(cls, program: Program) -> ModelSize:
         """Measure a program."""
         from graphprune.ir.cost import flops
 
@@ -110,14 +110,14 @@ class Report:
     """
 
     model: str
-    before: Size
-    after: Size
+    before: ModelSize
+    after: ModelSize
     passes: tuple[PassReport, ...] = ()
     capture_seconds: float = 0.0
     seconds: float = 0.0
     limits: tuple[str, ...] = ()
 
-    def extended(self, after: Size, passes: Sequence[PassReport], seconds: float) -> Report:
+    def extended(self, after: ModelSize, passes: Sequence[PassReport], seconds: float) -> Report:
         """This report with more passes behind it."""
         return replace(
             self, after=after, passes=(*self.passes, *passes), seconds=self.seconds + seconds
@@ -150,7 +150,7 @@ class Report:
             )
             for p in data["passes"]
         )
-        sizes = {key: Size(**data[key]) for key in ("before", "after")}
+        sizes = {key: ModelSize(**data[key]) for key in ("before", "after")}
         limits = tuple(data.get("limits", ()))
         return cls(**{**data, **sizes, "passes": passes, "limits": limits})
 

@@ -43,8 +43,8 @@ def mask(program: Program, kept: Mapping[str, Any], *, everywhere: bool = False)
         carried = _carried(facts) if everywhere else set()
         for contraction in facts.contractions:
             cut = {leaf for leaf in algebra.leaves(contraction.axis) if leaf in keep}
-            # A statistic over a normalised axis stays that of all units: the drift is from there.
-            statistic = contraction.kind == "reduction" and any(leaf.normalised for leaf in cut)
+            # A statistic over a normalized axis stays that of all units: the drift is from there.
+            statistic = contraction.kind == "reduction" and any(leaf.normalized for leaf in cut)
             if cut and not statistic and cut.isdisjoint(carried):
                 _mask_operand(graph, contraction, keep, tensors)
         _cut_outputs(fork.entries[name], facts, keep, tensors)
@@ -64,7 +64,7 @@ def _cut_outputs(
             if not any(leaf in keep for leaf in algebra.leaves(axis)):
                 continue
             name = f"{MASK}{len(tensors)}"
-            tensors[name] = algebra.kept_indices(axis, keep)
+            tensors[name] = algebra.expanded(axis, keep)
             with graph.inserting_before(output_node(graph)):
                 results[number] = graph.call_function(
                     torch.ops.aten.index_select.default,
@@ -128,7 +128,7 @@ def _masked(
     """A value with the removed units of a dimension set to zero, whatever they are."""
     fake = value.meta["val"]
     gone = torch.ones(int(axis.size), dtype=torch.bool, device=fake.device)
-    gone[algebra.kept_indices(axis, keep).to(fake.device)] = False
+    gone[algebra.expanded(axis, keep).to(fake.device)] = False
     name = f"{MASK}{len(tensors)}"
     tensors[name] = gone.reshape([-1] + [1] * (fake.dim() - dim - 1))
     read = graph.create_node("get_attr", name)

@@ -72,7 +72,7 @@ def take(
 ) -> dict[str, Tensor]:
     """Tensors shaped like the program's own of these names, cut as `shrink` cuts those.
 
-    For what belongs to a weight and must lose the same units: an optimiser's moments, a mask.
+    For what belongs to a weight and must lose the same units: an optimizer's moments, a mask.
     """
     groups = axis_groups(program)
     keep = groups.keep(kept)
@@ -82,7 +82,7 @@ def take(
 def _indexed(groups: AxisGroups, name: str, tensor: Tensor, keep: Mapping[Axis, Tensor]) -> Tensor:
     for dim, axis in enumerate(groups.axes.tensors[name]):
         if any(leaf in keep for leaf in algebra.leaves(axis)):
-            indices = algebra.kept_indices(axis, keep)
+            indices = algebra.expanded(axis, keep)
             tensor = tensor.index_select(dim, indices.to(tensor.device))
     return tensor
 
@@ -94,7 +94,7 @@ def _cut_cache(groups: AxisGroups, name: str, entry: Entry, keep: Mapping[Axis, 
         if node.name in entry.cache:
             for dim, axis in enumerate(groups.axes.facts[name].dims[node]):
                 if any(leaf in keep for leaf in algebra.leaves(axis)):
-                    indices = algebra.kept_indices(axis, keep)
+                    indices = algebra.expanded(axis, keep)
                     example[i] = example[i].index_select(dim, indices)
     return replace(entry, example=tuple(example))
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a training: the program, the optimiser and the place, without a pickle anywhere.
+"""Checkpoints of a training: the program, the optimizer and the place, without a pickle anywhere.
 
     FOLDER/program.json, tensors.safetensors, examples.safetensors   the program as it was then
     FOLDER/optimiser.safetensors                                     moments, masks, best weights,

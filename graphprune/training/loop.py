@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from graphprune.errors import RecipeError, TrainingError
 from graphprune.ir.module import ProgramModule
 from graphprune.ir.program import JSON, Program
-from graphprune.ir.quantization import refuse_quantised
+from graphprune.ir.quantization import refuse_quantized
 from graphprune.pipeline.base import Context, Keep
 from graphprune.rewrite.shrink import take
 from graphprune.training.checkpoint import Checkpoint, Identity, read, write
@@ -35,11 +35,11 @@ from graphprune.training.checks import (
 from graphprune.training.distributed import Feed, Workers, seed_from
 from graphprune.training.losses import (
     IGNORED,
-    Score,
+    Metric,
     metric_name,
 )
 from graphprune.training.objective import Distillation, Objective, inputs_of
-from graphprune.training.optimizer import Optimiser, Plan, cut_state, zero_masks
+from graphprune.training.optimizer import Optimizer, Plan, cut_state, zero_masks
 from graphprune.training.records import Epoch, TrainingReport
 from graphprune.training.spec import Training, check_metric, judged
 from graphprune.training.state import Held, Place, as_given, in_order_of, owned
@@ -64,7 +64,7 @@ class Masking(Protocol):
     ) -> Mapping[str, Tensor] | None:
         """By tensor name, true where weights may live; None where nothing is new.
 
-        Called before each optimiser step, `step` from 0 of `total`, with the scored terms'
+        Called before each optimizer step, `step` from 0 of `total`, with the scored terms'
         gradients, summed over processes, in `.grad`. It must not draw lots: every process calls it.
         """
 
@@ -150,7 +150,7 @@ def fit(
             f"pass {ctx.running!r} trains and needs data and a loss: give compile(..., "
             "training=Training(batches, loss=...))"
         )
-    refuse_quantised(program, ctx.running)
+    refuse_quantized(program, ctx.running)
     refuse_sparse_gradients(program)
     if distillation is not None and ctx.reference is None:
         raise RecipeError(f"pass {ctx.running!r} needs a teacher, and the context has no reference")
@@ -217,7 +217,7 @@ class _Run:
         self.place = Place()
         self.best: Mapping[str, Tensor] = {}
         self._begin(self.program, zero_masks(self.program), None)
-        self.workers.spread(self.optimiser.parameters.values())
+        self.workers.spread(self.optimizer.parameters.values())
         self.good = self._snapshot()
 
     # --- before ----------------------------------------------------------------------------------
@@ -239,7 +239,7 @@ class _Run:
         self.module.train()
         if self.hooks.bind is not None:
             self.hooks.bind(program)
-        self.optimiser = Optimiser(self.module, program, self.plan, masks, state)
+        self.optimizer = Optimizer(self.module, program, self.plan, masks, state)
 
     @property
     def total(self) -> int:
@@ -289,7 +289,7 @@ class _Run:
         loss = self._gradients(number, batch)
         if not math.isfinite(loss):
             raise self._astray(f"the loss is {loss}")
-        norm = self.optimiser.step(self.plan.rate(place.step, self.total))
+        norm = self.optimizer.step(self.plan.rate(place.step, self.total))
         if not math.isfinite(norm):
             raise self._astray("the loss is finite and its gradient is not")
         place.step += 1
@@ -322,7 +322,7 @@ class _Run:
             self._add(name, part, count)
         if self.hooks.penalty is not None:
             # The same in every process; gradients are summed over processes.
-            extra = self.hooks.penalty(self.optimiser.parameters)
+            extra = self.hooks.penalty(self.optimizer.parameters)
             rest = rest + extra / self.workers.count
             value += float(extra.detach())
             self._add("penalty", float(extra.detach()), 1)
@@ -344,7 +344,7 @@ class _Run:
 
         `any_scored` is whether a process has the first one: then all of them share its gradient.
         """
-        parameters = self.optimiser.parameters
+        parameters = self.optimizer.parameters
         if scored.requires_grad:
             self.workers.backward(scored, retain_graph=rest.requires_grad)
         if any_scored:
@@ -354,7 +354,7 @@ class _Run:
             with torch.no_grad():
                 chosen = self.hooks.masking.choose(parameters, self.place.step, self.total)
         held = {name: p.grad for name, p in parameters.items() if p.grad is not None}
-        self.optimiser.forget_gradients()
+        self.optimizer.forget_gradients()
         if rest.requires_grad:
             self.workers.backward(rest)
         self.workers.share_gradients(parameters)
@@ -362,7 +362,7 @@ class _Run:
             parameter = parameters[name]
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         if chosen is not None:
-            self.optimiser.restrict(chosen)
+            self.optimizer.restrict(chosen)
 
     def _add(self, name: str, total: float, count: float) -> None:
         held = self.place.sums.setdefault(name, [0.0, 0.0])
@@ -403,7 +403,7 @@ class _Run:
         after, keep = self.hooks.after_epoch(before, epoch)
         if after is before and not keep:
             return
-        state = self.optimiser.state()
+        state = self.optimizer.state()
         masks = zero_masks(after)
         if keep:
             state = cut_state(after, keep, state, self.hooks.arrange)
@@ -427,7 +427,7 @@ class _Run:
             if callable(judge):
                 with torch.no_grad():
                     return judged(judge, self._as_given(self._snapshot()))
-            score = Score(self.training.loss)
+            score = Metric(self.training.loss)
             self.module.eval()
             try:
                 with torch.no_grad():
@@ -487,8 +487,8 @@ class _Run:
             return
         if self.workers.is_main:
             held = Held(
-                self.optimiser.state(),
-                self.optimiser.masks,
+                self.optimizer.state(),
+                self.optimizer.masks,
                 self.best,
                 {} if self.hooks.masking is None else self.hooks.masking.state(),
             )
@@ -536,7 +536,7 @@ class _Run:
             metric=None if self.training.eval is None else self._metric_name(),
             metric_before=place.metric_before,
             metric_after=after,
-            masked_weights=sum(int((~m).sum()) for m in self.optimiser.masks.values()),
+            masked_weights=sum(int((~m).sum()) for m in self.optimizer.masks.values()),
             seconds=place.seconds + time.perf_counter() - self.start,
             notes=notes(self.source),
             cuts=place.checks,

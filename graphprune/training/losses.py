@@ -189,7 +189,7 @@ def named_function(what: str) -> Iterator[None]:
 
 
 @final
-class Score:
+class Metric:
     """An evaluation in progress: batches go in, one number comes out, higher is better."""
 
     def __init__(self, loss: Loss) -> None:

@@ -1,4 +1,4 @@
-"""What training minimises: the loss on labels, and the distance to a teacher."""
+"""What training minimizes: the loss on labels, and the distance to a teacher."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class Objective:
         return ProgramModule(program, record=self.nodes)
 
     def report(self) -> dict[str, JSON]:
-        """What is minimised, as JSON."""
+        """What is minimized, as JSON."""
         if self.distillation is None:
             return {"terms": self.weights}
         assert self.teacher_program is not None
@@ -194,7 +194,7 @@ def inputs_of(program: Program, batch: Mapping[str, Any]) -> dict[str, Any]:
 def shared_nodes(student: Program, teacher: Program) -> tuple[list[str], dict[str, str]]:
     """Names of the residual stream's values that both graphs have in one shape; others, and why.
 
-    A value of the residual stream is a sum of two values that have its axis, or the normalised
+    A value of the residual stream is a sum of two values that have its axis, or the normalized
     sum where nothing else reads the sum. Passes keep the names of the nodes that they leave, so one
     name is one place.
     """

@@ -73,7 +73,7 @@ def zero_masks(program: Program) -> dict[str, Tensor]:
 
 
 @final
-class Optimiser:
+class Optimizer:
     """One AdamW over a module's parameters.
 
     Attributes:

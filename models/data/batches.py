@@ -1,4 +1,4 @@
-"""Batches: labelled examples for training, shuffled anew every time they are read."""
+"""Batches: labeled examples for training, shuffled anew every time they are read."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Batches:
         for rows in self._order():
             yield {**self._cut(rows), "labels": self.labels[rows]}
 
-    def unlabelled(self, count: int) -> list[dict[str, Tensor]]:
+    def unlabeled(self, count: int) -> list[dict[str, Tensor]]:
         """Batches of at most so many examples without labels, drawn with a fixed seed."""
         generator = torch.Generator().manual_seed(0)
         drawn = torch.randperm(len(self.labels), generator=generator)[:count]
@@ -89,7 +89,7 @@ def table_batches(
     length: int = TOKENS,
     shuffle: bool = True,
 ) -> Batches:
-    """A table's rows, tokenised once; pairs are joined as two segments.
+    """A table's rows, tokenized once; pairs are joined as two segments.
 
     Args:
         table: texts and labels.

@@ -31,7 +31,7 @@ _LINE = SEGMENTS * SEGMENT // LINES
 # The columns of a table that hold text, by preference.
 COLUMNS = ("text", "sentence", "sentence1")
 
-Batches = list[dict[str, Tensor]]
+CalibrationBatches = list[dict[str, Tensor]]
 
 
 def calibration_batches(
@@ -42,8 +42,8 @@ def calibration_batches(
     *,
     segment: int = 0,
     length: int = TOKENS,
-) -> Batches:
-    """Batches for `compile(..., calibration=...)`, of 32 samples.
+) -> CalibrationBatches:
+    """CalibrationBatches for `compile(..., calibration=...)`, of 32 samples.
 
     1. *.npz: one array an input, its name the input's, the first dimension the samples.
     2. *.tsv: a header line; the column text, sentence or sentence1.
@@ -106,7 +106,7 @@ def check_source(source: Path) -> None:
 
 def text_batches(
     sentences: Iterable[str], inputs: Sequence[str], tokenizer_dir: Path, length: int = TOKENS
-) -> Batches:
+) -> CalibrationBatches:
     """Sentences as batches of 32, the short ones first, with the inputs that the model takes.
 
     Raises:
@@ -129,12 +129,12 @@ def token_batches(
     length: int = SEGMENT,
     seed: int = 0,
     batch: int = 4,
-) -> Batches:
+) -> CalibrationBatches:
     """Segments of running text, [batch, length] tokens, none padded: for language models.
 
-    The text is tokenised whole, with the special tokens that the tokenizer adds by itself, and cut
+    The text is tokenized whole, with the special tokens that the tokenizer adds by itself, and cut
     into segments that do not overlap, of which some are drawn at random. A file in WikiText's
-    tokenised form (`<unk>`, ` @-@ `) is made text again by `graphprune.models.data.wikitext` first;
+    tokenized form (`<unk>`, ` @-@ `) is made text again by `graphprune.models.data.wikitext` first;
     of a table (*.tsv) the column of text is read, a row a line.
 
     Args:
@@ -155,7 +155,7 @@ def token_batches(
             f"segments, length and batch are at least 1, got {segments}, {length} and {batch}"
         )
     text = "\n".join(_rows(source))
-    if wikitext.is_tokenised(text):
+    if wikitext.is_tokenized(text):
         text = wikitext.plain_text(text)
     (ids,) = encoder(tokenizer_dir, special=True)([text])
     found = len(ids) // length
@@ -284,7 +284,7 @@ def _drawn(sentences: list[str], lines: int) -> list[str]:
     return random.Random(0).sample(sentences, lines)
 
 
-def _arrays(file: Path, inputs: Sequence[str], lines: int) -> Batches:
+def _arrays(file: Path, inputs: Sequence[str], lines: int) -> CalibrationBatches:
     with _opened(file) as found:
         arrays: Mapping[str, Tensor] = {
             name: torch.from_numpy(found[name]) for name in inputs if name in found

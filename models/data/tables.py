@@ -1,4 +1,4 @@
-"""Labelled files: texts and labels in TAB-separated columns, and what a head makes of them."""
+"""Labeled files: texts and labels in TAB-separated columns, and what a head makes of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, final
 
 from graphprune.errors import ArtifactError, GraphPruneError
 
-# Columns that are recognised, by preference; pairs come before single texts.
+# Columns that are recognized, by preference; pairs come before single texts.
 PAIRS = (
     ("sentence1", "sentence2"),
     ("question1", "question2"),
@@ -27,7 +27,7 @@ LABELS: Mapping[str, tuple[str, ...]] = {
 @final
 @dataclass(frozen=True, slots=True)
 class Table:
-    """The rows of a labelled file.
+    """The rows of a labeled file.
 
     Attributes:
         file: where they were read.
@@ -112,8 +112,8 @@ class Schema:
 
     Attributes:
         task: "classification" or "regression".
-        text: names of the one or two columns of text; none for whatever is recognised.
-        label: name of the column of labels; empty for whatever is recognised.
+        text: names of the one or two columns of text; none for whatever is recognized.
+        label: name of the column of labels; empty for whatever is recognized.
         classes: names of the classes in the order of the head's scores; none for a regression.
     """
 
@@ -181,8 +181,8 @@ def read_table(
             f"{str(file)!r} lacks the columns {missing}; its header line has {header}; name others "
             "with --text-column and --label-column"
         )
-    columns = tuple(text) or _recognised(file, header, [*PAIRS, *((t,) for t in TEXTS)], "text")
-    (named,) = (label,) if label else _recognised(file, header, [(n,) for n in LABELS[task]])
+    columns = tuple(text) or _recognized(file, header, [*PAIRS, *((t,) for t in TEXTS)], "text")
+    (named,) = (label,) if label else _recognized(file, header, [(n,) for n in LABELS[task]])
     if not rows:
         raise GraphPruneError(f"{str(file)!r} has a header line and no row below it")
     places = [header.index(name) for name in (*columns, named)]
@@ -229,7 +229,7 @@ def _cells(file: Path) -> tuple[list[str], list[list[str]]]:
     return [name.strip() for name in header], rows
 
 
-def _recognised(
+def _recognized(
     file: Path, header: Sequence[str], known: Sequence[tuple[str, ...]], what: str = "label"
 ) -> tuple[str, ...]:
     for names in known:

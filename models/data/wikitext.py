@@ -1,4 +1,4 @@
-"""WikiText's tokenised files as running text again."""
+"""WikiText's tokenized files as running text again."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _RULES = tuple(
 _END = frozenset(".!?")
 
 
-def is_tokenised(text: str) -> bool:
+def is_tokenized(text: str) -> bool:
     """Whether a text has WikiText's marks for separators inside of words, " @-@ " and the like."""
     return _MARK.search(text) is not None
 
 
 def plain_text(text: str) -> str:
-    """A tokenised file as text: sentences with unknown words left out, the others detokenised.
+    """A tokenized file as text: sentences with unknown words left out, the others detokenized.
 
     A sentence with `<unk>` is dropped, because any word in its place, or none, makes it one that
     nobody writes. A line that so loses more than half of its sentences goes whole, and so does a
@@ -57,13 +57,13 @@ def plain_text(text: str) -> str:
         kept = [s for s in sentences if UNKNOWN not in s]
         if not kept or len(kept) < (1 - MOST_LOST) * len(sentences):
             continue
-        lines += [detokenise(h) for h in headings]
+        lines += [detokenize(h) for h in headings]
         headings = []
-        lines.append(detokenise(" ".join(word for s in kept for word in s)))
+        lines.append(detokenize(" ".join(word for s in kept for word in s)))
     return "".join(f"{line}\n" for line in lines)
 
 
-def detokenise(line: str) -> str:
+def detokenize(line: str) -> str:
     """One line as people write it.
 
     `a 5 @-@ 1 win ( 1 @,@ 200 fans )` is `a 5-1 win (1,200 fans)`, `Teddy 's " Story " .` is
@@ -73,7 +73,7 @@ def detokenise(line: str) -> str:
     heading = re.fullmatch(r"((?:= )+)(.*?)((?: =)+)", found)
     if heading:
         marks = "=" * heading[1].count("=")
-        return f"{marks} {detokenise(heading[2])} {marks}"
+        return f"{marks} {detokenize(heading[2])} {marks}"
     for pattern, replacement in _RULES:
         found = pattern.sub(replacement, found)
     return found

@@ -29,7 +29,7 @@ class LoadedModel:
         name: what the user called it.
         tokenizer_dir: a folder with the tokenizer's files, or None.
         task: the task that judges it when the user names none, or None.
-        schema: what its head answers, where a labelled file said so; else None.
+        schema: what its head answers, where a labeled file said so; else None.
         trained: False where its head was drawn at random.
     """
 

@@ -90,7 +90,7 @@ def _minilm(progress: Callable[[int, int], None]) -> LoadedModel:
 
     module, folder = minilm()
     inputs = text_batch(_BERT_VOCABULARY, 32)
-    return LoadedModel(module, inputs, "minilm", tokenizer_dir=folder, task="neighbours")
+    return LoadedModel(module, inputs, "minilm", tokenizer_dir=folder, task="neighbors")
 
 
 def _smollm2(progress: Callable[[int, int], None]) -> LoadedModel:
@@ -147,7 +147,7 @@ def _from_source(name: str, source: str, allow_pickle: bool) -> LoadedModel:
     encoder = SentenceEncoder(model, *pooling).eval()
     inputs = example_inputs(model, config)
     _check_runs(name, encoder, inputs)
-    return LoadedModel(encoder, inputs, name, tokenizer_dir, task="neighbours")
+    return LoadedModel(encoder, inputs, name, tokenizer_dir, task="neighbors")
 
 
 def _check_exists(name: str, local: Path, allow_pickle: bool) -> None:
@@ -306,7 +306,7 @@ def _tokenizer(source: str) -> tuple[Path | None, tuple[str, ...]]:
 
 
 def _pooling(source: str) -> tuple[str, bool] | None:
-    """How a sentence-transformers model pools, and whether it normalises; None for any other."""
+    """How a sentence-transformers model pools, and whether it normalizes; None for any other."""
     modules = _side_file(source, "modules.json")
     if not isinstance(modules, list):
         return None

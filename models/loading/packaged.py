@@ -82,7 +82,7 @@ def _convert_gguf(folder: Path, file: str, out: Path) -> None:
         model: Any = AutoModelForCausalLM.from_pretrained(
             str(folder), gguf_file=file, dtype=torch.float32, local_files_only=True
         )
-    # The weights are plain float32 by now, but transformers still marks them as quantised.
+    # The weights are plain float32 by now, but transformers still marks them as quantized.
     model.hf_quantizer = None
     model.is_quantized = False
     del model.config.quantization_config

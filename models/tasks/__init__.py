@@ -11,9 +11,9 @@ from graphprune.errors import GraphPruneError
 from graphprune.models.data.tables import Schema
 from graphprune.models.tasks import (
     digits,
-    labelled,
+    labeled,
     lambada,
-    neighbours,
+    neighbors,
     perplexity,
     piqa,
     sts,
@@ -35,14 +35,14 @@ __all__ = [
 TASKS = {
     task.name: task
     for task in (
-        neighbours.TASK,
+        neighbors.TASK,
         sts.TASK,
         digits.TASK,
         perplexity.TASK,
         piqa.TASK,
         lambada.TASK,
-        labelled.CLASSIFICATION,
-        labelled.REGRESSION,
+        labeled.CLASSIFICATION,
+        labeled.REGRESSION,
     )
 }
 
@@ -70,10 +70,10 @@ def evaluate(
         task: a name from TASKS.
         model: a torch module, a Program or an onnxruntime session.
         tokenizer_dir: where the model's tokenizer is, for text.
-        dense: the unpruned model, for "neighbours".
+        dense: the unpruned model, for "neighbors".
         data: the task's file or folder; also found through $GRAPHPRUNE_DATA.
         schema: for "classification" and "regression": the columns, and the classes in the order of
-            the model's scores. Without it columns are recognised, and classes are 0, 1 and so on.
+            the model's scores. Without it columns are recognized, and classes are 0, 1 and so on.
         progress: called with (done, total) batches.
         options: "window" and "windows" of "perplexity", "limit" of "piqa" and "lambada".
 

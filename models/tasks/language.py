@@ -32,10 +32,10 @@ class Scored:
     greedy: bool
 
 
-Score = Callable[[Sequence[Sequence[int]], Sequence[int]], list[Scored]]
+TokenScorer = Callable[[Sequence[Sequence[int]], Sequence[int]], list[Scored]]
 
 
-def scorer(model: Any, tokenizer_dir: Path, ids: Iterable[Sequence[int]]) -> Score:
+def scorer(model: Any, tokenizer_dir: Path, ids: Iterable[Sequence[int]]) -> TokenScorer:
     """A function from rows of token ids, and where in each to begin, to one `Scored` a row.
 
     Rows of unlike length are padded on the right, where no causal model looks. The softmax is
@@ -109,7 +109,7 @@ def continuations(
 ) -> list[Scored]:
     """What a model thinks of the second of each two texts, after the first.
 
-    As lm-evaluation-harness does it: the two are tokenised together, without special tokens, and
+    As lm-evaluation-harness does it: the two are tokenized together, without special tokens, and
     what comes behind the number of tokens that the first has alone is the second's.
 
     Args:

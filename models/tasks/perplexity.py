@@ -30,7 +30,7 @@ def perplexity(
 ) -> TaskResult:
     """exp of the mean negative log-likelihood (in nats) of a text's tokens; lower is better.
 
-    The protocol of GPTQ, Wanda and SliceGPT for WikiText-2: the whole text is tokenised at once,
+    The protocol of GPTQ, Wanda and SliceGPT for WikiText-2: the whole text is tokenized at once,
     with the special tokens that the tokenizer adds by itself, and cut into windows that do not
     overlap. Every window is read by itself: its first token is given, the other `window - 1` are
     predicted. A rest shorter than a window is dropped. Figures of unlike windows do not compare.
@@ -99,7 +99,7 @@ def perplexity(
 
 
 def joined(text: str) -> str:
-    """A text as it is tokenised: WikiText's lines with blank lines between, any other as it is.
+    """A text as it is tokenized: WikiText's lines with blank lines between, any other as it is.
 
     WikiText is told by its headings, ` = Title = ` on a line alone. That form is the one of the
     data set on the hub, "\\n\\n".join(rows) with a newline in each row, which publications use.

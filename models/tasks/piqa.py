@@ -51,13 +51,13 @@ def piqa(
         for solution in ("sol1", "sol2")
     ]
     scored = continuations(model, tokenizer_dir, texts, batch=batch, progress=progress)
-    plain, normalised = [], []
+    plain, normalized = [], []
     for i, row in enumerate(rows):
         first, second = (s.log_probability for s in scored[2 * i : 2 * i + 2])
         plain.append((second > first) == bool(row["label"]))
         first, second = first / len(row["sol1"]), second / len(row["sol2"])
-        normalised.append((second > first) == bool(row["label"]))
-    value, error = share(normalised)
+        normalized.append((second > first) == bool(row["label"]))
+    value, error = share(normalized)
     return TASK.result(
         value,
         len(rows),

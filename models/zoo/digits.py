@@ -53,17 +53,17 @@ def train(
     generator = torch.Generator().manual_seed(SEED)
     batch = 64
     steps = epochs * (len(labels) // batch)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, learning_rate, total_steps=steps)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
     model.train()
     for epoch in range(epochs):
         order = torch.randperm(len(labels), generator=generator)
         for i in range(len(labels) // batch):
             chosen = order[i * batch : (i + 1) * batch]
             loss = F.cross_entropy(model(images[chosen]), labels[chosen])
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             torch.autograd.backward(loss)
-            optimiser.step()
+            optimizer.step()
             schedule.step()
         progress(epoch + 1, epochs)
     model.eval()

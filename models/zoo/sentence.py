@@ -17,13 +17,13 @@ class SentenceEncoder(nn.Module):
     2. pooling "cls": the first token.
     """
 
-    def __init__(self, encoder: nn.Module, pooling: str = "mean", normalise: bool = True) -> None:
+    def __init__(self, encoder: nn.Module, pooling: str = "mean", normalize: bool = True) -> None:
         super().__init__()
         if pooling not in ("mean", "cls"):
             raise ValueError(f"pooling must be 'mean' or 'cls', got {pooling!r}")
         self.encoder = encoder
         self.pooling = pooling
-        self.normalise = normalise
+        self.normalize = normalize
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
         """Embeddings [batch, width] of token ids [batch, sequence] under a 0/1 mask.
@@ -32,7 +32,7 @@ class SentenceEncoder(nn.Module):
         """
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
         pooled = hidden[:, 0] if self.pooling == "cls" else masked_mean(hidden, attention_mask)
-        embedding = F.normalize(pooled, dim=-1) if self.normalise else pooled
+        embedding = F.normalize(pooled, dim=-1) if self.normalize else pooled
         return {"sentence_embedding": embedding}
 
 

@@ -192,16 +192,16 @@ def tiny_names() -> list[str]:
 def tiny(name: str, seed: int = 0) -> Built:
     """A tiny model with every parameter and running statistic random, and its example inputs.
 
-    Default initialisation is not used: its zero biases and unit norms hide wrong rewrites.
+    Default initialization is not used: its zero biases and unit norms hide wrong rewrites.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model, inputs = _PLAIN[name]() if name in _PLAIN else _hugging_face(name)
-        randomise(model)
+        randomize(model)
     return model.eval(), inputs
 
 
-def randomise(model: nn.Module) -> None:
+def randomize(model: nn.Module) -> None:
     """Give every parameter and batch-norm statistic a random value, in place."""
     with torch.no_grad():
         for parameter in model.parameters():

@@ -15,7 +15,7 @@ from graphprune.pipeline.base import Context, Invariant, Pass, PassResult
 from graphprune.pipeline.events import JSON
 from graphprune.pipeline.registry import options, register
 from graphprune.training.distributed import Workers
-from graphprune.training.losses import Score
+from graphprune.training.losses import Metric
 from graphprune.training.objective import inputs_of
 from graphprune.training.spec import Training, check_metric, judged
 from graphprune.validate import check_number, check_whole
@@ -136,7 +136,7 @@ def _metric(program: Program, training: Training) -> float:
     def measured() -> float:
         if callable(training.eval):
             return judged(training.eval, program)
-        score = Score(training.loss)
+        score = Metric(training.loss)
         module = ProgramModule(program)
         with torch.no_grad():
             for batch in training.eval or ():

@@ -1,1 +1,1 @@
-"""Passes that mark a program for quantisation at export."""
+"""Passes that mark a program for quantization at export."""

@@ -29,20 +29,20 @@ class Quantize(Pass):
 
     1. "int8-dynamic": for encoders and most else. Needs no data.
     2. "int8-static": ranges of activations from calibration, which export reads once more. Also
-       quantises convolutions, which the other schemes leave in float.
+       quantizes convolutions, which the other schemes leave in float.
     3. "int4-weights", "int8-weights": for decoders that generate token after token and wait for
        memory; about as slow as float for whole sequences.
 
-    Attention's own products, normalisations and sums stay float. Pruning comes before, never after.
+    Attention's own products, normalizations and sums stay float. Pruning comes before, never after.
 
     Attributes:
         scheme: one of the four above.
         ignore: name patterns of weights to leave in float. Globs for a name or a module, or "re:"
             and a regular expression.
-        targets: name patterns; only these weights are quantised.
+        targets: name patterns; only these weights are quantized.
         embeddings: whether lookup tables become int8 too, with a scale a row. A table that is also
-            an output projection is quantised with it, or both stay float.
-        keep_error: largest relative error of the outputs, ||quantised - float|| / ||float||.
+            an output projection is quantized with it, or both stay float.
+        keep_error: largest relative error of the outputs, ||quantized - float|| / ||float||.
             Export then measures every layer alone, a session each (a minute or two for a model of
             36 products), and leaves the costliest in float until it holds.
         block_size: weights that share a scale in the weights-only schemes: 16, 32, 64, 128 or 256.
@@ -66,7 +66,7 @@ class Quantize(Pass):
     def __post_init__(self) -> None:
         if not isinstance(self.scheme, str) or self.scheme not in SCHEMES:
             raise RecipeError(
-                f"there is no quantisation scheme {self.scheme!r}; "
+                f"there is no quantization scheme {self.scheme!r}; "
                 f"{suggest(str(self.scheme), SCHEMES)}"
             )
         for option in ("ignore", "targets"):

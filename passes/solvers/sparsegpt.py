@@ -185,7 +185,7 @@ def _columns(weight: Tensor, inputs: Inputs, sparsity: float) -> Tensor:
     return refit(weight, inputs.gram, stays.nonzero().flatten())
 
 
-def relative_error(weight: Tensor, other: Tensor, gram: Tensor) -> float:
+def output_error(weight: Tensor, other: Tensor, gram: Tensor) -> float:
     """Σ|ΔW x|² / Σ|W x|² over the rows that a Gram matrix has seen."""
     zero = torch.zeros_like(weight)
     return loss(weight, other, gram) / max(loss(weight, zero, gram), 1e-300)

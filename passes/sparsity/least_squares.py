@@ -28,7 +28,7 @@ from graphprune.errors import RecipeError, UnsupportedError
 from graphprune.ir.graph import bound_arguments, is_op
 from graphprune.ir.history import removals
 from graphprune.ir.program import Program
-from graphprune.ir.quantization import refuse_quantised
+from graphprune.ir.quantization import refuse_quantized
 from graphprune.passes.solvers.obs import damped
 from graphprune.passes.sparsity.records import MatrixFit, skipped_json
 from graphprune.passes.sparsity.site_pass import SitePass
@@ -80,7 +80,7 @@ class LeastSquares(SitePass):
         return True
 
     def run(self, program: Program, ctx: Context) -> PassResult:
-        refuse_quantised(program, ctx.running)
+        refuse_quantized(program, ctx.running)
         batches = ctx.batches()
         if ctx.reference is None:
             raise RecipeError(
@@ -214,7 +214,7 @@ class _Work:
             seen, normal = gram.with_ones(), _bordered(normal, gram)
             if mask is not None:
                 mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-        change, steps = solve(normal, sums.slope, mask)
+        change, steps = solve_masked(normal, sums.slope, mask)
         columns = weight.shape[1]
         new = (weight + change[:, :columns]).to(weight.dtype)
         parts = [(new - weight).double()]
@@ -254,8 +254,8 @@ class _Work:
         }
 
 
-def solve(gram: Tensor, slope: Tensor, mask: Tensor | None) -> tuple[Tensor, int]:
-    """Each row d of the result minimises d A dᵀ - 2 d · r where its mask is true, and is zero else.
+def solve_masked(gram: Tensor, slope: Tensor, mask: Tensor | None) -> tuple[Tensor, int]:
+    """Each row d of the result minimizes d A dᵀ - 2 d · r where its mask is true, and is zero else.
 
     Args:
         gram: A, symmetric and positive (semi)definite, float64 [in, in].

@@ -23,7 +23,7 @@ SCOPES = ("layer", "row")
 class Magnitude(ZeroingPass):
     """Zero the weights of smallest absolute value; needs no data.
 
-    Zeros alone make nothing faster in ONNX Runtime: remove structure, or quantise, for speed.
+    Zeros alone make nothing faster in ONNX Runtime: remove structure, or quantize, for speed.
 
     Attributes:
         scope: "layer" (smallest of the matrix) or "row" (so many of every row).

@@ -18,7 +18,7 @@ from graphprune.calibration.gram import Gram, Remarks
 from graphprune.calibration.stream import Stream
 from graphprune.errors import UnsupportedError
 from graphprune.ir.program import Program
-from graphprune.passes.solvers.sparsegpt import Inputs, relative_error
+from graphprune.passes.solvers.sparsegpt import Inputs, output_error
 from graphprune.passes.sparsity.allocation import Share
 from graphprune.passes.sparsity.feedforward import find_feedforwards
 from graphprune.passes.sparsity.records import MatrixSparsity
@@ -128,9 +128,9 @@ class Visit:
         error = error_masked = None
         if gram is not None and gram.count:
             masked = torch.where(weight == 0, 0.0, old)
-            error = error_masked = relative_error(old, weight, gram.matrix)
+            error = error_masked = output_error(old, weight, gram.matrix)
             if not torch.equal(masked, weight):
-                error_masked = relative_error(old, masked, gram.matrix)
+                error_masked = output_error(old, masked, gram.matrix)
         self.matrices.append(
             MatrixSparsity(
                 site.name,

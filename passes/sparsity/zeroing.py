@@ -16,7 +16,7 @@ from graphprune.axes.sites import LinearSite
 from graphprune.calibration.stream import Stream
 from graphprune.errors import RecipeError, UnsupportedError
 from graphprune.ir.program import Program
-from graphprune.ir.quantization import refuse_quantised
+from graphprune.ir.quantization import refuse_quantized
 from graphprune.passes.sparsity.allocation import (
     ALLOCATIONS,
     Share,
@@ -178,7 +178,7 @@ class ZeroingPass(PatternPass):
             UnsupportedError: no weight is left to prune, one does not fit the pattern, or one is
                 not finite.
         """
-        refuse_quantised(program, ctx.running)
+        refuse_quantized(program, ctx.running)
         if self.needs_calibration:
             ctx.batches()
         # Said before the work: it is what most people would want to know first.

@@ -19,7 +19,7 @@ from graphprune.suggest import suggest
 Keep = dict[str, Tensor]
 
 
-def removed_count(ratio: float, size: float) -> int:
+def units_to_remove(ratio: float, size: float) -> int:
     """How many of `size` units a ratio removes."""
     return math.floor(ratio * size + 0.5)
 
@@ -72,7 +72,7 @@ class Wanted:
     def kept(self, group: str, size: int) -> int:
         """How many of a group's `size` units stay if the ratio is each group's own."""
         whole = self.sizes.get(group, size)
-        return min(kept_count(removed_count(self.ratio, whole), whole, self.step(group)), size)
+        return min(kept_count(units_to_remove(self.ratio, whole), whole, self.step(group)), size)
 
 
 def uniform(scores: Mapping[str, Tensor], wanted: Wanted) -> Keep:

@@ -21,7 +21,7 @@ class PruneAxis(StructuralPass):
 
     1. `role="qk_dim"`: query/key dimensions inside the heads; "v_dim": value dimensions.
     2. `groups=("classifier.dense.weight[0]",)`: one group by its id, as `gp.inspect` prints it.
-    3. `normalised=True` also takes axes that a layer norm or its like computes statistics over.
+    3. `normalized=True` also takes axes that a layer norm or its like computes statistics over.
        That changes what the model computes; the report holds the drift, recovery is up to you.
     4. Of groups of one role that are factors of one dimension, 16 = 4 × 4 channels, one is cut, so
        that `ratio` and `round_to` count channels. With `groups` each one named loses the ratio.
@@ -29,14 +29,14 @@ class PruneAxis(StructuralPass):
     Attributes:
         role: a role or several; empty means any, and then `groups` or `targets` must say which.
         groups: ids of groups, or patterns of them.
-        normalised: whether an axis goes that a norm computes statistics over; outputs change.
+        normalized: whether an axis goes that a norm computes statistics over; outputs change.
     """
 
     name: ClassVar[str] = "prune-axis"
 
     role: str | tuple[str, ...] = ()
     groups: tuple[str, ...] = ()
-    normalised: bool = False
+    normalized: bool = False
 
     def __post_init__(self) -> None:
         for role in self.selector.roles:
@@ -54,4 +54,4 @@ class PruneAxis(StructuralPass):
         roles = self.role
         if isinstance(roles, str):
             roles = (roles,) if roles else ()
-        return Selector(roles, self.groups, normalised=self.normalised)
+        return Selector(roles, self.groups, normalized=self.normalized)

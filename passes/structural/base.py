@@ -17,7 +17,7 @@ from graphprune.calibration.gram import Remarks
 from graphprune.calibration.stream import Stream
 from graphprune.errors import RecipeError, UnsupportedError
 from graphprune.ir.program import Program
-from graphprune.ir.quantization import refuse_quantised
+from graphprune.ir.quantization import refuse_quantized
 from graphprune.passes.name_patterns import check_names, check_patterns
 from graphprune.passes.structural.allocation import Wanted, allocation_named, others
 from graphprune.passes.structural.records import Calibrated, Cuts, Skipped, group_cuts
@@ -121,9 +121,9 @@ class StructuralPass(Pass):
 
         Raises:
             UnsupportedError: all that was asked for is frozen, nothing has the role, or the
-                program is marked for quantisation already.
+                program is marked for quantization already.
         """
-        refuse_quantised(program, ctx.running)
+        refuse_quantized(program, ctx.running)
         groups = ctx.get(axis_groups, program)
         selection = self.selected(program, groups)
         prepared, calibrated = None, None

@@ -23,7 +23,7 @@ class PruneNeurons(StructuralPass):
        convolution or a shuffle takes 16 channels as 4 × 4, units of one factor go: `ratio` and
        `round_to` count channels. The report names the factor that is left alone.
 
-    Units that a normalisation computes statistics over are left alone; PruneAxis cuts those on
+    Units that a normalization computes statistics over are left alone; PruneAxis cuts those on
     request.
     """
 

@@ -21,14 +21,14 @@ class Selector:
         groups: patterns of group ids; empty takes every id.
         targets: patterns of tensor names, of which a group must reach one; empty takes all.
         ignore: patterns of tensor names, of which a group must reach none.
-        normalised: whether to take groups whose statistics a normalisation computes.
+        normalized: whether to take groups whose statistics a normalization computes.
     """
 
     roles: tuple[str, ...]
     groups: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
-    normalised: bool = False
+    normalized: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ def select(program: Program, groups: AxisGroups, wanted: Selector) -> Selection:
 
     Raises:
         RecipeError: a pattern of targets, ignore or groups matches nothing.
-        UnsupportedError: nothing has the role, or all that was asked for is frozen or normalised;
+        UnsupportedError: nothing has the role, or all that was asked for is frozen or normalized;
             the reason is named.
     """
     chosen = _by_role_and_id(groups, wanted)
@@ -128,8 +128,8 @@ def _obstacle(group: AxisGroup, wanted: Selector) -> str:
         reasons = "; ".join(group.frozen)
         # Reasons read "frozen by `topk` at layer.3" or "output of the model".
         return f"its axis is {reasons if reasons.startswith('frozen') else f'frozen: {reasons}'}"
-    if group.normalised and not wanted.normalised:
-        return "a normalisation computes statistics over it, so that cutting it is not exact"
+    if group.normalized and not wanted.normalized:
+        return "a normalization computes statistics over it, so that cutting it is not exact"
     if group.size < 2:
         return "it has a single unit"
     return ""
@@ -139,8 +139,8 @@ def _refusal(refused: Sequence[tuple[AxisGroup, str]], wanted: Selector) -> str:
     group, reason = refused[0]
     more = f" ({len(refused) - 1} other groups likewise)" if len(refused) > 1 else ""
     wayout = ""
-    if any(g.normalised and not g.frozen for g, _ in refused):
-        wayout = "; prune-axis does it with normalised=True"
+    if any(g.normalized and not g.frozen for g, _ in refused):
+        wayout = "; prune-axis does it with normalized=True"
     return f"cannot prune {_plural(group.role)} of {group.id!r}: {reason}{more}{wayout}"
 
 

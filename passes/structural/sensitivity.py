@@ -19,7 +19,7 @@ from graphprune.axes import AxisGroup, AxisGroups, axis_groups
 from graphprune.calibration.stream import Stream, flat_batch
 from graphprune.errors import GraphPruneError, RecipeError, UnsupportedError
 from graphprune.ir.program import Program
-from graphprune.passes.structural.allocation import kept_count, others, removed_count
+from graphprune.passes.structural.allocation import kept_count, others, units_to_remove
 from graphprune.passes.structural.axis import PruneAxis
 from graphprune.passes.structural.scores import Evidence, score_named
 from graphprune.passes.structural.statistics import compensate, gather, in_execution_order
@@ -28,11 +28,11 @@ from graphprune.report.sensitivity import Cost, Sensitivity, Time
 from graphprune.rewrite.mask import mask
 from graphprune.rewrite.shrink import shrink
 
-ROLES = ("head", "kv_group", "neuron")
+CUT_ROLES = ("head", "kv_group", "neuron")
 RATIOS = (0.25, 0.5, 0.75)
 
 # (candidate, dense) -> milliseconds of both, measured in turns
-Clock = Callable[[Program, Program], tuple[float, float]]
+Timer = Callable[[Program, Program], tuple[float, float]]
 Progress = Callable[[int, int], None]
 
 
@@ -43,7 +43,7 @@ def sensitivity(
     ratios: Sequence[float] = RATIOS,
     score: str = "obs",
     roles: Sequence[str] = (),
-    clock: Clock | None = None,
+    clock: Timer | None = None,
     progress: Progress = lambda done, total: None,
     seed: int = 0,
 ) -> Sensitivity:
@@ -104,7 +104,7 @@ def check_options(
     """
     if not ratios:
         raise RecipeError("sensitivity needs at least one ratio, for instance 0.5")
-    taken = tuple(roles) or ROLES
+    taken = tuple(roles) or CUT_ROLES
     steps = tuple(PruneAxis(ratio, score, role=taken) for ratio in sorted(dict.fromkeys(ratios)))
     if steps[0].ratio == 0:
         raise RecipeError("a ratio of 0 removes nothing; sensitivity takes ratios above 0")
@@ -112,7 +112,7 @@ def check_options(
 
 
 def _kept(group: AxisGroup, step: PruneAxis) -> int:
-    return kept_count(removed_count(step.ratio, group.size), group.size, step.round_to)
+    return kept_count(units_to_remove(step.ratio, group.size), group.size, step.round_to)
 
 
 class _Bench:

@@ -16,7 +16,7 @@ from graphprune.axes.rules.registry import Contraction
 from graphprune.axes.sites import LinearSite, contractions, linear_sites, sites_of
 from graphprune.ir.graph import bound_arguments, is_op, op_name, tensor_nodes
 from graphprune.ir.program import Program
-from graphprune.ir.quantization import refuse_quantised
+from graphprune.ir.quantization import refuse_quantized
 from graphprune.passes.structural.records import Skipped, Unread
 from graphprune.pipeline.base import Context, Invariant, Pass, PassResult
 from graphprune.pipeline.events import JSON
@@ -41,7 +41,7 @@ class Shrink(Pass):
        a bias there, or with one in half precision that would round the sum, it stays.
     4. At least one unit of each axis stays. Zeros count where they are in whole rows or columns;
        others stay as they are.
-    5. Features of frozen and normalised axes stay, and so do those that only some readers need;
+    5. Features of frozen and normalized axes stay, and so do those that only some readers need;
        the report counts them.
 
     What is constant is found by following zeros through the graph, not by looking at activations.
@@ -53,7 +53,7 @@ class Shrink(Pass):
     needs_float: ClassVar[bool] = True
 
     def run(self, program: Program, ctx: Context) -> PassResult:
-        refuse_quantised(program, ctx.running)
+        refuse_quantized(program, ctx.running)
         current = program
         proofs: list[dict[str, JSON]] = []
         folded: Counter[str] = Counter()
@@ -157,8 +157,8 @@ class _Findings:
             free &= adds_nothing | (is_constant & is_taken)
         if not bool(constant.any()):
             return
-        if group.frozen or group.normalised:
-            why = group.frozen[0] if group.frozen else "a normalisation counts its units"
+        if group.frozen or group.normalized:
+            why = group.frozen[0] if group.frozen else "a normalization counts its units"
             self._skip(group, free, why)
             return
         self._skip(group, constant & ~free, "constants, and what reads them has no bias for them")

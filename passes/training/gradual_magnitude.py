@@ -40,7 +40,7 @@ class GradualMagnitude(PatternPass, GradualPass):
     3. An n:m pattern grows too: of every m the weights that it would take are candidates, and
        the smallest of all candidates go first.
 
-    Zeros alone make nothing faster in ONNX Runtime: remove structure, or quantise, for speed.
+    Zeros alone make nothing faster in ONNX Runtime: remove structure, or quantize, for speed.
 
     Attributes:
         final: part of the weights that is zero in the end, in [0, 1); not with an n:m pattern.

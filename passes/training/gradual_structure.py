@@ -13,7 +13,7 @@ from graphprune.axes import axis_groups, frozen_parameters
 from graphprune.errors import RecipeError, UnsupportedError, VerificationError
 from graphprune.ir.history import kept_indices
 from graphprune.ir.program import JSON, Program
-from graphprune.ir.quantization import refuse_quantised
+from graphprune.ir.quantization import refuse_quantized
 from graphprune.passes.structural.selection import Selector, select
 from graphprune.passes.training.schedule import scheduled
 from graphprune.passes.training.training_pass import GradualPass, trained_report
@@ -26,7 +26,7 @@ from graphprune.training.loop import Hooks, fit
 from graphprune.validate import check_number
 from graphprune.verify.equivalence import verify_rewrite
 
-ROLES = (*HEADS, "neuron", *DIMS)
+TRAINED_ROLES = (*HEADS, "neuron", *DIMS)
 SCORES = ("grain", "taylor")
 
 
@@ -43,7 +43,7 @@ class GradualStructure(GradualPass):
        of gradients). Its score is the mean of |slope| over the steps, or with "taylor" of slope².
        Squares add up over the parts of a unit; of absolute values a large unit's is small for its
        cost, because its parts cancel.
-    2. Value dims count the less, the fewer are left in their head: times tanh(left / regularise).
+    2. Value dims count the less, the fewer are left in their head: times tanh(left / regularize).
     3. A head whose dims compete too counts as the sum of its dims: else by its own slope.
     4. Before each step those with the lowest score for the parameters that go with them are
        zeroed, as many as the schedule's density allows. What is gone does not come back; the last
@@ -58,7 +58,7 @@ class GradualStructure(GradualPass):
         density: part of the parameters of all competing units that is left in the end.
         score: "grain" (mean of |slope|) or "taylor" (of slope²); a slope is the loss's by a gate.
         smoothing: weight of the past in the running mean of scores, in [0, 1).
-        regularise: part of a head's value dims below which those left count less; 0 for off.
+        regularize: part of a head's value dims below which those left count less; 0 for off.
         roles: what competes: some of "head", "kv_group", "neuron", "qk_dim", "v_dim".
     """
 
@@ -68,9 +68,9 @@ class GradualStructure(GradualPass):
     density: float = 0.25
     score: str = "grain"
     smoothing: float = 0.998
-    regularise: float = 0.3
+    regularize: float = 0.3
     schedule: str = "cubic"
-    roles: tuple[str, ...] = ROLES
+    roles: tuple[str, ...] = TRAINED_ROLES
     _: KW_ONLY
     begin: float = 0.2
     end: float = 0.4
@@ -88,17 +88,21 @@ class GradualStructure(GradualPass):
         check_number("smoothing", self.smoothing, "at least 0 and below 1", low=0, high=1)
         if self.smoothing == 1:
             raise RecipeError("smoothing must be below 1: with 1 no step would count")
-        check_number("regularise", self.regularise, "0 (off) or more", low=0)
+        check_number("regularize", self.regularize, "0 (off) or more", low=0)
         if isinstance(self.roles, str) or not self.roles:
-            raise RecipeError(f"roles is a list of some of {list(ROLES)}, got {self.roles!r}")
+            raise RecipeError(
+                f"roles is a list of some of {list(TRAINED_ROLES)}, got {self.roles!r}"
+            )
         for role in self.roles:
-            if role not in ROLES:
-                raise RecipeError(f"there is no role {role!r} here; {suggest(str(role), ROLES)}")
+            if role not in TRAINED_ROLES:
+                raise RecipeError(
+                    f"there is no role {role!r} here; {suggest(str(role), TRAINED_ROLES)}"
+                )
         if len(set(self.roles)) < len(self.roles):
             raise RecipeError(f"roles names one twice: {list(self.roles)}; give each once")
 
     def run(self, program: Program, ctx: Context) -> PassResult:
-        refuse_quantised(program, ctx.running)
+        refuse_quantized(program, ctx.running)
         units, skipped = self._units(program, ctx)
         ledger, least = Ledger(program, units), Ledger(program, units).drain()
         if self.density < least.density:
@@ -119,7 +123,7 @@ class GradualStructure(GradualPass):
             distillation=self.distillation(),
             settings={
                 "density": self.density,
-                "ranking": [self.score, self.smoothing, self.regularise],
+                "ranking": [self.score, self.smoothing, self.regularize],
                 "pruning": [self.schedule, self.begin, self.end],
                 "units": [unit.id for unit in units],
             },
@@ -219,9 +223,9 @@ class _State:
         self.steps += 1
         for name, unit in units.items():
             score = unit.slopes(sums).abs()
-            if unit.values and self.options.regularise:
+            if unit.values and self.options.regularize:
                 left = (~self.ledger.gone[name]).double().mean(1, keepdim=True)
-                score = score * torch.tanh(left / self.options.regularise)
+                score = score * torch.tanh(left / self.options.regularize)
             if self.options.score == "taylor":
                 score = score.square()
             self.means[name] = beta * self.means[name] + (1 - beta) * score

@@ -36,9 +36,9 @@ class Merge:
 def find_dominating(similar: Tensor) -> list[int]:
     """Each node's representative in a similarity graph (NeuroPrune, algorithm 3).
 
-    A node goes to a similar one whose neighbourhood contains its own, strictly, or equals it and
+    A node goes to a similar one whose neighborhood contains its own, strictly, or equals it and
     comes later. So a representative is similar to those that it stands for, stands for itself, and
-    the kept nodes dominate the graph; a node whose neighbourhood no other contains stays.
+    the kept nodes dominate the graph; a node whose neighborhood no other contains stays.
 
     Args:
         similar: bool [k, k], symmetric, true on the diagonal.
@@ -65,8 +65,8 @@ def plan_merge(program: Program, groups: AxisGroups, group: AxisGroup, theta: fl
     """
     if group.frozen:
         return f"its axis is frozen: {group.frozen[0]}"
-    if group.normalised:
-        return "its axis is normalised: a unit's output is not simply added"
+    if group.normalized:
+        return "its axis is normalized: a unit's output is not simply added"
     sites = {site.node for site, _ in consumers(groups, group)}
     if not sites or any(c.node not in sites for _, c in contractions(groups, group)):
         return "its output is read by something that is no linear layer"

@@ -56,7 +56,7 @@ class Part:
 @final
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What is regularised in a program.
+    """What is regularized in a program.
 
     Attributes:
         expanding: weights that make neurons; units are neurons.

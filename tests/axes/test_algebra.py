@@ -79,14 +79,14 @@ def test_equal_segments_stacked_in_a_new_dimension_are_one_axis() -> None:
 def test_marks_copy_on_split_and_merge_on_union() -> None:
     frozen, normal = leaf(6), leaf(6)
     algebra.freeze(frozen, "because")
-    algebra.normalise(normal)
+    algebra.normalize(normal)
     unify(frozen, normal, "here")
-    assert find(normal).normalised
+    assert find(normal).normalized
     assert list(find(normal).frozen) == ["because"]
     outer, inner = algebra.split_product(find(normal), 2, 3)
     assert list(outer.frozen) == list(inner.frozen) == ["because"]
-    assert outer.normalised
-    assert inner.normalised
+    assert outer.normalized
+    assert inner.normalized
 
 
 def test_recut_with_symbolic_sizes() -> None:
@@ -156,11 +156,11 @@ def test_kept_indices_are_those_of_a_masked_tensor(shape: list[int], random: obj
         alive.index_fill_(dim, gone.nonzero().flatten(), False)
     expected = alive.flatten().nonzero().flatten()
     axis = product(parts)
-    assert torch.equal(algebra.kept_indices(axis, keep), expected)
+    assert torch.equal(algebra.expanded(axis, keep), expected)
     assert algebra.new_size(axis, keep) == len(expected)
     both = concat([axis, leaf(5)])
     shifted = torch.cat([expected, torch.arange(5) + int(axis.size)])
-    assert torch.equal(algebra.kept_indices(both, keep), shifted)
+    assert torch.equal(algebra.expanded(both, keep), shifted)
 
 
 def test_unit_labels_name_the_unit_at_each_position() -> None:
@@ -216,5 +216,5 @@ def test_any_two_structures_unify_or_freeze(data: st.DataObject) -> None:
         for part in {find(p) for p in [*leaves(left), *leaves(right)]}:
             if part.size > 1 and not part.frozen:
                 keep = {part: torch.arange(part.size - 1)}
-                a, b = algebra.kept_indices(left, keep), algebra.kept_indices(right, keep)
+                a, b = algebra.expanded(left, keep), algebra.expanded(right, keep)
                 assert torch.equal(a, b)

@@ -49,7 +49,7 @@ def content(found: AxisGroups) -> Any:
         if isinstance(value, algebra.Axis):
             axis = algebra.find(value)
             inner = [plain(child) for child in axis.children]
-            return axis.kind, str(axis.size), names.get(axis), axis.normalised, inner
+            return axis.kind, str(axis.size), names.get(axis), axis.normalized, inner
         if isinstance(value, tuple | list):
             return [plain(v) for v in value]
         return {k: plain(v) for k, v in value.items()} if isinstance(value, dict) else str(value)
@@ -72,7 +72,7 @@ def content(found: AxisGroups) -> Any:
 def cut(program: Program, seed: int) -> dict[str, list[int]]:
     """Random units of some groups that may lose them."""
     draw = random.Random(seed)
-    free = [g for g in axis_groups(program) if not g.frozen and not g.normalised]
+    free = [g for g in axis_groups(program) if not g.frozen and not g.normalized]
     return {
         g.id: sorted(draw.sample(range(g.size), draw.randint(1, g.size)))
         for g in draw.sample(free, min(3, len(free)))

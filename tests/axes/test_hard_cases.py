@@ -126,7 +126,7 @@ def cut_everything(model: nn.Module, x: Tensor, kept: int) -> AxisGroups:
             parameter.copy_(torch.randn_like(parameter))
     program = capture(model, (x,))
     groups = axis_groups(program)
-    free = [g for g in groups if not g.frozen and not g.normalised and g.cost]
+    free = [g for g in groups if not g.frozen and not g.normalized and g.cost]
     for chosen in [*[[g] for g in free], free]:
         keep = {g.id: torch.randperm(g.size)[: min(kept, g.size)] for g in chosen}
         shrunk = shrink(program, keep)
@@ -172,7 +172,7 @@ def test_free_or_frozen(name: str, free: bool) -> None:
     assert (not any(g.frozen for g in groups.of("a.weight", 0))) is free
 
 
-def test_statistics_of_the_input_normalise_the_features_they_run_over() -> None:
+def test_statistics_of_the_input_normalize_the_features_they_run_over() -> None:
     class Over(nn.Module):
         def __init__(self, norm: nn.Module) -> None:
             super().__init__()
@@ -185,7 +185,7 @@ def test_statistics_of_the_input_normalise_the_features_they_run_over() -> None:
     for norm in (nn.InstanceNorm1d(6), nn.GroupNorm(2, 6), nn.BatchNorm1d(6, affine=False)):
         groups = axis_groups(capture(Over(norm), (torch.randn(2, 6, 8),)))
         expected = not isinstance(norm, nn.BatchNorm1d)  # with running statistics it is per channel
-        assert all(g.normalised is expected for g in groups.of("a.weight", 0))
+        assert all(g.normalized is expected for g in groups.of("a.weight", 0))
 
 
 def test_unread_parameters_are_frozen_and_say_so() -> None:

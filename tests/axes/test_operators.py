@@ -423,7 +423,7 @@ def test_neurons_before_an_operator_are_free_and_can_go(model: Branches, program
     }
     assert found.keys() == names
     assert {name: group.frozen for name, group in found.items() if group.frozen} == {}
-    kept = {g.id: list(range(0, g.size, 2)) for g in found.values() if not g.normalised}
+    kept = {g.id: list(range(0, g.size, 2)) for g in found.values() if not g.normalized}
     verify_rewrite(mask(program, kept), shrink(program, kept))
 
 

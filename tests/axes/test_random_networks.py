@@ -181,7 +181,7 @@ class Network(nn.Module):
         return result
 
 
-def randomise(model: nn.Module) -> None:
+def randomize(model: nn.Module) -> None:
     """Every parameter and running statistic random: zeros and ones hide wrong rewrites."""
     with torch.no_grad():
         for parameter in model.parameters():
@@ -196,10 +196,10 @@ def randomise(model: nn.Module) -> None:
 def test_masked_is_shrunk(steps: list[tuple[str, int, str]], seed: int, data: Any) -> None:
     torch.manual_seed(seed)
     model = Network(steps)
-    randomise(model)
+    randomize(model)
     program = capture(model, (torch.randn(2, 5, 8),))
     groups = axis_groups(program)
-    free = [g for g in groups if not g.frozen and not g.normalised]
+    free = [g for g in groups if not g.frozen and not g.normalized]
     if not free:
         return
     chosen = data.draw(st.lists(st.sampled_from(free), min_size=1, unique_by=lambda g: g.id))

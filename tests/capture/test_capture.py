@@ -339,7 +339,7 @@ def test_an_axis_cut_to_one_unit_keeps_its_dimension(captured: Any) -> None:
     from graphprune.verify.equivalence import verify_rewrite
 
     program = captured("tiny-gpt2")
-    kept = {g.id: [g.size - 1] for g in axis_groups(program) if not g.frozen and not g.normalised}
+    kept = {g.id: [g.size - 1] for g in axis_groups(program) if not g.frozen and not g.normalized}
     verify_rewrite(mask(program, kept), shrink(program, kept))
 
 

@@ -20,7 +20,7 @@ from graphprune.errors import ArtifactError, CaptureError, UnsupportedError, Ver
 from graphprune.ir.module import ProgramModule
 from graphprune.ir.program import Program
 from graphprune.models.loading.inputs import text_batch
-from graphprune.models.zoo.tiny import randomise, tiny
+from graphprune.models.zoo.tiny import randomize, tiny
 from graphprune.passes import PruneHeads, PruneNeurons
 from graphprune.rewrite.mask import mask
 from graphprune.rewrite.shrink import shrink
@@ -70,7 +70,7 @@ def decoder(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
     model_class, config_class, options = _OTHERS[name]
     torch.manual_seed(0)
     model = getattr(transformers, model_class)(getattr(transformers, config_class)(**options))
-    randomise(model)
+    randomize(model)
     return model.eval(), text_batch(99, 12)
 
 

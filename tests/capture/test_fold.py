@@ -141,7 +141,7 @@ def test_a_lookup_in_even_steps_is_a_slice(bodies: tuple[Body, ...], left: int) 
 def cut(program: Program, kept: int = 2) -> AxisGroups:
     """Cut each free axis alone and all at once; every cut must move the output."""
     groups = axis_groups(program)
-    free = [g for g in groups if not g.frozen and not g.normalised and g.cost]
+    free = [g for g in groups if not g.frozen and not g.normalized and g.cost]
     for chosen in [*[[g] for g in free], free]:
         keep = {g.id: torch.randperm(g.size)[: min(kept, g.size - 1)] for g in chosen}
         masked = mask(program, keep)

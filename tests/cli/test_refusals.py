@@ -65,7 +65,7 @@ COMPILE = ("compile", "tiny-mlp", "-o", "out")
         (("bench", "tiny-mlp", "--against", "dense,int8"), "compile the model first"),
         (("eval", "tiny-mlp", "--task", "stss"), "'sts'"),
         (("eval", "tiny-mlp", "--task", "sts", "--data", "file-not-there"), "no file"),
-        (("eval", "tiny-mlp", "--task", "neighbours"), "dense twin"),
+        (("eval", "tiny-mlp", "--task", "neighbors"), "dense twin"),
     ],
     ids=str,
 )

@@ -1,4 +1,4 @@
-"""Training from the command line: labelled files, a fresh head, recovery, and what is refused."""
+"""Training from the command line: labeled files, a fresh head, recovery, and what is refused."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ Sentence = Callable[[Result], str]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small encoder with its tokenizer, and labelled files: whether w1 is in a text, how often.
+    """A small encoder with its tokenizer, and labeled files: whether w1 is in a text, how often.
 
     The encoder is in m/, the files are train.tsv, dev.tsv (labels no and yes) and pairs.tsv.
     """
     transformers = pytest.importorskip("transformers")
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    root = tmp_path_factory.mktemp("labelled")
+    root = tmp_path_factory.mktemp("labeled")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = transformers.BertConfig(
@@ -95,7 +95,7 @@ def _write(file: Path, header: str, rows: list[list[str]]) -> None:
 
 @pytest.fixture
 def run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run the command line beside the labelled files."""
+    """Run the command line beside the labeled files."""
     monkeypatch.chdir(folder)
 
     def invoke(*arguments: str) -> Result:

@@ -9,7 +9,7 @@ import torch
 
 from graphprune.api import compile
 from graphprune.axes import axis_groups
-from graphprune.models.zoo.tiny import randomise
+from graphprune.models.zoo.tiny import randomize
 from graphprune.passes import PruneHeads
 
 
@@ -30,7 +30,7 @@ def test_both_kinds_of_heads_are_cut_verified_and_exported(tmp_path: Path) -> No
     )
     model: Any = ConvBertModel(config)
     model.eval()
-    randomise(model)
+    randomize(model)
     ids = torch.randint(1, 60, (2, 10))
     padding = torch.ones_like(ids)
     padding[0, 7:] = 0

@@ -148,14 +148,14 @@ def test_half_removed_equals_half_masked(
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_every_free_axis_can_be_cut(name: str, captured: Captured) -> None:
-    """All free axes at once, whatever their role; where one is normalised, shapes are the check."""
+    """All free axes at once, whatever their role; where one is normalized, shapes are the check."""
     program = captured(name)
     groups = axis_groups(program)
-    for normalised in (False, True):
-        chosen = tuple(g for g in groups if not g.frozen and g.cost and g.normalised == normalised)
+    for normalized in (False, True):
+        chosen = tuple(g for g in groups if not g.frozen and g.cost and g.normalized == normalized)
         if chosen:
             kept = _half(chosen)
-            verify_rewrite(mask(program, kept), shrink(program, kept), exact=not normalised)
+            verify_rewrite(mask(program, kept), shrink(program, kept), exact=not normalized)
 
 
 @pytest.mark.parametrize("name", EXPECTED)

@@ -53,7 +53,7 @@ CORE = {
     "fit": "training/fit",
     "objective": "training/objective",
     "losses": "training/losses",
-    "optimiser": "training/optimizer",
+    "optimizer": "training/optimizer",
     "workers": "training/distributed",
     "checkpoint": "training/checkpoint",
     "serialize": "storage/program",
@@ -87,7 +87,7 @@ PASSES = {
     "training/least_squares": "sparsity/least_squares",
     "training/gradual": "training/gradual_magnitude",
     "training/structure": "training/gradual_structure",
-    "training/regularise": "training/penalties",
+    "training/regularize": "training/penalties",
     "training/sparse": "training/zeros",
 }
 EXPORTERS = {
@@ -189,7 +189,7 @@ TESTS |= {
             "loading": ("cache", "loading", "minilm"),
             "zoo": ("heads",),
             "data": ("batches", "calibration", "tables", "wikitext"),
-            "tasks": ("labelled", "language_tasks", "tasks"),
+            "tasks": ("labeled", "language_tasks", "tasks"),
         }.items()
         for name in names
     },

@@ -202,9 +202,9 @@ def test_a_pass_that_crashes_is_named_with_the_passes_before_it(program: Program
 
 def test_a_pass_that_declines_says_so_itself(program: Program) -> None:
     def decline(current: Program, ctx: Context) -> PassResult:
-        raise UnsupportedError("quantise after pruning, not before")
+        raise UnsupportedError("quantize after pruning, not before")
 
-    with pytest.raises(UnsupportedError, match="quantise after pruning"):
+    with pytest.raises(UnsupportedError, match="quantize after pruning"):
         _run(program, Step(decline))
 
 

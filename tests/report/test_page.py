@@ -21,7 +21,7 @@ from graphprune.passes import PruneHeads, PruneNeurons, Quantize
 from graphprune.pipeline.events import PassFinished
 from graphprune.report import charts as drawing
 from graphprune.report import page as html
-from graphprune.report.report import PassReport, Report, Size
+from graphprune.report.report import ModelSize, PassReport, Report
 from graphprune.report.sensitivity import Cost, Sensitivity, Time
 
 Captured = Callable[[str], Program]
@@ -114,14 +114,14 @@ def test_an_artifact_has_a_page_and_results_go_on_it(
     assert "results" not in again.manifest
 
 
-def test_a_page_names_what_is_quantised(captured: Captured, tmp_path: Path) -> None:
+def test_a_page_names_what_is_quantized(captured: Captured, tmp_path: Path) -> None:
     compiled = gp.compile(captured("tiny-mlp"), [Quantize("int8-dynamic")])
     compiled.export(tmp_path / "out")
     assert "int8-dynamic" in read((tmp_path / "out" / "report.html").read_text("utf-8"))
 
 
 def report(**details: Any) -> Report:
-    size = Size(10, 40, 100)
+    size = ModelSize(10, 40, 100)
     done = PassReport("a<b>&", {"x": "<i>"}, True, "<u>", None, None, 0.0, ("<s>",), details)
     return Report("<script>alert(1)</script>", size, size, (done,))
 
@@ -230,7 +230,7 @@ def test_what_ran_in_rounds_is_on_the_page(charts: bool) -> None:
     finished = PassFinished(
         "prune-recover", 0, 1, True, 0.0, 0.0, {"rounds": rounds, "taken": 2, "stopped": True}
     )
-    size = Size(10, 40, 100)
+    size = ModelSize(10, 40, 100)
     found = Report("m", size, size, (PassReport.of(finished, "prune-recover", None),))
     text = read(html.report_page(found, {}))
     for part in ("round 1: finetune", "round 2: finetune", "accuracy", "0.8125", "0.6125"):

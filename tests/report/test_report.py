@@ -10,15 +10,15 @@ import pytest
 
 from graphprune.pipeline.events import PassFinished
 from graphprune.report.report import (
+    ModelSize,
     PassReport,
     Report,
-    Size,
     change_text,
     count_text,
     megabytes_text,
 )
 
-BEFORE, AFTER = Size(1000, 4_000_000, 2_000_000), Size(750, 3_000_000, 1_000_000)
+BEFORE, AFTER = ModelSize(1000, 4_000_000, 2_000_000), ModelSize(750, 3_000_000, 1_000_000)
 
 
 def passed(name: str = "prune-neurons", *, modified: bool = True, **details: Any) -> PassReport:
@@ -51,7 +51,7 @@ def test_json_comes_back_equal() -> None:
 
 
 def test_more_passes_add_their_seconds_and_keep_the_size_before() -> None:
-    smaller = Size(1, 2, 3)
+    smaller = ModelSize(1, 2, 3)
     longer = report(passed("a")).extended(smaller, [passed("b")], 4.0)
     assert (longer.before, longer.after, longer.seconds) == (BEFORE, smaller, 7.0)
     assert [p.name for p in longer.passes] == ["a", "b"]

@@ -178,11 +178,11 @@ def test_rms_norms_stay_exact() -> None:
     verify_rewrite(mask(program, kept), shrink(program, kept))
 
 
-def test_a_layer_norm_is_normalised_and_reports_drift() -> None:
+def test_a_layer_norm_is_normalized_and_reports_drift() -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3))
     program = capture(model, (torch.randn(2, 4),))
     group = axis_groups(program)["0.weight[0]"]
-    assert group.normalised
+    assert group.normalized
     kept = {group.id: [0, 1, 2]}
     with pytest.raises(VerificationError):
         verify_rewrite(mask(program, kept), shrink(program, kept))

@@ -30,9 +30,9 @@ from graphprune.rewrite.mask import mask
 from graphprune.rewrite.shrink import shrink, take
 from graphprune.training.distributed import Workers
 from graphprune.training.loop import Fitted, Hooks, fit
-from graphprune.training.losses import Score, loss_of, spearman
+from graphprune.training.losses import Metric, loss_of, spearman
 from graphprune.training.objective import Distillation
-from graphprune.training.optimizer import MOMENTS, Optimiser, Plan, zero_masks
+from graphprune.training.optimizer import MOMENTS, Optimizer, Plan, zero_masks
 from graphprune.training.spec import Training
 
 Captured = Callable[[str], Program]
@@ -297,7 +297,7 @@ def test_what_adam_gathered_for_a_zero_is_forgotten(captured: Captured) -> None:
     state = {f"{m}/{n}": torch.ones_like(program.tensors[n]) for m in MOMENTS for n in [name]}
     masks = zero_masks(_zeroed(program, name))
     given = {**state, f"step/{name}": torch.tensor(1.0)}
-    kept = Optimiser(module, program, Plan(1, 1e-3), masks, given).state()
+    kept = Optimizer(module, program, Plan(1, 1e-3), masks, given).state()
     assert set(kept) == set(given)
     for moment in MOMENTS:
         assert kept[f"{moment}/{name}"].bool().equal(masks[name])
@@ -407,7 +407,7 @@ def test_moments_follow_units_that_were_reordered(captured: Captured) -> None:
 def test_moments_that_were_lost_would_be_seen(
     captured: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The identity above is not blind to the optimiser's state."""
+    """The identity above is not blind to the optimizer's state."""
     program = _float64(captured("tiny-mlp"))
     group = axis_groups(program).with_role("neuron")[0]
     kept = {group.id: list(range(5, group.size))}
@@ -581,7 +581,7 @@ def test_of_several_scores_none_is_guessed() -> None:
         with pytest.raises(TrainingError, match=r"2 outputs.*\[\[4, 16\], \[4, 5\]\]: return"):
             loss_of("classification", outputs, batch)
         with pytest.raises(TrainingError, match="could be the scores"):
-            Score("classification").add(outputs, batch)
+            Metric("classification").add(outputs, batch)
         with pytest.raises(TrainingError, match="could be the scores"):
             loss_of("regression", [t[:, 0] for t in (hidden, logits)], batch)
     expected = F.cross_entropy(logits, batch["labels"], reduction="sum")
@@ -600,13 +600,13 @@ def test_spearman_is_that_of_scipy() -> None:
 
 
 def test_a_metric_counts_examples_not_batches() -> None:
-    score = Score("classification")
+    score = Metric("classification")
     logits = torch.eye(3)
     score.add(logits, {"labels": torch.tensor([0, 1, 0])})
     score.add(logits[:1], {"labels": torch.tensor([0])})
     assert score.value() == 3 / 4
     with pytest.raises(TrainingError, match="nothing to measure"):
-        Score("classification").value()
+        Metric("classification").value()
 
 
 @pytest.mark.parametrize("loss", ["classification", "regression"])
@@ -616,11 +616,11 @@ def test_a_metric_of_broken_scores_is_refused(loss: str, bad: float) -> None:
     scores[2, 0] = bad
     labels = torch.tensor([0, 1, 2, 0])
     with pytest.raises(TrainingError, match="outputs hold NaN or infinity"):
-        Score(loss).add(scores, {"labels": labels})
+        Metric(loss).add(scores, {"labels": labels})
     if loss == "classification":
         # What does not count may be anything, and a class may be ruled out.
         labels[2], scores[0, 1] = -100, -math.inf
-        Score(loss).add(scores, {"labels": labels})
+        Metric(loss).add(scores, {"labels": labels})
 
 
 # --- judging, stopping, progress ---------------------------------------------------------------
@@ -723,7 +723,7 @@ def test_a_checkpoint_of_something_else_is_refused(captured: Captured, tmp_path:
     _fit(program.with_tensors(near), checkpoints=tmp_path, resume=True)
     state = tmp_path / "0-finetune" / "optimiser.safetensors"
     state.write_bytes(state.read_bytes()[:-1] + b"x")
-    with pytest.raises(gp.GraphPruneError, match=r"optimiser\.safetensors"):
+    with pytest.raises(gp.GraphPruneError, match=r"optimizer\.safetensors"):
         _fit(program, checkpoints=tmp_path, resume=True)
 
 

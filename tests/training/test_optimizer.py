@@ -18,7 +18,7 @@ from graphprune.ir.program import Program
 from graphprune.rewrite.shrink import shrink
 from graphprune.training.optimizer import (
     MOMENTS,
-    Optimiser,
+    Optimizer,
     Plan,
     cut_state,
     zero_masks,
@@ -51,19 +51,19 @@ def gradients(seed: int, scale: float = 1.0) -> dict[str, Tensor]:
     }
 
 
-def optimizer(program: Program, plan: Plan, masks: Any = None, state: Any = None) -> Optimiser:
+def optimizer(program: Program, plan: Plan, masks: Any = None, state: Any = None) -> Optimizer:
     # A module's parameters are the program's own tensors, and steps are in place.
     program = program.with_tensors({n: t.clone() for n, t in program.tensors.items()})
-    return Optimiser(ProgramModule(program), program, plan, masks or {}, state)
+    return Optimizer(ProgramModule(program), program, plan, masks or {}, state)
 
 
-def step(chosen: Optimiser, grads: dict[str, Tensor], rate: float = 0.1) -> float:
+def step(chosen: Optimizer, grads: dict[str, Tensor], rate: float = 0.1) -> float:
     for name, parameter in chosen.parameters.items():
         parameter.grad = grads[name].clone()
     return chosen.step(rate)
 
 
-def values(chosen: Optimiser) -> dict[str, Tensor]:
+def values(chosen: Optimizer) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in chosen.parameters.items()}
 
 

@@ -283,7 +283,7 @@ class Weighted(nn.Module):
 
 
 STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
-    "weight standardisation": lambda w: w - w.mean(1, keepdim=True),
+    "weight standardization": lambda w: w - w.mean(1, keepdim=True),
     "normalize": lambda w: F.normalize(w, dim=1),
     "a spectral norm by hand": lambda w: w / (w @ torch.ones(16)).norm(),
     "a sum": lambda w: w / w.abs().sum(),
@@ -299,8 +299,8 @@ def role_of(program: Program, tensor: str, dim: int) -> Any:
 @pytest.mark.parametrize("statistic", STATISTICS)
 def test_a_sum_over_weights_alone_is_a_statistic(statistic: str) -> None:
     program = capture(Weighted(STATISTICS[statistic]).eval(), (torch.randn(3, 6),))
-    assert role_of(program, "a.weight", 0).normalised
-    with pytest.raises(UnsupportedError, match="normalisation"):
+    assert role_of(program, "a.weight", 0).normalized
+    with pytest.raises(UnsupportedError, match="normalization"):
         gp.compile(program, [PruneNeurons(0.5, targets=("a.weight",))])
 
 
@@ -309,7 +309,7 @@ def test_masks_where_units_are_carried_see_what_masks_at_sums_cannot(
     statistic: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Were the rule wrong, the second way of masking would say so."""
-    monkeypatch.setattr(analysis, "_normalise_weight_sums", lambda facts: None)
+    monkeypatch.setattr(analysis, "_normalize_weight_sums", lambda facts: None)
     program = capture(Weighted(STATISTICS[statistic]).eval(), (torch.randn(3, 6),))
     kept = {role_of(program, "a.weight", 0).id: range(8)}
     verify_rewrite(mask(program, kept), shrink(program, kept))
@@ -330,7 +330,7 @@ def test_a_product_of_weights_over_an_axis_of_their_own_is_exact() -> None:
     torch.manual_seed(0)
     program = capture(LowRank().eval(), (torch.randn(3, 6),))
     rank = role_of(program, "u", 1)
-    assert not rank.normalised
+    assert not rank.normalized
     smaller, report = Context().shrink(program, {rank.id: [0, 3]})
     assert smaller.tensors["v"].shape == (2, 6)
     assert report["max_error"] < 1e-5
@@ -380,16 +380,16 @@ EXACT: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("kind", CENTERED)
-def test_a_mean_subtracted_along_its_own_axis_normalises_it(kind: str) -> None:
+def test_a_mean_subtracted_along_its_own_axis_normalizes_it(kind: str) -> None:
     program = capture(Hidden(CENTERED[kind]).eval(), (torch.randn(2, 5, 6),))
-    assert role_of(program, "a.weight", 0).normalised
+    assert role_of(program, "a.weight", 0).normalized
 
 
 @pytest.mark.parametrize("kind", EXACT)
 def test_a_sum_that_only_scales_is_exact(kind: str) -> None:
     program = capture(Hidden(EXACT[kind]).eval(), (torch.randn(2, 5, 6),))
     group = role_of(program, "a.weight", 0)
-    assert not group.normalised
+    assert not group.normalized
     _, report = Context().shrink(program, {group.id: range(0, 16, 3)})
     assert report["max_error"] < 1e-5
     assert report["observable"]
@@ -426,7 +426,7 @@ class AfterPin(nn.Module):
 @pytest.mark.parametrize("kind", ["unflatten", "mean of a mean", "mean of a norm", "attention"])
 def test_operators_behind_a_pinned_result(kind: str) -> None:
     program = capture(AfterPin(kind).eval(), (torch.randn(2, 5, 8),))
-    free = [g for g in axis_groups(program) if not g.frozen and not g.normalised]
+    free = [g for g in axis_groups(program) if not g.frozen and not g.normalized]
     assert free
     for group in free:
         _, report = Context().shrink(program, {group.id: range(group.size // 2)})
@@ -497,7 +497,7 @@ def test_heads_whose_maps_are_thrown_away_go() -> None:
     assert check["max_error"] < 1e-5
 
 
-def test_prune_axis_may_still_cut_a_normalised_axis_on_request() -> None:
-    step = PruneAxis(0.5, groups=("a.weight*0*",), normalised=True)
+def test_prune_axis_may_still_cut_a_normalized_axis_on_request() -> None:
+    step = PruneAxis(0.5, groups=("a.weight*0*",), normalized=True)
     check, _ = verification(Hidden(_layer_norm), torch.randn(2, 5, 6), step=step)
     assert check["drift"] > 1e-3

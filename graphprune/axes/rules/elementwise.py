@@ -48,7 +48,7 @@ _BROADCAST = (
 )  # fmt: skip
 
 
-# What maps each value alone, or broadcasts: nothing of it looks at a neighbour.
+# What maps each value alone, or broadcasts: nothing of it looks at a neighbor.
 ELEMENTWISE = frozenset((*_UNARY, *_BROADCAST))
 
 

@@ -1,4 +1,4 @@
-"""Reductions and normalisations: exact sums, pinned means, statistics, and frozen choices."""
+"""Reductions and normalizations: exact sums, pinned means, statistics, and frozen choices."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def statistic(c: RuleContext) -> Dims:
     dims = c.dims(c.get("self"))
     over = c.dim_list(len(dims))
     for i in over:
-        algebra.normalise(dims[i])
+        algebra.normalize(dims[i])
     return _reduced(c, dims, over)
 
 
@@ -128,14 +128,14 @@ def statistics(c: RuleContext) -> list[Dims]:
 
 @rule("layer_norm")
 def layer_norm(c: RuleContext) -> Dims:
-    """The last dimensions are normalised: removing from them changes mean and variance."""
+    """The last dimensions are normalized: removing from them changes mean and variance."""
     dims = c.dims(c.get("input"))
     last = dims[len(dims) - len(c.get("normalized_shape")) :]
     for name in ("weight", "bias"):
         for a, b in zip(last, c.dims(c.get(name)), strict=False):
             c.unify(a, b)
     for axis in last:
-        algebra.normalise(axis)
+        algebra.normalize(axis)
     return dims
 
 
@@ -174,14 +174,14 @@ def rescale_rms_norm(r: RewriteContext) -> None:
 
 @rule("group_norm")
 def group_norm(c: RuleContext) -> Dims:
-    """Groups are exact; inside a group the channels are normalised."""
+    """Groups are exact; inside a group the channels are normalized."""
     dims = c.dims(c.get("input"))
     group = algebra.leaf(int(c.get("num_groups")))
     inner = algebra.leaf(dims[1].size // int(c.get("num_groups")))
     c.remember(groups=group)
     c.unify(dims[1], algebra.product([group, inner]))
     for axis in (inner, *dims[2:]):
-        algebra.normalise(axis)
+        algebra.normalize(axis)
     for name in ("weight", "bias"):
         if c.dims(c.get(name)):
             c.unify(dims[1], c.dims(c.get(name))[0])
@@ -201,7 +201,7 @@ def batch_norm(c: RuleContext) -> Dims | list[Dims]:
     dims = c.dims(c.get("input"))
     if c.get("use_input_stats") or c.get("training") or c.get("running_mean") is None:
         for axis in dims[2:]:
-            algebra.normalise(axis)
+            algebra.normalize(axis)
     for name in ("weight", "bias", "running_mean", "running_var"):
         if c.dims(c.get(name)):
             c.unify(dims[1], c.dims(c.get(name))[0])

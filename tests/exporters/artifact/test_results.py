@@ -19,10 +19,10 @@ from graphprune.exporters import Artifact, export, open_artifact
 from graphprune.exporters.artifact.results import add_results, write_page
 from graphprune.ir.program import Program
 from graphprune.passes import PruneNeurons
-from graphprune.report.report import Report, Size
+from graphprune.report.report import ModelSize, Report
 
 Captured = Callable[[str], Program]
-SIZE = Size(12, 48, 96)
+SIZE = ModelSize(12, 48, 96)
 REPORT = Report("Net", SIZE, SIZE)
 
 

@@ -17,12 +17,12 @@ from graphprune.exporters.quantize.layers import (
     Layer,
     find_layers,
     half_tied,
-    quantised_rows,
+    quantized_rows,
 )
 
 
 def test_rows_of_zeros_have_a_scale() -> None:
-    codes, scales = quantised_rows(np.zeros((2, 4), np.float32))
+    codes, scales = quantized_rows(np.zeros((2, 4), np.float32))
     assert (codes == 0).all()
     assert (scales == 1).all()
 
@@ -111,7 +111,7 @@ def test_tied_tables_are_taken_apart_and_rows_are_within_half_a_step() -> None:
     assert {i.name for i in made.graph.initializer} == {
         "table_transposed", "table_row_int8", "table_row_scales",
     }  # fmt: skip
-    codes, scales = quantised_rows(table)
+    codes, scales = quantized_rows(table)
     expected = (codes * scales)[ids["ids"]] @ table.T
     np.testing.assert_allclose(run(made, ids), expected, rtol=1e-5, atol=1e-5)
 
@@ -127,7 +127,7 @@ def test_a_table_that_is_also_read_in_float_stays() -> None:
 @given(st.lists(st.lists(st.floats(-1e4, 1e4, width=32), min_size=3, max_size=3), min_size=1))
 def test_codes_are_within_half_a_step(rows: list[list[float]]) -> None:
     table = np.array(rows, np.float32)
-    codes, scales = quantised_rows(table)
+    codes, scales = quantized_rows(table)
     assert codes.dtype == np.int8
     assert codes.min() >= -127
     assert np.all(np.abs(table - codes * scales.astype(np.float64)) <= scales * 0.5001)

@@ -26,7 +26,7 @@ from graphprune.exporters import export, measure
 from graphprune.exporters.onnx.convert import save_onnx, to_onnx
 from graphprune.exporters.onnx.names import input_names
 from graphprune.exporters.quantize.layers import find_layers
-from graphprune.exporters.quantize.quantize import quantise
+from graphprune.exporters.quantize.quantize import quantize
 from graphprune.exporters.runtime.session import feeds_of, open_session
 from graphprune.ir.program import Program
 from graphprune.ir.quantization import SCHEMES
@@ -40,7 +40,7 @@ MODEL = "model.onnx"
 
 @dataclass(frozen=True)
 class File:
-    """A quantised file, with what `quantise` says about it and the float file it comes from."""
+    """A quantized file, with what `quantize` says about it and the float file it comes from."""
 
     path: Path
     notes: dict[str, Any]
@@ -98,7 +98,7 @@ def lower(float_file: Callable[[Program], Path], tmp_path: Path) -> Lower:
         assert mark is not None
         path = tmp_path / f"{next(number)}.onnx"
         source = float_file(program)
-        return File(path, quantise(source, path, mark, feeds, feeds), source)
+        return File(path, quantize(source, path, mark, feeds, feeds), source)
 
     return lowered
 
@@ -113,7 +113,7 @@ def marked(program: Program, scheme: str, **options: Any) -> Program:
 
 
 class Net(nn.Module):
-    """A table, two products and a normalisation between them; the table may be tied."""
+    """A table, two products and a normalization between them; the table may be tied."""
 
     def __init__(self, tied: bool = False) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ def test_every_scheme_runs_and_stays_near(
         ("int4-weights", "MatMulNBits", 0),
     ],
 )
-def test_every_product_is_quantised(
+def test_every_product_is_quantized(
     scheme: str, operator: str, left: int, program: Program, lower: Lower
 ) -> None:
     file = lower(program, scheme)
@@ -229,7 +229,7 @@ def test_onnx_runtime_computes_what_torch_simulates(lower: Lower) -> None:
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_blocks_are_within_half_a_step(bits: int, lower: Lower) -> None:
-    """Rows of the identity give back the dequantised weight; their own int8 form is exact."""
+    """Rows of the identity give back the dequantized weight; their own int8 form is exact."""
     torch.manual_seed(0)
     layer = nn.Linear(64, 48, bias=False)
     source = capture(nn.Sequential(layer), (torch.randn(3, 64),))
@@ -263,7 +263,7 @@ def test_ignored_layers_and_tables_stay_float(program: Program, lower: Lower) ->
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_tied_table_is_quantised_with_its_projection(
+def test_a_tied_table_is_quantized_with_its_projection(
     scheme: str, tied: Program, lower: Lower
 ) -> None:
     both = lower(tied, scheme)
@@ -292,13 +292,13 @@ def test_costly_layers_stay_float_until_the_error_holds(lower: Lower) -> None:
     assert kept.notes["drift"][0]["error"] <= 0.05
     alone = kept.notes["error_alone"]
     assert max(alone, key=alone.__getitem__) == "2.weight"
-    with pytest.raises(ExportError, match="leaves nothing to quantise"):
+    with pytest.raises(ExportError, match="leaves nothing to quantize"):
         lower(source, "int8-dynamic", keep_error=1e-9, **options)
 
 
 def test_an_artifact_holds_the_dense_twin_in_both_forms(program: Program, tmp_path: Path) -> None:
-    quantised = marked(program, "int8-dynamic", reduce_range=SEVEN_BITS)
-    artifact = export(quantised, tmp_path / "out", baseline=program)
+    quantized = marked(program, "int8-dynamic", reduce_range=SEVEN_BITS)
+    artifact = export(quantized, tmp_path / "out", baseline=program)
     manifest = artifact.manifest
     assert manifest["precision"]["onnx"] == "int8-dynamic"
     assert all(a["error"] <= 1e-4 for a in manifest["parity"][MODEL])
@@ -376,8 +376,8 @@ def test_a_runtime_that_cannot_run_it_is_named(
         lower(program, "int4-weights")
 
 
-def test_nothing_to_quantise_is_an_error(captured: Captured, lower: Lower) -> None:
-    with pytest.raises(ExportError, match="finds nothing to quantise among 3"):
+def test_nothing_to_quantize_is_an_error(captured: Captured, lower: Lower) -> None:
+    with pytest.raises(ExportError, match="finds nothing to quantize among 3"):
         lower(captured("tiny-mlp"), "int8-dynamic", ignore=("layers",))
 
 
@@ -406,7 +406,7 @@ def test_large_weights_go_to_a_second_file(
         np.testing.assert_allclose(one.run(None, ids)[0], other.run(None, ids)[0], atol=1e-6)
 
 
-def test_convolutions_are_quantised_with_static_ranges(captured: Captured, lower: Lower) -> None:
+def test_convolutions_are_quantized_with_static_ranges(captured: Captured, lower: Lower) -> None:
     file = lower(captured("tiny-cnn"), "int8-static")
     assert file.notes["float"] == {}
     assert file.shrinkage < 0.5
@@ -422,7 +422,7 @@ def test_layers_know_their_weights(program: Program, float_file: Callable[[Progr
     ]
 
 
-def test_half_precision_programs_are_quantised_from_float32(
+def test_half_precision_programs_are_quantized_from_float32(
     program: Program, tmp_path: Path
 ) -> None:
     half = program.cast(torch.float32, torch.bfloat16)

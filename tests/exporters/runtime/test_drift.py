@@ -22,7 +22,7 @@ def test_drift_is_the_worst_of_all_inputs() -> None:
     assert found.cosine < 1
     (same,) = drifts(["y"], [[np.array([np.inf, 1.0])]], [[np.array([np.inf, 1.0])]])
     assert (same.cosine, same.error) == (1.0, 0.0)
-    with pytest.raises(ExportError, match="'y' of the quantised model is not finite"):
+    with pytest.raises(ExportError, match="'y' of the quantized model is not finite"):
         drifts(["y"], [[a]], [[a * np.nan]])
 
 
@@ -73,5 +73,5 @@ def test_all_feeds_are_run_with_the_inputs_that_there_are() -> None:
     x = np.array([2.0, 3.0])
     (once,), (twice,) = run_all(Session(), [{"x": x, "other": x}, {"x": x * 2}])
     assert (once.tolist(), twice.tolist()) == ([4, 6], [8, 12])
-    with pytest.raises(ExportError, match="ONNX Runtime fails on the quantised model"):
+    with pytest.raises(ExportError, match="ONNX Runtime fails on the quantized model"):
         run_all(Session(), [{"y": x}])

@@ -80,16 +80,16 @@ def test_batches_are_not_read_from_short_to_long_nor_made_of_the_same_examples()
     assert plain == sorted(plain)
 
 
-def test_unlabelled_batches_are_distinct_examples_always_the_same() -> None:
+def test_unlabeled_batches_are_distinct_examples_always_the_same() -> None:
     data = _text()
-    drawn = data.unlabelled(50)
+    drawn = data.unlabeled(50)
     assert all(set(batch) == set(INPUTS) for batch in drawn)
     numbers = [int(row.max()) for batch in drawn for row in batch["input_ids"]]
     assert len(numbers) == len(set(numbers)) == 50
     torch.rand(7)
-    again = [int(row.max()) for batch in data.unlabelled(50) for row in batch["input_ids"]]
+    again = [int(row.max()) for batch in data.unlabeled(50) for row in batch["input_ids"]]
     assert again == numbers
-    assert sum(len(b["input_ids"]) for b in data.unlabelled(10_000)) == 333
+    assert sum(len(b["input_ids"]) for b in data.unlabeled(10_000)) == 333
 
 
 def test_images_have_neither_length_nor_padding() -> None:

@@ -175,7 +175,7 @@ def test_a_line_of_running_text_stands_for_32_tokens(tmp_path: Path, words: Path
     assert count_tokens([{"x": torch.ones(3, 2)}]) == {"samples": 3}
 
 
-def test_tokenised_wikitext_is_made_text_first(tmp_path: Path, words: Path) -> None:
+def test_tokenized_wikitext_is_made_text_first(tmp_path: Path, words: Path) -> None:
     file = tmp_path / "text.txt"
     file.write_text(" w1 w2 @-@ w3 . <unk> w4 . w5 w6 . \n")
     (batch,) = token_batches(file, IDS, words, segments=1, length=8)

@@ -1,4 +1,4 @@
-"""Labelled files: which columns are read, what labels become, and what is said of broken rows."""
+"""Labeled files: which columns are read, what labels become, and what is said of broken rows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _written(folder: Path, text: str) -> Path:
     return file
 
 
-def _labelled(*labels: str) -> Table:
+def _labeled(*labels: str) -> Table:
     return Table(Path("x.tsv"), ("text",), "label", (("a",),) * len(labels), labels)
 
 
@@ -31,7 +31,7 @@ def _labelled(*labels: str) -> Table:
         ("question\tsentence\tlabel", "classification", ("question", "sentence"), "label"),
     ],
 )
-def test_usual_columns_are_recognised(
+def test_usual_columns_are_recognized(
     tmp_path: Path, header: str, task: str, text: tuple[str, ...], label: str
 ) -> None:
     names = header.split("\t")
@@ -68,43 +68,43 @@ def test_a_carriage_return_within_a_cell_is_text(tmp_path: Path) -> None:
 
 
 def test_classes_are_sorted_and_integers_by_their_number() -> None:
-    assert _labelled("10", "9", "-1", "9").classes() == ("-1", "9", "10")
-    assert _labelled("no", "yes", "maybe", "no").classes() == ("maybe", "no", "yes")
-    assert _labelled("10", "9", "x").classes() == ("10", "9", "x")
+    assert _labeled("10", "9", "-1", "9").classes() == ("-1", "9", "10")
+    assert _labeled("no", "yes", "maybe", "no").classes() == ("maybe", "no", "yes")
+    assert _labeled("10", "9", "x").classes() == ("10", "9", "x")
     with pytest.raises(GraphPruneError, match=r"every row of .* has the label 'a'"):
-        _labelled("a", "a").classes()
+        _labeled("a", "a").classes()
 
 
 def test_integers_are_classes_by_their_value() -> None:
-    assert _labelled("01", "1", "10", "-0", "002").classes() == ("0", "1", "2", "10")
+    assert _labeled("01", "1", "10", "-0", "002").classes() == ("0", "1", "2", "10")
     # Beside words they are names as well.
-    assert _labelled("01", "1", "x").classes() == ("01", "1", "x")
-    assert _labelled("01", "1", "00").numbers(("0", "1")) == [1, 1, 0]
-    assert _labelled("1", "02").numbers(("01", "02")) == [0, 1]
-    assert _labelled("01", "00").numbers(("no", "yes")) == [1, 0]
-    assert _labelled("1", "01", "x").numbers(("01", "1", "x")) == [1, 0, 2]
+    assert _labeled("01", "1", "x").classes() == ("01", "1", "x")
+    assert _labeled("01", "1", "00").numbers(("0", "1")) == [1, 1, 0]
+    assert _labeled("1", "02").numbers(("01", "02")) == [0, 1]
+    assert _labeled("01", "00").numbers(("no", "yes")) == [1, 0]
+    assert _labeled("1", "01", "x").numbers(("01", "1", "x")) == [1, 0, 2]
     with pytest.raises(GraphPruneError, match="every row"):
-        _labelled("01", "1").classes()
+        _labeled("01", "1").classes()
 
 
 def test_labels_are_names_of_classes_or_else_their_numbers() -> None:
-    assert _labelled("no", "yes").numbers(("yes", "no")) == [1, 0]
-    assert _labelled("1", "0", "1").numbers(("yes", "no")) == [1, 0, 1]
+    assert _labeled("no", "yes").numbers(("yes", "no")) == [1, 0]
+    assert _labeled("1", "0", "1").numbers(("yes", "no")) == [1, 0, 1]
     # Classes that are numbers are meant by name.
-    assert _labelled("9", "7").numbers(("7", "9")) == [1, 0]
+    assert _labeled("9", "7").numbers(("7", "9")) == [1, 0]
 
 
 @pytest.mark.parametrize("labels", [("0", "2"), ("no", "1"), ("no", "what")])
 def test_an_unknown_label_is_named_with_its_line(labels: tuple[str, ...]) -> None:
     with pytest.raises(GraphPruneError, match=f"'x.tsv', line 3: the label '{labels[1]}'"):
-        _labelled(*labels).numbers(("0", "1") if labels[0] == "0" else ("no", "yes"))
+        _labeled(*labels).numbers(("0", "1") if labels[0] == "0" else ("no", "yes"))
 
 
 @pytest.mark.parametrize("label", ["many", "nan", "inf"])
 def test_a_score_is_a_finite_number(label: str) -> None:
-    assert _labelled("1", "-2.5").scores() == [1.0, -2.5]
+    assert _labeled("1", "-2.5").scores() == [1.0, -2.5]
     with pytest.raises(GraphPruneError, match=f"'x.tsv', line 3: the label '{label}' is no number"):
-        _labelled("1", label).scores()
+        _labeled("1", label).scores()
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,14 @@
-"""WikiText's tokenised form as text."""
+"""WikiText's tokenized form as text."""
 
 from __future__ import annotations
 
 import pytest
 
-from graphprune.models.data.wikitext import detokenise, is_tokenised, plain_text
+from graphprune.models.data.wikitext import detokenize, is_tokenized, plain_text
 
 
 @pytest.mark.parametrize(
-    ("tokenised", "text"),
+    ("tokenized", "text"),
     [
         (" It was , then , over . ", "It was, then, over."),
         ("a 5 @-@ 1 win of 1 @,@ 200 or 0 @.@ 5 ( 3 % )", "a 5-1 win of 1,200 or 0.5 (3%)"),
@@ -25,8 +25,8 @@ from graphprune.models.data.wikitext import detokenise, is_tokenised, plain_text
         ("= =", "= ="),
     ],
 )
-def test_a_line_reads_as_people_write_it(tokenised: str, text: str) -> None:
-    assert detokenise(tokenised) == text
+def test_a_line_reads_as_people_write_it(tokenized: str, text: str) -> None:
+    assert detokenize(tokenized) == text
 
 
 def test_sentences_with_unknown_words_go_and_a_line_that_loses_most_goes_whole() -> None:
@@ -52,6 +52,6 @@ def test_sentences_with_unknown_words_go_and_a_line_that_loses_most_goes_whole()
     ]
 
 
-def test_only_its_own_form_is_taken_for_tokenised() -> None:
-    assert is_tokenised("a 5 @-@ 1 win")
-    assert not is_tokenised("mail me@example.org , @ - @")
+def test_only_its_own_form_is_taken_for_tokenized() -> None:
+    assert is_tokenized("a 5 @-@ 1 win")
+    assert not is_tokenized("mail me@example.org , @ - @")

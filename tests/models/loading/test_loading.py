@@ -90,7 +90,7 @@ def test_a_sentence_transformers_folder_becomes_one_module_with_its_pooling(fold
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
     model = load_model(str(folder))
     assert isinstance(model.module, SentenceEncoder)
-    assert model.task == "neighbours"
+    assert model.task == "neighbors"
 
 
 def test_masked_mean_leaves_padding_out() -> None:

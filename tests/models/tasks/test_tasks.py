@@ -13,19 +13,19 @@ import graphprune as gp
 from graphprune.errors import GraphPruneError
 from graphprune.models.tasks import TASKS, evaluate, find_data, runner
 from graphprune.models.tasks.base import embed, longest
-from graphprune.models.tasks.neighbours import overlap, python_sentences
+from graphprune.models.tasks.neighbors import overlap, python_sentences
 from graphprune.models.tasks.sts import read_pairs
 from graphprune.models.zoo.tiny import tiny
 
 HEADER = "genre\tscore\tsentence1\tsentence2"
 
 
-def test_overlap_is_one_for_equal_embeddings_and_half_when_half_the_neighbours_agree() -> None:
+def test_overlap_is_one_for_equal_embeddings_and_half_when_half_the_neighbors_agree() -> None:
     embeddings = torch.nn.functional.normalize(torch.randn(30, 8, generator=_seeded()), dim=1)
     assert overlap(embeddings, embeddings.clone(), 5) == 1.0
     angles = torch.tensor([0.0, 0.1, 0.3, 3.0])
     line = torch.stack([angles.cos(), angles.sin()], dim=1)
-    # Points 0, 1, 2 are near each other; swapping 2 and 3 changes one of two neighbours.
+    # Points 0, 1, 2 are near each other; swapping 2 and 3 changes one of two neighbors.
     assert 0 < overlap(line, line[[0, 1, 3, 2]], 2) < 1
 
 
@@ -70,19 +70,19 @@ def test_a_task_without_an_option_says_who_has_it() -> None:
 
 
 def test_an_unknown_task_names_a_near_one() -> None:
-    with pytest.raises(GraphPruneError, match="did you mean 'neighbours'"):
+    with pytest.raises(GraphPruneError, match="did you mean 'neighbors'"):
         evaluate("neighbors", None)
 
 
-def test_text_tasks_need_a_tokenizer_and_neighbours_a_dense_model(tmp_path: Path) -> None:
+def test_text_tasks_need_a_tokenizer_and_neighbors_a_dense_model(tmp_path: Path) -> None:
     with pytest.raises(GraphPruneError, match="tokenizer"):
-        evaluate("neighbours", None)
+        evaluate("neighbors", None)
     with pytest.raises(GraphPruneError, match="dense"):
-        evaluate("neighbours", None, tokenizer_dir=tmp_path)
+        evaluate("neighbors", None, tokenizer_dir=tmp_path)
     with pytest.raises(GraphPruneError, match="tokenizer"):
         evaluate("classification", None)
     language = {"perplexity", "piqa", "lambada"}
-    assert set(TASKS) == {"neighbours", "sts", "digits", "classification", "regression"} | language
+    assert set(TASKS) == {"neighbors", "sts", "digits", "classification", "regression"} | language
 
 
 def test_a_runner_gives_a_session_only_the_inputs_that_it_has() -> None:

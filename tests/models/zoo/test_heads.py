@@ -22,7 +22,7 @@ BINARY = Schema("classification", ("text",), "label", ("0", "1"))
 def _encoder(pooling: str = "mean") -> LoadedModel:
     model, inputs = tiny("tiny-bert")
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    return LoadedModel(SentenceEncoder(model, pooling).eval(), inputs, "mine", task="neighbours")
+    return LoadedModel(SentenceEncoder(model, pooling).eval(), inputs, "mine", task="neighbors")
 
 
 def _classifier(names: dict[int, str] | None = None, outputs: int = 2) -> LoadedModel:
@@ -46,7 +46,7 @@ def test_a_fresh_head_is_linear_in_the_pooled_sentence(pooling: str) -> None:
     made, head = _fresh(loaded, BINARY)
     assert (made.task, made.schema) == (None, BINARY)
     encoder: Any = loaded.module
-    pooled = SentenceEncoder(encoder.encoder, pooling, normalise=False).eval()
+    pooled = SentenceEncoder(encoder.encoder, pooling, normalize=False).eval()
     with torch.no_grad():
         wanted = pooled(**loaded.example_inputs)["sentence_embedding"] @ head.head.weight.T
         found = head(**made.example_inputs)["logits"]

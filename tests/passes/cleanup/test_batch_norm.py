@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from graphprune.capture.capture import capture
 from graphprune.ir.graph import is_op
 from graphprune.ir.program import Program
-from graphprune.models.zoo.tiny import randomise
+from graphprune.models.zoo.tiny import randomize
 from graphprune.passes import FoldBatchNorm, PruneNeurons
 from graphprune.pipeline.pipeline import Pipeline, PipelineResult
 
@@ -20,7 +20,7 @@ def _norms(program: Program) -> int:
 
 
 def _fold(model: nn.Module, *inputs: Tensor) -> PipelineResult:
-    randomise(model)
+    randomize(model)
     return Pipeline([FoldBatchNorm()]).run(capture(model, inputs))
 
 

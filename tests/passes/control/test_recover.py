@@ -290,7 +290,7 @@ def test_units_that_went_while_training_are_not_values_only(captured: Captured) 
 
 
 def test_a_norm_over_the_units_is_told(captured: Captured) -> None:
-    step = PruneAxis(0.25, role="residual", normalised=True)
+    step = PruneAxis(0.25, role="residual", normalized=True)
     compiled = gp.compile(captured("tiny-gpt2"), [step])
     drift = compiled.report.passes[0].details["verification"]["drift"]
     assert f"largest drift {drift:.1e}" in compiled.report.verification()

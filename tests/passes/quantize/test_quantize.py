@@ -108,7 +108,7 @@ def test_what_keeps_the_numbers_may_follow(captured: Captured) -> None:
     [
         ({"scheme": "fp8"}, "there are .*'int8-dynamic'"),
         ({"scheme": "int8-dynamik"}, "did you mean 'int8-dynamic'"),
-        ({"scheme": 8}, "no quantisation scheme 8"),
+        ({"scheme": 8}, "no quantization scheme 8"),
         ({"scheme": "int8-dynamic", "keep_error": 0}, "keep_error"),
         ({"scheme": "int8-dynamic", "keep_error": float("nan")}, "keep_error"),
         ({"scheme": "int8-dynamic", "keep_error": "1%"}, "keep_error"),

@@ -27,7 +27,7 @@ from graphprune.passes import (
     Quantize,
     Wanda,
 )
-from graphprune.passes.sparsity.least_squares import solve
+from graphprune.passes.sparsity.least_squares import solve_masked
 from graphprune.passes.training.penalties import site_dims
 from graphprune.pipeline.base import Context
 from graphprune.pipeline.pipeline import Pipeline
@@ -172,8 +172,8 @@ def test_both_solvers_find_the_same_and_singular_systems_have_a_solution() -> No
     x[:, 3] *= 100
     gram = x.T @ x
     slope = torch.randn(7, 12, generator=drawn, dtype=torch.float64)
-    exact, none = solve(gram, slope, None)
-    found, steps = solve(gram, slope, torch.ones(7, 12, dtype=torch.bool))
+    exact, none = solve_masked(gram, slope, None)
+    found, steps = solve_masked(gram, slope, torch.ones(7, 12, dtype=torch.bool))
     torch.testing.assert_close(exact, torch.linalg.solve(gram, slope.T).T)
     torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-7)
     assert none == 0
@@ -182,7 +182,7 @@ def test_both_solvers_find_the_same_and_singular_systems_have_a_solution() -> No
     double = torch.cat([x, x[:, :1]], 1)
     wide = double.T @ double
     right = torch.randn(7, 50, generator=drawn, dtype=torch.float64) @ double
-    found, _ = solve(wide, right, None)
+    found, _ = solve_masked(wide, right, None)
     torch.testing.assert_close(found @ wide, right, rtol=1e-5, atol=1e-4)
 
 
@@ -396,7 +396,7 @@ def test_experts_and_tied_tables_are_left_alone(captured: Captured) -> None:
 
 def test_residual_width_that_was_cut_is_mapped_too(captured: Captured) -> None:
     dense = captured("tiny-encoder")
-    program = _pruned(dense, PruneAxis(0.25, role="residual", normalised=True))
+    program = _pruned(dense, PruneAxis(0.25, role="residual", normalized=True))
     report = _refitted(program, dense, _texts(dense, 0)).results[0].report
     assert all("head" in s["reason"] for s in report["skipped"])
     assert sum(site["error"] for site in report["sites"]) < 0.7 * sum(
@@ -430,9 +430,9 @@ def test_refusals(captured: Captured) -> None:
         LeastSquares().run(program, ctx)
     with pytest.raises(RecipeError, match="'nowhere' matches nothing"):
         _refitted(program, program, [{"x": torch.ones(2, 12)}], LeastSquares(targets=("nowhere",)))
-    quantised = Pipeline([Quantize("int8-dynamic")]).run(program).program
+    quantized = Pipeline([Quantize("int8-dynamic")]).run(program).program
     with pytest.raises(UnsupportedError, match="quanti"):
-        _refitted(quantised, program, [{"x": torch.ones(2, 12)}])
+        _refitted(quantized, program, [{"x": torch.ones(2, 12)}])
     nan = program.tensors["layers.2.weight"].clone()
     nan[0, 0] = float("nan")
     spoilt = program.with_tensors({"layers.2.weight": nan})

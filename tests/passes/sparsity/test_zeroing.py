@@ -529,9 +529,9 @@ def test_magnitude_needs_no_calibration(captured: Captured) -> None:
 
 
 @pytest.mark.parametrize("step", [Magnitude(0.5), SparseGPT(0.5)], ids=str)
-def test_after_quantisation_it_is_too_late(step: Pass, captured: Captured) -> None:
+def test_after_quantization_it_is_too_late(step: Pass, captured: Captured) -> None:
     program = captured("tiny-bert")
-    with pytest.raises(RecipeError, match="prune first and quantise last"):
+    with pytest.raises(RecipeError, match="prune first and quantize last"):
         gp.compile(program, [Quantize("int8-dynamic"), step], calibration=batches_of(program))
 
 

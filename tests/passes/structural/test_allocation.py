@@ -14,8 +14,8 @@ from graphprune.passes.structural.allocation import (
     best,
     global_ranking,
     kept_count,
-    removed_count,
     uniform,
+    units_to_remove,
 )
 
 
@@ -34,7 +34,7 @@ from graphprune.passes.structural.allocation import (
 def test_removed_is_floor_of_ratio_times_size_plus_a_half(
     ratio: float, size: int, removed: int
 ) -> None:
-    assert removed_count(ratio, size) == removed
+    assert units_to_remove(ratio, size) == removed
 
 
 @pytest.mark.parametrize(
@@ -130,4 +130,4 @@ def test_global_counts_over_all_groups(scores: dict[str, Tensor], ratio: float) 
     total = sum(len(v) for v in scores.values())
     keep = global_ranking(scores, Wanted(ratio))
     removed = total - sum(len(v) for v in keep.values())
-    assert removed == min(removed_count(ratio, total), total - len(scores))
+    assert removed == min(units_to_remove(ratio, total), total - len(scores))

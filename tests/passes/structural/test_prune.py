@@ -148,8 +148,8 @@ def test_one_group_by_its_id(captured: Captured) -> None:
     assert _shape(after, "layers.2.weight") == [12, 32]
 
 
-def test_normalised_axes_report_their_drift(captured: Captured) -> None:
-    after, finished = _run(captured("tiny-vit"), PruneAxis(0.25, role="residual", normalised=True))
+def test_normalized_axes_report_their_drift(captured: Captured) -> None:
+    after, finished = _run(captured("tiny-vit"), PruneAxis(0.25, role="residual", normalized=True))
     assert _shape(after, "vit.layers.0.mlp.fc1.weight") == [64, 24]
     verification = finished.report["verification"]
     assert verification["drift"] > 1e-3

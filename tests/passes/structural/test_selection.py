@@ -71,8 +71,8 @@ def test_a_frozen_group_among_others_is_skipped_with_the_reason(captured: Captur
     assert any(reason.startswith("its axis is frozen") for _, reason in selection.skipped)
 
 
-def test_normalised_axes_only_on_request(captured: Captured) -> None:
+def test_normalized_axes_only_on_request(captured: Captured) -> None:
     program = captured("tiny-vit")
-    with pytest.raises(UnsupportedError, match="normalised=True"):
+    with pytest.raises(UnsupportedError, match="normalized=True"):
         _select(program, Selector(("residual",)))
-    assert _select(program, Selector(("residual",), normalised=True)).groups
+    assert _select(program, Selector(("residual",), normalized=True)).groups

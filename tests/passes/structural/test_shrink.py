@@ -182,7 +182,7 @@ def test_every_storage_loses_units_that_are_not_read(name: str, captured: Captur
     wanted = {}
     for group in groups.with_role("head", "kv_group", "neuron"):
         found = consumers(groups, group)
-        if group.frozen or group.normalised or not found:
+        if group.frozen or group.normalized or not found:
             continue
         for site, units in found:
             matrix = site.matrix(program).clone()
@@ -432,6 +432,6 @@ def test_rows_that_magnitude_zeroed_become_a_smaller_model(captured: Captured) -
     torch.testing.assert_close(_output(both.program), _output(zeroed.program), rtol=1e-5, atol=1e-6)
 
 
-def test_marked_for_quantisation_is_refused(captured: Captured) -> None:
+def test_marked_for_quantization_is_refused(captured: Captured) -> None:
     with pytest.raises(gp.GraphPruneError, match="quantis"):
         gp.compile(captured("tiny-encoder"), [Quantize("int8-dynamic"), Shrink()])

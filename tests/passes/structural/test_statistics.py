@@ -311,7 +311,7 @@ def test_taylor_is_the_derivative_by_a_gate() -> None:
 
 
 def test_taylor_uses_the_loss_of_a_model_captured_with_labels() -> None:
-    class Labelled(nn.Module):
+    class Labeled(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.inner = Duplicates()
@@ -321,7 +321,7 @@ def test_taylor_uses_the_loss_of_a_model_captured_with_labels() -> None:
             loss = nn.functional.cross_entropy(logits, labels)
             return {"loss": loss, "logits": logits}
 
-    model, x = Labelled(), torch.randn(7, 6)
+    model, x = Labeled(), torch.randn(7, 6)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter))

@@ -25,7 +25,7 @@ from graphprune.ir.module import graph_module
 from graphprune.ir.program import Program
 from graphprune.models.zoo.tiny import tiny
 from graphprune.passes import GradualStructure, PruneNeurons, Quantize
-from graphprune.passes.training.gradual_structure import ROLES, _State
+from graphprune.passes.training.gradual_structure import TRAINED_ROLES, _State
 from graphprune.passes.training.schedule import scheduled
 from graphprune.passes.training.units import DIMS, Ledger, Units, find_units, position_sums
 from graphprune.pipeline.base import Context
@@ -45,7 +45,7 @@ def _float64(program: Program) -> Program:
 
 def _units(program: Program, *roles: str) -> list[Units]:
     groups = axis_groups(program)
-    found = [find_units(groups, group) for group in groups.with_role(*(roles or ROLES))]
+    found = [find_units(groups, group) for group in groups.with_role(*(roles or TRAINED_ROLES))]
     assert all(isinstance(unit, Units) for unit in found)
     return [unit for unit in found if isinstance(unit, Units)]
 
@@ -169,7 +169,7 @@ def _given(program: Program, seed: int) -> dict[str, nn.Parameter]:
 @pytest.mark.parametrize("score", ["grain", "taylor"])
 def test_scores_are_weighted_means_over_steps(score: str, captured: Captured) -> None:
     program = _float64(captured("tiny-gpt2"))
-    state = _state(program, score=score, smoothing=0.7, regularise=0.3)
+    state = _state(program, score=score, smoothing=0.7, regularize=0.3)
     slopes: dict[str, list[Tensor]] = {name: [] for name in state.means}
     for seed in range(5):
         given = _given(program, seed)
@@ -210,8 +210,8 @@ def test_value_dims_count_less_where_few_are_left(captured: Captured) -> None:
     gone = torch.zeros(4, 8, dtype=torch.bool)
     gone[:, 2:] = True
     means = []
-    for regularise in (0.3, 0):
-        state = _state(program, smoothing=0.0, regularise=regularise)
+    for regularize in (0.3, 0):
+        state = _state(program, smoothing=0.0, regularize=regularize)
         state.ledger.load({units[0].id: gone})
         state.observe(_given(program, 0))
         means.append(state.means)
@@ -311,7 +311,7 @@ def test_the_last_time_all_goes_that_fits(model: str, captured: Captured) -> Non
         arranged = program.with_tensors(ledger.arranged(program.tensors))
         small = shrink(arranged, ledger.keep())
         left = axis_groups(small)
-        for group in left.with_role(*ROLES):
+        for group in left.with_role(*TRAINED_ROLES):
             if group.size > 1:
                 fewer = left.num_parameters({group.id: range(group.size - 1)})
                 assert program.num_parameters() - fewer > budget
@@ -445,7 +445,7 @@ def test_the_density_is_reached_and_cut(density: float, model: str, captured: Ca
     assert density <= report["density"] + 1e-9
     # As near as units can be: one more of any axis, and it would be below.
     left = axis_groups(result.program)
-    for group in left.with_role(*ROLES):
+    for group in left.with_role(*TRAINED_ROLES):
         if group.size > 1:
             fewer = left.num_parameters({group.id: range(group.size - 1)})
             assert 1 - (program.num_parameters() - fewer) / total < density
@@ -623,7 +623,7 @@ def test_refusals(captured: Captured) -> None:
         ({"score": "tailor"}, "did you mean 'taylor'"),
         ({"smoothing": 1}, "smoothing must be below 1"),
         ({"smoothing": -0.1}, "smoothing must be"),
-        ({"regularise": -1}, "regularise must be 0"),
+        ({"regularize": -1}, "regularize must be 0"),
         ({"begin": 0.5, "end": 0.3}, "ends at 0.3, before it begins at 0.5"),
         ({"schedule": "cubik"}, "did you mean 'cubic'"),
         ({"lr_schedule": "linar"}, "did you mean 'linear'"),
@@ -670,7 +670,7 @@ def test_what_cannot_go_is_left_and_said() -> None:
     result = _run(program, GradualStructure(0.5, epochs=1, distill=False))
     report = result.results[0].report
     assert [group["id"] for group in report["groups"]] == ["plain.0.weight[0]"]
-    assert "normalisation" in report["skipped"]["inward.weight[0]"]
+    assert "normalization" in report["skipped"]["inward.weight[0]"]
     assert result.program.tensors["inward.weight"].shape == (16, 8)
 
 

@@ -107,8 +107,8 @@ def test_what_cannot_be_merged_says_why(program: Program) -> None:
     groups, group = neurons(program)
     frozen = replace(group, frozen=("no rule for 'sort'",))
     assert plan_merge(program, groups, frozen, 0.0) == "its axis is frozen: no rule for 'sort'"
-    normed = plan_merge(program, groups, replace(group, normalised=True), 0.0)
-    assert normed == "its axis is normalised: a unit's output is not simply added"
+    normed = plan_merge(program, groups, replace(group, normalized=True), 0.0)
+    assert normed == "its axis is normalized: a unit's output is not simply added"
     (last,) = [g for g in groups if g.size == 3]
-    found = plan_merge(program, groups, replace(last, frozen=(), normalised=False), 0.0)
+    found = plan_merge(program, groups, replace(last, frozen=(), normalized=False), 0.0)
     assert found == "its output is read by something that is no linear layer"

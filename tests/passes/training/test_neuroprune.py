@@ -398,7 +398,7 @@ def test_parts_of_one_matrix_are_followed_when_heads_go() -> None:
     assert (weight[:36].abs() > 0.02).float().mean() > 0.8  # heads, under none
 
 
-def test_the_last_judgement_is_of_the_zeroed_model(captured: Captured) -> None:
+def test_the_last_judgment_is_of_the_zeroed_model(captured: Captured) -> None:
     program = captured("tiny-encoder")
     seen: list[float] = []
 

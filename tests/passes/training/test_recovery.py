@@ -1,4 +1,4 @@
-"""Finetune and Distill: what they minimise, and that pruned models recover."""
+"""Finetune and Distill: what they minimize, and that pruned models recover."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_outputs_that_are_no_logits_are_compared_by_distance(captured: Captured)
 
 def test_nodes_of_another_shape_are_left_out_and_named(captured: Captured) -> None:
     teacher = captured("tiny-encoder")
-    narrow = _pruned(teacher, PruneAxis(0.25, role="residual", normalised=True))
+    narrow = _pruned(teacher, PruneAxis(0.25, role="residual", normalized=True))
     result = Pipeline([Distill(epochs=1)]).run(
         narrow, Context(reference=teacher, training=Training([_text(teacher)]))
     )

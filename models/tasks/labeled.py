@@ -1,4 +1,4 @@
-"""Labelled files: accuracy of a classifier, or rank correlation of a score with the labels."""
+"""Labeled files: accuracy of a classifier, or rank correlation of a score with the labels."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def _check(scores: Tensor, labels: Tensor, schema: Schema) -> None:
 
 CLASSIFICATION: Task = Task(
     name="classification",
-    purpose="accuracy of a classifier of text on a labelled file (needs --data)",
+    purpose="accuracy of a classifier of text on a labeled file (needs --data)",
     metric="accuracy",
     run=lambda r: judge(
         r.model, r.tokenizer_dir, CLASSIFICATION.find_data(r.data), r.schema, r.progress

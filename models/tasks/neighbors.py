@@ -1,4 +1,4 @@
-"""Neighbours: does the pruned encoder find the same nearest sentences as the dense one?
+"""Neighbors: does the pruned encoder find the same nearest sentences as the dense one?
 
 Needs no data: the sentences are those of Python's own help topics, which every installation has.
 """
@@ -18,7 +18,7 @@ from graphprune.errors import GraphPruneError
 from graphprune.models.tasks.base import Progress, Task, TaskResult, embed, silent
 
 SENTENCES = 400
-NEIGHBOURS = 10
+NEIGHBORS = 10
 
 
 def agreement(
@@ -28,7 +28,7 @@ def agreement(
     count: int = SENTENCES,
     progress: Progress = silent,
 ) -> TaskResult:
-    """Mean share of each sentence's ten nearest neighbours that both models name."""
+    """Mean share of each sentence's ten nearest neighbors that both models name."""
     sentences = python_sentences(count)
     ours = embed(
         model, tokenizer_dir, sentences, progress=lambda done, total: progress(done, 2 * total)
@@ -39,17 +39,17 @@ def agreement(
         sentences,
         progress=lambda done, total: progress(total + done, 2 * total),
     )
-    value = overlap(ours, theirs, NEIGHBOURS)
+    value = overlap(ours, theirs, NEIGHBORS)
     return TASK.result(value, len(sentences))
 
 
-def overlap(ours: Tensor, theirs: Tensor, neighbours: int) -> float:
-    """Mean share of common entries in the nearest-neighbour lists of two embeddings [n, width]."""
+def overlap(ours: Tensor, theirs: Tensor, neighbors: int) -> float:
+    """Mean share of common entries in the nearest-neighbor lists of two embeddings [n, width]."""
     lists = []
     for embeddings in (ours, theirs):
         similarity = embeddings @ embeddings.T
         similarity.fill_diagonal_(-torch.inf)
-        lists.append(similarity.topk(neighbours, dim=1).indices)
+        lists.append(similarity.topk(neighbors, dim=1).indices)
     same = (lists[0].unsqueeze(2) == lists[1].unsqueeze(1)).any(dim=2)
     return float(same.float().mean())
 
@@ -64,7 +64,7 @@ def python_sentences(count: int) -> Sequence[str]:
         from pydoc_data.topics import topics
     except ImportError as e:
         raise GraphPruneError(
-            "this Python has no help topics (the module pydoc_data), which the task 'neighbours' "
+            "this Python has no help topics (the module pydoc_data), which the task 'neighbors' "
             "reads; install the whole standard library, or use --task sts"
         ) from e
     found: dict[str, None] = {}
@@ -81,9 +81,9 @@ def python_sentences(count: int) -> Sequence[str]:
 
 
 TASK = Task(
-    name="neighbours",
-    purpose="share of nearest neighbours that dense and pruned models agree on",
-    metric=f"agreement of {NEIGHBOURS} nearest",
+    name="neighbors",
+    purpose="share of nearest neighbors that dense and pruned models agree on",
+    metric=f"agreement of {NEIGHBORS} nearest",
     run=lambda r: agreement(r.model, r.dense, r.tokenizer_dir, progress=r.progress),
     compares=True,
 )
