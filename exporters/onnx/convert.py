@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from graphprune.errors import ExportError
+from graphprune.exporters.onnx import opset20
 from graphprune.exporters.onnx.attention import lower_attention
 from graphprune.exporters.onnx.cleanup import clean_up
 from graphprune.exporters.onnx.names import (
@@ -33,15 +34,22 @@ if TYPE_CHECKING:
 EXTERNAL_ABOVE = 1_000_000_000  # bytes of weights; protobuf ends at 2 GiB
 
 
-def to_onnx(program: Program, entry: str = "forward") -> ir.Model:
+def to_onnx(program: Program, entry: str = "forward", *, opset: int = OPSET) -> ir.Model:
     """The entry as an ONNX model in float32, with the model's own input and output names.
+
+    Args:
+        program: what to convert.
+        entry: one of its graphs.
+        opset: 23; or 20, which older runtimes read too, for graphs that need no more (`opset20`).
 
     ONNX cannot say that sizes have bounds: they are JSON in the file's metadata, graphprune.bounds,
     graphprune.relations and graphprune.fixed.
 
     Raises:
-        ExportError: torch.export or torch.onnx refuses the graph; the reason is quoted.
+        ExportError: torch.export or torch.onnx refuses the graph, or it needs a higher opset; the
+            reason is quoted.
     """
+    check_opset(opset)
     program = program.in_float32()
     spec = program.entries[entry]
     module = lower(program, entry)
@@ -63,12 +71,26 @@ def to_onnx(program: Program, entry: str = "forward") -> ir.Model:
         assert converted is not None
         model: ir.Model = converted.model
         _name_sizes(model, spec)
-        clean_up(model)
+        clean_up(model, fuse_norms=opset == OPSET)
         _name_interface(model, input_names(spec), output_names(spec))
     for key, limits in limits_by_input(spec).items():
         if limits:
             model.metadata_props[f"graphprune.{key}"] = json.dumps(limits)
+    if opset != OPSET:
+        if reason := opset20.obstacle(model):
+            raise ExportError(f"the model cannot be written in opset {opset}: {reason}; omit opset")
+        opset20.to_opset20(model)
     return model
+
+
+def check_opset(opset: int) -> None:
+    """Refuse, before any work, an opset that is not written.
+
+    Raises:
+        ExportError: it is none of those.
+    """
+    if opset not in (known := (opset20.OPSET, OPSET)):
+        raise ExportError(f"opset is one of {list(known)}, got {opset!r}")
 
 
 def lower(program: Program, entry: str = "forward") -> fx.GraphModule:
