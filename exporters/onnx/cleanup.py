@@ -10,11 +10,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 
-def clean_up(model: ir.Model, *, fuse_norms: bool = True) -> None:
-    """Share equal computations, store weights in the layout their MatMul reads, drop the rest.
-
-    With `fuse_norms`, RMS norms become the operator of opset 23.
-    """
+def clean_up(model: ir.Model) -> None:
+    """Share equal computations, store weights in the layout their MatMul reads, drop the rest."""
     import onnx_ir.passes.common as common
     from onnxscript.optimizer import optimize_ir
     from onnxscript.rewriter.rules.fusion import _rms_normalization
@@ -22,8 +19,7 @@ def clean_up(model: ir.Model, *, fuse_norms: bool = True) -> None:
     optimize_ir(model, should_fold=_foldable)
     # Of torch.onnx's own fusions only this one: its RotaryEmbedding (onnxscript 0.7) hands ORT
     # cos and sin of batch 1, which ORT refuses for larger batches.
-    if fuse_norms:
-        _rms_normalization.fuse_rms_normalization(model)
+    _rms_normalization.fuse_rms_normalization(model)
     # The pass (onnx_ir 1.1) takes the outputs of loop bodies away.
     if not any(_has_body(node) for node in model.graph):
         common.IdentityEliminationPass()(model)

@@ -71,7 +71,7 @@ def to_onnx(program: Program, entry: str = "forward", *, opset: int = OPSET) -> 
         assert converted is not None
         model: ir.Model = converted.model
         _name_sizes(model, spec)
-        clean_up(model, fuse_norms=opset == OPSET)
+        clean_up(model)
         _name_interface(model, input_names(spec), output_names(spec))
     for key, limits in limits_by_input(spec).items():
         if limits:

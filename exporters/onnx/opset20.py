@@ -1,12 +1,14 @@
 """Rewrite a finished model to opset 20, for ONNX Runtime from 1.21 on (opset 23 needs 1.23).
 
-Of what this exporter writes, Attention is what keeps encoders above opset 20:
+Of what this exporter writes, two operators keep encoders above opset 20:
 
-    Attention(q, k, v, bias)  ->  com.microsoft.MultiHeadAttention(q, k, v, "", "", bias)
+    Attention(q, k, v, bias)     ->  com.microsoft.MultiHeadAttention(q, k, v, "", "", bias)
+    RMSNormalization(x, scale)   ->  x / Sqrt(ReduceMean(Pow(x, 2)) + epsilon) * scale, which ONNX
+                                     Runtime fuses when it loads the file
 
 MultiHeadAttention takes three dimensions, heads side by side; as many key as query heads; and a
-finite bias of the query's full length, which `masks` makes already; a causal mask becomes one. ONNX Runtime 1.20 computes it
-wrong, without an error, for batches above one with several heads.
+finite bias of the query's full length, which `masks` makes already; a causal mask becomes one.
+ONNX Runtime 1.20 computes it wrong, without an error, for batches above one with several heads.
 """
 
 from __future__ import annotations
@@ -28,11 +30,14 @@ CONTRIB = "com.microsoft"
 
 def obstacle(model: ir.Model) -> str:
     """Why a model cannot be written in opset 20; empty where it can."""
+    top = set(model.graph)
     for node in _nodes(model.graph):
-        if node.op_type == "Attention" and node.domain == "":
+        if node in top and _is(node, "Attention"):
             if reason := _attention_obstacle(node):
                 return reason
-        elif node.domain == "" and not _exists(node):
+        elif node.domain == "" and not (
+            (node in top and _is(node, "RMSNormalization")) or _exists(node)
+        ):
             return f"{node.op_type} at {node.name!r} is not in opset {OPSET}"
     return ""
 
@@ -41,8 +46,10 @@ def to_opset20(model: ir.Model) -> None:
     """Rewrite in place a model that has no `obstacle`."""
     biases: dict[tuple[str, ...], ir.Value] = {}
     for node in list(model.graph):
-        if node.op_type == "Attention" and node.domain == "":
-            _rewrite(model.graph, node, biases)
+        if _is(node, "Attention"):
+            _replace(model.graph, node, _attention(node, biases))
+        elif _is(node, "RMSNormalization"):
+            _replace(model.graph, node, _rms_norm(node))
     model.opset_imports[""] = OPSET
     if any(node.domain == CONTRIB for node in model.graph):
         model.opset_imports[CONTRIB] = 1
@@ -54,6 +61,10 @@ def _nodes(graph: ir.Graph) -> Iterator[ir.Node]:
     import onnx_ir as ir
 
     return iter(ir.traversal.RecursiveGraphIterator(graph))
+
+
+def _is(node: ir.Node, kind: str) -> bool:
+    return node.op_type == kind and node.domain == ""
 
 
 def _exists(node: ir.Node) -> bool:
@@ -84,16 +95,49 @@ def _heads(node: ir.Node, which: int) -> int:
     count = node.attributes.get_int(f"{'kv' if which else 'q'}_num_heads", None)
     if count is None:
         value = node.inputs[which]
-        assert value is not None and value.shape is not None
+        assert value is not None
+        assert value.shape is not None
         count = int(value.shape[1])  # type: ignore[arg-type]
     return count
 
 
-def _rewrite(graph: ir.Graph, node: ir.Node, biases: dict[tuple[str, ...], ir.Value]) -> None:
+def _replace(graph: ir.Graph, node: ir.Node, new: list[ir.Node]) -> None:
+    """Put nodes in the place of one; the last one's output takes over."""
+    result, old = new[-1].outputs[0], node.outputs[0]
+    result.name, result.shape, result.type = old.name, old.shape, old.type
+    graph.insert_before(node, new)
+    old.replace_all_uses_with(result, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+
+
+def _rms_norm(node: ir.Node) -> list[ir.Node]:
     import onnx_ir as ir
 
-    query, key, value, bias = (*node.inputs, None)[:4]
-    assert query is not None and key is not None and value is not None
+    x, scale = node.inputs
+    assert x is not None and x.shape is not None  # noqa: PT018
+    first = node.attributes.get_int("axis", -1) % len(x.shape)
+    two, least, axes = (
+        _constant(np.array(value, dtype=kind))
+        for value, kind in (
+            (2, np.float32),
+            (node.attributes.get_float("epsilon", 1e-5), np.float32),
+            (range(first, len(x.shape)), np.int64),
+        )
+    )
+    steps = [two, least, axes, ir.node("Pow", [x, two.outputs[0]])]
+    steps.append(ir.node("ReduceMean", [steps[-1].outputs[0], axes.outputs[0]]))
+    steps.append(ir.node("Add", [steps[-1].outputs[0], least.outputs[0]]))
+    steps.append(ir.node("Sqrt", [steps[-1].outputs[0]]))
+    steps.append(ir.node("Div", [x, steps[-1].outputs[0]]))
+    return [*steps, ir.node("Mul", [steps[-1].outputs[0], scale])]
+
+
+def _attention(node: ir.Node, biases: dict[tuple[str, ...], ir.Value]) -> list[ir.Node]:
+    """MultiHeadAttention, and what it needs before it; causal biases are shared by `biases`."""
+    import onnx_ir as ir
+
+    query, key, value = (v for v in node.inputs[:3] if v is not None)
+    bias = node.inputs[3] if len(node.inputs) > 3 else None
     apart = "q_num_heads" not in node.attributes
     new: list[ir.Node] = []
     if node.attributes.get_int("is_causal", 0):
@@ -119,11 +163,7 @@ def _rewrite(graph: ir.Graph, node: ir.Node, biases: dict[tuple[str, ...], ir.Va
     )
     if apart:
         new += _apart(new[-1].outputs[0], heads)
-    result, old = new[-1].outputs[0], node.outputs[0]
-    result.name, result.shape, result.type = old.name, old.shape, old.type
-    graph.insert_before(node, new)
-    old.replace_all_uses_with(result, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
+    return new
 
 
 def _constant(array: np.ndarray[Any, Any]) -> ir.Node:
