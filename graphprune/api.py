@@ -101,6 +101,7 @@ class Compiled:
         target: str = "onnxruntime",
         baseline: bool = True,
         calibration: Iterable[Any] | None = None,
+        opset: int = 23,
     ) -> Artifact:
         """Write the artifact: model.onnx, its dense twin, the program, manifest and reports.
 
@@ -110,6 +111,8 @@ class Compiled:
             baseline: write the dense twin as baseline.onnx too, to measure against.
             calibration: batches for quantization that needs them; by default those that were given
                 to `compile`.
+            opset: 23, for ONNX Runtime from 1.23 on; or 20, from 1.21 on, for models without a
+                cache whose attention has as many key heads as query heads.
 
         Raises:
             ExportError: the folder is not ours, cannot be written, or ONNX Runtime disagrees with
@@ -129,6 +132,7 @@ class Compiled:
             baseline=self._dense if baseline else None,
             extra=self.files,
             calibration=self.calibration if calibration is None else _listed(calibration),
+            opset=opset,
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -30,7 +30,7 @@ from graphprune.exporters.artifact.artifact import (
     open_artifact,
 )
 from graphprune.exporters.artifact.results import PAGE, write_page
-from graphprune.exporters.onnx.convert import save_onnx, to_onnx
+from graphprune.exporters.onnx.convert import check_opset, save_onnx, to_onnx
 from graphprune.exporters.onnx.names import input_names, limits_by_input
 from graphprune.exporters.onnx.translations import OPSET
 from graphprune.exporters.quantize.quantize import quantize
@@ -71,6 +71,7 @@ def export(
     report: str | None = None,
     extra: Mapping[str, Path | bytes] | None = None,
     calibration: Iterable[Any] | None = None,
+    opset: int = OPSET,
 ) -> Artifact:
     """Write an artifact; one that was there before is replaced as a whole, or not at all.
 
@@ -84,6 +85,8 @@ def export(
         extra: more files by name (tokenizer, labels), as paths to copy or bytes.
         calibration: batches like the example inputs; quantization "int8-static" needs them, and
             measures its drift on the first of them.
+        opset: 23, for ONNX Runtime from 1.23 on; or 20, from 1.21 on, for models without a cache
+            whose attention has as many key heads as query heads.
 
     A program that is marked for quantization is written in float, proven equal, and then quantized;
     so is its dense twin, as a third file, while baseline.onnx stays float.
@@ -92,6 +95,7 @@ def export(
         ExportError: the folder is not ours or cannot be written, the graph has no ONNX form, ONNX
             Runtime disagrees with the program, or the target cannot run the quantized operators.
     """
+    check_opset(opset, cached=program.deployed != "forward")
     mark = program.quantization
     _check_runs(target, mark)
     check_target(path, is_artifact)
@@ -99,14 +103,14 @@ def export(
     notes: _Notes = {"parity": {}, "sizes": {}, "parameters": {}, "quantization": {}}
     batches = _calibration(program, calibration, mark)
     with whole_folder(path) as folder:
-        model = _write_model(program, folder / MODEL, notes)
+        model = _write_model(program, folder / MODEL, notes, opset)
         if baseline is program:
             _copy_model(folder / MODEL, folder / BASELINE)
         elif isinstance(baseline, Path):
             _copy_model(baseline, folder / BASELINE)
             notes["sizes"][BASELINE] = file_bytes(folder / BASELINE)
         elif baseline is not None:
-            _write_model(baseline, folder / BASELINE, notes)
+            _write_model(baseline, folder / BASELINE, notes, opset)
         if mark is not None:
             _write_quantized(program, mark, batches, folder, notes)
         notes["measurements"] = _measurements(program, folder)
@@ -142,8 +146,8 @@ def measure(program: Program, *, threads: int = 1, repeats: int = 10) -> float:
     return float(np.median(times))
 
 
-def _write_model(program: Program, path: Path, notes: _Notes) -> ir.Model:
-    model = to_onnx(program, program.deployed)
+def _write_model(program: Program, path: Path, notes: _Notes, opset: int) -> ir.Model:
+    model = to_onnx(program, program.deployed, opset=opset)
     save_onnx(model, path)
     agreements = check_parity(program, open_session(path))
     notes["parity"][path.name] = [a.to_json() for a in agreements]
@@ -272,7 +276,7 @@ def _manifest(
         "model": program.model,
         "target": target,
         "entry": program.deployed,
-        "opset": OPSET,
+        "opset": model.opset_imports[""],
         "precision": {"program": floats, "onnx": "float32" if mark is None else mark.scheme},
         "versions": _versions(),
         "inputs": [_described(v) for v in model.graph.inputs],

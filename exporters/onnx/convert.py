@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from graphprune.errors import ExportError, first_line
+from graphprune.exporters.onnx import opset20
 from graphprune.exporters.onnx.attention import lower_attention
 from graphprune.exporters.onnx.cleanup import clean_up
 from graphprune.exporters.onnx.names import (
@@ -34,15 +35,22 @@ if TYPE_CHECKING:
 EXTERNAL_ABOVE = 1_000_000_000  # bytes of weights; protobuf ends at 2 GiB
 
 
-def to_onnx(program: Program, entry: str = "forward") -> ir.Model:
+def to_onnx(program: Program, entry: str = "forward", *, opset: int = OPSET) -> ir.Model:
     """The entry as an ONNX model in float32, with the model's own input and output names.
+
+    Args:
+        program: what to convert.
+        entry: one of its graphs.
+        opset: 23; or 20, which older runtimes read too, for graphs that need no more (`opset20`).
 
     ONNX cannot say that sizes have bounds: they are JSON in the file's metadata, graphprune.bounds,
     graphprune.relations and graphprune.fixed.
 
     Raises:
-        ExportError: torch.export or torch.onnx refuses the graph; the reason is quoted.
+        ExportError: torch.export or torch.onnx refuses the graph, or it needs a higher opset; the
+            reason is quoted.
     """
+    check_opset(opset)
     program = program.in_float32()
     spec = program.entries[entry]
     module = lower(program, entry)
@@ -69,7 +77,26 @@ def to_onnx(program: Program, entry: str = "forward") -> ir.Model:
     for key, limits in limits_by_input(spec).items():
         if limits:
             model.metadata_props[f"graphprune.{key}"] = json.dumps(limits)
+    if opset != OPSET:
+        if reason := opset20.obstacle(model):
+            raise ExportError(f"the model cannot be written in opset {opset}: {reason}; omit opset")
+        opset20.to_opset20(model)
     return model
+
+
+def check_opset(opset: int, *, cached: bool = False) -> None:
+    """Refuse, before any work, an opset that is not written, or not with a key/value cache.
+
+    Raises:
+        ExportError: one of these.
+    """
+    if opset not in (known := (opset20.OPSET, OPSET)):
+        raise ExportError(f"opset is one of {list(known)}, got {opset!r}")
+    if cached and opset != OPSET:
+        raise ExportError(
+            f"opset {opset} has no attention with a key/value cache: omit opset, or compile "
+            "without cache"
+        )
 
 
 def lower(program: Program, entry: str = "forward") -> fx.GraphModule:

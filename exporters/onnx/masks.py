@@ -15,7 +15,7 @@ from graphprune.ir.graph import value_of
 _aten = torch.ops.aten
 # Just above the lowest float32: ORT 1.31 takes rows of exactly that for rows that see nothing, but
 # in torch a model that writes it there means an even distribution.
-_LOWEST = -3.4e38
+LOWEST = -3.4e38
 
 
 @dataclass
@@ -50,11 +50,11 @@ class Biases:
             sizes = [call(_aten.sym_size.int, (x, 2)) for x in (query, key)]
             mask = call(_aten.expand.default, (mask, [-1, -1, *sizes]))
         if boolean:
-            bias = call(_aten.where.Scalar, (mask, 0.0, _LOWEST))
+            bias = call(_aten.where.Scalar, (mask, 0.0, LOWEST))
             seen = call(_aten.any.dim, (mask, -1, True))
         else:
             mask = call(_aten.to.dtype, (mask, torch.float32))
-            bias = call(_aten.clamp_min.default, (mask, _LOWEST))
+            bias = call(_aten.clamp_min.default, (mask, LOWEST))
             seen = call(_aten.gt.Scalar, (call(_aten.amax.default, (mask, [-1], True)), -math.inf))
         alive = call(_aten.to.dtype, (seen, torch.float32))
         alive.meta["val"] = torch.empty(1, shape[1], 1, 1, device="meta")

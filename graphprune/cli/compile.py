@@ -56,6 +56,7 @@ class Options:
     cache: bool = False
     labeled: LabeledData | None = None
     dynamic: tuple[str, ...] = ()
+    opset: int = 23
 
 
 def _ratio(text: str) -> float:
@@ -153,6 +154,9 @@ def compile_command(
         bool, typer.Option("--cache", help="A decoder with its key/value cache, to generate with.")
     ] = False,
     dynamic: Dynamic = "",
+    opset: Annotated[
+        int, typer.Option(help="23, for ONNX Runtime from 1.23 on; 20, from 1.21 on.")
+    ] = 23,
     batch: Batch = "",
     threads: Threads = 1,
     seed: Annotated[int, typer.Option(help="Everything random comes from it.")] = 0,
@@ -163,6 +167,7 @@ def compile_command(
     from graphprune.cli.calibration import check_calibration
     from graphprune.cli.summary import present
     from graphprune.cli.training import TrainingOptions, check_training, labeled_data
+    from graphprune.exporters.onnx.convert import check_opset
 
     training = TrainingOptions(
         task=task,
@@ -187,6 +192,7 @@ def compile_command(
         "distill": _flag(epochs=distill),
         "quantize": _flag(scheme=quantize or None),
     }
+    check_opset(opset, cached=cache)
     steps = steps_of(recipe, flags, none=cache, lr=training.own_rate)
     labeled = labeled_data(training, steps)
     check_calibration(steps, calibration, trains=labeled is not None and labeled.trains)
@@ -203,6 +209,7 @@ def compile_command(
         cache=cache,
         labeled=labeled,
         dynamic=listed(dynamic),
+        opset=opset,
     )
     present(run(model, steps, out, options, allow_pickle), as_json)
 
@@ -319,7 +326,7 @@ def compiled_and_measured(
         observers=[observer],
     )
     with step("export"):
-        artifact = compiled.export(path, baseline=options.baseline)
+        artifact = compiled.export(path, baseline=options.baseline, opset=options.opset)
     timing = None
     if options.measure and artifact.has_baseline:
         with step("measure"):

@@ -85,7 +85,7 @@ def test_arithmetic_of_sizes_is_allowed(target: Any) -> None:
 @pytest.mark.parametrize(
     "target",
     [os.system, eval, operator.attrgetter, torch.add, torch.ops.aten.add, "aten::add.Tensor"],
-    ids=str,
+    ids=["system", "eval", "attrgetter", "torch.add", "packet", "text"],
 )
 def test_other_functions_are_not_saved(target: Any) -> None:
     assert not is_arithmetic(target)
