@@ -28,7 +28,8 @@ from benchmarks.common import Row, Settings, main
 from graphprune.capture.capture import capture
 from graphprune.exporters.onnx.convert import save_onnx, to_onnx
 from graphprune.exporters.onnx.names import input_names, output_names
-from graphprune.exporters.runtime.session import feeds_of, interleaved, open_session
+from graphprune.exporters.runtime.session import feeds_of, open_session
+from graphprune.exporters.runtime.timing import interleaved
 from graphprune.ir.module import graph_module
 from graphprune.ir.program import Program
 from graphprune.models import load_model

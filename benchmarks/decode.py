@@ -34,7 +34,8 @@ import graphprune
 from benchmarks.common import Row, Settings, main
 from graphprune.exporters.runtime.generate import Decoder
 from graphprune.exporters.runtime.kv_cache import Feeds, filled, shapes_of
-from graphprune.exporters.runtime.session import interleaved, open_session
+from graphprune.exporters.runtime.session import open_session
+from graphprune.exporters.runtime.timing import interleaved
 from graphprune.models import load_model
 
 MODEL, PROMPT = "smollm2", 128

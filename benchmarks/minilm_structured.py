@@ -19,7 +19,7 @@ from torch import Tensor
 import graphprune
 from benchmarks.common import Row, Settings, main
 from graphprune.exporters import Artifact
-from graphprune.exporters.runtime.session import Clock
+from graphprune.exporters.runtime.timing import Clock
 from graphprune.models import load_model
 from graphprune.passes import PruneHeads, PruneNeurons
 

@@ -9,10 +9,10 @@ from graphprune.exporters.artifact.artifact import open_artifact as open_artifac
 from graphprune.exporters.artifact.export import export as export
 from graphprune.exporters.artifact.export import measure as measure
 from graphprune.exporters.onnx.convert import to_onnx as to_onnx
+from graphprune.exporters.runtime.footprint import Footprint as Footprint
 from graphprune.exporters.runtime.parity import Agreement as Agreement
-from graphprune.exporters.runtime.session import Comparison as Comparison
-from graphprune.exporters.runtime.session import Footprint as Footprint
-from graphprune.exporters.runtime.session import Timing as Timing
+from graphprune.exporters.runtime.timing import Comparison as Comparison
+from graphprune.exporters.runtime.timing import Timing as Timing
 
 __all__ = [
     "Agreement",

@@ -36,15 +36,8 @@ from graphprune.exporters.onnx.translations import OPSET
 from graphprune.exporters.quantize.quantize import quantize
 from graphprune.exporters.runtime.kv_cache import filled, shapes_of
 from graphprune.exporters.runtime.parity import check_parity
-from graphprune.exporters.runtime.session import (
-    Feeds,
-    compare,
-    default_clock,
-    feeds_of,
-    file_bytes,
-    interleaved,
-    open_session,
-)
+from graphprune.exporters.runtime.session import Feeds, feeds_of, file_bytes, open_session
+from graphprune.exporters.runtime.timing import compare, default_clock, interleaved
 from graphprune.ir.history import kept_indices
 from graphprune.ir.program import Program
 from graphprune.ir.quantization import SCHEMES, Mark

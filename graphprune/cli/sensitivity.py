@@ -205,7 +205,8 @@ def _clock(
     """Milliseconds of a program and of the dense one, in turns; the dense one is exported once."""
     from graphprune.exporters import to_onnx
     from graphprune.exporters.onnx.convert import save_onnx
-    from graphprune.exporters.runtime.session import compare, feeds_of, open_session
+    from graphprune.exporters.runtime.session import feeds_of, open_session
+    from graphprune.exporters.runtime.timing import compare
 
     sessions: dict[int, Any] = {}
 

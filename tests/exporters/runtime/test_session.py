@@ -13,15 +13,8 @@ from onnx import TensorProto, helper
 
 from graphprune.errors import ArtifactError, GraphPruneError
 from graphprune.exporters.runtime import session as module
-from graphprune.exporters.runtime.session import (
-    compare,
-    compare_all,
-    default_clock,
-    feeds_of,
-    file_bytes,
-    interleaved,
-    open_session,
-)
+from graphprune.exporters.runtime.session import feeds_of, file_bytes, open_session
+from graphprune.exporters.runtime.timing import compare, compare_all, default_clock, interleaved
 
 NAMES = ["x", "past.0.0", "past.0.key"]
 
