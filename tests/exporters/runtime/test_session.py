@@ -1,4 +1,4 @@
-"""Sessions: feeds by name, and timings on a clock that the test turns."""
+"""Sessions: feeds by name, files, threads."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ import torch
 from onnx import TensorProto, helper
 
 from graphprune.errors import ArtifactError, GraphPruneError
-from graphprune.exporters.runtime import session as module
 from graphprune.exporters.runtime.session import feeds_of, file_bytes, open_session
-from graphprune.exporters.runtime.timing import compare, compare_all, default_clock, interleaved
 
 NAMES = ["x", "past.0.0", "past.0.key"]
 
@@ -51,68 +49,6 @@ def test_a_missing_input_is_named_with_what_there_is() -> None:
 
 
 # --- time --------------------------------------------------------------------------------------
-
-
-class Clock:
-    """Milliseconds that pass only while sessions run; who ran, in order."""
-
-    def __init__(self) -> None:
-        self.now, self.ran = 0, ""
-
-    def __call__(self) -> int:
-        return self.now
-
-
-class Session:
-    """Takes the given milliseconds, one after another, after two runs that do not count."""
-
-    def __init__(self, clock: Clock, name: str, times: list[int]) -> None:
-        self.clock, self.name, self.times = clock, name, [1000, 1000, *times]
-
-    def get_inputs(self) -> list[Any]:
-        return []
-
-    def run(self, outputs: None, feeds: dict[str, Any]) -> None:
-        self.clock.ran += self.name
-        self.clock.now += self.times.pop(0) * 10**6
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    made = Clock()
-    monkeypatch.setattr(module, "_CLOCKS", {"wall": made, "cpu": made})
-    return made
-
-
-def test_rounds_go_in_turns_and_each_counts_its_fastest_run(clock: Clock) -> None:
-    a = Session(clock, "a", [5, 3, 4, 9, 7, 8])
-    b = Session(clock, "b", [10, 30, 20, 2, 1, 3])
-    assert interleaved([a, b], {}, repeats=2, runs=3) == [[3, 7], [10, 1]]
-    assert clock.ran == "aabb" + "aaabbb" * 2
-
-
-def test_a_comparison_is_the_median_of_the_rounds_ratios(clock: Clock) -> None:
-    """Each round is compared with itself: a machine that slows down slows both."""
-    a = Session(clock, "a", [1, 2, 4, 8, 16])
-    b = Session(clock, "b", [2, 6, 16, 40, 96])
-    found = compare(a, b, {"x": np.zeros((2, 3))}, repeats=5, runs=1, threads=2)
-    assert (found.ratio, found.ratio_low, found.ratio_high) == (4, 3, 5)
-    assert (found.model.ms, found.model.low, found.model.high) == (4, 2, 8)
-    assert (found.against.ms, found.rounds, found.runs, found.threads) == (16, 5, 1, 2)
-    assert (found.clock, found.shapes, found.others) == ("wall", {"x": (2, 3)}, {})
-
-
-def test_several_opponents_share_the_rounds(clock: Clock) -> None:
-    a, b, c = (Session(clock, n, [t] * 3) for n, t in (("a", 2), ("b", 4), ("c", 1)))
-    found = compare_all(a, {"dense": b, "int8": c}, {}, repeats=3, runs=1)
-    assert clock.ran == "aabbcc" + "abc" * 3
-    assert (found.ratio, found.others["int8"].ratio) == (2, 0.5)
-    assert list(found.others) == ["int8"]
-    assert found.to_json()["others"]["int8"]["against"] == {"ms": 1.0, "low": 1.0, "high": 1.0}
-    assert (default_clock(1), default_clock(2), found.clock) == ("cpu", "wall", "cpu")
-
-
-# --- files -------------------------------------------------------------------------------------
 
 
 def test_a_file_is_opened_with_so_many_threads_or_refused(tmp_path: Path) -> None:
