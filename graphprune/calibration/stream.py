@@ -17,7 +17,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from graphprune.axes.algebra import equal
-from graphprune.axes.rules.registry import size_of
+from graphprune.axes.facts import size_of
 from graphprune.axes.sites import LinearSite
 from graphprune.errors import GraphPruneError
 from graphprune.ir.graph import is_op

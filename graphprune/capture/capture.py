@@ -20,7 +20,6 @@ from torch import Tensor, fx, nn
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 
-from graphprune.axes.rules.registry import location
 from graphprune.capture.agreement import with_second_batch
 from graphprune.capture.dynamic import asked_dims, asked_names, auto_shapes
 from graphprune.capture.fixed import with_fixed
@@ -36,7 +35,7 @@ from graphprune.errors import (
     VerificationError,
     first_line,
 )
-from graphprune.ir.graph import erase_dead, is_op, op_name, output_node, tensor_nodes
+from graphprune.ir.graph import erase_dead, is_op, location, op_name, output_node, tensor_nodes
 from graphprune.ir.program import Argument, Constant, Entry, Program
 from graphprune.ir.propagate import propagate
 from graphprune.storage.allowlist import allowed
