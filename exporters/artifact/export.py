@@ -45,13 +45,13 @@ from graphprune.exporters.runtime.session import (
     interleaved,
     open_session,
 )
+from graphprune.ir.batches import second_inputs
 from graphprune.ir.history import kept_indices
 from graphprune.ir.program import Program
 from graphprune.ir.quantization import SCHEMES, Mark
 from graphprune.report.report import Report
 from graphprune.storage.folders import check_target, sha256, whole_folder
 from graphprune.storage.program import MANIFEST, save_files
-from graphprune.verify.error import second_inputs
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -35,12 +35,12 @@ from graphprune.errors import (
     VerificationError,
     first_line,
 )
+from graphprune.ir.batches import second_sizes
 from graphprune.ir.graph import erase_dead, is_op, location, op_name, output_node, tensor_nodes
 from graphprune.ir.program import Argument, Constant, Entry, Program
 from graphprune.ir.propagate import propagate
 from graphprune.storage.allowlist import allowed
 from graphprune.storage.arguments import encode
-from graphprune.verify.error import second_sizes
 
 log = logging.getLogger(__name__)
 
