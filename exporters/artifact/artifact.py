@@ -9,7 +9,6 @@ from typing import Any, final
 
 import numpy as np
 
-from graphprune.capture.decoder import PAST, is_past
 from graphprune.errors import ArtifactError, ExportError, GraphPruneError
 from graphprune.exporters.quantize.quantize import quantize
 from graphprune.exporters.runtime.kv_cache import Shapes, filled, shapes_of
@@ -23,6 +22,7 @@ from graphprune.exporters.runtime.session import (
     footprint,
     open_session,
 )
+from graphprune.ir.decoding import PAST, is_past
 from graphprune.ir.quantization import SCHEMES, Mark
 from graphprune.ir.sizes import check_sizes, limits_from_json
 from graphprune.storage.folders import restore

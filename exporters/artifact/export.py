@@ -17,7 +17,6 @@ import numpy as np
 from torch import Tensor
 
 from graphprune.calibration.stream import flat_batch
-from graphprune.capture.decoder import IDS, MASK, empty_cache
 from graphprune.errors import ExportError
 from graphprune.exporters.artifact.artifact import (
     BASELINE,
@@ -46,6 +45,7 @@ from graphprune.exporters.runtime.session import (
     open_session,
 )
 from graphprune.ir.batches import second_inputs
+from graphprune.ir.decoding import IDS, MASK, empty_cache
 from graphprune.ir.history import kept_indices
 from graphprune.ir.program import Program
 from graphprune.ir.quantization import SCHEMES, Mark

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graphprune.capture.decoder import IDS, MASK, empty_cache
 from graphprune.errors import ExportError
 from graphprune.exporters.onnx.names import input_names, is_tensor_output, output_names
 from graphprune.exporters.runtime.session import feeds_of
 from graphprune.ir.batches import batches
+from graphprune.ir.decoding import IDS, MASK, empty_cache
 from graphprune.ir.program import Entry, Program
 from graphprune.verify.error import relative_error, row_errors
 

@@ -78,7 +78,7 @@ def timed_inputs(program: Program, sizes: tuple[int, ...]) -> dict[str, Any]:
         return sized_inputs(program, sizes)
     import torch
 
-    from graphprune.capture.decoder import IDS, MASK, past_of_zeros, step
+    from graphprune.ir.decoding import IDS, MASK, past_of_zeros, step
 
     problem = ""
     for past in sizes[1:2] or (_SEQUENCE, _SEQUENCE // 4):

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 import graphprune as gp
 from graphprune.axes import axis_groups
 from graphprune.capture.capture import capture
-from graphprune.capture.decoder import empty_cache, step, with_decode
+from graphprune.capture.decoder import with_decode
 from graphprune.errors import ArtifactError, CaptureError, UnsupportedError, VerificationError
 from graphprune.ir.batches import batches
+from graphprune.ir.decoding import empty_cache, step
 from graphprune.ir.module import ProgramModule
 from graphprune.ir.program import Program
 from graphprune.models.loading.inputs import text_batch
