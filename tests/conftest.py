@@ -14,9 +14,9 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from graphprune.capture.capture import capture
+from graphprune.ir.batches import second_sizes
 from graphprune.ir.program import Argument, Entry, Program
 from graphprune.models.zoo.tiny import tiny
-from graphprune.verify.error import second_sizes
 
 torch.set_num_threads(1)
 

@@ -9,13 +9,13 @@ from typing import Any, final
 
 import numpy as np
 
-from graphprune.capture.decoder import PAST, is_past
 from graphprune.errors import ArtifactError, ExportError, GraphPruneError
 from graphprune.exporters.quantize.quantize import quantize
 from graphprune.exporters.runtime.footprint import Footprint, footprint
 from graphprune.exporters.runtime.kv_cache import Shapes, filled, shapes_of
 from graphprune.exporters.runtime.session import Feeds, feeds_of, open_session
 from graphprune.exporters.runtime.timing import Clock, Comparison, compare_all
+from graphprune.ir.decoding import PAST, is_past
 from graphprune.ir.quantization import SCHEMES, Mark
 from graphprune.ir.sizes import check_sizes, limits_from_json
 from graphprune.storage.folders import restore

@@ -17,7 +17,6 @@ import numpy as np
 from torch import Tensor
 
 from graphprune.calibration.stream import flat_batch
-from graphprune.capture.decoder import IDS, MASK, empty_cache
 from graphprune.errors import ExportError
 from graphprune.exporters.artifact.artifact import (
     BASELINE,
@@ -38,13 +37,14 @@ from graphprune.exporters.runtime.kv_cache import filled, shapes_of
 from graphprune.exporters.runtime.parity import check_parity
 from graphprune.exporters.runtime.session import Feeds, feeds_of, file_bytes, open_session
 from graphprune.exporters.runtime.timing import compare, default_clock, interleaved
+from graphprune.ir.batches import second_inputs
+from graphprune.ir.decoding import IDS, MASK, empty_cache
 from graphprune.ir.history import kept_indices
 from graphprune.ir.program import Program
 from graphprune.ir.quantization import SCHEMES, Mark
 from graphprune.report.report import Report
 from graphprune.storage.folders import check_target, sha256, whole_folder
 from graphprune.storage.program import MANIFEST, save_files
-from graphprune.verify.error import second_inputs
 
 if TYPE_CHECKING:
     import onnx_ir as ir

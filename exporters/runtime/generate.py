@@ -8,9 +8,9 @@ from typing import Any, final
 import numpy as np
 import numpy.typing as npt
 
-from graphprune.capture.decoder import IDS, MASK, PAST, PRESENT, is_past, zero_pasts
 from graphprune.errors import GraphPruneError, first_line
 from graphprune.exporters.runtime.kv_cache import shapes_of
+from graphprune.ir.decoding import IDS, MASK, PAST, PRESENT, is_past, zero_pasts
 
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy.typing as npt
 
-from graphprune.capture.decoder import IDS, MASK, is_past, zero_pasts
 from graphprune.errors import GraphPruneError
+from graphprune.ir.decoding import IDS, MASK, is_past, zero_pasts
 
 Feeds = dict[str, npt.NDArray[Any]]
 Shapes = Mapping[str, Sequence[int | str]]

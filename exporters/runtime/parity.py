@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graphprune.capture.decoder import IDS, MASK, empty_cache
 from graphprune.errors import ExportError
 from graphprune.exporters.onnx.names import input_names, is_tensor_output, output_names
 from graphprune.exporters.runtime.session import feeds_of
+from graphprune.ir.batches import batches
+from graphprune.ir.decoding import IDS, MASK, empty_cache
 from graphprune.ir.program import Entry, Program
-from graphprune.verify.error import batches, relative_error, row_errors
+from graphprune.verify.error import relative_error, row_errors
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class Agreement:
 
 
 def check_parity(program: Program, session: Any, tolerance: float = TOLERANCE) -> list[Agreement]:
-    """Run the Program and ORT on every batch of `verify.error.batches`.
+    """Run the Program and ORT on every batch of `ir.batches.batches`.
 
     A decoder with a cache also reads a prompt without any past, and a single token after one.
 

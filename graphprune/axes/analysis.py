@@ -10,9 +10,10 @@ from torch import fx
 
 from graphprune.axes import algebra
 from graphprune.axes.algebra import Axis
+from graphprune.axes.facts import Dims, Facts, frozen_like, size_of
 from graphprune.axes.rules import RULES
-from graphprune.axes.rules.registry import Dims, Facts, RuleContext, frozen_like, place, size_of
-from graphprune.ir.graph import flat_outputs, op_name
+from graphprune.axes.rules.context import RuleContext
+from graphprune.ir.graph import flat_outputs, op_name, place
 from graphprune.ir.program import Entry, Program
 
 

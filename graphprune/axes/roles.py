@@ -9,7 +9,7 @@ from torch import fx
 from graphprune.axes import algebra
 from graphprune.axes.algebra import Axis
 from graphprune.axes.analysis import Axes, axis_leaves, dims_of
-from graphprune.axes.rules.registry import Contraction, Facts
+from graphprune.axes.facts import Contraction, Facts
 from graphprune.ir.graph import op_name
 
 ROLES = (

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.axes import AxisGroup, AxisGroups, algebra
-from graphprune.axes.rules.registry import Contraction
+from graphprune.axes.facts import Contraction
 from graphprune.ir.graph import bound_arguments, is_op, op_name
 from graphprune.ir.program import Program
 

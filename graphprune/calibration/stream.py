@@ -9,16 +9,15 @@ such place. Peak memory is what is alive at a cut, times the batches, plus one r
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
-from graphprune.axes.algebra import equal
-from graphprune.axes.rules.registry import size_of
 from graphprune.axes.sites import LinearSite
+from graphprune.calibration.padding import rows_without_padding
 from graphprune.errors import GraphPruneError
 from graphprune.ir.graph import is_op
 from graphprune.ir.program import Entry, Program
@@ -54,12 +53,13 @@ class Stream:
         self.done = 0  # what lies before has been collected, and need not run twice
         self.states: list[dict[fx.Node, Any]] = []
         placeholders = [n for n in self.nodes if n.op == "placeholder"]
+        self.rows = []
         for i, batch in enumerate(batches):
             flat = flat_batch(self.entry, batch, i)
+            self.rows.append(rows_without_padding(self.entry, flat))
             self.states.append(dict(zip(placeholders, flat, strict=True)))
         if not self.states:
             raise GraphPruneError("calibration yields no batch; pass an iterable of input batches")
-        self.rows = [_Rows(placeholders, state) for state in self.states]
 
     def collect(
         self,
@@ -181,7 +181,7 @@ class Stream:
             assert site.expert is not None
             start = int(ends[site.expert - 1]) if site.expert else 0
             return value[start : int(ends[site.expert])]
-        return self.rows[batch].of(site.operand, value)
+        return self.rows[batch](site.operand, value)
 
     def _cheapest(self, start: int, stop: int) -> int:
         """The place in [start, stop] where the fewest bytes are alive, the latest of equals."""
@@ -223,50 +223,6 @@ def _is_cut(between: Sequence[int], i: int) -> bool:
     full = [side for side in (before, after) if len(side) == _NEAR]
     least = max(map(min, full)) if full else min(between)
     return between[i] <= _HARDLY_MORE * least
-
-
-class _Rows:
-    """Which rows of an activation are padding, from the batch's own masks."""
-
-    def __init__(self, placeholders: Sequence[fx.Node], state: Mapping[fx.Node, Any]) -> None:
-        self.masks = {
-            tuple(_sizes(node)): state[node].bool()
-            for node in placeholders
-            if is_mask(node, state[node])
-        }
-
-    def of(self, node: fx.Node, value: Tensor) -> Tensor:
-        """The rows [n, features] of a value, padded positions left out.
-
-        A mask belongs to a value by the symbols of its sizes: a decoder's length may happen to be
-        the encoder's.
-        """
-        rows = value.reshape(-1, value.shape[-1])
-        lead = tuple(_sizes(node)[:-1])
-        for (batch, length), mask in self.masks.items():
-            if lead == (batch, length) or (len(lead) == 1 and equal(lead[0], batch * length)):
-                return rows[mask.reshape(-1).to(rows.device)]
-            if lead == (length, batch):
-                return rows[mask.T.reshape(-1).to(rows.device)]
-        return rows
-
-
-def _sizes(node: fx.Node) -> list[Any]:
-    return [size_of(s) for s in node.meta["val"].shape]
-
-
-def is_mask(node: fx.Node, value: Tensor) -> bool:
-    """Whether an input is a padding mask: zeros and ones that no table is indexed with."""
-    if value.dim() != 2 or bool(((value != 0) & (value != 1)).any()):
-        return False
-    stack = list(node.users)
-    while stack:
-        user = stack.pop()
-        if is_op(user, "embedding", "gather", "index_select"):
-            return False
-        if is_op(user, "to", "clone", "contiguous", "detach", "alias"):
-            stack += user.users
-    return True
 
 
 def check_not_empty(batch: Any, number: int) -> None:
@@ -355,11 +311,3 @@ def _bytes(node: fx.Node) -> int:
         return sum(map(size, value)) if isinstance(value, (tuple, list)) else 0
 
     return size(node.meta.get("val"))
-
-
-def rows_without_padding(
-    entry: Entry, flat: Sequence[Tensor]
-) -> Callable[[fx.Node, Tensor], Tensor]:
-    """How to read the rows [n, features] of a node's value for one batch, padded ones left out."""
-    placeholders = [n for n in entry.graph.nodes if n.op == "placeholder"]
-    return _Rows(placeholders, dict(zip(placeholders, flat, strict=True))).of

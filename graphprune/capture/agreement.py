@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from graphprune.capture.quiet import state_kept
 from graphprune.errors import CaptureError, GraphPruneError, first_line
+from graphprune.ir.batches import resized, second_inputs, second_sizes
 from graphprune.ir.graph import terms
 from graphprune.ir.program import Constant, Entry, Program
-from graphprune.verify.error import relative_error, resized, second_inputs, second_sizes
+from graphprune.verify.error import relative_error
 
 _log = logging.getLogger(__name__)
 

@@ -13,35 +13,32 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
-import sympy
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 
-from graphprune.axes.rules.registry import location
 from graphprune.capture.agreement import with_second_batch
-from graphprune.capture.dynamic import asked_dims, asked_names, auto_shapes
+from graphprune.capture.dynamic import asked_names, auto_shapes
 from graphprune.capture.fixed import with_fixed
 from graphprune.capture.fold import fold, number_masks, spell_indices
 from graphprune.capture.functionalize import functionalize, inline_regions, spell_out
 from graphprune.capture.guards import assumptions
+from graphprune.capture.interface import enlarge_batch, example_call, interface, specs_of
 from graphprune.capture.quiet import attributes_kept, quiet
 from graphprune.capture.spelling import respell
 from graphprune.errors import (
     CaptureError,
     GraphPruneError,
-    UnsupportedError,
     VerificationError,
     first_line,
 )
-from graphprune.ir.graph import erase_dead, is_op, op_name, output_node, tensor_nodes
-from graphprune.ir.program import Argument, Constant, Entry, Program
+from graphprune.ir.batches import second_sizes
+from graphprune.ir.graph import erase_dead, is_op, location, op_name, output_node, tensor_nodes
+from graphprune.ir.program import Entry, Program
 from graphprune.ir.propagate import propagate
 from graphprune.storage.allowlist import allowed
-from graphprune.storage.arguments import encode
-from graphprune.verify.error import second_sizes
 
 log = logging.getLogger(__name__)
 
@@ -56,10 +53,6 @@ _CHECKS = {
     "_check_is_size",
 }
 _REGIONS = {"flex_attention": "use scaled_dot_product_attention instead, with its mask"}
-_POSITIONAL = (
-    inspect.Parameter.POSITIONAL_ONLY,
-    inspect.Parameter.POSITIONAL_OR_KEYWORD,
-)
 
 
 def capture(
@@ -90,8 +83,8 @@ def capture(
     """
     _check_module(model)
     asked = asked_names(dynamic_shapes)
-    given = _call(model, example_inputs)
-    args, kwargs = given if dynamic_shapes is None else _enlarge_batch(*given)
+    given = example_call(model, example_inputs)
+    args, kwargs = given if dynamic_shapes is None else enlarge_batch(*given)
     with quiet(model), _spelled_signature(model, kwargs):
         shapes = dynamic_shapes
         if asked is not None:
@@ -149,51 +142,6 @@ def exported_program(
         raise CaptureError(_explain(model, e)) from e
     finally:
         logging.disable(logging.NOTSET)
-
-
-def _call(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if example_inputs is None:
-        # Some libraries let a model propose inputs of its own.
-        with contextlib.suppress(Exception):
-            example_inputs = cast(Any, model).dummy_inputs
-    if example_inputs is None:
-        raise CaptureError(
-            f"no example inputs for {type(model).__name__}, and it proposes none: "
-            "pass example_inputs, a dict of keyword arguments or a tuple of tensors"
-        )
-    if isinstance(example_inputs, Tensor):
-        example_inputs = (example_inputs,)
-    if isinstance(example_inputs, Mapping):
-        args, kwargs = (), dict(example_inputs)
-    elif isinstance(example_inputs, Sequence) and not isinstance(example_inputs, str):
-        args, kwargs = tuple(example_inputs), {}
-    else:
-        raise CaptureError(
-            f"example_inputs must be a dict or a tuple, got {type(example_inputs).__name__}"
-        )
-    if not any(isinstance(x, Tensor) for x in pytree.tree_leaves((args, kwargs))):
-        raise CaptureError("example_inputs holds no tensor")
-    try:
-        inspect.signature(model.forward).bind(*args, **kwargs)
-    except TypeError as e:
-        raise CaptureError(f"example_inputs do not fit {type(model).__name__}.forward: {e}") from e
-    # torch.export takes one tensor object in two places for one input, and views for one memory.
-    cloned: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(
-        lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs)
-    )
-    return cloned
-
-
-def _enlarge_batch(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    leaves = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-    if any(x.dim() == 0 or x.shape[0] != 1 for x in leaves):
-        return args, kwargs
-    enlarged: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(
-        lambda x: torch.cat([x, x]) if isinstance(x, Tensor) else x, (args, kwargs)
-    )
-    return enlarged
 
 
 @contextlib.contextmanager
@@ -282,7 +230,7 @@ def program_of(
         CaptureError: the graph holds something that a Program cannot.
     """
     module = exported.module()
-    in_spec, out_spec = _specs(module)
+    in_spec, out_spec = specs_of(module)
     graph = module.graph
     graph.set_codegen(torch.fx.graph.CodeGen())
     inline_regions(module, graph)
@@ -305,7 +253,7 @@ def program_of(
     graph.eliminate_dead_code()
     _check_known(model, graph)
     tensors, parameters, aliases, overlaps = _tensors(model, module, graph)
-    arguments, example, symbols = _interface(model, graph, in_spec, args, kwargs, asked)
+    arguments, example, symbols = interface(model, graph, in_spec, args, kwargs, asked)
     dynamic = symbols if dynamic is None else dynamic
     output = output_node(graph)
     output.args = (tuple(pytree.tree_leaves(output.args[0])),)
@@ -414,11 +362,6 @@ def _check_known(model: nn.Module, graph: fx.Graph) -> None:
             )
 
 
-def _specs(module: fx.GraphModule) -> tuple[pytree.TreeSpec, pytree.TreeSpec]:
-    info = cast(Any, module.graph._codegen).pytree_info
-    return info.in_spec, info.out_spec
-
-
 def _own_operators(graph: fx.Graph) -> None:
     """Replace operators that only one library registers by ours of the same meaning."""
     import graphprune.ir.operators  # noqa: F401  (registers graphprune::grouped_mm)
@@ -501,101 +444,6 @@ def _attribute(module: nn.Module, target: str) -> Tensor:
             "like), which graphprune does not rewrite; use torch.where instead"
         )
     return value
-
-
-def _interface(
-    model: nn.Module,
-    graph: fx.Graph,
-    in_spec: pytree.TreeSpec,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    asked: Sequence[str],
-) -> tuple[tuple[Argument, ...], tuple[Tensor, ...], dict[str, dict[int, str]]]:
-    """Map the model's arguments to placeholders, drop those of constants, name dynamic sizes."""
-    positional, keyword = in_spec.children()
-    signature = inspect.signature(model.forward).parameters
-    plain = [p.name for p in signature.values() if p.kind in _POSITIONAL]
-    rest = next((n for n, p in signature.items() if p.kind is inspect.Parameter.VAR_POSITIONAL), "")
-    names = [*plain[: len(args)], *(f"{rest}_{i}" for i in range(len(args) - len(plain)))]
-    specs = [*zip(names, positional.children(), args, strict=True)]
-    specs += [
-        (name, spec, kwargs[name])
-        for name, spec in zip(keyword.context, keyword.children(), strict=True)
-    ]
-    placeholders = iter([n for n in graph.nodes if n.op == "placeholder"])
-    arguments: list[Argument] = []
-    example: list[Tensor] = []
-    tensors: list[fx.Node] = []
-    for name, spec, value in specs:
-        leaves: list[str | Constant] = []
-        for leaf in pytree.tree_leaves(value):
-            node = next(placeholders)
-            if isinstance(leaf, Tensor):
-                leaves.append(node.name)
-                example.append(leaf.detach().clone())
-                tensors.append(node)
-            else:
-                leaves.append(Constant(leaf))
-                graph.erase_node(node)
-        default = _other_default(signature.get(name), value, leaves)
-        arguments.append(Argument(name, spec, tuple(leaves), default))
-    given = {a.name for a in arguments}
-    arguments += [
-        Argument(p.name, pytree.tree_structure(p.default), (Constant(p.default),))
-        for p in signature.values()
-        if p.name not in given and (p.default is None or isinstance(p.default, int | float | str))
-    ]
-    order = {name: i for i, name in enumerate(signature)}
-    arguments.sort(key=lambda a: order.get(a.name, order.get(rest, len(order))))
-    return tuple(arguments), tuple(example), _symbols(tensors, asked)
-
-
-def _other_default(
-    parameter: inspect.Parameter | None, value: Any, leaves: Sequence[str | Constant]
-) -> Constant | None:
-    """Forward's default of an argument that was captured as a constant of another value."""
-    if parameter is None or parameter.default is inspect.Parameter.empty:
-        return None
-    if not all(isinstance(leaf, Constant) for leaf in leaves):
-        return None
-    default = parameter.default
-    if type(default) is type(value) and bool(default == value):
-        return None
-    if isinstance(default, int | float | str | None) and default == value:
-        return None
-    try:
-        encode(default)
-    except UnsupportedError:
-        return Constant(repr(default))
-    return Constant(default)
-
-
-def _symbols(
-    placeholders: Sequence[fx.Node], asked: Sequence[str] = ()
-) -> dict[str, dict[int, str]]:
-    """Name every symbolic size: "batch", "sequence", then after the input it first occurs in.
-
-    The sides of an image are called "height" and "width" where these are asked for.
-
-    torch.export may give the first dimension of two inputs two symbols of equal value, where the
-    model never compares them; it is one batch all the same.
-    """
-    names: dict[Any, str] = {}
-    dynamic: dict[str, dict[int, str]] = {}
-    for node in placeholders:
-        for dim, size in enumerate(node.meta["val"].shape):
-            expression = size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
-            if expression.is_number:
-                continue
-            key = (expression,) if dim else ("batch", int(size.node.hint))
-            if key not in names:
-                wanted = "batch" if dim == 0 else "sequence" if dim == 1 else f"{node.name}_{dim}"
-                for side in ("height", "width"):
-                    if side in asked and dim in asked_dims(side, "", node.meta["val"]):
-                        wanted = side
-                names[key] = wanted if wanted not in names.values() else f"{node.name}_{dim}"
-            dynamic.setdefault(node.name, {})[dim] = names[key]
-    return dynamic
 
 
 def _check_own_batch(

@@ -16,8 +16,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
@@ -26,13 +24,13 @@ from graphprune.capture.agreement import tolerance, with_second_batch
 from graphprune.capture.capture import exported_program, program_of
 from graphprune.capture.quiet import quiet
 from graphprune.errors import CaptureError, first_line
+from graphprune.ir.decoding import IDS, MASK, PAST, PRESENT, empty_cache, step
 from graphprune.ir.graph import flat_outputs
 from graphprune.ir.program import Entry, Program
 from graphprune.verify.error import relative_error
 
 _Pasts = Sequence[Mapping[str, Tensor]]
 
-IDS, MASK, PAST, PRESENT = "input_ids", "attention_mask", "past_key_values", "present"
 _GROWING = ("DynamicLayer", "DynamicSlidingWindowLayer")  # layers that keep keys and values
 
 
@@ -75,61 +73,6 @@ def with_decode(model: nn.Module, program: Program, *, check: bool = True) -> Pr
     if check:
         _check_agreement(name, result, ids, mask)
     return result
-
-
-def empty_cache(entry: Entry, batch: int) -> dict[str, Tensor]:
-    """A cache without tokens, by placeholder: [batch, heads, 0, width]."""
-    return past_of_zeros(entry, batch, 0)
-
-
-def past_of_zeros(entry: Entry, batch: int, past: int) -> dict[str, Tensor]:
-    """A cache of so many tokens, all zero, by placeholder: [batch, heads, past, width]."""
-    return {
-        name: example.new_zeros(batch, example.shape[1], past, example.shape[3])
-        for name, example in zip(entry.input_names, entry.example, strict=True)
-        if name in entry.cache
-    }
-
-
-def zero_pasts(
-    shapes: Mapping[str, Sequence[int | str]], batch: int, past: int = 0
-) -> dict[str, npt.NDArray[np.float32]]:
-    """A cache of zeros for those inputs of an ONNX file that hold one, by name."""
-    return {
-        name: np.zeros((batch, int(shape[1]), past, int(shape[3])), np.float32)
-        for name, shape in shapes.items()
-        if is_past(name)
-    }
-
-
-def is_past(name: str) -> bool:
-    """Whether an input of an ONNX file holds keys or values of past tokens."""
-    return name.startswith(f"{PAST}.")
-
-
-def continued(entry: Entry, outputs: Sequence[Any]) -> dict[str, Tensor]:
-    """The cache after a step: what goes in next, by placeholder, from a step's flat outputs."""
-    return {name: outputs[number] for name, number in entry.cache.items()}
-
-
-def step(
-    program: Program, ids: Tensor, mask: Tensor, cache: Mapping[str, Tensor]
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Run `decode` in torch.
-
-    Args:
-        program: with that entry.
-        ids: new tokens [batch, sequence].
-        mask: [batch, past + sequence], over what is cached and what is new.
-        cache: by placeholder, as `empty_cache` or the step before gives it.
-
-    Returns:
-        The first output, [batch, sequence, vocabulary] of a language model; the cache after it.
-    """
-    entry = program.entries["decode"]
-    given = {IDS: ids, MASK: mask, **cache}
-    outputs = program.run([given[name] for name in entry.input_names], "decode")
-    return outputs[0], continued(entry, outputs)
 
 
 def _text(name: str, entry: Entry) -> tuple[Tensor, Tensor]:

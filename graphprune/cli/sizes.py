@@ -78,7 +78,7 @@ def timed_inputs(program: Program, sizes: tuple[int, ...]) -> dict[str, Any]:
         return sized_inputs(program, sizes)
     import torch
 
-    from graphprune.capture.decoder import IDS, MASK, past_of_zeros, step
+    from graphprune.ir.decoding import IDS, MASK, past_of_zeros, step
 
     problem = ""
     for past in sizes[1:2] or (_SEQUENCE, _SEQUENCE // 4):
@@ -99,7 +99,7 @@ def timed_inputs(program: Program, sizes: tuple[int, ...]) -> dict[str, Any]:
 
 def resized(program: Program, sizes: tuple[int, ...]) -> dict[str, Any]:
     """The program's example inputs at batch and sequence, without padding, as keyword arguments."""
-    from graphprune.verify.error import resized as flat_inputs
+    from graphprune.ir.batches import resized as flat_inputs
 
     entry = program.forward
     tensors = flat_inputs(entry, dict(zip(("batch", "sequence"), sizes, strict=False)))

@@ -113,3 +113,15 @@ def terms(symbol: str) -> list[str]:
     Every term is some dynamic dimension's size alone.
     """
     return symbol.split("+")
+
+
+def location(node: fx.Node) -> str:
+    """Where in the user's model a node comes from: its module path, else its name."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next(reversed([p for p, _ in stack.values()]), "") if stack else ""
+    return path.removeprefix("L['self'].").removeprefix("L__self___") or node.name
+
+
+def place(node: fx.Node) -> str:
+    """An operator and its location, as reasons show it: `softmax` at encoder.layer.0."""
+    return f"`{op_name(node)}` at {location(node)}"

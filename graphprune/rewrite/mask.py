@@ -11,8 +11,8 @@ from torch import Tensor, fx
 
 from graphprune.axes import algebra
 from graphprune.axes.algebra import Axis
+from graphprune.axes.facts import Contraction, Facts
 from graphprune.axes.groups import axis_groups
-from graphprune.axes.rules.registry import Contraction, Facts
 from graphprune.ir.graph import bound_arguments, flat_outputs, output_node, set_bound
 from graphprune.ir.program import Entry, Program
 

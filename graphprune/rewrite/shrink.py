@@ -13,9 +13,10 @@ from torch import Tensor, fx
 
 from graphprune.axes import algebra
 from graphprune.axes.algebra import Axis, Size
+from graphprune.axes.facts import size_of
 from graphprune.axes.groups import AxisGroups, axis_groups, names_after
 from graphprune.axes.rules import REWRITERS
-from graphprune.axes.rules.registry import RewriteContext, size_of
+from graphprune.axes.rules.context import RewriteContext
 from graphprune.errors import VerificationError
 from graphprune.ir.graph import op_name
 from graphprune.ir.history import kept_indices

@@ -11,7 +11,7 @@ from typing import Any, final
 import torch
 from torch import fx
 
-from graphprune.axes.rules.registry import size_of
+from graphprune.axes.facts import size_of
 from graphprune.calibration.stream import flat_batch
 from graphprune.errors import GraphPruneError, TrainingError
 from graphprune.ir.graph import bound_arguments, is_op, value_of

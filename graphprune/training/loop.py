@@ -33,11 +33,8 @@ from graphprune.training.checks import (
     refuse_sparse_gradients,
 )
 from graphprune.training.distributed import Feed, Workers, seed_from
-from graphprune.training.losses import (
-    IGNORED,
-    Metric,
-    metric_name,
-)
+from graphprune.training.losses import IGNORED
+from graphprune.training.metrics import Metric, metric_name
 from graphprune.training.objective import Distillation, Objective, inputs_of
 from graphprune.training.optimizer import Optimizer, Plan, cut_state, zero_masks
 from graphprune.training.records import Epoch, TrainingReport

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from graphprune.axes import axis_groups
 from graphprune.axes.algebra import find, leaves
-from graphprune.calibration.stream import flat_batch, rows_without_padding
+from graphprune.calibration.padding import rows_without_padding
+from graphprune.calibration.stream import flat_batch
 from graphprune.errors import TrainingError
 from graphprune.ir.graph import is_op, output_node, value_of
 from graphprune.ir.module import ProgramModule

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.errors import VerificationError, first_line
+from graphprune.ir.batches import BEFORE_BOUNDS, batches, bounds_not_run
 from graphprune.ir.graph import flat_outputs, op_name, output_node
 from graphprune.ir.program import JSON, Entry, Program
 from graphprune.rewrite.mask import MASK
-from graphprune.verify.error import BEFORE_BOUNDS, batches, bounds_not_run, row_errors
+from graphprune.verify.error import row_errors
 
 TOLERANCE = 1e-5  # of a row's scale, in float32
 TOLERANCE_FLOAT64 = 1e-9

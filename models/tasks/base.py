@@ -14,8 +14,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from graphprune.capture.decoder import is_past, zero_pasts
 from graphprune.errors import GraphPruneError
+from graphprune.ir.decoding import is_past, zero_pasts
 from graphprune.models.data.batches import Batches
 from graphprune.models.data.tables import Schema
 from graphprune.models.data.tokenize import TOKENS, tokenizer

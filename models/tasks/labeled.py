@@ -13,7 +13,7 @@ from graphprune.errors import GraphPruneError
 from graphprune.models.data.batches import table_batches
 from graphprune.models.data.tables import Schema, Table
 from graphprune.models.tasks.base import Progress, Task, TaskResult, longest, scored, silent
-from graphprune.training.losses import pearson, spearman
+from graphprune.training.metrics import pearson, spearman
 
 # A model takes those that it has.
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")

@@ -9,7 +9,7 @@ import torch
 
 from graphprune.models.data.tables import read_table
 from graphprune.models.tasks.base import Progress, Task, TaskResult, embed, silent
-from graphprune.training.losses import spearman
+from graphprune.training.metrics import spearman
 
 
 def spearman_of_cosine(

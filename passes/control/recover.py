@@ -15,7 +15,7 @@ from graphprune.pipeline.base import Context, Invariant, Pass, PassResult
 from graphprune.pipeline.events import JSON
 from graphprune.pipeline.registry import options, register
 from graphprune.training.distributed import Workers
-from graphprune.training.losses import Metric
+from graphprune.training.metrics import Metric
 from graphprune.training.objective import inputs_of
 from graphprune.training.spec import Training, check_metric, judged
 from graphprune.validate import check_number, check_whole

@@ -179,7 +179,7 @@ class _Bench:
     def _rows(self, batch: int, flat: Sequence[Tensor]) -> Tensor:
         """All float outputs of a batch in one vector, padded positions left out; float64."""
         found = [
-            self.stream.rows[batch].of(node, value).flatten().double()
+            self.stream.rows[batch](node, value).flatten().double()
             for node, value in zip(self.results, flat, strict=True)
             if isinstance(value, Tensor) and value.is_floating_point() and value.dim()
         ]

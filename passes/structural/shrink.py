@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from graphprune.axes import AxisGroup, AxisGroups, algebra, axis_groups
 from graphprune.axes.dependence import PRODUCTS, Known, dependence
-from graphprune.axes.rules.registry import Contraction
+from graphprune.axes.facts import Contraction
 from graphprune.axes.sites import LinearSite, contractions, linear_sites, sites_of
 from graphprune.ir.graph import bound_arguments, is_op, op_name, tensor_nodes
 from graphprune.ir.program import Program

@@ -18,7 +18,7 @@ from benchmarks.fuzz.minimize import minimized, script
 from benchmarks.fuzz.source import Graph, Step, module_of
 from graphprune.axes import algebra
 from graphprune.axes.rules import REWRITERS, RULES
-from graphprune.axes.rules.registry import RewriteContext, RuleContext
+from graphprune.axes.rules.context import RewriteContext, RuleContext
 
 SEED = 13
 RELU = "F.relu({})"

@@ -14,11 +14,12 @@ from graphprune.api import compile
 from graphprune.api import load as load_compiled
 from graphprune.capture.capture import capture
 from graphprune.errors import CaptureError, GraphPruneError, VerificationError
+from graphprune.ir.batches import batches, second_inputs
 from graphprune.ir.module import ProgramModule
 from graphprune.ir.program import Program
 from graphprune.models.zoo.tiny import tiny
 from graphprune.storage.program import load, save
-from graphprune.verify.error import batches, relative_error, second_inputs
+from graphprune.verify.error import relative_error
 
 
 def agrees(model: nn.Module, program: Program, inputs: dict[str, Tensor]) -> None:

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 import graphprune as gp
 from graphprune.axes import axis_groups
 from graphprune.capture.capture import capture
-from graphprune.capture.decoder import empty_cache, step, with_decode
+from graphprune.capture.decoder import with_decode
 from graphprune.errors import ArtifactError, CaptureError, UnsupportedError, VerificationError
+from graphprune.ir.batches import batches
+from graphprune.ir.decoding import empty_cache, step
 from graphprune.ir.module import ProgramModule
 from graphprune.ir.program import Program
 from graphprune.models.loading.inputs import text_batch
@@ -26,7 +28,7 @@ from graphprune.rewrite.mask import mask
 from graphprune.rewrite.shrink import shrink
 from graphprune.storage.program import load, save
 from graphprune.verify.equivalence import TOLERANCE, verify_rewrite
-from graphprune.verify.error import batches, relative_error
+from graphprune.verify.error import relative_error
 
 # What has no builtin: how their queries, keys and positions are made differs from all others.
 _SMALL = {

@@ -13,9 +13,10 @@ from torch import nn
 from graphprune.api import compile
 from graphprune.axes import axis_groups
 from graphprune.capture.capture import capture
+from graphprune.ir.batches import batches
 from graphprune.passes import PruneHeads
 from graphprune.verify.equivalence import TOLERANCE
-from graphprune.verify.error import batches, relative_error
+from graphprune.verify.error import relative_error
 
 _SMALL: dict[str, Any] = {"vocab_size": 97}
 _DEEP: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -11,13 +11,14 @@ import torch
 
 from graphprune.api import compile
 from graphprune.axes import AxisGroup, axis_groups
+from graphprune.ir.batches import batches
 from graphprune.ir.program import Program
 from graphprune.models.zoo.tiny import tiny_names
 from graphprune.passes import PruneHeads, PruneNeurons
 from graphprune.rewrite.mask import mask
 from graphprune.rewrite.shrink import shrink
 from graphprune.verify.equivalence import TOLERANCE, verify_rewrite
-from graphprune.verify.error import batches, relative_error
+from graphprune.verify.error import relative_error
 
 Key = tuple[str, int, bool]
 

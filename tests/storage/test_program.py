@@ -21,13 +21,13 @@ from torch.nn import functional as F
 
 from graphprune.capture.capture import capture
 from graphprune.errors import ArtifactError, ExportError, GraphPruneError, UnsupportedError
+from graphprune.ir.batches import second_inputs
 from graphprune.ir.module import ProgramModule
 from graphprune.ir.program import Program
 from graphprune.ir.quantization import Mark
 from graphprune.storage.arguments import encode
 from graphprune.storage.folders import sha256
 from graphprune.storage.program import digest, load, save, save_files
-from graphprune.verify.error import second_inputs
 
 Captured = Callable[[str], Program]
 

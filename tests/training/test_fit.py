@@ -30,7 +30,8 @@ from graphprune.rewrite.mask import mask
 from graphprune.rewrite.shrink import shrink, take
 from graphprune.training.distributed import Workers
 from graphprune.training.loop import Fitted, Hooks, fit
-from graphprune.training.losses import Metric, loss_of, spearman
+from graphprune.training.losses import loss_of
+from graphprune.training.metrics import Metric
 from graphprune.training.objective import Distillation
 from graphprune.training.optimizer import MOMENTS, Optimizer, Plan, zero_masks
 from graphprune.training.spec import Training
@@ -548,7 +549,7 @@ def test_patience_waits_until_masks_have_settled(captured: Captured) -> None:
     assert int((fitted.program.tensors["layers.2.weight"] == 0).sum()) > 0
 
 
-# --- losses and metrics ------------------------------------------------------------------------
+# --- losses ------------------------------------------------------------------------------------
 
 
 def test_losses_are_those_of_torch() -> None:
@@ -589,38 +590,6 @@ def test_of_several_scores_none_is_guessed() -> None:
     named = {"hidden": hidden, "logits": logits}
     for clear in (logits, (logits, cache), named, (loss, logits, hidden)):
         assert torch.equal(loss_of("classification", clear, batch).total, expected)
-
-
-def test_spearman_is_that_of_scipy() -> None:
-    from scipy.stats import spearmanr
-
-    a, b = torch.randint(0, 6, (40,)).double(), torch.randint(0, 9, (40,)).double()
-    assert spearman(a, b) == pytest.approx(spearmanr(a, b).statistic, abs=1e-12)
-    assert spearman(a, torch.ones(40).double()) == 0
-
-
-def test_a_metric_counts_examples_not_batches() -> None:
-    score = Metric("classification")
-    logits = torch.eye(3)
-    score.add(logits, {"labels": torch.tensor([0, 1, 0])})
-    score.add(logits[:1], {"labels": torch.tensor([0])})
-    assert score.value() == 3 / 4
-    with pytest.raises(TrainingError, match="nothing to measure"):
-        Metric("classification").value()
-
-
-@pytest.mark.parametrize("loss", ["classification", "regression"])
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_metric_of_broken_scores_is_refused(loss: str, bad: float) -> None:
-    scores = torch.randn(4, 3 if loss == "classification" else 1)
-    scores[2, 0] = bad
-    labels = torch.tensor([0, 1, 2, 0])
-    with pytest.raises(TrainingError, match="outputs hold NaN or infinity"):
-        Metric(loss).add(scores, {"labels": labels})
-    if loss == "classification":
-        # What does not count may be anything, and a class may be ruled out.
-        labels[2], scores[0, 1] = -100, -math.inf
-        Metric(loss).add(scores, {"labels": labels})
 
 
 # --- judging, stopping, progress ---------------------------------------------------------------

@@ -14,13 +14,14 @@ import graphprune as gp
 from graphprune.axes import analysis, axis_groups
 from graphprune.capture.capture import capture
 from graphprune.errors import UnsupportedError, VerificationError
+from graphprune.ir.batches import batches, fresh_inputs, second_inputs
 from graphprune.ir.program import Program
 from graphprune.passes import PruneAxis, PruneHeads, PruneNeurons
 from graphprune.pipeline.base import Context
 from graphprune.rewrite.mask import mask
 from graphprune.rewrite.shrink import shrink
 from graphprune.verify.equivalence import verify_rewrite
-from graphprune.verify.error import batches, fresh_inputs, relative_error, second_inputs
+from graphprune.verify.error import relative_error
 
 Ending = Callable[[Tensor], Tensor]
 

@@ -6,7 +6,9 @@ import math
 
 from graphprune.axes import algebra
 from graphprune.axes.algebra import Axis
-from graphprune.axes.rules.registry import Dims, RewriteContext, RuleContext, rewriter, rule
+from graphprune.axes.facts import Dims
+from graphprune.axes.rules.context import RewriteContext, RuleContext
+from graphprune.axes.rules.registry import rewriter, rule
 
 
 @rule("linear")

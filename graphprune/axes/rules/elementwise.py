@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import fx
 
-from graphprune.axes.rules.registry import Dims, RuleContext, rule
+from graphprune.axes.facts import Dims
+from graphprune.axes.rules.context import RuleContext
+from graphprune.axes.rules.registry import rule
 
 _UNARY = (
     "abs", "acos", "acosh", "alias", "alpha_dropout", "asin", "asinh", "atan", "atanh",

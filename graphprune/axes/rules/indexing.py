@@ -8,7 +8,9 @@ import torch
 from torch import fx
 
 from graphprune.axes import algebra
-from graphprune.axes.rules.registry import Dims, RuleContext, rule
+from graphprune.axes.facts import Dims
+from graphprune.axes.rules.context import RuleContext
+from graphprune.axes.rules.registry import rule
 
 
 @rule("embedding")

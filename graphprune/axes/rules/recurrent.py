@@ -7,7 +7,9 @@ from typing import Any
 
 from graphprune.axes import algebra
 from graphprune.axes.algebra import Axis
-from graphprune.axes.rules.registry import Dims, RuleContext, rule
+from graphprune.axes.facts import Dims
+from graphprune.axes.rules.context import RuleContext
+from graphprune.axes.rules.registry import rule
 
 _HIDDEN = "a hidden state of"
 

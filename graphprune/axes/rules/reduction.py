@@ -7,7 +7,9 @@ import math
 import torch
 
 from graphprune.axes import algebra
-from graphprune.axes.rules.registry import Dims, RewriteContext, RuleContext, rewriter, rule
+from graphprune.axes.facts import Dims
+from graphprune.axes.rules.context import RewriteContext, RuleContext
+from graphprune.axes.rules.registry import rewriter, rule
 from graphprune.ir.graph import op_name
 
 

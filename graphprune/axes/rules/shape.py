@@ -9,15 +9,9 @@ from torch import Tensor
 
 from graphprune.axes import algebra
 from graphprune.axes.algebra import Axis
-from graphprune.axes.rules.registry import (
-    Dims,
-    RewriteContext,
-    RuleContext,
-    resolve,
-    rewriter,
-    rule,
-    size_of,
-)
+from graphprune.axes.facts import Dims, size_of
+from graphprune.axes.rules.context import RewriteContext, RuleContext, resolve
+from graphprune.axes.rules.registry import rewriter, rule
 from graphprune.ir.graph import op_name
 
 

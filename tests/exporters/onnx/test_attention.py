@@ -16,8 +16,9 @@ from graphprune.capture.capture import capture
 from graphprune.exporters.onnx.convert import lower, save_onnx, to_onnx
 from graphprune.exporters.onnx.names import output_names
 from graphprune.exporters.runtime.session import feeds_of, open_session
+from graphprune.ir.batches import second_inputs
 from graphprune.ir.program import Program
-from graphprune.verify.error import relative_error, second_inputs
+from graphprune.verify.error import relative_error
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 

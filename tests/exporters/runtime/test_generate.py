@@ -14,10 +14,10 @@ from torch import Tensor
 
 import graphprune as gp
 from graphprune.api import Compiled
-from graphprune.capture.decoder import empty_cache, step
 from graphprune.errors import GraphPruneError
 from graphprune.exporters import Artifact, open_artifact
 from graphprune.exporters.runtime.generate import Decoder, choose, generate
+from graphprune.ir.decoding import empty_cache, step
 from graphprune.ir.program import Program
 from graphprune.models.tasks.base import runner
 from graphprune.models.zoo.tiny import tiny

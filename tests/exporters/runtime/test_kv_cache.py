@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphprune.capture.decoder import IDS, MASK, is_past
 from graphprune.errors import GraphPruneError
 from graphprune.exporters.runtime.kv_cache import Feeds, filled, shapes_of
+from graphprune.ir.decoding import IDS, MASK, is_past
 
 KEY, VALUE = "past_key_values.0.key", "past_key_values.0.value"
 SHAPES: dict[str, list[int | str]] = {
