@@ -648,7 +648,7 @@ def test_refusals(captured: Captured) -> None:
     with pytest.raises(RecipeError, match="needs data and a loss"):
         Pipeline([GradualStructure()]).run(program)
     marked = Pipeline([Quantize("int8-dynamic")]).run(program).program
-    with pytest.raises(UnsupportedError, match="quantis"):
+    with pytest.raises(UnsupportedError, match="quantiz"):
         _run(marked, GradualStructure())
 
 
