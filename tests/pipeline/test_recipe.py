@@ -101,6 +101,7 @@ def test_load_after_dump_is_the_same(role: Any, **options: Any) -> None:
         ("passes: [{prune-heads: {ratio: .nan}}]", "at least 0 and below 1"),
         ("passes: [{prune-heads: {ratio: 0.5, round_to: 2.5}}]", "must be a whole number"),
         ("passes: [{prune-heads: {ratio: 0.5, round_to: 0}}]", "round_to must be at least 1"),
+        ("passes: [{prune-axis: {ratio: 0.5, normalised: true}}]", "did you mean 'normalized'"),
         (
             "passes: [{prune-heads: {ratio: 0.5, targets: a.b}}]",
             "must be a list, each item a string",

@@ -692,7 +692,7 @@ def test_a_checkpoint_of_something_else_is_refused(captured: Captured, tmp_path:
     _fit(program.with_tensors(near), checkpoints=tmp_path, resume=True)
     state = tmp_path / "0-finetune" / "optimiser.safetensors"
     state.write_bytes(state.read_bytes()[:-1] + b"x")
-    with pytest.raises(gp.GraphPruneError, match=r"optimizer\.safetensors"):
+    with pytest.raises(gp.GraphPruneError, match=r"optimiser\.safetensors"):
         _fit(program, checkpoints=tmp_path, resume=True)
 
 

@@ -71,7 +71,7 @@ def test_a_task_without_an_option_says_who_has_it() -> None:
 
 def test_an_unknown_task_names_a_near_one() -> None:
     with pytest.raises(GraphPruneError, match="did you mean 'neighbors'"):
-        evaluate("neighbors", None)
+        evaluate("neighbours", None)
 
 
 def test_text_tasks_need_a_tokenizer_and_neighbors_a_dense_model(tmp_path: Path) -> None:
