@@ -92,9 +92,12 @@ class AxisGroups(Sequence[AxisGroup]):
     """All axis groups of a program, in the order of its tensors."""
 
     def __init__(self, axes: Axes, groups: Sequence[AxisGroup]) -> None:
+        """Groups that are named by position; they get the names that the program has for them."""
         self.axes = axes
         self.program = axes.program
-        self._groups = list(groups)
+        self._by_position = groups
+        names = self.program.axis_names
+        self._groups = [replace(g, id=names.get(g.id, g.id)) for g in groups]
         self._by_id = {g.id: g for g in self._groups}
 
     def on(self, program: Program) -> AxisGroups:
@@ -103,11 +106,7 @@ class AxisGroups(Sequence[AxisGroup]):
         They go by the names that this program has for them.
         """
         facts = {n: f.on(program.entries[n].graph) for n, f in self.axes.facts.items()}
-        names = program.axis_names
-        return AxisGroups(
-            Axes(program, self.axes.tensors, facts),
-            [replace(g, id=names.get(g.id, g.id)) for g in self._groups] if names else self._groups,
-        )
+        return AxisGroups(Axes(program, self.axes.tensors, facts), self._by_position)
 
     def __len__(self) -> int:
         return len(self._groups)

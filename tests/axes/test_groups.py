@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -122,3 +123,14 @@ def test_a_kept_analysis_holds_no_weights(captured: Captured, analyzed: list[Pro
     axis_groups(captured("tiny-mlp"))
     (own,) = analyzed
     assert all(t.is_meta for t in own.tensors.values())
+
+
+def test_names_of_a_program_hold_for_its_forks_too(captured: Captured) -> None:
+    program = captured("tiny-llama")
+    first, second, third = (group.id for group in axis_groups(program)[:3])
+    # Each takes the name of the next: renamed twice, the first would be called as the third.
+    renamed = replace(program, axis_names={first: second, second: third, third: first})
+    found = axis_groups(renamed)
+    assert [group.id for group in found[:3]] == [second, third, first]
+    assert [group.id for group in found.on(renamed.fork())] == [group.id for group in found]
+    assert [group.id for group in found.on(program)[:3]] == [first, second, third]
