@@ -46,6 +46,7 @@ def test_compile_takes_a_recipe_file_and_replaces_its_own_folder(run: Run, tmp_p
         assert run(*arguments).exit_code == 0
 
 
+@pytest.mark.slow
 def test_compile_goes_on_from_an_artifact(run: Run, artifact: Path) -> None:
     result = run("compile", str(artifact), "--neurons", "0.5", "-o", "more", "--json")
     assert result.exit_code == 0, result.stderr

@@ -209,6 +209,7 @@ def test_compile_goes_on_from_an_artifact_with_its_head(run: Run, folder: Path, 
     ).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_trained_head_is_judged_and_pruned_as_it_is(run: Run, folder: Path) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig.from_pretrained(folder / "m", id2label={0: "yes", 1: "no"})
@@ -326,6 +327,7 @@ def test_training_resumes_where_its_checkpoints_are(
     assert all(torch.equal(one[n], two[n]) for n in one)
 
 
+@pytest.mark.slow
 def test_the_recipe_recover_names_what_it_needs(run: Run, folder: Path) -> None:
     assert json.loads(run("recipes", "--json").stdout)["recover"]["needs"] == "--task and --train"
     arguments = ("compile", "m", "--recipe", "recover", *LEARN, "-o", "recovered", "--no-measure")

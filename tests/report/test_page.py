@@ -69,7 +69,9 @@ def _need_charts() -> None:
         pytest.skip("the package pygal is not installed")
 
 
-@pytest.fixture(params=[True, False], ids=["charts", "tables"])
+@pytest.fixture(
+    params=[True, pytest.param(False, marks=pytest.mark.slow)], ids=["charts", "tables"]
+)
 def charts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """With and without the library that draws."""
     if request.param:

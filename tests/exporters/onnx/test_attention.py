@@ -141,6 +141,7 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Program, Any, Any]:
     return program, model, open_session(path, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("second", [False, True], ids=["example", "other sizes"])
 def test_ort_agrees_with_torch(zoo: tuple[Program, Any, Any], case: str, second: bool) -> None:
@@ -153,6 +154,7 @@ def test_ort_agrees_with_torch(zoo: tuple[Program, Any, Any], case: str, second:
     assert relative_error(expected, torch.from_numpy(actual)) < 2e-6
 
 
+@pytest.mark.slow
 def test_the_cases_mean_what_they_say(zoo: tuple[Program, Any, Any]) -> None:
     """Rows that see nothing are zero in torch, and there are such rows, and rows that see."""
     program, _, _ = zoo
@@ -164,6 +166,7 @@ def test_the_cases_mean_what_they_say(zoo: tuple[Program, Any, Any]) -> None:
     assert outputs["bool_unseen_rows_of_one_head"][0, 1].count_nonzero() == 6
 
 
+@pytest.mark.slow
 def test_lowering_alone_changes_nothing(zoo: tuple[Program, Any, Any]) -> None:
     program, _, _ = zoo
     inputs = second_inputs(program.forward)
@@ -173,6 +176,7 @@ def test_lowering_alone_changes_nothing(zoo: tuple[Program, Any, Any]) -> None:
         assert relative_error(a, b) < 1e-5, name
 
 
+@pytest.mark.slow
 def test_heads_are_split_by_the_kernel_and_repeated_heads_are_not_repeated(
     zoo: tuple[Program, Any, Any],
 ) -> None:

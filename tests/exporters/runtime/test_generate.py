@@ -108,7 +108,7 @@ def test_pruned_generation_is_that_of_the_program(
     decoder = Decoder(artifacts["tiny-gpt2", 0.5].session(1))
     found = written(decoder, ids, mask)
     assert found == _stepped(program, ids, mask)
-    assert found != written(Decoder(artifacts["tiny-gpt2", 0.0].session(1)), ids, mask)
+    assert found != _stepped(compiled("tiny-gpt2", 0.0).program, ids, mask)
 
 
 def _stepped(program: Program, ids: Tensor, mask: Tensor) -> list[list[int]]:
@@ -121,6 +121,7 @@ def _stepped(program: Program, ids: Tensor, mask: Tensor) -> list[list[int]]:
     return torch.stack(tokens, 1).tolist()
 
 
+@pytest.mark.slow
 def test_one_prompt_in_two_parts(artifacts: Artifacts) -> None:
     """Several tokens on top of a past, in a batch above one."""
     ids, mask = padded()
@@ -134,7 +135,7 @@ def test_one_prompt_in_two_parts(artifacts: Artifacts) -> None:
 def test_the_file_holds_a_tied_weight_once(
     artifacts: Artifacts,
 ) -> None:
-    artifact = artifacts["tiny-gpt2", 0.0]
+    artifact = artifacts["tiny-gpt2", 0.5]
     model = onnx.load(artifact.path / "model.onnx")
     large = [i.name for i in model.graph.initializer if 99 in i.dims]
     assert len(large) == 1
@@ -221,6 +222,7 @@ def test_tasks_read_whole_sequences(artifacts: Artifacts) -> None:
     assert relative_error(expected, found) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_token_that_stops(artifacts: Artifacts) -> None:
     ids, mask = padded()
     decoder = Decoder(artifacts["tiny-llama", 0.0].session(1))
@@ -265,7 +267,7 @@ def test_what_cannot_be_generated(
     reason: str,
     artifacts: Artifacts,
 ) -> None:
-    decoder = Decoder(artifacts["tiny-gpt2", 0.0].session(1))
+    decoder = Decoder(artifacts["tiny-gpt2", 0.5].session(1))
     with pytest.raises(GraphPruneError, match=reason):
         list(generate(decoder, ids, **options))
 
