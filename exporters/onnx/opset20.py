@@ -111,10 +111,12 @@ def _replace(graph: ir.Graph, node: ir.Node, new: list[ir.Node]) -> None:
 
 
 def _rms_norm(node: ir.Node) -> list[ir.Node]:
+    """x / sqrt(mean(x²) + epsilon) * scale, over the dimensions from `axis` on."""
     import onnx_ir as ir
 
     x, scale = node.inputs
-    assert x is not None and x.shape is not None  # noqa: PT018
+    assert x is not None
+    assert x.shape is not None
     first = node.attributes.get_int("axis", -1) % len(x.shape)
     two, least, axes = (
         _constant(np.array(value, dtype=kind))
