@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from benchmarks.fuzz.absence import Evaluator
-from benchmarks.fuzz.check import Outcome, check, difference
+from benchmarks.fuzz.check import Outcome, _rounding, check, difference
 from benchmarks.fuzz.drawing import draw, write
 from benchmarks.fuzz.minimize import minimized, script
 from benchmarks.fuzz.source import Graph, Step, module_of
@@ -203,6 +203,20 @@ def test_a_failure_becomes_small_and_prints_as_a_module(
 def test_rows_are_compared_each_by_its_own_size(expected: Any, actual: Any, wrong: bool) -> None:
     error = difference(torch.tensor(expected).double(), torch.tensor(actual).double())
     assert (not error <= 1e-8) is wrong
+
+
+@pytest.mark.parametrize(
+    ("function", "least", "most"),
+    [
+        (lambda x: [2 * x], 1e-8, 1e-8),
+        (lambda x: [1e6 * (x - x.flip(-1))], 1e-7, 9e-7),
+        (lambda x: [x.floor()], 1e-6, 1e-6),
+    ],
+)
+def test_what_float64_cannot_tell_is_no_failure(function: Any, least: float, most: float) -> None:
+    """Sums that nearly cancel make its last bit large; more than 1e-6 is never allowed."""
+    x = torch.tensor([[1.0, 1.0 + 2e-9]], dtype=torch.float64)
+    assert least <= _rounding(function, [x], function(x)) <= most
 
 
 class Absent(nn.Module):
