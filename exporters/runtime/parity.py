@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, final
 
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from graphprune.errors import ExportError
 from graphprune.exporters.onnx.names import input_names, is_tensor_output, output_names
-from graphprune.exporters.runtime.session import feeds_of
+from graphprune.exporters.runtime.kv_cache import optional_inputs
+from graphprune.exporters.runtime.session import feeds_of, inputs_of
 from graphprune.ir.batches import batches
 from graphprune.ir.decoding import IDS, MASK, empty_cache
 from graphprune.ir.program import Entry, Program
@@ -48,7 +49,8 @@ class Agreement:
 def check_parity(program: Program, session: Any, tolerance: float = TOLERANCE) -> list[Agreement]:
     """Run the Program and ORT on every batch of `ir.batches.batches`.
 
-    A decoder with a cache also reads a prompt without any past, and a single token after one.
+    A decoder with a cache also reads a prompt without any past, and a single token after one. What
+    need not be fed is fed, and once is not, where the program gets zeros.
 
     Args:
         program: what was exported, in any float type; it is compared in float32.
@@ -64,7 +66,16 @@ def check_parity(program: Program, session: Any, tolerance: float = TOLERANCE) -
     examples, *drawn = batches(entry)
     # Drawn values may be none that the model takes; examples, and steps made of them, are.
     taken = [examples, *(b for b in drawn if _runs(program, b)), *_steps(entry)]
-    return [a for inputs in taken for a in _compare(program, session, inputs, tolerance)]
+    found = [a for inputs in taken for a in _compare(program, session, inputs, tolerance)]
+    optional = {i.name for i in optional_inputs(session)}
+    names = input_names(entry)
+    if given := optional.intersection(names):
+        zeros = [
+            torch.zeros_like(t) if name in given else t
+            for name, t in zip(names, examples, strict=True)
+        ]
+        found += _compare(program, session, zeros, tolerance, left_out=given)
+    return found
 
 
 def _runs(program: Program, inputs: Sequence[Tensor]) -> bool:
@@ -97,13 +108,19 @@ def _steps(entry: Entry) -> list[list[Tensor]]:
 
 
 def _compare(
-    program: Program, session: Any, inputs: Sequence[Tensor], tolerance: float
+    program: Program,
+    session: Any,
+    inputs: Sequence[Tensor],
+    tolerance: float,
+    left_out: Collection[str] = (),
 ) -> list[Agreement]:
     entry = program.entries[program.deployed]
     shapes = [tuple(t.shape) for t in inputs]
     feeds = feeds_of(tuple(inputs), input_names(entry))
     try:
-        actual = session.run(None, {i.name: feeds[i.name] for i in session.get_inputs()})
+        actual = session.run(
+            None, {name: feeds[name] for name in inputs_of(session) if name not in left_out}
+        )
     except Exception as e:
         raise ExportError(f"ONNX Runtime fails on inputs of shapes {shapes}: {e}") from e
     flags = is_tensor_output(entry)
