@@ -130,7 +130,8 @@ class Compiled:
             layout: "hub", "flat", or "auto": hub for text models.
             weights: in a second file "beside" the graph, which ONNX Runtime maps instead of
                 copying; "inside" it, for consumers of one file; or "auto": beside above 20 MB.
-            metadata: more lines for the ONNX file's metadata.
+            metadata: more lines for the ONNX file's metadata, beside those of an ONNX file that lay
+                in the model's folder.
 
         Raises:
             ExportError: the folder is not ours, cannot be written, or ONNX Runtime disagrees with
@@ -139,7 +140,7 @@ class Compiled:
         """
         from graphprune.exporters import export
         from graphprune.exporters.artifact.export import check_forms
-        from graphprune.models.hub.folder import OPTIONAL, check_tokenizer, is_hub_model
+        from graphprune.models.hub.folder import OPTIONAL, check_tokenizer, is_hub_model, source_of
         from graphprune.models.hub.source import saved_tokenizer
         from graphprune.storage.layout import FLAT, HUB
 
@@ -166,7 +167,7 @@ class Compiled:
             layout=HUB if hub or layout == HUB.name else FLAT,
             weights=weights,
             optional=OPTIONAL,
-            metadata=metadata,
+            metadata={**source_of(self.files).get("metadata", {}), **(metadata or {})},
             finish=self.described,
         )
 

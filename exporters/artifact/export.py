@@ -188,7 +188,8 @@ def measure(program: Program, *, threads: int = 1, repeats: int = 10) -> float:
 
 def _write_model(program: Program, path: Path, notes: _Notes, options: _Options) -> ir.Model:
     model = to_onnx(program, program.deployed, opset=options.opset, optional=options.optional)
-    model.metadata_props.update(options.metadata)
+    given = {k: v for k, v in options.metadata.items() if k not in model.metadata_props}
+    model.metadata_props.update(given)
     save_onnx(model, path, options.weights)
     agreements = check_parity(program, open_session(path))
     notes["parity"][path.name] = [a.to_json() for a in agreements]

@@ -25,6 +25,13 @@ def is_hub_model(files: Files, inputs: Collection[str]) -> bool:
     return "input_ids" in inputs and bool({CONFIG, "tokenizer.json"} & files.keys())
 
 
+def source_of(files: Files) -> Mapping[str, Any]:
+    """What is known of the model that it was made from: "name", "license", ONNX "metadata"."""
+    if CONFIG not in files:
+        return {}
+    return (json.loads(content(files[CONFIG])).get(OWN_KEY) or {}).get("source") or {}
+
+
 def check_tokenizer(files: Files, table: int | None) -> None:
     """Refuse a tokenizer whose ids go beyond the model's table of embeddings.
 
@@ -62,13 +69,11 @@ def finished(files: Files, manifest: Mapping[str, Any], report: Report) -> dict[
         manifest: the artifact's.
         report: what the passes did.
     """
-    found: dict[str, bytes] = {}
-    source: Mapping[str, Any] = {}
+    card = model_card(source_of(files), files, manifest, report)
+    found = {"README.md": card.encode()}
     if CONFIG in files:
         config = json.loads(content(files[CONFIG]))
-        source = (config.get(OWN_KEY) or {}).get("source") or {}
         found[CONFIG] = _json(_config(config, manifest, report))
-    found["README.md"] = model_card(source, files.keys() | found.keys(), manifest, report).encode()
     return found
 
 
