@@ -107,7 +107,8 @@ class Compiled:
 
         Args:
             path: the folder to make; one that graphprune made before is replaced as a whole.
-            target: what will run it; "onnxruntime".
+            target: what will run it: "onnxruntime"; or "genai", which is onnxruntime-genai with a
+                cache that is not copied from token to token, for decoders compiled with cache=True.
             baseline: write the dense twin as baseline.onnx too, to measure against.
             calibration: batches for quantization that needs them; by default those that were given
                 to `compile`.

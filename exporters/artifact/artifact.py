@@ -92,7 +92,7 @@ class Artifact:
         Raises:
             GraphPruneError: the input, its dimension, what it may be and the way out.
         """
-        self._check(feeds, {i["name"]: i["shape"] for i in self.manifest["inputs"]})
+        self._check(feeds, self._shapes())
 
     def _check(self, feeds: Mapping[str, Any], shapes: Shapes) -> None:
         limits = limits_from_json(self.manifest)
@@ -102,6 +102,9 @@ class Artifact:
             r for r in limits["relations"] if all(n in known for n, _ in r.sizes.values())
         ]
         check_sizes(known, {name: _shape(feeds[name]) for name in known}, **limits)
+
+    def _shapes(self) -> dict[str, Any]:
+        return {i["name"]: i["shape"] for i in self.manifest["inputs"]}
 
     def _checked(self, session: Any) -> Any:
         """The session, with sizes checked before each run."""
@@ -121,13 +124,19 @@ class Artifact:
     def feeds(self, batch: Any) -> Feeds:
         """A batch, as the model takes it, as arrays by input name.
 
-        Of a decoder with a cache, token ids and mask are enough: the past is as long as the mask is
-        longer than the ids, and zero where it is not given.
+        What is optional may be left out. Of a decoder with a cache, token ids and mask are enough:
+        the past is as long as the mask is longer than the ids, and zero where it is not given.
 
         Raises:
             GraphPruneError: an input is missing, or of a size that the model was not captured for.
         """
-        shapes = {i["name"]: i["shape"] for i in self.manifest["inputs"]}
+        shapes = self._shapes()
+        optional = {i["name"] for i in self.manifest["inputs"] if i.get("optional")}
+        if isinstance(batch, Mapping):
+            optional -= batch.keys()
+        elif isinstance(batch, tuple | list) and len(batch) >= len(shapes):
+            optional = set()
+        shapes = {name: shape for name, shape in shapes.items() if name not in optional}
         names = [name for name in shapes if not is_past(name)]
         whole = (
             any(key == PAST or is_past(str(key)) for key in batch)

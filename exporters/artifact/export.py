@@ -30,11 +30,12 @@ from graphprune.exporters.artifact.artifact import (
 )
 from graphprune.exporters.artifact.results import PAGE, write_page
 from graphprune.exporters.onnx.convert import check_opset, save_onnx, to_onnx
+from graphprune.exporters.onnx.grouped import check_cache
 from graphprune.exporters.onnx.names import input_names, limits_by_input
 from graphprune.exporters.onnx.translations import OPSET
 from graphprune.exporters.quantize.quantize import quantize
 from graphprune.exporters.runtime.kv_cache import filled, shapes_of
-from graphprune.exporters.runtime.parity import check_parity
+from graphprune.exporters.runtime.parity import check_parity, grouped_inputs
 from graphprune.exporters.runtime.session import Feeds, feeds_of, file_bytes, open_session
 from graphprune.exporters.runtime.timing import compare, default_clock, interleaved
 from graphprune.ir.batches import second_inputs
@@ -50,7 +51,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 # What runs an artifact, and the quantization schemes that it has operators for.
-TARGETS: Mapping[str, tuple[str, ...]] = {"onnxruntime": tuple(SCHEMES)}
+TARGETS: Mapping[str, tuple[str, ...]] = {"onnxruntime": tuple(SCHEMES), "genai": tuple(SCHEMES)}
+GROUPED = ("genai",)  # targets whose past and present share a buffer (`onnx.grouped`)
 
 _Notes = dict[str, Any]
 
@@ -71,7 +73,9 @@ def export(
     Args:
         program: what to export.
         path: the artifact's folder.
-        target: what will run it.
+        target: what will run it: "onnxruntime", or "genai" for onnxruntime-genai with a cache that
+            past and present share. That file runs in ONNX Runtime too, but reads several tokens on
+            top of a past for one sample at a time.
         baseline: the dense program, written as baseline.onnx by the same exporter; or the
             baseline.onnx of an artifact that this program comes from, which is copied.
         report: text of report.md; by default from the program's own report or history.
@@ -90,23 +94,24 @@ def export(
     """
     check_opset(opset, cached=program.deployed != "forward")
     mark = program.quantization
-    _check_runs(target, mark)
+    check_runs(target, program)
+    grouped = target in GROUPED
     check_target(path, is_artifact)
     _check_extra(extra or {})
     notes: _Notes = {"parity": {}, "sizes": {}, "parameters": {}, "quantization": {}}
     batches = _calibration(program, calibration, mark)
     with whole_folder(path) as folder:
-        model = _write_model(program, folder / MODEL, notes, opset)
+        model = _write_model(program, folder / MODEL, notes, opset, grouped)
         if baseline is program:
             _copy_model(folder / MODEL, folder / BASELINE)
         elif isinstance(baseline, Path):
             _copy_model(baseline, folder / BASELINE)
             notes["sizes"][BASELINE] = file_bytes(folder / BASELINE)
         elif baseline is not None:
-            _write_model(baseline, folder / BASELINE, notes, opset)
+            _write_model(baseline, folder / BASELINE, notes, opset, grouped)
         if mark is not None:
-            _write_quantized(program, mark, batches, folder, notes)
-        notes["measurements"] = _measurements(program, folder)
+            _write_quantized(program, mark, batches, folder, notes, grouped)
+        notes["measurements"] = _measurements(program, folder, grouped)
         (folder / "program").mkdir()
         save_files(program, folder / "program")
         (folder / "report.md").write_text(report or _report(program), encoding="utf-8")
@@ -134,24 +139,43 @@ def measure(program: Program, *, threads: int = 1, repeats: int = 10) -> float:
             quantize(path, path, replace(mark, keep_error=None), feeds[:1])
         session = open_session(path, threads)
         (times,) = interleaved(
-            [session], _example(program, "forward"), repeats=repeats, clock=default_clock(threads)
+            [session],
+            _examples(program, "forward")[0],
+            repeats=repeats,
+            clock=default_clock(threads),
         )
     return float(np.median(times))
 
 
-def _write_model(program: Program, path: Path, notes: _Notes, opset: int) -> ir.Model:
-    model = to_onnx(program, program.deployed, opset=opset)
+def _write_model(
+    program: Program, path: Path, notes: _Notes, opset: int, grouped: bool
+) -> ir.Model:
+    model = to_onnx(program, program.deployed, opset=opset, grouped=grouped)
     save_onnx(model, path)
-    agreements = check_parity(program, open_session(path))
+    agreements = check_parity(program, open_session(path), grouped=grouped)
     notes["parity"][path.name] = [a.to_json() for a in agreements]
     notes["sizes"][path.name] = file_bytes(path)
     notes["parameters"][path.name] = program.num_parameters()
     return model
 
 
-def _check_runs(target: str, mark: Mark | None) -> None:
+def check_known(target: str) -> None:
+    """Raise ExportError for a target that there is not."""
     if target not in TARGETS:
         raise ExportError(f"unknown target {target!r}; there is {', '.join(map(repr, TARGETS))}")
+
+
+def check_runs(target: str, program: Program) -> None:
+    """Refuse, before any work, a target that cannot run a program.
+
+    Raises:
+        ExportError: it is not known, has no operators for the quantization scheme, or needs another
+            cache.
+    """
+    check_known(target)
+    if target in GROUPED:
+        check_cache(target, program.entries[program.deployed])
+    mark = program.quantization
     if mark is not None and mark.scheme not in TARGETS[target]:
         able = [name for name, schemes in TARGETS.items() if mark.scheme in schemes]
         raise ExportError(
@@ -173,10 +197,15 @@ def _copy_model(source: Path, target: Path) -> None:
 
 
 def _write_quantized(
-    program: Program, mark: Mark, batches: Sequence[Feeds], folder: Path, notes: _Notes
+    program: Program,
+    mark: Mark,
+    batches: Sequence[Feeds],
+    folder: Path,
+    notes: _Notes,
+    grouped: bool,
 ) -> None:
     """Quantize model.onnx in place, and the dense twin into a file of its own."""
-    feeds = _examples(program, program.deployed)
+    feeds = _examples(program, program.deployed, grouped)
     notes["quantization"][MODEL] = quantize(folder / MODEL, folder / MODEL, mark, feeds, batches)
     notes["sizes"][MODEL] = file_bytes(folder / MODEL)
     if (folder / BASELINE).exists():
@@ -230,25 +259,23 @@ def _deployed_feeds(program: Program, flat: Sequence[Tensor]) -> Feeds:
     return feeds_of(tuple(given[name] for name in entry.input_names), input_names(entry))
 
 
-def _examples(program: Program, name: str) -> list[Feeds]:
+def _examples(program: Program, name: str, grouped: bool = False) -> list[Feeds]:
     """The example inputs, and another batch size and length where those may change."""
     program = program.in_float32()
     entry = program.entries[name]
     inputs = [list(entry.example), *([second_inputs(entry)] if entry.dynamic else [])]
+    if grouped:
+        inputs = [grouped_inputs(entry, flat) for flat in inputs]
     return [feeds_of(tuple(flat), input_names(entry)) for flat in inputs]
 
 
-def _example(program: Program, name: str) -> dict[str, Any]:
-    entry = program.entries[name]
-    return feeds_of(entry.example, input_names(entry))
-
-
-def _measurements(program: Program, folder: Path) -> list[Any]:
+def _measurements(program: Program, folder: Path, grouped: bool) -> list[Any]:
     """A short comparison on the example inputs: a first idea, not a benchmark."""
     if not (folder / BASELINE).exists():
         return []
     sessions = [open_session(folder / name, 1) for name in (MODEL, BASELINE)]
-    comparison = compare(sessions[0], sessions[1], _example(program, program.deployed), repeats=5)
+    example = _examples(program, program.deployed, grouped)[0]
+    comparison = compare(sessions[0], sessions[1], example, repeats=5)
     return [comparison.to_json()]
 
 
@@ -274,7 +301,7 @@ def _manifest(
         "versions": _versions(),
         "inputs": [_described(v) for v in model.graph.inputs],
         "outputs": [_described(v) for v in model.graph.outputs],
-        **limits_by_input(program.entries[program.deployed]),
+        **limits_by_input(program.entries[program.deployed], cache=target not in GROUPED),
         "history": list(program.history),
         "kept": kept_indices(program.history),
         **notes,
@@ -284,7 +311,9 @@ def _manifest(
 
 def _described(value: ir.Value) -> dict[str, Any]:
     shape = [s if isinstance(s, int) else str(s) for s in value.shape or ()]
-    return {"name": value.name, "type": str(value.dtype).lower(), "shape": shape}
+    found = {"name": value.name, "type": str(value.dtype).lower(), "shape": shape}
+    # What has a value of its own need not be fed.
+    return {**found, "optional": True} if value.const_value is not None else found
 
 
 def _versions() -> dict[str, str]:

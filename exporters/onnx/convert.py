@@ -17,6 +17,8 @@ from graphprune.errors import ExportError, first_line
 from graphprune.exporters.onnx import opset20
 from graphprune.exporters.onnx.attention import lower_attention
 from graphprune.exporters.onnx.cleanup import clean_up
+from graphprune.exporters.onnx.grouped import to_grouped
+from graphprune.exporters.onnx.last_logits import keep_last_logits
 from graphprune.exporters.onnx.names import (
     input_names,
     is_tensor_output,
@@ -35,13 +37,18 @@ if TYPE_CHECKING:
 EXTERNAL_ABOVE = 1_000_000_000  # bytes of weights; protobuf ends at 2 GiB
 
 
-def to_onnx(program: Program, entry: str = "forward", *, opset: int = OPSET) -> ir.Model:
+def to_onnx(
+    program: Program, entry: str = "forward", *, opset: int = OPSET, grouped: bool = False
+) -> ir.Model:
     """The entry as an ONNX model in float32, with the model's own input and output names.
 
     Args:
         program: what to convert.
         entry: one of its graphs.
         opset: 23; or 20, which older runtimes read too, for graphs that need no more (`opset20`).
+        grouped: a decode graph whose past and present may share a buffer (`grouped`).
+
+    A decode graph gives all logits, or those of the last positions (`last_logits`).
 
     ONNX cannot say that sizes have bounds: they are JSON in the file's metadata, graphprune.bounds,
     graphprune.relations and graphprune.fixed.
@@ -74,13 +81,17 @@ def to_onnx(program: Program, entry: str = "forward", *, opset: int = OPSET) -> 
         _name_sizes(model, spec)
         clean_up(model)
         _name_interface(model, input_names(spec), output_names(spec))
-    for key, limits in limits_by_input(spec).items():
+    for key, limits in limits_by_input(spec, cache=not grouped).items():
         if limits:
             model.metadata_props[f"graphprune.{key}"] = json.dumps(limits)
     if opset != OPSET:
         if reason := opset20.obstacle(model):
             raise ExportError(f"the model cannot be written in opset {opset}: {reason}; omit opset")
         opset20.to_opset20(model)
+    if grouped:
+        to_grouped(model)
+    if spec.cache:
+        keep_last_logits(model)
     return model
 
 

@@ -15,13 +15,14 @@ from graphprune.errors import ExportError
 from graphprune.exporters.onnx.names import input_names, is_tensor_output, output_names
 from graphprune.exporters.runtime.session import feeds_of
 from graphprune.ir.batches import batches
-from graphprune.ir.decoding import IDS, MASK, empty_cache
+from graphprune.ir.decoding import IDS, MASK, empty_cache, is_past
 from graphprune.ir.program import Entry, Program
 from graphprune.verify.error import relative_error, row_errors
 
 log = logging.getLogger(__name__)
 
 TOLERANCE = 1e-4  # of a row's scale (verify.error.row_errors)
+_ROOM = 3  # positions behind the new tokens in a cache that past and present share
 _ROUNDING = 30  # times torch's own rounding: what another order of the same sums may make of it
 
 
@@ -45,7 +46,9 @@ class Agreement:
         return asdict(self)
 
 
-def check_parity(program: Program, session: Any, tolerance: float = TOLERANCE) -> list[Agreement]:
+def check_parity(
+    program: Program, session: Any, tolerance: float = TOLERANCE, *, grouped: bool = False
+) -> list[Agreement]:
     """Run the Program and ORT on every batch of `ir.batches.batches`.
 
     A decoder with a cache also reads a prompt without any past, and a single token after one.
@@ -55,6 +58,8 @@ def check_parity(program: Program, session: Any, tolerance: float = TOLERANCE) -
         session: an ORT session over the exported file.
         tolerance: largest difference allowed in a row, relative to the row's scale. A row in which
             float32 rounds by more, as torch in float64 shows, may differ by a few times that.
+        grouped: the file has GroupQueryAttention: several tokens on top of a past are read for one
+            sample alone, and every step also with caches that have room for the present.
 
     Raises:
         ExportError: an output differs by more, or has another shape; it is named.
@@ -64,7 +69,21 @@ def check_parity(program: Program, session: Any, tolerance: float = TOLERANCE) -
     examples, *drawn = batches(entry)
     # Drawn values may be none that the model takes; examples, and steps made of them, are.
     taken = [examples, *(b for b in drawn if _runs(program, b)), *_steps(entry)]
-    return [a for inputs in taken for a in _compare(program, session, inputs, tolerance)]
+    if grouped:
+        taken = [grouped_inputs(entry, inputs) for inputs in taken]
+    return [
+        agreement
+        for shared in ((False, True) if grouped else (False,))
+        for inputs in taken
+        for agreement in _compare(program, session, inputs, tolerance, shared)
+    ]
+
+
+def grouped_inputs(entry: Entry, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Inputs of a step that GroupQueryAttention takes: the first sample's, where it must be one."""
+    given = dict(zip(entry.input_names, inputs, strict=True))
+    tokens, positions = (given[name].shape[1] for name in (IDS, MASK))
+    return list(inputs) if tokens in (1, positions) else [t[:1] for t in inputs]
 
 
 def _runs(program: Program, inputs: Sequence[Tensor]) -> bool:
@@ -97,23 +116,29 @@ def _steps(entry: Entry) -> list[list[Tensor]]:
 
 
 def _compare(
-    program: Program, session: Any, inputs: Sequence[Tensor], tolerance: float
+    program: Program, session: Any, inputs: Sequence[Tensor], tolerance: float, shared: bool
 ) -> list[Agreement]:
     entry = program.entries[program.deployed]
     shapes = [tuple(t.shape) for t in inputs]
     feeds = feeds_of(tuple(inputs), input_names(entry))
+    if shared:
+        longer = ((0, 0), (0, 0), (0, feeds[IDS].shape[1] + _ROOM), (0, 0))
+        feeds = {n: np.pad(a, longer) if is_past(n) else a for n, a in feeds.items()}
     try:
         actual = session.run(None, {i.name: feeds[i.name] for i in session.get_inputs()})
     except Exception as e:
         raise ExportError(f"ONNX Runtime fails on inputs of shapes {shapes}: {e}") from e
     flags = is_tensor_output(entry)
     kept = [i for i, keep in enumerate(flags) if keep]
+    cached = set(entry.cache.values())
     results = program.run(inputs, program.deployed)
     exact: list[Any] = []
     result = []
     for number, name, b in zip(kept, output_names(entry), actual, strict=True):
         a = results[number]
         found = torch.from_numpy(np.asarray(b))
+        if shared and number in cached:
+            found = found[:, :, : a.shape[2]]
         error = relative_error(a, found)
         if not error <= tolerance:
             exact = exact or _in_float64(program, inputs)

@@ -57,6 +57,7 @@ class Options:
     labeled: LabeledData | None = None
     dynamic: tuple[str, ...] = ()
     opset: int = 23
+    target: str = "onnxruntime"
 
 
 def _ratio(text: str) -> float:
@@ -157,6 +158,10 @@ def compile_command(
     opset: Annotated[
         int, typer.Option(help="23, for ONNX Runtime from 1.23 on; 20, from 1.21 on.")
     ] = 23,
+    target: Annotated[
+        str,
+        typer.Option(help="What will run it: onnxruntime, or genai for a decoder with --cache."),
+    ] = "onnxruntime",
     batch: Batch = "",
     threads: Threads = 1,
     seed: Annotated[int, typer.Option(help="Everything random comes from it.")] = 0,
@@ -167,6 +172,7 @@ def compile_command(
     from graphprune.cli.calibration import check_calibration
     from graphprune.cli.summary import present
     from graphprune.cli.training import TrainingOptions, check_training, labeled_data
+    from graphprune.exporters.artifact.export import check_known
     from graphprune.exporters.onnx.convert import check_opset
 
     training = TrainingOptions(
@@ -193,6 +199,7 @@ def compile_command(
         "quantize": _flag(scheme=quantize or None),
     }
     check_opset(opset, cached=cache)
+    check_known(target)
     steps = steps_of(recipe, flags, none=cache, lr=training.own_rate)
     labeled = labeled_data(training, steps)
     check_calibration(steps, calibration, trains=labeled is not None and labeled.trains)
@@ -210,6 +217,7 @@ def compile_command(
         labeled=labeled,
         dynamic=listed(dynamic),
         opset=opset,
+        target=target,
     )
     present(run(model, steps, out, options, allow_pickle), as_json)
 
@@ -289,6 +297,7 @@ def compiled_and_measured(
     from graphprune.cli.calibration import calibration
     from graphprune.cli.summary import Summary
     from graphprune.cli.training import calibration_from, trained_first, training_of, with_task_head
+    from graphprune.exporters.artifact.export import check_runs
     from graphprune.exporters.artifact.results import add_results
     from graphprune.models.data.calibration import count_tokens
     from graphprune.models.tasks.base import longest
@@ -301,6 +310,7 @@ def compiled_and_measured(
         start = subject.captured(options.cache, options.dynamic)
         # What the model refuses is refused before the work.
         check_steps(passes, start.program)
+        check_runs(options.target, start.program)
         inputs = timed_inputs(start.program, options.sizes) if options.measure else {}
     training = first = None
     if labeled is not None and labeled.trains:
@@ -326,7 +336,9 @@ def compiled_and_measured(
         observers=[observer],
     )
     with step("export"):
-        artifact = compiled.export(path, baseline=options.baseline, opset=options.opset)
+        artifact = compiled.export(
+            path, target=options.target, baseline=options.baseline, opset=options.opset
+        )
     timing = None
     if options.measure and artifact.has_baseline:
         with step("measure"):

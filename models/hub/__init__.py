@@ -1,0 +1,1 @@
+"""What other runtimes read beside the graph, in the words of the models' configurations."""
