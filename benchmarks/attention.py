@@ -26,7 +26,8 @@ from onnx import helper, numpy_helper
 
 from benchmarks.common import Row, Settings, main
 from graphprune.capture.capture import capture
-from graphprune.exporters.onnx.convert import save_onnx, to_onnx
+from graphprune.exporters.onnx.convert import to_onnx
+from graphprune.exporters.onnx.files import save_onnx
 from graphprune.exporters.onnx.names import input_names, output_names
 from graphprune.exporters.runtime.session import feeds_of, open_session
 from graphprune.exporters.runtime.timing import interleaved

@@ -50,7 +50,7 @@ def measure(settings: Settings) -> Iterator[Row]:
     )
     prompt = np.random.default_rng(0).integers(5, 40000, (1, PROMPT))
     with tempfile.TemporaryDirectory() as folder:
-        path = compiled.export(Path(folder) / "out", baseline=False).path / "model.onnx"
+        path = compiled.export(Path(folder) / "out", baseline=False).model_path
         for threads in (1,) if settings.quick else (1, 2):
             yield from _rates(path, loaded.module, prompt, threads, settings)
         if not settings.quick:

@@ -122,7 +122,7 @@ class Bench:
             "ms": found.model.ms,
             "faster": found.ratio,
             "spread": f"{found.ratio_low:.2f}-{found.ratio_high:.2f}",
-            "file MB": artifact.manifest["sizes"]["model.onnx"] / 1e6,
+            "file MB": artifact.manifest["sizes"][artifact.model_path.name] / 1e6,
         }
 
 

@@ -71,7 +71,7 @@ def _row(artifact: Artifact, batch: int, threads: int, settings: Settings) -> Ro
         "dense load ms": large.load_ms,
         "peak MB": small.peak_bytes / 1e6,
         "dense peak MB": large.peak_bytes / 1e6,
-        "file MB": sizes["model.onnx"] / 1e6,
+        "file MB": sizes[artifact.model_path.name] / 1e6,
         "dense file MB": sizes["baseline.onnx"] / 1e6,
     }
 

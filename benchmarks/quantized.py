@@ -56,14 +56,14 @@ def _rows(artifacts: Mapping[tuple[str, str], Artifact], settings: Settings) -> 
         result = artifact.benchmark(
             _inputs(1), first, threads=1, repeats=settings.repeats, clock="cpu"
         )
-        notes = artifact.manifest["quantization"].get("model.onnx", {})
+        notes = artifact.manifest["quantization"].get(artifact.model_path.name, {})
         yield {
             "kept": cut,
             "scheme": scheme,
             "input": f"1x{TOKENS}",
             **_times(result),
-            "file MB": artifact.manifest["sizes"]["model.onnx"] / 1e6,
-            "dense file MB": first.manifest["sizes"]["model.onnx"] / 1e6,
+            "file MB": artifact.manifest["sizes"][artifact.model_path.name] / 1e6,
+            "dense file MB": first.manifest["sizes"][first.model_path.name] / 1e6,
             "cosine": min((d["cosine"] for d in notes.get("drift", ())), default=None),
             "to reach": GOALS.get((cut, scheme)),
         }

@@ -3,8 +3,8 @@
 pip install onnxruntime tokenizers numpy
 python examples/artifact_alone.py out "A man is eating food." "Someone has a meal."
 
-The folder brings the tokenizer's files and, inside model.onnx, the pooling, so that ids go in and
-one embedding a sentence comes out. Make one with `graphprune compile minilm --recipe half -o out`.
+The folder brings the tokenizer and, inside onnx/model.onnx, the pooling, so that ids go in and one
+embedding a sentence comes out. Make one with `graphprune compile minilm --recipe half -o out`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ SENTENCES = ["A man is eating food.", "Someone has a meal.", "The stock market f
 
 
 def main(folder: Path, sentences: list[str]) -> None:
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.enable_padding(pad_id=tokenizer.token_to_id("[PAD]") or 0)
     tokenizer.enable_truncation(128)
-    session = onnxruntime.InferenceSession(folder / "model.onnx")
+    session = onnxruntime.InferenceSession(folder / "onnx" / "model.onnx")
 
     encoded = tokenizer.encode_batch(sentences)
     made = {
@@ -33,14 +33,14 @@ def main(folder: Path, sentences: list[str]) -> None:
         "token_type_ids": [e.type_ids for e in encoded],
     }
     feeds = {i.name: np.array(made[i.name], dtype=np.int64) for i in session.get_inputs()}
-    output = session.run(None, feeds)[0]
-
-    labels = folder / "labels.json"
-    if labels.is_file():  # a classifier: the names of its classes lie beside it
-        names = json.loads(labels.read_text("utf-8"))
+    outputs = [o.name for o in session.get_outputs()]
+    if "logits" in outputs:  # a classifier: config.json names its classes
+        names = json.loads((folder / "config.json").read_text("utf-8"))["id2label"]
+        (output,) = session.run(["logits"], feeds)
         for sentence, scores in zip(sentences, output, strict=True):
             print(f"{names[str(int(scores.argmax()))]}  {sentence}")
         return
+    (output,) = session.run(["sentence_embedding"], feeds)
     embeddings = output / np.linalg.norm(output, axis=-1, keepdims=True)
     print(f"{len(sentences)} embeddings of width {embeddings.shape[-1]}; cosine with the first:")
     for sentence, cosine in zip(sentences, embeddings @ embeddings[0], strict=True):

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from graphprune.api import compile as compile
     from graphprune.api import inspect as inspect
     from graphprune.api import load as load
+    from graphprune.api import open as open
     from graphprune.errors import GraphPruneError as GraphPruneError
     from graphprune.ir.program import Program as Program
     from graphprune.report.report import Report as Report
@@ -25,6 +26,7 @@ __all__ = [
     "compile",
     "inspect",
     "load",
+    "open",
 ]
 
 _HOMES = {
@@ -32,6 +34,7 @@ _HOMES = {
     "compile": "graphprune.api",
     "inspect": "graphprune.api",
     "load": "graphprune.api",
+    "open": "graphprune.api",
     "GraphPruneError": "graphprune.errors",
     "Program": "graphprune.ir.program",
     "Report": "graphprune.report.report",

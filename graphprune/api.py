@@ -1,4 +1,4 @@
-"""The public verbs: compile, load, inspect, and Compiled, what compile returns."""
+"""The public verbs: compile, load, open, inspect, and Compiled, what compile returns."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from graphprune.errors import (
     RecipeError,
     UnsupportedError,
 )
+from graphprune.ir.graph import bound_arguments, is_op, value_of
 from graphprune.ir.module import ProgramModule
 from graphprune.ir.program import Program
 from graphprune.pipeline.base import Context, Pass, flat
@@ -30,6 +31,7 @@ from graphprune.pipeline.recipe import load as load_recipe
 from graphprune.pipeline.recipe import to_data
 from graphprune.report.report import ModelSize, PassReport, Report
 from graphprune.storage.folders import check_writable
+from graphprune.storage.layout import layout_of
 from graphprune.training.spec import Training
 
 if TYPE_CHECKING:
@@ -101,40 +103,83 @@ class Compiled:
         target: str = "onnxruntime",
         baseline: bool = True,
         calibration: Iterable[Any] | None = None,
-        opset: int = 23,
+        opset: int | None = None,
+        tokenizer: Any = None,
+        layout: str = "auto",
+        weights: str = "auto",
+        metadata: Mapping[str, str] | None = None,
     ) -> Artifact:
-        """Write the artifact: model.onnx, its dense twin, the program, manifest and reports.
+        """Write the artifact: the ONNX model, its baseline, the program, manifest and reports.
+
+        Of a text model with a configuration or tokenizer it is a hub folder: config.json, tokenizer
+        and model card at the root, onnx/model.onnx, and graphprune's own under graphprune/. Others
+        are flat: model.onnx at the root. Quantized programs have their float form beside them in a
+        hub folder (model.onnx, and model_quantized.onnx or model_q4.onnx, which is what
+        `Artifact.session` opens), and only the quantized one in a flat folder.
 
         Args:
             path: the folder to make; one that graphprune made before is replaced as a whole.
             target: what will run it: "onnxruntime"; or "genai", which is onnxruntime-genai with a
                 cache that is not copied from token to token, for decoders compiled with cache=True.
-            baseline: write the dense twin as baseline.onnx too, to measure against.
+            baseline: write the dense model as baseline.onnx too, to measure against.
             calibration: batches for quantization that needs them; by default those that were given
                 to `compile`.
-            opset: 23, for ONNX Runtime from 1.23 on; or 20, from 1.21 on, for models without a
-                cache whose attention has as many key heads as query heads.
+            opset: 23, for ONNX Runtime from 1.23 on; 20, from 1.21 on, for models without a cache
+                whose attention has as many key heads as query heads; by default 20 for those, 23
+                for others. Both are equally fast.
+            tokenizer: a folder with its files, or a tokenizer of transformers or tokenizers.
+            layout: "hub", "flat", or "auto": hub for text models.
+            weights: in a second file "beside" the graph, which ONNX Runtime maps instead of
+                copying; "inside" it, for consumers of one file; or "auto": beside above 20 MB.
+            metadata: more lines for the ONNX file's metadata.
 
         Raises:
             ExportError: the folder is not ours, cannot be written, or ONNX Runtime disagrees with
                 the program.
+            GraphPruneError: the tokenizer is none, or not this model's.
         """
         from graphprune.exporters import export
+        from graphprune.exporters.artifact.export import check_forms
+        from graphprune.models.hub.folder import OPTIONAL, check_tokenizer, is_hub_model
+        from graphprune.models.hub.source import saved_tokenizer
+        from graphprune.storage.layout import FLAT, HUB
 
+        check_forms(layout, weights, target)
+        program = self.program
+        if tokenizer is not None:
+            given = saved_tokenizer(tokenizer)
+            check_tokenizer(given, _table_rows(program))
+            self.files |= given
+        hub = is_hub_model(self.files, program.forward.input_names) and layout != FLAT.name
         if baseline and self._dense is None:
             _log.warning(
-                "a program that was loaded from where no baseline.onnx lies has no dense twin to "
+                "a program that was loaded from where no baseline.onnx lies has no dense model to "
                 "write; measure against another artifact instead"
             )
         return export(
-            self.program,
+            program,
             Path(path).expanduser(),
             target=target,
             baseline=self._dense if baseline else None,
             extra=self.files,
             calibration=self.calibration if calibration is None else _listed(calibration),
             opset=opset,
+            layout=HUB if hub or layout == HUB.name else FLAT,
+            weights=weights,
+            optional=OPTIONAL,
+            metadata=metadata,
+            finish=self.described,
         )
+
+    def described(self, manifest: Mapping[str, Any]) -> dict[str, bytes]:
+        """The files of an artifact that say what became of the model: config.json, model card.
+
+        Args:
+            manifest: the artifact's.
+        """
+        from graphprune.models.hub.folder import finished
+
+        return finished(self.files, manifest, self.report) if manifest["layout"] == "hub" else {}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the program alone, to go on from with `graphprune.load`."""
@@ -194,7 +239,7 @@ def compile(
     batches = calibration_for(steps, calibration)
     check_training(steps, training)
     program, dense, captured = _begin(model, example_inputs, dynamic_shapes, cache)
-    files = model.files if isinstance(model, Compiled) else None
+    files = _files_of(model)
     capture_seconds = time.perf_counter() - start if captured else 0.0
     report = _report_of(program, capture_seconds)
     context = Context(
@@ -226,13 +271,28 @@ def load(path: str | os.PathLike[str], *, expect: str | None = None) -> Compiled
 
     folder = Path(path).expanduser()
     program = load_program(folder, expect)
-    dense = folder / "baseline.onnx"
+    layout = layout_of(folder)
+    dense = None if layout is None else folder / layout.own / "baseline.onnx"
     return Compiled(
         program,
         _report_of(program, 0.0),
-        dense=dense if dense.is_file() else None,
+        dense=dense if dense is not None and dense.is_file() else None,
         files=_side_files(folder),
     )
+
+
+def open(path: str | os.PathLike[str]) -> Artifact:
+    """Open an artifact, to run, measure and evaluate it; `load` is for going on with its program.
+
+    Args:
+        path: the folder that `Compiled.export` wrote.
+
+    Raises:
+        ArtifactError: there is none, or it is corrupt, tampered with, or not ours.
+    """
+    from graphprune.exporters import open_artifact
+
+    return open_artifact(Path(path).expanduser())
 
 
 def inspect(
@@ -255,17 +315,30 @@ def inspect(
 
 
 def _side_files(path: Path) -> dict[str, Path | bytes]:
-    """What lies in an artifact beside the model, to go into the next one too."""
-    if not (path / "manifest.json").is_file():
+    """What lies in an artifact beside the model, to go into the next one too, by its name."""
+    layout = layout_of(path)
+    if layout is None:
         return {}
+    from graphprune.models.hub.folder import MADE
     from graphprune.storage.program import check_hashes, read_json
 
-    names = list(read_json(path / "manifest.json")["sha256"])
+    own = tuple(layout.own + name for name in ("baseline", "program/", "report.", "manifest"))
+    made = (*own, layout.onnx + "model", *MADE)
+    names = [n for n in read_json(path / layout.manifest)["sha256"] if not n.startswith(made)]
     for name in names:
-        if not name.startswith(("model.onnx", "program/", "report.")):
-            check_hashes(path, name)
-    own = ("model.onnx", "baseline", "program/", "report.")
-    return {name: path / name for name in names if not name.startswith(own)}
+        check_hashes(path, name)
+    return {name.removeprefix(layout.own): path / name for name in names}
+
+
+def _table_rows(program: Program) -> int | None:
+    """Rows of the table that input_ids look up; None where it is not found."""
+    for node in program.forward.graph.nodes:
+        if node.op == "placeholder" and node.name == "input_ids":
+            for user in node.users:
+                if is_op(user, "embedding"):
+                    weight = bound_arguments(user)["weight"]
+                    return int(value_of(weight).shape[0])
+    return None
 
 
 def _steps(passes: Passes) -> list[Pass]:
@@ -371,6 +444,17 @@ def _begin(
 
         program = with_decode(model, program)
     return program, program, True
+
+
+def _files_of(model: nn.Module | Program | Compiled) -> Mapping[str, Path | bytes]:
+    """What travels with a model: its configuration, where it has one."""
+    if isinstance(model, Compiled):
+        return model.files
+    if isinstance(model, Program) or not any(hasattr(model, a) for a in ("config", "encoder")):
+        return {}
+    from graphprune.models.hub.source import source_files
+
+    return source_files(model)
 
 
 def _check_cached(model: Program | Compiled | ProgramModule) -> None:

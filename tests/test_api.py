@@ -298,13 +298,13 @@ def test_a_saved_program_goes_on_too(captured: Callable[[str], Program], tmp_pat
     assert torch.equal(again.program(x), compiled.program(x))
 
 
-def test_a_loaded_program_says_that_it_has_no_dense_twin(
+def test_a_loaded_program_says_that_it_has_no_dense_model(
     captured: Callable[[str], Program], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     gp.compile(captured("tiny-mlp"), []).save(tmp_path / "saved")
     artifact = gp.load(tmp_path / "saved").export(tmp_path / "out")
     assert not artifact.has_baseline
-    assert "no dense twin" in caplog.text
+    assert "no dense model" in caplog.text
 
 
 def test_a_parameter_put_in_the_place_of_another_reaches_the_program(

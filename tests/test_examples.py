@@ -58,7 +58,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bert, inputs = tiny("tiny-bert")
     model = SentenceEncoder(bert).eval()
     compiled = graphprune.compile(model, [PruneNeurons(0.5)], example_inputs=inputs)
-    compiled.files["tokenizer/tokenizer.json"] = made.to_str().encode()
+    compiled.files["tokenizer.json"] = made.to_str().encode()
     return compiled.export(tmp_path_factory.mktemp("made") / "out").path
 
 
@@ -106,11 +106,11 @@ def test_the_node_example_names_a_wrong_folder_in_one_sentence(
         (home / "package.json").write_text('{"type": "module", "main": "index.js"}')
         (home / "index.js").write_text(code)
     if content is not None:
-        (tmp_path / "made" / "tokenizer").mkdir(parents=True)
-        (tmp_path / "made" / "tokenizer" / "tokenizer.json").write_text(content)
+        (tmp_path / "made").mkdir()
+        (tmp_path / "made" / "tokenizer.json").write_text(content)
     done = subprocess.run(
         [node, "embed.mjs", "made"], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
-    assert "made/tokenizer/tokenizer.json cannot be read" in done.stderr
+    assert "made/tokenizer.json cannot be read" in done.stderr

@@ -498,7 +498,8 @@ def _zeroed(case: _Case, marks: Mapping[str, Tensor]) -> nn.Module | None:
 
 def _check_onnx(case: _Case, shrunk: Program, kept: Kept, outcome: Outcome, path: Path) -> None:
     """ONNX Runtime against float64, allowed what torch itself errs in float32."""
-    from graphprune.exporters.onnx.convert import save_onnx, to_onnx
+    from graphprune.exporters.onnx.convert import to_onnx
+    from graphprune.exporters.onnx.files import save_onnx
     from graphprune.exporters.runtime.session import open_session
 
     single = shrunk.cast(torch.float64, torch.float32)

@@ -3,8 +3,8 @@
 //   npm install
 //   node embed.mjs ../../out "A man is eating food." "Someone has a meal."
 //
-// The folder brings the tokenizer's files and, inside model.onnx, the pooling, so that ids go in and
-// one embedding a sentence comes out. Make one with
+// The folder brings the tokenizer's files and, inside onnx/model.onnx, the pooling, so that ids go
+// in and one embedding a sentence comes out. Make one with
 // `graphprune compile minilm --recipe half -o out`.
 
 import { readFile } from "node:fs/promises";
@@ -30,10 +30,10 @@ const readJson = async (...parts) => {
 };
 
 const tokenizer = new Tokenizer(
-  await readJson("tokenizer", "tokenizer.json"),
-  await readJson("tokenizer", "tokenizer_config.json"),
+  await readJson("tokenizer.json"),
+  await readJson("tokenizer_config.json"),
 );
-const session = await ort.InferenceSession.create(path.join(folder, "model.onnx"));
+const session = await ort.InferenceSession.create(path.join(folder, "onnx", "model.onnx"));
 
 // Rows of one length: shorter sentences are filled up with zeros, which the mask hides; of longer
 // ones than 128 tokens the end goes, but for the token that marks it.
@@ -54,7 +54,7 @@ const made = {
   token_type_ids: filled(() => 0),
 };
 const feeds = Object.fromEntries(session.inputNames.map((name) => [name, made[name]]));
-const { data, dims } = Object.values(await session.run(feeds))[0];
+const { data, dims } = (await session.run(feeds)).sentence_embedding;
 
 const embedding = (row) => data.slice(row * dims[1], (row + 1) * dims[1]);
 const dot = (a, b) => a.reduce((sum, value, i) => sum + value * b[i], 0);

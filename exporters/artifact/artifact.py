@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 
@@ -19,8 +19,12 @@ from graphprune.ir.decoding import PAST, is_past
 from graphprune.ir.quantization import SCHEMES, Mark
 from graphprune.ir.sizes import check_sizes, limits_from_json
 from graphprune.storage.folders import restore
-from graphprune.storage.program import MANIFEST, check_hashes, digest, read_json
+from graphprune.storage.layout import FLAT, LAYOUTS, MANIFEST, Layout, layout_of
+from graphprune.storage.program import check_hashes, digest, read_json
 from graphprune.suggest import suggest
+
+if TYPE_CHECKING:
+    from graphprune.models.tasks import TaskResult
 
 FORMAT = "graphprune-artifact"
 VERSION = 1
@@ -34,9 +38,14 @@ def low_bit_baseline(scheme: str) -> str:
     return f"baseline-{scheme.partition('-')[0]}.onnx"
 
 
+def quantized_name(scheme: str) -> str:
+    """The quantized file beside the float one, as web runtimes call it."""
+    return "model_q4.onnx" if scheme.startswith("int4") else "model_quantized.onnx"
+
+
 @final
 class Artifact:
-    """A compiled model on disk: model.onnx, its dense twin, the program, manifest and report.
+    """A compiled model on disk: ONNX, its baseline, the program, manifest and report.
 
     Attributes:
         path: the folder.
@@ -58,17 +67,45 @@ class Artifact:
         return any(is_past(i["name"]) for i in self.manifest["inputs"])
 
     @property
+    def layout(self) -> Layout:
+        """Where its files lie."""
+        return LAYOUTS[self.manifest.get("layout", FLAT.name)]
+
+    @property
+    def model_path(self) -> Path:
+        """The ONNX file that `session` opens: the quantized one where there are two."""
+        return self._file("model", MODEL)
+
+    @property
+    def baseline_path(self) -> Path:
+        """The ONNX file of the baseline, which may be missing."""
+        return self._file("baseline", BASELINE)
+
+    @property
+    def upload_bytes(self) -> int:
+        """Bytes of all files but the baselines, which can be left out of an upload."""
+        removable = set(self.manifest.get("removable", ()))
+        named = [n for n in self.manifest["sha256"] if n not in removable]
+        return sum(
+            (self.path / name).stat().st_size for name in named if (self.path / name).is_file()
+        )
+
+    def _file(self, part: str, default: str) -> Path:
+        return self.path / self.manifest.get("files", {}).get(part, default)
+
+    @property
     def has_baseline(self) -> bool:
-        """Whether the dense twin was written too."""
-        return BASELINE in self.manifest["sha256"]
+        """Whether the baseline was written too, and came along."""
+        path = self.baseline_path
+        return path.relative_to(self.path).as_posix() in self.manifest["sha256"] and path.is_file()
 
     def session(self, threads: int | None = None) -> Any:
-        """An onnxruntime.InferenceSession over model.onnx; None leaves the threads to ORT.
+        """An onnxruntime.InferenceSession over `model_path`; None leaves the threads to ORT.
 
         Its `run` refuses sizes that the model was not captured for, with a GraphPruneError; the
         file alone computes something there.
         """
-        return self._checked(open_session(self.path / MODEL, threads))
+        return self._checked(open_session(self.model_path, threads))
 
     def baseline_session(self, threads: int | None = None) -> Any:
         """The same over the dense twin.
@@ -77,7 +114,7 @@ class Artifact:
             GraphPruneError: the artifact was exported without one.
         """
         self._check_baseline()
-        return self._checked(open_session(self.path / BASELINE, threads))
+        return self._checked(open_session(self.baseline_path, threads))
 
     def _check_baseline(self) -> None:
         if not self.has_baseline:
@@ -212,7 +249,8 @@ class Artifact:
     def _opponent(self, name: str, feeds: Feeds, threads: int) -> Any:
         if name == DENSE:
             return self.baseline_session(threads)
-        own = self.manifest.get("quantization", {}).get(MODEL, {}).get("scheme", "")
+        notes = self.manifest.get("quantization", {})
+        own = notes.get(self.model_path.name, {}).get("scheme", "")
         scheme = _scheme(name, own)
         if scheme:
             return self._low_bit_session(scheme, own, feeds, threads)
@@ -221,8 +259,8 @@ class Artifact:
     def _low_bit_session(self, scheme: str, own: str, feeds: Feeds, threads: int) -> Any:
         """The dense twin quantized: as it was written, or made now where it was not."""
         file = low_bit_baseline(scheme)
-        if scheme == own and file in self.manifest["sha256"]:
-            return open_session(self.path / file, threads)
+        if scheme == own and (written := self.baseline_path.with_name(file)).is_file():
+            return open_session(written, threads)
         self.baseline_session(threads)
         mark = Mark(scheme)
         if mark.needs_calibration:
@@ -232,15 +270,34 @@ class Artifact:
             )
         with tempfile.TemporaryDirectory(prefix="graphprune-") as folder:
             path = Path(folder) / file
-            quantize(self.path / BASELINE, path, mark, [feeds])
+            quantize(self.baseline_path, path, mark, [feeds])
             return open_session(path, threads)
+
+    def evaluate(
+        self, task: str, *, data: str | Path | None = None, dense: bool = False, **options: Any
+    ) -> TaskResult:
+        """Evaluate the model by a task: graphprune.models.tasks.TASKS, or `graphprune eval --help`.
+
+        Args:
+            task: its name, such as "sts".
+            data: the task's file or folder; also found through $GRAPHPRUNE_DATA.
+            dense: evaluate the baseline instead.
+            options: the task's own.
+
+        Raises:
+            GraphPruneError: there is no such task, or it needs what the artifact or its data lack.
+        """
+        from graphprune.models.tasks.artifacts import evaluate_artifact
+
+        path = None if data is None else Path(data).expanduser()
+        return evaluate_artifact(self, task, data=path, dense=dense, **options)
 
     def footprint(self, batch: Any, *, dense: bool = False, threads: int = 1) -> Footprint:
         """Load time and peak memory of the model, or of its dense twin, in a process of its own."""
         feeds = self.feeds(batch)
         if dense:
             feeds = filled(shapes_of(self.baseline_session(threads)), feeds)
-        return footprint(self.path / (BASELINE if dense else MODEL), feeds, threads)
+        return footprint(self.baseline_path if dense else self.model_path, feeds, threads)
 
     def __repr__(self) -> str:
         return f"Artifact({str(self.path)!r})"
@@ -257,7 +314,7 @@ def check_names(against: str) -> None:
     """
     for name in _names(against):
         folder = Path(name).expanduser()
-        if name == DENSE or _scheme(name, "") or (folder / MANIFEST).is_file():
+        if name == DENSE or _scheme(name, "") or layout_of(folder) is not None:
             continue
         if folder.exists():
             raise GraphPruneError(
@@ -294,13 +351,14 @@ def is_artifact(path: Path) -> bool:
     Raises:
         ExportError: it is, but somebody put files of their own into it.
     """
+    layout = layout_of(path)
     try:
-        manifest = read_json(path / MANIFEST)
+        manifest = None if layout is None else read_json(path / layout.manifest)
     except ArtifactError:
         return False
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    if layout is None or not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         return False
-    known = {MANIFEST, *manifest.get("sha256", ())}
+    known = {layout.manifest, *manifest.get("sha256", ())}
     files = (f.relative_to(path).as_posix() for f in path.rglob("*") if not f.is_dir())
     foreign = sorted(set(files) - known)
     if foreign:
@@ -319,11 +377,15 @@ def open_artifact(path: Path) -> Artifact:
     """
     restore(path)
     manifest = check_hashes(path)
-    if manifest.get("version") != VERSION:
+    artifact = Artifact(path, manifest)
+    source = path / (layout_of(path) or FLAT).manifest
+    if manifest.get("version") != VERSION or manifest.get("layout", FLAT.name) not in LAYOUTS:
         raise ArtifactError(
-            f"{str(path / MANIFEST)!r} has version {manifest.get('version')!r}, this graphprune "
-            f"reads {VERSION}; install the graphprune that wrote it"
+            f"{str(source)!r} has version {manifest.get('version')!r} and layout "
+            f"{manifest.get('layout', FLAT.name)!r}, this graphprune reads {VERSION} and "
+            f"{list(LAYOUTS)}; install the graphprune that wrote it"
         )
-    if MODEL not in manifest["sha256"] or not manifest.get("inputs"):
-        raise ArtifactError(f"{str(path / MANIFEST)!r} names no {MODEL!r}; export it again")
-    return Artifact(path, manifest)
+    named = artifact.model_path.relative_to(path).as_posix()
+    if named not in manifest["sha256"] or not manifest.get("inputs"):
+        raise ArtifactError(f"{str(source)!r} names no {named!r}; export it again")
+    return artifact

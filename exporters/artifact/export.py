@@ -6,12 +6,12 @@ import json
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 from torch import Tensor
@@ -27,16 +27,24 @@ from graphprune.exporters.artifact.artifact import (
     is_artifact,
     low_bit_baseline,
     open_artifact,
+    quantized_name,
 )
-from graphprune.exporters.artifact.results import PAGE, write_page
-from graphprune.exporters.onnx.convert import check_opset, save_onnx, to_onnx
+from graphprune.exporters.artifact.results import PAGE, Finish, write_page
+from graphprune.exporters.onnx.convert import check_opset, to_onnx
+from graphprune.exporters.onnx.files import (
+    WEIGHTS,
+    copy_onnx,
+    data_file,
+    file_bytes,
+    save_onnx,
+    weights_of,
+)
 from graphprune.exporters.onnx.grouped import check_cache
 from graphprune.exporters.onnx.names import input_names, limits_by_input
-from graphprune.exporters.onnx.translations import OPSET
 from graphprune.exporters.quantize.quantize import quantize
 from graphprune.exporters.runtime.kv_cache import filled, shapes_of
 from graphprune.exporters.runtime.parity import check_parity, grouped_inputs
-from graphprune.exporters.runtime.session import Feeds, feeds_of, file_bytes, open_session
+from graphprune.exporters.runtime.session import Feeds, feeds_of, open_session
 from graphprune.exporters.runtime.timing import compare, default_clock, interleaved
 from graphprune.ir.batches import second_inputs
 from graphprune.ir.decoding import IDS, MASK, empty_cache
@@ -45,7 +53,8 @@ from graphprune.ir.program import Program
 from graphprune.ir.quantization import SCHEMES, Mark
 from graphprune.report.report import Report
 from graphprune.storage.folders import check_target, sha256, whole_folder
-from graphprune.storage.program import MANIFEST, save_files
+from graphprune.storage.layout import CARD, FLAT, HUB, LAYOUTS, Layout
+from graphprune.storage.program import save_files
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -66,7 +75,12 @@ def export(
     report: str | None = None,
     extra: Mapping[str, Path | bytes] | None = None,
     calibration: Iterable[Any] | None = None,
-    opset: int = OPSET,
+    opset: int | None = None,
+    layout: Layout = FLAT,
+    weights: str = "auto",
+    optional: Collection[str] = (),
+    metadata: Mapping[str, str] | None = None,
+    finish: Finish = lambda manifest: {},
 ) -> Artifact:
     """Write an artifact; one that was there before is replaced as a whole, or not at all.
 
@@ -82,11 +96,19 @@ def export(
         extra: more files by name (tokenizer, labels), as paths to copy or bytes.
         calibration: batches like the example inputs; quantization "int8-static" needs them, and
             measures its drift on the first of them.
-        opset: 23, for ONNX Runtime from 1.23 on; or 20, from 1.21 on, for models without a cache
-            whose attention has as many key heads as query heads.
+        opset: 23, for ONNX Runtime from 1.23 on; 20, from 1.21 on, for models without a cache whose
+            attention has as many key heads as query heads; by default 20 for those, 23 for others.
+        layout: where the files lie.
+        weights: in model.onnx_data "beside" the graph, "inside" it, or "auto": beside above 20 MB.
+        optional: inputs that need not be fed; they are zero then.
+        metadata: more lines for the ONNX file's metadata.
+        finish: given the manifest when all that it describes is written; returns more files by
+            name, such as a model card.
 
-    A program that is marked for quantization is written in float, proven equal, and then quantized;
-    so is its dense twin, as a third file, while baseline.onnx stays float.
+    A program that is marked for quantization is written in float, verified, and then quantized; so
+    is its baseline, as another file, while baseline.onnx stays float. The layout "hub" has both
+    forms of the model: model.onnx in float, and model_quantized.onnx (model_q4.onnx where weights
+    have four bits), which is what the artifact then opens.
 
     Raises:
         ExportError: the folder is not ours or cannot be written, the graph has no ONNX form, ONNX
@@ -94,34 +116,59 @@ def export(
     """
     check_opset(opset, cached=program.deployed != "forward")
     mark = program.quantization
+    check_forms(layout.name, weights, target)
     check_runs(target, program)
-    grouped = target in GROUPED
     check_target(path, is_artifact)
-    _check_extra(extra or {})
+    _check_extra(extra or {}, layout)
     notes: _Notes = {"parity": {}, "sizes": {}, "parameters": {}, "quantization": {}}
     batches = _calibration(program, calibration, mark)
+    options = _Options(opset, weights, tuple(optional), dict(metadata or {}), target in GROUPED)
     with whole_folder(path) as folder:
-        model = _write_model(program, folder / MODEL, notes, opset, grouped)
+        (folder / layout.onnx).mkdir(exist_ok=True)
+        (folder / layout.own).mkdir(exist_ok=True)
+        files = {"model": layout.onnx + MODEL, "baseline": layout.own + BASELINE}
+        model = _write_model(program, folder / files["model"], notes, options)
         if baseline is program:
-            _copy_model(folder / MODEL, folder / BASELINE)
+            copy_onnx(folder / files["model"], folder / files["baseline"])
         elif isinstance(baseline, Path):
-            _copy_model(baseline, folder / BASELINE)
-            notes["sizes"][BASELINE] = file_bytes(folder / BASELINE)
+            copy_onnx(baseline, folder / files["baseline"])
+            notes["sizes"][BASELINE] = file_bytes(folder / files["baseline"])
         elif baseline is not None:
-            _write_model(baseline, folder / BASELINE, notes, opset, grouped)
+            _write_model(baseline, folder / files["baseline"], notes, options)
+        else:
+            del files["baseline"]
         if mark is not None:
-            _write_quantized(program, mark, batches, folder, notes, grouped)
-        notes["measurements"] = _measurements(program, folder, grouped)
-        (folder / "program").mkdir()
-        save_files(program, folder / "program")
-        (folder / "report.md").write_text(report or _report(program), encoding="utf-8")
-        _copy_extra(extra or {}, folder)
-        manifest = _manifest(program, target, model, notes, folder)
+            files |= _write_quantized(program, mark, batches, folder, layout, files, notes, options)
+        notes["measurements"] = _measurements(program, folder, files, options.grouped)
+        (folder / layout.program).mkdir()
+        # What is quantized in place is no file of the program's weights any more.
+        kept = mark is None or "float" in files
+        shared = weights_of(folder, files.get("float", files["model"])) if kept else None
+        save_files(program, folder / layout.program, shared)
+        text = report or _report(program)
+        (folder / f"{layout.own}report.md").write_text(text, encoding="utf-8")
+        _copy_extra(extra or {}, folder, layout)
+        manifest = _manifest(program, target, model, notes, layout, files)
+        manifest["beside"] = [n for n in files.values() if data_file(folder / n).is_file()]
+        _copy_extra(finish(manifest), folder, layout)
+        manifest["sha256"] = _hashes(folder)
         if program.report is not None:
-            write_page(Report.from_json(program.report), manifest, folder)
+            write_page(Report.from_json(program.report), manifest, folder, layout)
         text = json.dumps(manifest, indent=1, allow_nan=False)
-        (folder / MANIFEST).write_text(text, encoding="utf-8")
+        (folder / layout.manifest).write_text(text, encoding="utf-8")
     return open_artifact(path)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """How ONNX files are written."""
+
+    opset: int | None
+    weights: str
+    optional: tuple[str, ...]
+    metadata: Mapping[str, str]
+    grouped: bool
 
 
 def measure(program: Program, *, threads: int = 1, repeats: int = 10) -> float:
@@ -147,32 +194,43 @@ def measure(program: Program, *, threads: int = 1, repeats: int = 10) -> float:
     return float(np.median(times))
 
 
-def _write_model(
-    program: Program, path: Path, notes: _Notes, opset: int, grouped: bool
-) -> ir.Model:
-    model = to_onnx(program, program.deployed, opset=opset, grouped=grouped)
-    save_onnx(model, path)
-    agreements = check_parity(program, open_session(path), grouped=grouped)
+def _write_model(program: Program, path: Path, notes: _Notes, options: _Options) -> ir.Model:
+    model = to_onnx(
+        program,
+        program.deployed,
+        opset=options.opset,
+        optional=options.optional,
+        grouped=options.grouped,
+    )
+    model.metadata_props.update(options.metadata)
+    save_onnx(model, path, options.weights)
+    agreements = check_parity(program, open_session(path), grouped=options.grouped)
     notes["parity"][path.name] = [a.to_json() for a in agreements]
     notes["sizes"][path.name] = file_bytes(path)
     notes["parameters"][path.name] = program.num_parameters()
     return model
 
 
-def check_known(target: str) -> None:
-    """Raise ExportError for a target that there is not."""
+def check_forms(layout: str, weights: str, target: str = "onnxruntime") -> None:
+    """Refuse, before any work, a layout, a place of weights or a target that does not exist.
+
+    Raises:
+        ExportError: one of these.
+    """
     if target not in TARGETS:
         raise ExportError(f"unknown target {target!r}; there is {', '.join(map(repr, TARGETS))}")
+    if layout not in ("auto", *LAYOUTS):
+        raise ExportError(f"layout is one of {['auto', *LAYOUTS]}, got {layout!r}")
+    if weights not in WEIGHTS:
+        raise ExportError(f"weights is one of {list(WEIGHTS)}, got {weights!r}")
 
 
 def check_runs(target: str, program: Program) -> None:
     """Refuse, before any work, a target that cannot run a program.
 
     Raises:
-        ExportError: it is not known, has no operators for the quantization scheme, or needs another
-            cache.
+        ExportError: it has no operators for the quantization scheme, or takes no such cache.
     """
-    check_known(target)
     if target in GROUPED:
         check_cache(target, program.entries[program.deployed])
     mark = program.quantization
@@ -184,41 +242,43 @@ def check_runs(target: str, program: Program) -> None:
         )
 
 
-def _copy_model(source: Path, target: Path) -> None:
-    data = source.with_suffix(".onnx.data")
-    if data.exists():  # the file names its data, so that a copy must be written anew
-        import onnx
-
-        model = onnx.load(source)
-        data = target.with_suffix(".onnx.data")
-        onnx.save_model(model, target, save_as_external_data=True, location=data.name)
-    else:
-        shutil.copyfile(source, target)
-
-
 def _write_quantized(
     program: Program,
     mark: Mark,
     batches: Sequence[Feeds],
     folder: Path,
+    layout: Layout,
+    files: Mapping[str, str],
     notes: _Notes,
-    grouped: bool,
-) -> None:
-    """Quantize model.onnx in place, and the dense twin into a file of its own."""
-    feeds = _examples(program, program.deployed, grouped)
-    notes["quantization"][MODEL] = quantize(folder / MODEL, folder / MODEL, mark, feeds, batches)
-    notes["sizes"][MODEL] = file_bytes(folder / MODEL)
-    if (folder / BASELINE).exists():
-        twin = low_bit_baseline(mark.scheme)
-        # The twin is there to be timed: nothing kept in float for its quality's sake.
+    options: _Options,
+) -> dict[str, str]:
+    """Quantize the model, in place or beside it, and the baseline into a file of its own.
+
+    Returns:
+        The files that are new, or take the place of others, by their part.
+    """
+    feeds, weights = _examples(program, program.deployed, options.grouped), options.weights
+    source = folder / files["model"]
+    name = quantized_name(mark.scheme) if layout is HUB else MODEL
+    target = source.with_name(name)
+    notes["quantization"][name] = quantize(source, target, mark, feeds, batches, weights)
+    notes["sizes"][name] = file_bytes(target)
+    found = {"model": layout.onnx + name}
+    if layout is HUB:
+        found["float"] = files["model"]
+    if "baseline" in files:
+        baseline = folder / files["baseline"]
+        name = low_bit_baseline(mark.scheme)
+        # The baseline is there to be timed: nothing kept in float for its quality's sake.
         every = replace(mark, keep_error=None)
         if program.deployed != "forward":
-            shapes = shapes_of(open_session(folder / BASELINE, 1))
+            shapes = shapes_of(open_session(baseline, 1))
             feeds, batches = ([filled(shapes, feed) for feed in all_] for all_ in (feeds, batches))
-        notes["quantization"][twin] = quantize(
-            folder / BASELINE, folder / twin, every, feeds, batches
-        )
-        notes["sizes"][twin] = file_bytes(folder / twin)
+        target = baseline.with_name(name)
+        notes["quantization"][name] = quantize(baseline, target, every, feeds, batches, weights)
+        notes["sizes"][name] = file_bytes(target)
+        found["baseline_quantized"] = layout.own + name
+    return found
 
 
 def _calibration(
@@ -269,32 +329,39 @@ def _examples(program: Program, name: str, grouped: bool = False) -> list[Feeds]
     return [feeds_of(tuple(flat), input_names(entry)) for flat in inputs]
 
 
-def _measurements(program: Program, folder: Path, grouped: bool) -> list[Any]:
+def _measurements(
+    program: Program, folder: Path, files: Mapping[str, str], grouped: bool
+) -> list[Any]:
     """A short comparison on the example inputs: a first idea, not a benchmark."""
-    if not (folder / BASELINE).exists():
+    if "baseline" not in files:
         return []
-    sessions = [open_session(folder / name, 1) for name in (MODEL, BASELINE)]
+    sessions = [open_session(folder / files[part], 1) for part in ("model", "baseline")]
     example = _examples(program, program.deployed, grouped)[0]
     comparison = compare(sessions[0], sessions[1], example, repeats=5)
     return [comparison.to_json()]
 
 
 def _manifest(
-    program: Program, target: str, model: ir.Model, notes: _Notes, folder: Path
+    program: Program,
+    target: str,
+    model: ir.Model,
+    notes: _Notes,
+    layout: Layout,
+    files: Mapping[str, str],
 ) -> dict[str, Any]:
     floats = sorted({str(t.dtype)[6:] for t in program.tensors.values() if t.is_floating_point()})
-    hashes = {
-        file.relative_to(folder).as_posix(): sha256(file)
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-    }
     mark = program.quantization
+    baselines = [name for part, name in files.items() if part.startswith("baseline")]
     return {
         "format": FORMAT,
         "version": VERSION,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "model": program.model,
         "target": target,
+        "layout": layout.name,
+        "files": dict(files),
+        "removable": [file for name in baselines for file in (name, f"{name}_data")],
+        "editable": [CARD],
         "entry": program.deployed,
         "opset": model.opset_imports[""],
         "precision": {"program": floats, "onnx": "float32" if mark is None else mark.scheme},
@@ -305,7 +372,14 @@ def _manifest(
         "history": list(program.history),
         "kept": kept_indices(program.history),
         **notes,
-        "sha256": hashes,
+    }
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    return {
+        file.relative_to(folder).as_posix(): sha256(file)
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
     }
 
 
@@ -328,9 +402,9 @@ def _report(program: Program) -> str:
     return f"# {program.model or 'model'}\n\n{program.num_parameters():,} parameters.\n"
 
 
-def _check_extra(extra: Mapping[str, Path | bytes]) -> None:
+def _check_extra(extra: Mapping[str, Path | bytes], layout: Layout) -> None:
     twins = {low_bit_baseline(scheme) for scheme in SCHEMES}
-    reserved = {MODEL, BASELINE, MANIFEST, "report.md", PAGE, "program", *twins}
+    reserved = {MODEL, BASELINE, layout.manifest, "report.md", PAGE, "program", *twins}
     for name, source in extra.items():
         parts = Path(name).parts
         if not parts or Path(name).is_absolute() or ".." in parts or parts[0] in reserved:
@@ -339,9 +413,9 @@ def _check_extra(extra: Mapping[str, Path | bytes]) -> None:
             raise ExportError(f"the extra file {str(source)!r} does not exist")
 
 
-def _copy_extra(extra: Mapping[str, Path | bytes], folder: Path) -> None:
+def _copy_extra(extra: Mapping[str, Path | bytes], folder: Path, layout: Layout) -> None:
     for name, source in extra.items():
-        target = folder / name
+        target = folder / layout.place(name)
         target.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(source, Path):
             shutil.copyfile(source, target)

@@ -6,8 +6,7 @@ import contextlib
 import json
 import logging
 import warnings
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -23,9 +22,12 @@ from graphprune.exporters.onnx.names import (
     input_names,
     is_tensor_output,
     limits_by_input,
+    name_nodes,
     output_names,
     rename_symbols,
+    size_name,
 )
+from graphprune.exporters.onnx.optional import make_optional
 from graphprune.exporters.onnx.translations import OPSET, translations
 from graphprune.ir.graph import output_node
 from graphprune.ir.module import graph_module
@@ -34,18 +36,23 @@ from graphprune.ir.program import Entry, Program
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-EXTERNAL_ABOVE = 1_000_000_000  # bytes of weights; protobuf ends at 2 GiB
-
 
 def to_onnx(
-    program: Program, entry: str = "forward", *, opset: int = OPSET, grouped: bool = False
+    program: Program,
+    entry: str = "forward",
+    *,
+    opset: int | None = OPSET,
+    optional: Collection[str] = (),
+    grouped: bool = False,
 ) -> ir.Model:
     """The entry as an ONNX model in float32, with the model's own input and output names.
 
     Args:
         program: what to convert.
         entry: one of its graphs.
-        opset: 23; or 20, which older runtimes read too, for graphs that need no more (`opset20`).
+        opset: 23; 20, which older runtimes read too, for graphs that need no more (`opset20`); or
+            None: 20 for those, 23 for others.
+        optional: inputs that need not be fed; they are zero then.
         grouped: a decode graph whose past and present may share a buffer (`grouped`).
 
     A decode graph gives all logits, or those of the last positions (`last_logits`).
@@ -85,22 +92,28 @@ def to_onnx(
         if limits:
             model.metadata_props[f"graphprune.{key}"] = json.dumps(limits)
     if opset != OPSET:
-        if reason := opset20.obstacle(model):
+        reason = opset20.obstacle(model)
+        if reason and opset is not None:
             raise ExportError(f"the model cannot be written in opset {opset}: {reason}; omit opset")
-        opset20.to_opset20(model)
+        if not reason:
+            opset20.to_opset20(model)
     if grouped:
         to_grouped(model)
     if spec.cache:
         keep_last_logits(model)
+    make_optional(model, optional)
+    name_nodes(model)
     return model
 
 
-def check_opset(opset: int, *, cached: bool = False) -> None:
+def check_opset(opset: int | None, *, cached: bool = False) -> None:
     """Refuse, before any work, an opset that is not written, or not with a key/value cache.
 
     Raises:
         ExportError: one of these.
     """
+    if opset is None:
+        return
     if opset not in (known := (opset20.OPSET, OPSET)):
         raise ExportError(f"opset is one of {list(known)}, got {opset!r}")
     if cached and opset != OPSET:
@@ -121,31 +134,6 @@ def lower(program: Program, entry: str = "forward") -> fx.GraphModule:
     module.graph.eliminate_dead_code()
     module.recompile()
     return module
-
-
-def save_onnx(model: ir.Model, path: Path) -> list[Path]:
-    """Write and check the model; weights above 1 GB go to a second file. Returns the files.
-
-    Raises:
-        ExportError: onnx.checker refuses the file.
-    """
-    import onnx
-    import onnx_ir as ir
-
-    weights = [v.const_value for v in model.graph.initializers.values()]
-    size = sum(int(w.nbytes) for w in weights if w is not None)
-    files = [path]
-    if size > EXTERNAL_ABOVE:
-        data = path.with_suffix(".onnx.data")
-        files.append(data)
-        ir.save(model, path, external_data=data.name)
-    else:
-        ir.save(model, path)
-    try:
-        onnx.checker.check_model(str(path), full_check=False)
-    except onnx.checker.ValidationError as e:
-        raise ExportError(f"the exported file is not valid ONNX: {e}") from e
-    return files
 
 
 def _dynamic(entry: Entry) -> tuple[Any, ...]:
@@ -179,14 +167,14 @@ def _name_interface(model: ir.Model, inputs: list[str], names: list[str]) -> Non
 
 
 def _name_sizes(model: ir.Model, entry: Entry) -> None:
-    """Call dynamic sizes by the names of the entry instead of s53."""
+    """Call dynamic sizes by their names in ONNX files instead of s53."""
     import onnx_ir as ir
 
     names: dict[str, str] = {}
     for value, placeholder in zip(model.graph.inputs, entry.input_names, strict=True):
         for dim, name in entry.dynamic.get(placeholder, {}).items():
             assert value.shape is not None
-            names[str(value.shape[dim])] = name
+            names[str(value.shape[dim])] = size_name(name)
     values = [*model.graph.inputs, *model.graph.outputs]
     for node in model.graph:
         values += node.outputs

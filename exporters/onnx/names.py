@@ -1,10 +1,11 @@
-"""What the inputs, outputs and dynamic sizes of the ONNX file are called."""
+"""What the inputs, outputs, nodes and dynamic sizes of the ONNX file are called."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from typing import Any, cast
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch.utils._pytree as pytree
 from torch import Tensor, fx
@@ -12,6 +13,22 @@ from torch import Tensor, fx
 from graphprune.ir.graph import output_node, value_of
 from graphprune.ir.program import Entry
 from graphprune.ir.sizes import limits_to_json
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+# As most ONNX files have them: runtimes that make caches know the batch by its name.
+_SIZES = {
+    "batch": "batch_size",
+    "sequence": "sequence_length",
+    "past": "past_sequence_length",
+}
+
+
+def size_name(symbol: str) -> str:
+    """What an entry's dynamic size is called in ONNX files; "past+sequence" is two names."""
+    return rename_symbols(symbol, _SIZES)
 
 
 def input_names(entry: Entry) -> list[str]:
@@ -93,3 +110,43 @@ def _key(key: object) -> str:
 def rename_symbols(expression: str, names: dict[str, str]) -> str:
     """A size such as `2*s53` with its symbols replaced."""
     return re.sub(r"[A-Za-z_]\w*", lambda m: names.get(m.group(), m.group()), expression)
+
+
+def name_nodes(model: ir.Model) -> None:
+    """Name nodes by the module that they come from, as viewers show it: /encoder/layer.0/MatMul.
+
+    A node that reads a parameter comes from the parameter's module, others from what the modules
+    before and after them have in common.
+    """
+    paths: list[tuple[str, ...] | None] = []
+    known = set(model.graph.initializers)
+    for node in model.graph:
+        own = [
+            tuple(v.name.split(".")[:-1]) for v in node.inputs if v is not None and v.name in known
+        ]
+        paths.append(next((path for path in own if path), None))
+    before: tuple[str, ...] = ()
+    after = _following(paths)
+    taken: Counter[str] = Counter()
+    for node, own_path, next_path in zip(model.graph, paths, after, strict=True):
+        path = own_path or _common(before, next_path)
+        before = own_path or before
+        name = "/".join(("", *path, node.op_type))
+        node.name = f"{name}_{taken[name]}" if taken[name] else name
+        taken[name] += 1
+
+
+def _following(paths: Sequence[tuple[str, ...] | None]) -> list[tuple[str, ...]]:
+    """For each place the first path at it or behind it; empty behind the last."""
+    found: list[tuple[str, ...]] = []
+    for path in reversed(paths):
+        found.append(path or (found[-1] if found else ()))
+    return found[::-1]
+
+
+def _common(a: tuple[str, ...], b: tuple[str, ...]) -> tuple[str, ...]:
+    return a[
+        : next(
+            (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+        )
+    ]

@@ -22,16 +22,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from graphprune.errors import ArtifactError, ExportError
+from graphprune.exporters.onnx.files import file_bytes, save_onnx
 from graphprune.exporters.quantize.layers import Editor, Layer, find_layers, half_tied
 from graphprune.exporters.runtime.drift import Outputs, drifts, run_all, worst
-from graphprune.exporters.runtime.session import Feeds, file_bytes, open_session
+from graphprune.exporters.runtime.session import Feeds, open_session
 from graphprune.ir.quantization import Mark
 
 if TYPE_CHECKING:
     import onnx
 
 BITS = {"int4-weights": 4, "int8-weights": 8}
-_EXTERNAL_ABOVE = 1_000_000_000  # bytes, as in convert.py
+_LARGE = 1_000_000_000  # bytes: protobuf ends at 2 GiB, and the quantizer copies
 _MEASURED = 8  # calibration batches that drift is measured on, beside the examples
 
 Notes = dict[str, Any]
@@ -43,6 +44,7 @@ def quantize(
     mark: Mark,
     feeds: Sequence[Feeds],
     calibration: Sequence[Feeds] = (),
+    weights: str = "auto",
 ) -> Notes:
     """Write `target`, the file `source` quantized, and measure how far it drifts.
 
@@ -52,6 +54,7 @@ def quantize(
         mark: what to quantize, and how.
         feeds: inputs to measure drift on.
         calibration: inputs that fix the ranges of activations in scheme "int8-static".
+        weights: where `target` has them (`files.save_onnx`).
 
     Returns:
         JSON for the manifest: how many layers are quantized, those left in float with the reason,
@@ -70,7 +73,7 @@ def quantize(
         feeds = [*feeds, *calibration[:_MEASURED]]
         work = _Work(source, Path(folder), mark, feeds, calibration)
         chosen, notes = work.choose()
-        work.write(chosen, target)
+        work.write(chosen, target, weights)
         session = _session(target, mark)
         found = drifts(work.outputs, work.expected, run_all(session, feeds))
     return {
@@ -102,7 +105,7 @@ class _Work:
         self.calibration = [
             {name: feed[name] for name in inputs if name in feed} for feed in calibration
         ]
-        self.large = file_bytes(source) > _EXTERNAL_ABOVE
+        self.large = file_bytes(source) > _LARGE
         self.layers = find_layers(self.model)
         self.outputs = [output.name for output in self.model.graph.output]
         self.expected: Outputs = run_all(open_session(source, 1), feeds)
@@ -190,7 +193,7 @@ class _Work:
                 left[layer] = f"keep_error: alone it makes an error of {alone[layer.weight]:.1e}"
         return kept(high), {"error": measured[high], "error_alone": alone}
 
-    def write(self, chosen: Collection[Layer], target: Path) -> None:
+    def write(self, chosen: Collection[Layer], target: Path, weights: str = "auto") -> None:
         """Write the file with just these layers quantized."""
         import onnx
 
@@ -202,7 +205,7 @@ class _Work:
             with _quiet():
                 model = self._products(model, names)
         del model.graph.value_info[:]
-        _save(model, target)
+        _save(model, target, weights)
 
     def _products(self, model: onnx.ModelProto, names: list[str]) -> onnx.ModelProto:
         import onnx
@@ -210,7 +213,7 @@ class _Work:
         if self.mark.scheme in BITS:
             return self._blocks(model, names)
         source, target = self.folder / "float.onnx", self.folder / "quantized.onnx"
-        _save(model, source)
+        _save(model, source, "beside" if self.large else "inside")
         if self.mark.scheme == "int8-static":
             self._static(source, target, names)
         else:
@@ -308,16 +311,10 @@ def _together(layers: Sequence[Layer]) -> dict[str, list[Layer]]:
     return groups
 
 
-def _save(model: onnx.ModelProto, path: Path) -> None:
-    import onnx
+def _save(model: onnx.ModelProto, path: Path, weights: str = "auto") -> None:
+    import onnx_ir as ir
 
-    data = path.with_suffix(".onnx.data")
-    data.unlink(missing_ok=True)  # onnx appends to what is there
-    path.unlink(missing_ok=True)
-    if sum(len(i.raw_data) for i in model.graph.initializer) > _EXTERNAL_ABOVE:
-        onnx.save_model(model, path, save_as_external_data=True, location=data.name)
-    else:
-        onnx.save_model(model, path)
+    save_onnx(ir.from_proto(model), path, weights)
 
 
 def _session(path: Path, mark: Mark, threads: int | None = None) -> Any:

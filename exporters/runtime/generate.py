@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from graphprune.errors import GraphPruneError, first_line
-from graphprune.exporters.runtime.kv_cache import shapes_of
+from graphprune.exporters.runtime.kv_cache import optional_inputs, shapes_of
 from graphprune.ir.decoding import IDS, KEEP, LOGITS, MASK, PAST, PRESENT, is_past, zero_pasts
 
 Ids = npt.NDArray[np.int64]
@@ -44,7 +44,7 @@ class Decoder:
             )
         self.vocabulary = int(outputs[LOGITS][-1])
         self._session = session
-        optional = {i.name for i in session.get_overridable_initializers()}
+        optional = {i.name for i in optional_inputs(session)}
         self._last = {KEEP: _value(np.array(1, np.int64))} if KEEP in optional else {}
         self._outputs = [LOGITS, *(name.replace(PAST, PRESENT, 1) for name in self._pasts)]
         self.mask: Ids = np.zeros((0, 0), np.int64)

@@ -15,8 +15,17 @@ Shapes = Mapping[str, Sequence[int | str]]
 
 
 def shapes_of(session: Any) -> dict[str, Sequence[int | str]]:
-    """The inputs of a session by name; a dynamic size is a string."""
-    return {i.name: i.shape for i in session.get_inputs()}
+    """The inputs of a session by name, optional ones too; a dynamic size is a string."""
+    # An optional input has the shape of its own value there, which says nothing of what is fed.
+    optional = optional_inputs(session)
+    sizes = {i.name: [f"{i.name}_{dim}" for dim in range(len(i.shape))] for i in optional}
+    return {i.name: i.shape for i in session.get_inputs()} | sizes
+
+
+def optional_inputs(session: Any) -> list[Any]:
+    """The inputs of a session that need not be fed: initializers that are inputs too."""
+    found: list[Any] = getattr(session, "get_overridable_initializers", list)()
+    return found
 
 
 def filled(shapes: Shapes, feeds: Feeds, *, strict: bool = False) -> Feeds:
@@ -33,8 +42,9 @@ def filled(shapes: Shapes, feeds: Feeds, *, strict: bool = False) -> Feeds:
     Raises:
         GraphPruneError: the mask is shorter than the tokens, or a cache does not fit and must.
     """
-    result: Feeds = {name: feeds[name] for name in shapes if not is_past(name)}
-    if len(result) == len(shapes):
+    # What is missing is optional, or for ONNX Runtime to name.
+    result: Feeds = {n: feeds[n] for n in shapes if n in feeds and not is_past(n)}
+    if not any(map(is_past, shapes)):
         return result
     batch, sequence = feeds[IDS].shape
     past = feeds[MASK].shape[1] - sequence

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, final
 
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from graphprune.errors import ExportError
 from graphprune.exporters.onnx.names import input_names, is_tensor_output, output_names
-from graphprune.exporters.runtime.session import feeds_of
+from graphprune.exporters.runtime.kv_cache import optional_inputs
+from graphprune.exporters.runtime.session import feeds_of, inputs_of
 from graphprune.ir.batches import batches
 from graphprune.ir.decoding import IDS, MASK, empty_cache, is_past
 from graphprune.ir.program import Entry, Program
@@ -51,7 +52,8 @@ def check_parity(
 ) -> list[Agreement]:
     """Run the Program and ORT on every batch of `ir.batches.batches`.
 
-    A decoder with a cache also reads a prompt without any past, and a single token after one.
+    A decoder with a cache also reads a prompt without any past, and a single token after one. What
+    need not be fed is fed, and once is not, where the program gets zeros.
 
     Args:
         program: what was exported, in any float type; it is compared in float32.
@@ -71,12 +73,19 @@ def check_parity(
     taken = [examples, *(b for b in drawn if _runs(program, b)), *_steps(entry)]
     if grouped:
         taken = [grouped_inputs(entry, inputs) for inputs in taken]
-    return [
-        agreement
-        for shared in ((False, True) if grouped else (False,))
-        for inputs in taken
-        for agreement in _compare(program, session, inputs, tolerance, shared)
-    ]
+    found = [a for inputs in taken for a in _compare(program, session, inputs, tolerance)]
+    if grouped:
+        for inputs in taken:
+            found += _compare(program, session, inputs, tolerance, shared=True)
+    optional = {i.name for i in optional_inputs(session)}
+    names = input_names(entry)
+    if given := optional.intersection(names):
+        zeros = [
+            torch.zeros_like(t) if name in given else t
+            for name, t in zip(names, examples, strict=True)
+        ]
+        found += _compare(program, session, zeros, tolerance, left_out=given)
+    return found
 
 
 def grouped_inputs(entry: Entry, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -116,7 +125,12 @@ def _steps(entry: Entry) -> list[list[Tensor]]:
 
 
 def _compare(
-    program: Program, session: Any, inputs: Sequence[Tensor], tolerance: float, shared: bool
+    program: Program,
+    session: Any,
+    inputs: Sequence[Tensor],
+    tolerance: float,
+    left_out: Collection[str] = (),
+    shared: bool = False,
 ) -> list[Agreement]:
     entry = program.entries[program.deployed]
     shapes = [tuple(t.shape) for t in inputs]
@@ -124,8 +138,9 @@ def _compare(
     if shared:
         longer = ((0, 0), (0, 0), (0, feeds[IDS].shape[1] + _ROOM), (0, 0))
         feeds = {n: np.pad(a, longer) if is_past(n) else a for n, a in feeds.items()}
+    wanted = [n for n in inputs_of(session) if n in feeds and n not in left_out]
     try:
-        actual = session.run(None, {i.name: feeds[i.name] for i in session.get_inputs()})
+        actual = session.run(None, {name: feeds[name] for name in wanted})
     except Exception as e:
         raise ExportError(f"ONNX Runtime fails on inputs of shapes {shapes}: {e}") from e
     flags = is_tensor_output(entry)

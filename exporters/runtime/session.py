@@ -14,6 +14,7 @@ from torch import Tensor
 
 from graphprune.errors import ArtifactError, GraphPruneError
 from graphprune.exporters.runtime.kv_cache import Feeds as Feeds
+from graphprune.exporters.runtime.kv_cache import optional_inputs
 
 # ORT's fused SkipLayerNormalization is a scalar loop: 0.22 ms where Add + LayerNormalization take
 # 0.05 (ORT 1.31, 128 x 384, one thread).
@@ -53,6 +54,11 @@ def open_session(path: Path, threads: int | None = None, *, profile: bool = Fals
         )
     except Exception as e:
         raise ArtifactError(f"ONNX Runtime cannot load {str(path)!r}: {e}") from e
+
+
+def inputs_of(session: Any) -> list[str]:
+    """The inputs of a session, those too that need not be fed."""
+    return [value.name for value in [*session.get_inputs(), *optional_inputs(session)]]
 
 
 def feeds_of(batch: Any, names: Sequence[str]) -> Feeds:
@@ -98,9 +104,3 @@ def _array(value: Any) -> npt.NDArray[Any]:
         value = (value.float() if half else value).numpy()
     array: npt.NDArray[Any] = np.asarray(value)
     return array
-
-
-def file_bytes(path: Path) -> int:
-    """Bytes of an ONNX file and of its external weights."""
-    data = path.with_suffix(".onnx.data")
-    return path.stat().st_size + (data.stat().st_size if data.exists() else 0)

@@ -56,7 +56,9 @@ class Options:
     cache: bool = False
     labeled: LabeledData | None = None
     dynamic: tuple[str, ...] = ()
-    opset: int = 23
+    opset: int | None = None
+    layout: str = "auto"
+    weights: str = "auto"
     target: str = "onnxruntime"
 
 
@@ -156,8 +158,17 @@ def compile_command(
     ] = False,
     dynamic: Dynamic = "",
     opset: Annotated[
-        int, typer.Option(help="23, for ONNX Runtime from 1.23 on; 20, from 1.21 on.")
-    ] = 23,
+        int | None,
+        typer.Option(
+            help="23, for ONNX Runtime from 1.23 on; 20, from 1.21 on. Default: 20 where it can be."
+        ),
+    ] = None,
+    layout: Annotated[
+        str, typer.Option(help="hub (config.json, onnx/model.onnx ...), flat, or auto.")
+    ] = "auto",
+    weights: Annotated[
+        str, typer.Option(help="beside the graph, inside it, or auto: beside above 20 MB.")
+    ] = "auto",
     target: Annotated[
         str,
         typer.Option(help="What will run it: onnxruntime, or genai for a decoder with --cache."),
@@ -172,7 +183,7 @@ def compile_command(
     from graphprune.cli.calibration import check_calibration
     from graphprune.cli.summary import present
     from graphprune.cli.training import TrainingOptions, check_training, labeled_data
-    from graphprune.exporters.artifact.export import check_known
+    from graphprune.exporters.artifact.export import check_forms
     from graphprune.exporters.onnx.convert import check_opset
 
     training = TrainingOptions(
@@ -199,7 +210,7 @@ def compile_command(
         "quantize": _flag(scheme=quantize or None),
     }
     check_opset(opset, cached=cache)
-    check_known(target)
+    check_forms(layout, weights, target)
     steps = steps_of(recipe, flags, none=cache, lr=training.own_rate)
     labeled = labeled_data(training, steps)
     check_calibration(steps, calibration, trains=labeled is not None and labeled.trains)
@@ -217,6 +228,8 @@ def compile_command(
         labeled=labeled,
         dynamic=listed(dynamic),
         opset=opset,
+        layout=layout,
+        weights=weights,
         target=target,
     )
     present(run(model, steps, out, options, allow_pickle), as_json)
@@ -337,7 +350,12 @@ def compiled_and_measured(
     )
     with step("export"):
         artifact = compiled.export(
-            path, target=options.target, baseline=options.baseline, opset=options.opset
+            path,
+            target=options.target,
+            baseline=options.baseline,
+            opset=options.opset,
+            layout=options.layout,
+            weights=options.weights,
         )
     timing = None
     if options.measure and artifact.has_baseline:
@@ -348,10 +366,11 @@ def compiled_and_measured(
         quality = _quality(artifact, subject, labeled, step)
     results = {"timing": timing, "quality": quality, "dense_training": first}
     if noted := {key: value for key, value in results.items() if value}:
-        artifact = add_results(artifact, compiled.report, noted)
+        artifact = add_results(artifact, compiled.report, noted, compiled.described)
     return Summary(
         model=subject.name,
         path=path,
+        upload=artifact.upload_bytes / 1e6,
         report=compiled.report,
         megabytes=_megabytes(artifact),
         timing=timing,
@@ -380,10 +399,10 @@ def _quality(
 
 
 def _megabytes(artifact: Artifact) -> dict[str, float]:
-    """Size on disk of the ONNX files, weights outside of them included."""
-    names = {"pruned": "model", "dense": "baseline"}
-    return {
-        which: sum(f.stat().st_size for f in artifact.path.glob(f"{stem}.onnx*")) / 1e6
-        for which, stem in names.items()
-        if (artifact.path / f"{stem}.onnx").is_file()
-    }
+    """Size on disk of the ONNX files, weights beside them included."""
+    from graphprune.exporters.onnx.files import file_bytes
+
+    sizes = {"pruned": file_bytes(artifact.model_path)}
+    if artifact.has_baseline:
+        sizes["dense"] = file_bytes(artifact.baseline_path)
+    return {which: size / 1e6 for which, size in sizes.items()}

@@ -204,7 +204,7 @@ def _clock(
 ) -> Callable[[Program, Program], tuple[float, float]]:
     """Milliseconds of a program and of the dense one, in turns; the dense one is exported once."""
     from graphprune.exporters import to_onnx
-    from graphprune.exporters.onnx.convert import save_onnx
+    from graphprune.exporters.onnx.files import save_onnx
     from graphprune.exporters.runtime.session import feeds_of, open_session
     from graphprune.exporters.runtime.timing import compare
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 from abc import ABC, abstractmethod
@@ -98,12 +97,6 @@ class Subject(ABC):
             GraphPruneError: no head can be put on, or it is fresh and there is nothing to train on.
         """
 
-    def _headless(self, task: str) -> GraphPruneError:
-        return GraphPruneError(
-            f"{self.name!r} has no head for {task}: compile MODEL with --task {task} --train FILE "
-            "first"
-        )
-
 
 @final
 class Model(Subject):
@@ -150,11 +143,12 @@ class Model(Subject):
 
     def schema(self, task: str) -> Schema:
         from graphprune.models.data.tables import Schema
+        from graphprune.models.tasks.artifacts import headless
         from graphprune.models.zoo.heads import head_classes, head_width
 
         classes = head_classes(self.loaded) or ()
         if not classes if task == "classification" else head_width(self.loaded) != 1:
-            raise self._headless(task)
+            raise headless(self.name, task)
         return Schema(task, classes=classes)
 
     def with_head(self, schema: Schema, train: Table | None, seed: int) -> tuple[Subject, Schema]:
@@ -180,12 +174,11 @@ class Exported(Subject):
     compared = True
 
     def __init__(self, artifact: Artifact) -> None:
-        from graphprune.models.loading.loaded import TOKENIZER
+        from graphprune.models.hub.source import tokenizer_dir
 
         self.artifact = artifact
         self.name = str(artifact.path)
-        folder = artifact.path / TOKENIZER
-        self.tokenizer_dir = folder if folder.is_dir() else None
+        self.tokenizer_dir = tokenizer_dir(artifact.path)
 
     def captured(self, cache: bool = False, dynamic: Sequence[str] = ()) -> Compiled:
         from graphprune.api import compile, load
@@ -214,24 +207,9 @@ class Exported(Subject):
         self.artifact.check_opponents(against)
 
     def schema(self, task: str) -> Schema:
-        from graphprune.models.data.tables import Schema
-        from graphprune.models.loading.loaded import LABELS, SCHEMA
+        from graphprune.models.tasks.artifacts import artifact_schema
 
-        folder = self.artifact.path
-        if (folder / SCHEMA).is_file():
-            found = Schema.from_file(folder / SCHEMA)
-            if found.task != task:
-                raise GraphPruneError(
-                    f"{self.name!r} was trained for {found.task}: give --task {found.task}"
-                )
-            return found
-        outputs: list[Any] = self.artifact.manifest.get("outputs") or [{}]
-        if outputs[0].get("name") != "logits":
-            raise self._headless(task)
-        names: dict[str, str] = {}
-        if (folder / LABELS).is_file():
-            names = json.loads((folder / LABELS).read_text(encoding="utf-8"))
-        return Schema(task, classes=tuple(names[key] for key in sorted(names, key=int)))
+        return artifact_schema(self.artifact, task)
 
     def with_head(self, schema: Schema, train: Table | None, seed: int) -> tuple[Subject, Schema]:
         found = self.schema(schema.task)
@@ -282,4 +260,6 @@ def check_opponents(name: str, against: str) -> None:
 
 def _is_artifact(name: str) -> bool:
     """Whether a folder of this name was exported here: it has a manifest, whole or broken."""
-    return (Path(name).expanduser() / "manifest.json").is_file()
+    from graphprune.storage.layout import layout_of
+
+    return layout_of(Path(name).expanduser()) is not None

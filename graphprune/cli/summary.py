@@ -21,6 +21,7 @@ class Summary:
     Attributes:
         model: what the user called it.
         path: the artifact's folder.
+        upload: megabytes of its files without the baselines, which no runtime needs.
         report: what the passes did.
         megabytes: size on disk of "pruned" and, where written, "dense".
         timing: what the benchmark measured, or None.
@@ -31,6 +32,7 @@ class Summary:
 
     model: str
     path: Path
+    upload: float
     report: Report
     megabytes: Mapping[str, float]
     timing: Mapping[str, JSON] | None
@@ -44,6 +46,7 @@ class Summary:
             "model": self.model,
             "path": str(self.path),
             "report": self.report.to_json(),
+            "upload_megabytes": self.upload,
             "megabytes": dict(self.megabytes),
             "timing": self.timing,
             "quality": dict(self.quality),
@@ -102,7 +105,10 @@ def present(summary: Summary, as_json: bool) -> None:
     console.print(comparison_table(summary.rows()))
     if summary.calibrated_on():
         console.print(f"calibrated on {summary.calibrated_on()}")
-    console.print(f"written to {summary.path}/", soft_wrap=True, markup=False)
+    size = _megabytes_text(summary.upload)
+    console.print(
+        f"written to {summary.path}/ ({size} MB without the baseline)", soft_wrap=True, markup=False
+    )
 
 
 def timing_row(timing: Mapping[str, JSON]) -> tuple[str, str, str, str]:

@@ -138,7 +138,8 @@ def _render(template: str, **values: Any) -> str:
 
 def _file_rows(manifest: Mapping[str, Any]) -> Rows:
     sizes = manifest.get("sizes") or {}
-    pruned, dense = sizes.get("model.onnx"), sizes.get("baseline.onnx")
+    deployed = (manifest.get("files") or {}).get("model", "model.onnx").rpartition("/")[2]
+    pruned, dense = sizes.get(deployed), sizes.get("baseline.onnx")
     if pruned is None:
         return []
     change = "" if dense is None else change_text(dense, pruned)

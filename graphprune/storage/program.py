@@ -31,6 +31,8 @@ from graphprune.ir.sizes import limits_from_json, limits_to_json
 from graphprune.storage.allowlist import resolve, target_name
 from graphprune.storage.arguments import decode, encode
 from graphprune.storage.folders import check_target, restore, sha256, whole_folder
+from graphprune.storage.layout import FLAT, layout_of
+from graphprune.storage.shared import Weights, read_shared, shared_in
 from graphprune.storage.treespec import decode_spec, encode_spec
 
 JSON = Any
@@ -38,9 +40,9 @@ JSON = Any
 PROGRAM = "program.json"
 TENSORS = "tensors.safetensors"
 EXAMPLES = "examples.safetensors"
-MANIFEST = "manifest.json"
 _FORMAT = "graphprune-program"
 _VERSION = 1
+_SHARING = 2  # of programs with tensors in another file
 
 # fx puts node names and dotted tensor names into the Python that it generates, a part that is no
 # identifier between double quotes: anything may stand there that cannot end them.
@@ -56,24 +58,32 @@ def save(program: Program, path: Path) -> None:
         ExportError: the folder is not ours, or cannot be written.
         UnsupportedError: the program holds something that cannot be saved.
     """
-    check_target(path, lambda p: (p / PROGRAM).is_file() and not (p / MANIFEST).exists())
+    check_target(path, lambda p: (p / PROGRAM).is_file() and layout_of(p) is None)
     with whole_folder(path) as folder:
         save_files(program, folder)
 
 
-def save_files(program: Program, folder: Path) -> None:
-    """Write a program's three files into an existing folder."""
+def save_files(program: Program, folder: Path, weights: Weights | None = None) -> None:
+    """Write a program's three files into an existing folder.
+
+    Args:
+        program: what to write.
+        folder: where.
+        weights: a file of the same artifact in which tensors may lie already: these are left out.
+    """
     entries = {name: _encode_entry(entry) for name, entry in program.entries.items()}
     examples = {
         f"{name}/{placeholder}": tensor
         for name, entry in program.entries.items()
         for placeholder, tensor in zip(entry.input_names, entry.example, strict=True)
     }
-    write_tensors(program.tensors, folder / TENSORS)
+    shared = {} if weights is None else shared_in(program.tensors, weights)
+    own = {name: tensor for name, tensor in program.tensors.items() if name not in shared}
+    write_tensors(own, folder / TENSORS)
     write_tensors(examples, folder / EXAMPLES)
     data = {
         "format": _FORMAT,
-        "version": _VERSION,
+        "version": _SHARING if shared else _VERSION,
         "parameters": sorted(program.parameters),
         "aliases": dict(program.aliases),
         "entries": entries,
@@ -81,6 +91,9 @@ def save_files(program: Program, folder: Path) -> None:
         "metadata": _encode_notes(program),
         "sha256": {name: sha256(folder / name) for name in (TENSORS, EXAMPLES)},
     }
+    if weights is not None and shared:
+        digest = sha256(weights.root / weights.file)
+        data["shared"] = {"file": weights.file, "sha256": digest, "tensors": shared}
     (folder / PROGRAM).write_text(json.dumps(data, indent=1, allow_nan=False), encoding="utf-8")
 
 
@@ -98,26 +111,29 @@ def load(path: Path, expect: str | None = None) -> Program:
     if expect is not None:
         _check_digest(path, expect)
     folder = path
-    if (path / MANIFEST).is_file():
-        folder = path / "program"
-        hashes = check_hashes(path, "program/")["sha256"]
+    if (layout := layout_of(path)) is not None:
+        folder = path / layout.program
+        hashes = check_hashes(path, f"{layout.program}/")["sha256"]
         for name in (PROGRAM, TENSORS, EXAMPLES):
-            if f"program/{name}" not in hashes:
+            if f"{layout.program}/{name}" not in hashes:
                 raise ArtifactError(
-                    f"{str(path / MANIFEST)!r} has no hash of 'program/{name}'; export the "
-                    "artifact again"
+                    f"{str(path / layout.manifest)!r} has no hash of '{layout.program}/{name}'; "
+                    "export the artifact again"
                 )
     file = folder / PROGRAM
     data = read_json(file)
     if not isinstance(data, dict) or data.get("format") != _FORMAT:
         raise ArtifactError(f"{str(file)!r} is not a program that graphprune saved")
-    if data.get("version") != _VERSION:
+    if data.get("version") not in (_VERSION, _SHARING):
         raise ArtifactError(
-            f"{str(file)!r} has version {data.get('version')!r}, this graphprune reads {_VERSION}; "
-            "install the graphprune that wrote it"
+            f"{str(file)!r} has version {data.get('version')!r}, this graphprune reads "
+            f"{_VERSION} and {_SHARING}; install the graphprune that wrote it"
         )
     try:
         tensors = read_tensors(folder / TENSORS, data["sha256"][TENSORS])
+        if data["version"] == _SHARING:
+            check_file(path, data["shared"]["file"], data["shared"]["sha256"])
+            tensors |= read_shared(path, data["shared"])
         examples = read_tensors(folder / EXAMPLES, data["sha256"][EXAMPLES])
         return _decode_program(data, tensors, examples)
     except ArtifactError as e:
@@ -162,7 +178,8 @@ def digest(path: Path) -> str:
     Raises:
         ArtifactError: there is neither.
     """
-    file = path / MANIFEST if (path / MANIFEST).is_file() else path / PROGRAM
+    layout = layout_of(path)
+    file = path / (PROGRAM if layout is None else layout.manifest)
     if not file.is_file():
         raise ArtifactError(f"there is no {str(file)!r}: not a folder that graphprune wrote")
     return f"sha256:{sha256(file)}"
@@ -184,31 +201,51 @@ def _check_digest(path: Path, expect: str) -> None:
 def check_hashes(path: Path, prefix: str = "") -> JSON:
     """Compare an artifact's files with its manifest; returns the manifest.
 
+    Files that the manifest calls "removable" (baselines) may be gone, those that it calls
+    "editable" (the model card) may be changed or gone.
+
     Raises:
         ArtifactError: a file is missing, changed, or lies outside the artifact.
     """
-    manifest = read_json(path / MANIFEST)
+    source = path / (layout_of(path) or FLAT).manifest
+    manifest = read_json(source)
     hashes = manifest.get("sha256") if isinstance(manifest, dict) else None
     if not isinstance(hashes, dict) or manifest.get("format") != "graphprune-artifact":
-        raise ArtifactError(f"{str(path / MANIFEST)!r} is not a manifest that graphprune wrote")
+        raise ArtifactError(f"{str(source)!r} is not a manifest that graphprune wrote")
+    editable = set(manifest.get("editable") or ())
+    removable = set(manifest.get("removable") or ())
     for name, expected in hashes.items():
         file = path / name
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ArtifactError(f"{str(path / MANIFEST)!r} names {name!r}, outside the artifact")
+            raise ArtifactError(f"{str(source)!r} names {name!r}, outside the artifact")
         if not name.startswith(prefix):
             continue
-        if file.resolve() != path.resolve() / name:
-            raise ArtifactError(
-                f"{str(file)!r} is a link, or lies in one; copy the artifact with what it links to"
-            )
-        if not file.is_file():
-            raise ArtifactError(f"{str(file)!r} is missing; export the artifact again")
-        if sha256(file) != expected:
-            raise ArtifactError(
-                f"{str(file)!r} is not the file that was exported (its SHA-256 differs); export "
-                "the artifact again, or get an untouched copy"
-            )
+        if name in editable or (name in removable and not file.exists()):
+            continue
+        check_file(path, name, expected)
     return manifest
+
+
+def check_file(root: Path, name: str, expected: str) -> None:
+    """Compare one file of a folder with its hash.
+
+    Raises:
+        ArtifactError: it is missing, another one, a link, or lies outside the folder.
+    """
+    file = root / name
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ArtifactError(f"it names {name!r}, outside the artifact")
+    if file.resolve() != root.resolve() / name:
+        raise ArtifactError(
+            f"{str(file)!r} is a link, or lies in one; copy the artifact with what it links to"
+        )
+    if not file.is_file():
+        raise ArtifactError(f"{str(file)!r} is missing; export the artifact again")
+    if sha256(file) != expected:
+        raise ArtifactError(
+            f"{str(file)!r} is not the file that was exported (its SHA-256 differs); export "
+            "the artifact again, or get an untouched copy"
+        )
 
 
 def read_json(file: Path) -> JSON:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from graphprune.errors import GraphPruneError, TrainingError
+from graphprune.ir.outputs import ANSWERS
 
 LossFunction = Callable[[Any, Mapping[str, Any]], Tensor]
 Loss = str | LossFunction
@@ -41,7 +42,7 @@ class Summed:
 
 
 def logits_of(outputs: Any) -> Tensor:
-    """The scores among a model's outputs: `logits` where it is called so, else the first floats.
+    """The scores among a model's outputs: those called so (`ir.outputs`), else the first floats.
 
     Raises:
         TrainingError: there are none.
@@ -76,10 +77,11 @@ def scores_of(loss: str, outputs: Any, labels: Tensor) -> Tensor:
 
 
 def _named(outputs: Any) -> Tensor | None:
-    named = outputs.get("logits") if isinstance(outputs, Mapping) else None
-    if named is None:
-        named = getattr(outputs, "logits", None)
-    return named if isinstance(named, Tensor) else None
+    for name in ANSWERS:
+        named = outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
+        if isinstance(named, Tensor):
+            return named
+    return None
 
 
 def _floats(outputs: Any) -> list[Tensor]:

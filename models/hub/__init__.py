@@ -1,1 +1,1 @@
-"""What other runtimes read beside the graph, in the words of the models' configurations."""
+"""Folders as the hub has them: what lies beside an ONNX file so that others load it."""

@@ -76,10 +76,15 @@ def _text(
     if "attention_mask" not in accepted:
         del inputs["attention_mask"]
     if "token_type_ids" in accepted & tokenizer_inputs and getattr(text, "type_vocab_size", 0) > 1:
-        types = torch.zeros_like(inputs["input_ids"])
-        types[:, types.shape[1] // 2 :] = 1
-        inputs["token_type_ids"] = types
+        inputs = with_segments(inputs)
     return inputs
+
+
+def with_segments(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs with token_type_ids: the second half of each row is another sentence."""
+    types = torch.zeros_like(inputs["input_ids"])
+    types[:, types.shape[1] // 2 :] = 1
+    return {**inputs, "token_type_ids": types}
 
 
 def _images(config: Any, generator: torch.Generator) -> Tensor:

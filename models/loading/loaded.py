@@ -11,10 +11,9 @@ from typing import final
 from torch import Tensor, nn
 
 from graphprune.models.data.tables import Schema
+from graphprune.models.hub.source import source_files
 
-TOKENIZER = "tokenizer"  # the folder in an artifact
-SCHEMA = "task.json"  # the file in an artifact
-LABELS = "labels.json"
+SCHEMA, LABELS = "task.json", "labels.json"  # files in an artifact
 
 
 @final
@@ -31,6 +30,8 @@ class LoadedModel:
         task: the task that judges it when the user names none, or None.
         schema: what its head answers, where a labeled file said so; else None.
         trained: False where its head was drawn at random.
+        source: its hub id, for a built-in one; else "".
+        license: of its weights; "" where its files say it, or nobody does.
     """
 
     module: nn.Module
@@ -40,23 +41,22 @@ class LoadedModel:
     task: str | None = None
     schema: Schema | None = None
     trained: bool = True
+    source: str = ""
+    license: str = ""
 
     def files(self) -> dict[str, Path | bytes]:
         """What an artifact should carry beside the model (for `Compiled.files`), by name.
 
-        The tokenizer's files; for a classifier labels.json with the names of its classes; and
-        task.json where the model was given a task.
+        Its configuration and tokenizer; for a classifier labels.json with the names of its classes;
+        and task.json where the model was given a task.
         """
-        from graphprune.models.loading.loading import tokenizer_files
-
-        files: dict[str, Path | bytes] = {}
-        if self.tokenizer_dir is not None:
-            for file in tokenizer_files(self.tokenizer_dir):
-                files[f"{TOKENIZER}/{file.name}"] = file
-            # It says which tokens end a text.
-            generation = self.tokenizer_dir / "generation_config.json"
-            if generation.is_file():
-                files[f"{TOKENIZER}/{generation.name}"] = generation
+        files = source_files(
+            self.module,
+            self.tokenizer_dir,
+            name=self.source or self.name,
+            license=self.license,
+            schema=self.schema,
+        )
         labels = getattr(getattr(self.module, "config", None), "id2label", None)
         if self.schema is not None:
             files[SCHEMA] = self.schema.to_bytes()

@@ -20,27 +20,14 @@ import torch
 from torch import nn
 
 from graphprune.errors import GraphPruneError
-from graphprune.models.loading.inputs import example_inputs, text_batch
+from graphprune.models.hub.source import tokenizer_files
+from graphprune.models.loading.inputs import example_inputs, text_batch, with_segments
 from graphprune.models.loading.loaded import LoadedModel
 from graphprune.models.zoo import tiny
 from graphprune.models.zoo.sentence import SentenceEncoder
 
 _log = logging.getLogger(__name__)
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "spiece.model",
-    "tokenizer.model",
-    "sentencepiece.bpe.model",
-    "chat_template.jinja",
-    "preprocessor_config.json",
-)
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _BERT_VOCABULARY = 30522
 
@@ -79,18 +66,20 @@ def builtin_names() -> list[str]:
     return [*_BUILT_IN, *tiny.tiny_names()]
 
 
-def tokenizer_files(folder: Path) -> list[Path]:
-    """The files in a folder that a tokenizer or image processor is read from."""
-    return [folder / file for file in TOKENIZER_FILES if (folder / file).is_file()]
-
-
 def _minilm(progress: Callable[[int, int], None]) -> LoadedModel:
     _need_transformers("minilm")
     from graphprune.models.loading.packaged import minilm
 
     module, folder = minilm()
-    inputs = text_batch(_BERT_VOCABULARY, 32)
-    return LoadedModel(module, inputs, "minilm", tokenizer_dir=folder, task="neighbors")
+    return LoadedModel(
+        module,
+        with_segments(text_batch(_BERT_VOCABULARY, 32)),
+        "minilm",
+        tokenizer_dir=folder,
+        task="neighbors",
+        source="sentence-transformers/all-MiniLM-L6-v2",
+        license="apache-2.0",
+    )
 
 
 def _smollm2(progress: Callable[[int, int], None]) -> LoadedModel:
@@ -98,7 +87,14 @@ def _smollm2(progress: Callable[[int, int], None]) -> LoadedModel:
     from graphprune.models.loading.packaged import smollm2
 
     found = _pretrained(str(smollm2()), allow_pickle=False)
-    return LoadedModel(found.module, found.example_inputs, "smollm2", found.tokenizer_dir)
+    return LoadedModel(
+        found.module,
+        found.example_inputs,
+        "smollm2",
+        found.tokenizer_dir,
+        source="HuggingFaceTB/SmolLM2-135M-Instruct",
+        license="apache-2.0",
+    )
 
 
 def _digits_vit(progress: Callable[[int, int], None]) -> LoadedModel:
@@ -145,7 +141,7 @@ def _from_source(name: str, source: str, allow_pickle: bool) -> LoadedModel:
         _check_runs(name, model, inputs)
         return LoadedModel(model, inputs, name, tokenizer_dir)
     encoder = SentenceEncoder(model, *pooling).eval()
-    inputs = example_inputs(model, config)
+    inputs = example_inputs(model, config, ("token_type_ids",))
     _check_runs(name, encoder, inputs)
     return LoadedModel(encoder, inputs, name, tokenizer_dir, task="neighbors")
 

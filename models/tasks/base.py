@@ -16,6 +16,7 @@ from torch import Tensor
 
 from graphprune.errors import GraphPruneError
 from graphprune.ir.decoding import is_past, zero_pasts
+from graphprune.ir.outputs import answer_of
 from graphprune.models.data.batches import Batches
 from graphprune.models.data.tables import Schema
 from graphprune.models.data.tokenize import TOKENS, tokenizer
@@ -143,20 +144,26 @@ class Task:
 
 
 def runner(model: Any, *, quiet: bool = False) -> Runner:
-    """The model's first output as a function of its named inputs; it is given those that it has.
+    """The model's answer as a function of its named inputs; it is given those that it has.
+
+    The answer is the output that is called so (`ir.outputs`), else the first.
 
     1. an onnxruntime session; `quiet` keeps it from printing an error that it raises as well.
     2. anything else: called with keyword arguments, without gradients.
     """
     if hasattr(model, "get_inputs") and hasattr(model, "run"):
-        names = {i.name for i in model.get_inputs()}
+        # Inputs that need not be fed are initializers, which session-like objects may lack.
+        optional: list[Any] = getattr(model, "get_overridable_initializers", list)()
+        names = {i.name for i in [*model.get_inputs(), *optional]}
         options = [_quiet()] if quiet else []
+        outputs = [o.name for o in model.get_outputs()]
+        wanted = answer_of(outputs) or outputs[0]
 
         def run_session(inputs: Mapping[str, Tensor]) -> Tensor:
             feeds = {name: value.numpy() for name, value in inputs.items() if name in names}
             shapes = {i.name: i.shape for i in model.get_inputs() if is_past(i.name)}
             feeds |= zero_pasts(shapes, len(next(iter(inputs.values()))))
-            return torch.from_numpy(np.asarray(model.run(None, feeds, *options)[0]))
+            return torch.from_numpy(np.asarray(model.run([wanted], feeds, *options)[0]))
 
         return run_session
 
@@ -165,9 +172,10 @@ def runner(model: Any, *, quiet: bool = False) -> Runner:
     def run_torch(inputs: Mapping[str, Tensor]) -> Tensor:
         known = {name: value for name, value in inputs.items() if name in accepted}
         with torch.no_grad():
-            leaves = pytree.tree_leaves(model(**known))
-        first: Tensor = leaves[0]
-        return first
+            outputs = model(**known)
+        name = answer_of(outputs) if isinstance(outputs, Mapping) else None
+        found: Tensor = outputs[name] if name else pytree.tree_leaves(outputs)[0]
+        return found
 
     return run_torch
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from graphprune.errors import GraphPruneError
 from graphprune.models.data.tables import Schema
+from graphprune.models.loading.inputs import with_segments
 from graphprune.models.loading.loaded import LoadedModel
 from graphprune.models.zoo.sentence import SentenceEncoder, masked_mean
 
@@ -113,9 +114,7 @@ def _inputs(loaded: LoadedModel, encoder: Any, pairs: bool) -> dict[str, Tensor]
     mask = loaded.example_inputs.get("attention_mask", torch.ones_like(ids))
     inputs = {"input_ids": ids, "attention_mask": mask}
     if pairs and getattr(getattr(encoder, "config", None), "type_vocab_size", 0) > 1:
-        types = torch.zeros_like(ids)
-        types[:, ids.shape[1] // 2 :] = 1
-        inputs["token_type_ids"] = types
+        inputs = with_segments(inputs)
     return inputs
 
 

@@ -25,15 +25,24 @@ class SentenceEncoder(nn.Module):
         self.pooling = pooling
         self.normalize = normalize
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-        """Embeddings [batch, width] of token ids [batch, sequence] under a 0/1 mask.
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Vectors of tokens [batch, sequence, width], and of sentences [batch, width].
 
-        In a dict, because its key becomes the name of the ONNX output.
+        In a dict, because its keys become the names of the ONNX outputs; in the order in which
+        runtimes that take the first output, or one by name, expect them.
+
+        Args:
+            input_ids: [batch, sequence].
+            attention_mask: the same, 1 or 0.
+            token_type_ids: the same, for encoders that have segments.
         """
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
+        segments = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **segments)[0]
         pooled = hidden[:, 0] if self.pooling == "cls" else masked_mean(hidden, attention_mask)
         embedding = F.normalize(pooled, dim=-1) if self.normalize else pooled
-        return {"sentence_embedding": embedding}
+        return {"last_hidden_state": hidden, "sentence_embedding": embedding}
 
 
 def masked_mean(hidden: Tensor, attention_mask: Tensor) -> Tensor:

@@ -243,3 +243,28 @@ def test_absent_terms_are_left_out_and_followed() -> None:
     assert marks[4] == [True]  # the largest may be any of them
     assert marks[5] == [[False, True, False]]
     assert not any(m is not None and any(m) for m in marks[1:3])
+
+
+class Numbered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = nn.Buffer(torch.tensor([0, 0, 1]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, self.numbers]
+
+
+def test_absent_indices_are_followed_where_all_rows_are_alike() -> None:
+    """Graph 5591 of seed 2026: behind a saturated tanh no row tells which was looked up."""
+    x = torch.ones(1, 2, 2)
+    graph: fx.Graph = torch.export.export(Numbered(), (x,)).module().graph
+    for node in [n for n in graph.nodes if n.op == "call_module"]:
+        graph.erase_node(node)
+    mark = torch.tensor([False, True, False])
+    (found,) = (
+        Evaluator(graph, {"numbers": torch.tensor([0, 0, 1])}, {"numbers": mark})
+        .run([x], [None])
+        .absent
+    )
+    assert found is not None
+    assert found[0, :, 0].tolist() == mark.tolist()

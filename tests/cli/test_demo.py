@@ -14,4 +14,4 @@ def test_demo_on_a_tiny_model(run: Run, tmp_path: Path) -> None:
     result = run("demo", "tiny-bert")
     assert result.exit_code == 0, result.stderr
     assert "what next" in result.stdout
-    assert (tmp_path / "demo-out" / "model.onnx").is_file()
+    assert (tmp_path / "demo-out" / "onnx" / "model.onnx").is_file()

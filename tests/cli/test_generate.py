@@ -23,8 +23,8 @@ def cached(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model, inputs = tiny("tiny-gpt2")
     compiled = gp.compile(model, [PruneNeurons(0.5)], example_inputs=inputs, cache=True)
     compiled.files = {
-        "tokenizer/tokenizer.json": tokenizer_json(99),
-        "tokenizer/generation_config.json": b'{"eos_token_id": [98]}',
+        "tokenizer.json": tokenizer_json(99),
+        "generation_config.json": b'{"eos_token_id": [98]}',
     }
     return compiled.export(tmp_path_factory.mktemp("cached") / "out").path
 
@@ -72,8 +72,8 @@ def test_what_generate_refuses(
     loaded = gp.load(cached)
     cases: list[tuple[dict[str, Path | bytes], str]] = [
         ({}, "without a tokenizer"),
-        ({"tokenizer/tokenizer.json": tokenizer_json(200)}, "tokenizer is not the model's"),
-        ({"tokenizer/tokenizer.json": b"{}"}, "no usable tokenizer"),
+        ({"tokenizer.json": tokenizer_json(200)}, "tokenizer is not the model's"),
+        ({"tokenizer.json": b"{}"}, "no usable tokenizer"),
     ]
     for files, reason in cases:
         loaded.files = files
@@ -82,7 +82,7 @@ def test_what_generate_refuses(
         assert refused.exit_code == 2
         assert reason in sentence(refused)
     bare = gp.load(artifact)
-    bare.files = {"tokenizer/tokenizer.json": tokenizer_json(99)}
+    bare.files = {"tokenizer.json": tokenizer_json(99)}
     bare.export(tmp_path / "bare", baseline=False)
     assert "--cache" in sentence(run("generate", str(tmp_path / "bare"), "--prompt", "w1"))
     assert "no key/value cache" in sentence(run("compile", "tiny-bert", "--cache", "-o", "out"))

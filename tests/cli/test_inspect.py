@@ -31,4 +31,4 @@ def test_sizes_of_images_can_be_dynamic(run: Run) -> None:
     made = run("compile", *asked, "--recipe", "clean", "--no-measure", "-o", "out")
     assert made.exit_code == 0, made.stderr
     manifest = json.loads(Path("out/manifest.json").read_text())
-    assert manifest["inputs"][0]["shape"] == ["batch", 3, "height", "width"]
+    assert manifest["inputs"][0]["shape"] == ["batch_size", 3, "height", "width"]

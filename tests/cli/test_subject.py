@@ -14,7 +14,12 @@ Sentence = Callable[[Result], str]
 
 
 @pytest.mark.parametrize(
-    "file", ["model.onnx", "program/program.json", "program/tensors.safetensors"]
+    "file",
+    [
+        "onnx/model.onnx",
+        "graphprune/program/program.json",
+        "graphprune/program/tensors.safetensors",
+    ],
 )
 @pytest.mark.parametrize(
     "command", [("bench",), ("inspect",), ("compile", "--neurons", "0.5", "-o", "x")]
@@ -38,7 +43,7 @@ def test_a_tampered_artifact_is_refused(
 def test_a_broken_manifest_is_refused(
     run: Run, sentence: Sentence, copied: Path, text: str
 ) -> None:
-    (copied / "manifest.json").write_text(text)
+    (copied / "graphprune" / "manifest.json").write_text(text)
     result = run("inspect", str(copied))
     assert result.exit_code == 2
     assert "manifest.json" in sentence(result) or "export" in sentence(result)

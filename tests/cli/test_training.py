@@ -126,7 +126,7 @@ def test_a_fresh_head_is_trained_before_pruning_and_is_the_dense_model(
     made: Any, folder: Path
 ) -> None:
     quality, trained = made["quality"], made["trained"]
-    assert "the dense model" in (folder / "out" / "report.html").read_text("utf-8")
+    assert "the dense model" in (folder / "out" / "graphprune" / "report.html").read_text("utf-8")
     assert [p["name"] for p in made["report"]["passes"]] == [
         "prune-neurons",
         "prune-heads",
@@ -169,9 +169,12 @@ def test_the_teacher_is_the_trained_model(folder: Path) -> None:
 def test_the_artifact_remembers_columns_and_classes(
     run: Run, sentence: Sentence, folder: Path, made: Any
 ) -> None:
-    schema = Schema.from_file(folder / "out" / "task.json")
+    schema = Schema.from_file(folder / "out" / "graphprune" / "task.json")
     assert schema == Schema("classification", ("text",), "label", ("no", "yes"))
-    assert "task.json" in json.loads((folder / "out" / "manifest.json").read_text())["sha256"]
+    assert (
+        "graphprune/task.json"
+        in json.loads((folder / "out" / "graphprune" / "manifest.json").read_text())["sha256"]
+    )
     judge = ("eval", "out", "--task", "classification", "--data", "dev.tsv")
     found = json.loads(run(*judge, "--json").stdout)
     assert found["pruned"] == made["quality"]["pruned"]
@@ -180,7 +183,7 @@ def test_the_artifact_remembers_columns_and_classes(
     in_torch = evaluate(
         "classification",
         gp.load(folder / "out").program,
-        tokenizer_dir=folder / "out" / "tokenizer",
+        tokenizer_dir=folder / "out",
         data=folder / "dev.tsv",
         schema=schema,
     )
@@ -204,8 +207,8 @@ def test_compile_goes_on_from_an_artifact_with_its_head(run: Run, folder: Path, 
     names = [p["name"] for p in found["report"]["passes"]]
     assert names == ["prune-neurons", "prune-heads", "distill", "prune-neurons", "finetune"]
     assert found["quality"]["dense"] == made["quality"]["dense"]
-    assert (folder / "more" / "task.json").read_bytes() == (
-        folder / "out" / "task.json"
+    assert (folder / "more" / "graphprune" / "task.json").read_bytes() == (
+        folder / "out" / "graphprune" / "task.json"
     ).read_bytes()
 
 
@@ -226,7 +229,10 @@ def test_a_trained_head_is_judged_and_pruned_as_it_is(run: Run, folder: Path) ->
     found = json.loads(result.stdout)
     assert found["trained"] is None
     assert found["quality"]["dense"] == dense
-    assert Schema.from_file(folder / "kept-head" / "task.json").classes == ("yes", "no")
+    assert Schema.from_file(folder / "kept-head" / "graphprune" / "task.json").classes == (
+        "yes",
+        "no",
+    )
     header, *rows = (folder / "dev.tsv").read_text().splitlines()
     opposite = {"yes": "no", "no": "yes"}
     turned = [[text, opposite[label]] for text, label in (row.split("\t") for row in rows)]
@@ -247,7 +253,7 @@ def test_pairs_are_trained_on_their_scores(run: Run, folder: Path) -> None:
     assert pruned["value"] > found["trained"]["metric_before"] + 0.3
     last = found["report"]["passes"][-1]["details"]
     assert pruned["value"] == pytest.approx(last["metric_after"], abs=1e-3)
-    inputs = json.loads((folder / "scored" / "manifest.json").read_text())["inputs"]
+    inputs = json.loads((folder / "scored" / "graphprune" / "manifest.json").read_text())["inputs"]
     assert {i["name"] for i in inputs} == {"input_ids", "attention_mask", "token_type_ids"}
     again = json.loads(
         run("eval", "scored", "--task", "regression", "--data", "pairs.tsv", "--json").stdout
@@ -296,9 +302,9 @@ def test_the_dense_model_s_training_in_words(
         "metric_after": metrics[1],
     }
     none: Any = None
-    summary = Summary("m", Path("out"), none, {}, None, {}, trained=told)
+    summary = Summary("m", Path("out"), 1.0, none, {}, None, {}, trained=told)
     assert summary.trained_first() == words
-    assert not Summary("m", Path("out"), none, {}, None, {}).trained_first()
+    assert not Summary("m", Path("out"), 1.0, none, {}, None, {}).trained_first()
 
 
 def test_epochs_without_a_new_head_are_refused_for_images_too() -> None:

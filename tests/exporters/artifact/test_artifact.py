@@ -56,7 +56,7 @@ def test_the_manifest_tells_what_was_done(made: Artifact, captured: Captured) ->
     assert files | program <= set(manifest["sha256"])
     assert tree(made.path).keys() == {*manifest["sha256"], "manifest.json"}
     assert list(manifest["kept"].values()) == [KEPT]
-    assert manifest["inputs"] == [{"name": "x", "type": "float", "shape": ["batch", 12]}]
+    assert manifest["inputs"] == [{"name": "x", "type": "float", "shape": ["batch_size", 12]}]
     dense, small = captured("tiny-mlp").num_parameters(), pruned(captured).num_parameters()
     assert manifest["parameters"] == {"model.onnx": small, "baseline.onnx": dense}
     assert small == dense - 16 * (12 + 1 + 24)

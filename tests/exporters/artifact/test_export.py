@@ -59,8 +59,8 @@ def test_a_program_that_is_its_own_baseline_is_written_once(made: Any) -> None:
 def test_the_manifest_describes_the_file_and_hashes_all_of_the_folder(made: Any) -> None:
     program, artifact = made
     manifest = json.loads((artifact.path / "manifest.json").read_text())
-    assert manifest["inputs"] == [{"name": "x", "type": "float", "shape": ["batch", 3]}]
-    assert manifest["outputs"] == [{"name": "logits", "type": "float", "shape": ["batch", 4]}]
+    assert manifest["inputs"] == [{"name": "x", "type": "float", "shape": ["batch_size", 3]}]
+    assert manifest["outputs"] == [{"name": "logits", "type": "float", "shape": ["batch_size", 4]}]
     assert manifest["parameters"] == {"model.onnx": program.num_parameters()}
     assert manifest["sizes"]["model.onnx"] == (artifact.path / "model.onnx").stat().st_size
     found = tree(artifact.path)

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphprune.capture.capture import capture
-from graphprune.exporters.onnx.convert import lower, save_onnx, to_onnx
+from graphprune.exporters.onnx.convert import lower, to_onnx
+from graphprune.exporters.onnx.files import save_onnx
 from graphprune.exporters.onnx.names import output_names
 from graphprune.exporters.runtime.session import feeds_of, open_session
 from graphprune.ir.batches import second_inputs

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from graphprune.capture.capture import capture
 from graphprune.errors import ExportError
-from graphprune.exporters.onnx.convert import save_onnx, to_onnx
+from graphprune.exporters.onnx.convert import to_onnx
+from graphprune.exporters.onnx.files import files_of, save_onnx
 from graphprune.exporters.runtime.parity import check_parity
 from graphprune.exporters.runtime.session import open_session
 from graphprune.ir.program import Program
@@ -39,10 +40,10 @@ def shape_of(value: Any) -> list[int | str]:
 def test_inputs_outputs_and_sizes_have_the_models_names(captured: Captured, tmp_path: Path) -> None:
     model, _ = exported(captured("tiny-bert"), tmp_path)
     inputs = {v.name: shape_of(v) for v in model.graph.input}
-    assert inputs["input_ids"] == inputs["attention_mask"] == ["batch", "sequence"]
+    assert inputs["input_ids"] == inputs["attention_mask"] == ["batch_size", "sequence_length"]
     assert {v.name: shape_of(v) for v in model.graph.output} == {
-        "last_hidden_state": ["batch", "sequence", 32],
-        "pooler_output": ["batch", 32],
+        "last_hidden_state": ["batch_size", "sequence_length", 32],
+        "pooler_output": ["batch_size", 32],
     }
 
 
@@ -176,10 +177,11 @@ def test_an_operator_without_onnx_form_is_named() -> None:
 def test_weights_above_the_limit_go_to_a_second_file(
     captured: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("graphprune.exporters.onnx.convert.EXTERNAL_ABOVE", 100)
+    monkeypatch.setattr("graphprune.exporters.onnx.files.BESIDE_ABOVE", 100)
     program = captured("tiny-mlp")
-    files = save_onnx(to_onnx(program), tmp_path / "model.onnx")
-    assert [f.name for f in files] == ["model.onnx", "model.onnx.data"]
+    save_onnx(to_onnx(program), tmp_path / "model.onnx")
+    files = files_of(tmp_path / "model.onnx")
+    assert [f.name for f in files] == ["model.onnx", "model.onnx_data"]
     assert files[1].stat().st_size >= program.nbytes() * 0.9
     check_parity(program, open_session(files[0], 1))
 

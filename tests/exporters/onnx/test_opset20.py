@@ -15,7 +15,8 @@ from torch.nn import functional as F
 import graphprune
 from graphprune.capture.capture import capture
 from graphprune.errors import ExportError
-from graphprune.exporters.onnx.convert import check_opset, save_onnx, to_onnx
+from graphprune.exporters.onnx.convert import check_opset, to_onnx
+from graphprune.exporters.onnx.files import save_onnx
 from graphprune.exporters.runtime.parity import check_parity
 from graphprune.exporters.runtime.session import open_session
 from graphprune.ir.program import Program

@@ -136,7 +136,7 @@ def test_the_file_holds_a_tied_weight_once(
     artifacts: Artifacts,
 ) -> None:
     artifact = artifacts["tiny-gpt2", 0.5]
-    model = onnx.load(artifact.path / "model.onnx")
+    model = onnx.load(artifact.model_path)
     large = [i.name for i in model.graph.initializer if 99 in i.dims]
     assert len(large) == 1
     operators = {node.op_type for node in model.graph.node}
@@ -154,13 +154,18 @@ def test_names_and_sizes_are_those_of_the_convention(
     for session in (artifact.session(1), artifact.baseline_session(1)):
         inputs = {i.name: i.shape for i in session.get_inputs()}
         outputs = {o.name: o.shape for o in session.get_outputs()}
-        assert inputs.pop("input_ids") == ["batch", "sequence"]
-        assert inputs.pop("attention_mask") == ["batch", "past + sequence"]
-        assert outputs.pop("logits") == ["batch", "sequence", 99]
+        assert inputs.pop("input_ids") == ["batch_size", "sequence_length"]
+        assert inputs.pop("attention_mask") == [
+            "batch_size",
+            "past_sequence_length + sequence_length",
+        ]
+        assert outputs.pop("logits") == ["batch_size", "sequence_length", 99]
         names = [f"{i}.{part}" for i in range(2) for part in ("key", "value")]
         assert list(inputs) == [f"past_key_values.{name}" for name in names]
         assert list(outputs) == [f"present.{name}" for name in names]
-        assert {(s[0], s[2], s[3]) for s in inputs.values()} == {("batch", "past", 8)}
+        assert {(s[0], s[2], s[3]) for s in inputs.values()} == {
+            ("batch_size", "past_sequence_length", 8)
+        }
         assert [s[1] for s in inputs.values()] == [s[1] for s in outputs.values()]
 
 

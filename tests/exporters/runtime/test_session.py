@@ -12,7 +12,8 @@ import torch
 from onnx import TensorProto, helper
 
 from graphprune.errors import ArtifactError, GraphPruneError
-from graphprune.exporters.runtime.session import feeds_of, file_bytes, open_session
+from graphprune.exporters.onnx.files import file_bytes
+from graphprune.exporters.runtime.session import feeds_of, open_session
 
 NAMES = ["x", "past.0.0", "past.0.key"]
 

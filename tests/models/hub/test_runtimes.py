@@ -48,7 +48,7 @@ def laid_out(
     """The decoder for a target, and a folder of it laid out as hubs have models."""
     artifact, folder = ragged_artifact(request.param), tmp_path / "decoder"
     (folder / "onnx").mkdir(parents=True)
-    shutil.copyfile(artifact.path / "model.onnx", folder / "onnx" / "model.onnx")
+    shutil.copyfile(artifact.model_path, folder / "onnx" / "model.onnx")
     (folder / "config.json").write_text(json.dumps(CONFIG))
     write_tokenizer(folder)
     described = artifact.manifest["inputs"], artifact.manifest["outputs"]
@@ -157,7 +157,6 @@ def node() -> str:
 @pytest.mark.parametrize("count", [1, 2])
 def test_transformers_js(node: str, laid_out: tuple[Artifact, Path], count: int) -> None:
     artifact, folder = laid_out
-    name_batch(folder / "onnx" / "model.onnx")
     prompts = PROMPTS[:count]
     ids = padded("left", *prompts)
     job = [f"{folder.parent}/", folder.name, ids.tolist(), (ids != PAD).astype(int).tolist(), NEW]
@@ -166,14 +165,3 @@ def test_transformers_js(node: str, laid_out: tuple[Artifact, Path], count: int)
     )
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout) == [ours(artifact, *prompts), [68, 69, 70]]
-
-
-def name_batch(path: Path) -> None:
-    """Call the batch as transformers.js does, which makes caches by that name."""
-    import onnx_ir as ir
-
-    model = ir.load(path)
-    for value in [*model.graph.inputs, *model.graph.outputs]:
-        assert value.shape is not None
-        value.shape = ir.Shape(["batch_size" if str(s) == "batch" else s for s in value.shape])
-    ir.save(model, path)

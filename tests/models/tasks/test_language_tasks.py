@@ -124,7 +124,7 @@ def test_a_program_and_a_session_are_judged_as_the_module_is(tmp_path: Path, wor
     rows = lines_of(tmp_path, [{"text": "w1 w2 w3"}, {"text": "w4 w5 w6 w7 w8"}])
     model, inputs = tiny("tiny-gpt2")
     compiled = graphprune.compile(model, [], example_inputs=inputs)
-    compiled.files = {"tokenizer/tokenizer.json": words / "tokenizer.json"}
+    compiled.files = {"tokenizer.json": words / "tokenizer.json"}
     session = compiled.export(tmp_path / "out").session()
     expected = perplexity(model, words, file, window=12).value
     last = lambada(model, words, rows).more

@@ -93,7 +93,10 @@ def test_a_runner_gives_a_session_only_the_inputs_that_it_has() -> None:
         def get_inputs(self) -> list[Input]:
             return [Input()]
 
-        def run(self, names: None, feeds: dict[str, object]) -> list[object]:
+        def get_outputs(self) -> list[Input]:
+            return [Input()]
+
+        def run(self, names: list[str], feeds: dict[str, object]) -> list[object]:
             assert set(feeds) == {"x"}
             return [feeds["x"]]
 

@@ -1,0 +1,117 @@
+"""What of a hub folder depends on what was made of the model: config.json and the model card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from graphprune.errors import GraphPruneError
+from graphprune.models.hub.card import model_card
+from graphprune.models.hub.source import CONFIG, OWN_KEY
+from graphprune.report.report import Report
+
+# Inputs that most runtimes feed, and some do not: zero where they are not fed.
+OPTIONAL = ("token_type_ids",)
+# Written anew for each artifact.
+MADE = ("README.md",)
+
+Files = Mapping[str, Path | bytes]
+
+
+def is_hub_model(files: Files, inputs: Collection[str]) -> bool:
+    """Whether hub folders are for a model: it reads text, and has a configuration or tokenizer."""
+    return "input_ids" in inputs and bool({CONFIG, "tokenizer.json"} & files.keys())
+
+
+def check_tokenizer(files: Files, table: int | None) -> None:
+    """Refuse a tokenizer whose ids go beyond the model's table of embeddings.
+
+    Args:
+        files: those of the tokenizer.
+        table: rows of the table that input_ids look up; None where there is none.
+
+    Raises:
+        GraphPruneError: the tokenizer makes an id that the table does not have.
+    """
+    if table is None or "tokenizer.json" not in files:
+        return
+    try:
+        data = json.loads(content(files["tokenizer.json"]))
+        vocabulary = data["model"]["vocab"]
+        ids = range(len(vocabulary)) if isinstance(vocabulary, list) else vocabulary.values()
+        added = [token["id"] for token in data.get("added_tokens") or ()]
+        largest = max([*ids, *added], default=-1)
+    except (ValueError, KeyError, TypeError) as e:
+        raise GraphPruneError(
+            f"tokenizer.json cannot be read ({type(e).__name__}: {e}); save the tokenizer anew"
+        ) from e
+    if largest >= table:
+        raise GraphPruneError(
+            f"the tokenizer makes ids up to {largest}, and the model's table ends at {table - 1}: "
+            "give the tokenizer that belongs to the model"
+        )
+
+
+def finished(files: Files, manifest: Mapping[str, Any], report: Report) -> dict[str, bytes]:
+    """The files of a hub folder that say what became of the model.
+
+    Args:
+        files: what travels with it; config.json among them, or not.
+        manifest: the artifact's.
+        report: what the passes did.
+    """
+    found: dict[str, bytes] = {}
+    source: Mapping[str, Any] = {}
+    if CONFIG in files:
+        config = json.loads(content(files[CONFIG]))
+        source = (config.get(OWN_KEY) or {}).get("source") or {}
+        found[CONFIG] = _json(_config(config, manifest, report))
+    found["README.md"] = model_card(source, files.keys() | found.keys(), manifest, report).encode()
+    return found
+
+
+def _config(config: dict[str, Any], manifest: Mapping[str, Any], report: Report) -> dict[str, Any]:
+    """The configuration, with what changed under a key of our own.
+
+    Readers that make caches or towers from the usual numbers would be wrong for layers that differ,
+    and transformers' own key for those makes reading the usual numbers an error.
+    """
+    own = dict(config.get(OWN_KEY) or {})
+    own |= {
+        "parameters": [report.before.parameters, report.after.parameters],
+        "passes": [done.name for done in report.passes],
+        "layers": _layers(report),
+    }
+    if manifest["precision"]["onnx"] != "float32":
+        own["quantization"] = manifest["precision"]["onnx"]
+    web = dict(config.get("transformers.js_config") or {})
+    beside = [name for name in manifest["beside"] if name.startswith("onnx/")]
+    if beside:
+        web["use_external_data_format"] = {Path(name).name: 1 for name in beside}
+    else:
+        web.pop("use_external_data_format", None)
+    result = {**config, OWN_KEY: own}
+    result.pop("transformers.js_config", None)
+    return {**result, "transformers.js_config": web} if web else result
+
+
+def _layers(report: Report) -> dict[str, Any]:
+    """For each group of units that lost some: its role, and how many there were and are."""
+    layers: dict[str, Any] = {}
+    for _, details in report.steps():
+        for group in details.get("groups") or ():
+            known = layers.get(group["id"], {})
+            before = known.get("before", group["before"])
+            layers[group["id"]] = {"role": group["role"], "before": before, "after": group["after"]}
+    return {name: layer for name, layer in layers.items() if layer["before"] != layer["after"]}
+
+
+def content(file: Path | bytes) -> bytes:
+    """The bytes of a file that travels with a model."""
+    return file.read_bytes() if isinstance(file, Path) else file
+
+
+def _json(data: Any) -> bytes:
+    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
