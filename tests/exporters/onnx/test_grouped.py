@@ -16,7 +16,8 @@ from graphprune.capture.capture import capture
 from graphprune.capture.decoder import with_decode
 from graphprune.errors import ExportError
 from graphprune.exporters import Artifact, export
-from graphprune.exporters.onnx.convert import save_onnx, to_onnx
+from graphprune.exporters.onnx.convert import to_onnx
+from graphprune.exporters.onnx.files import save_onnx
 from graphprune.exporters.onnx.grouped import check_cache, to_grouped
 from graphprune.exporters.runtime.generate import Decoder, generate
 from graphprune.exporters.runtime.parity import check_parity
