@@ -119,7 +119,8 @@ class Compiled:
 
         Args:
             path: the folder to make; one that graphprune made before is replaced as a whole.
-            target: what will run it; "onnxruntime".
+            target: what will run it: "onnxruntime"; or "genai", which is onnxruntime-genai with a
+                cache that is not copied from token to token, for decoders compiled with cache=True.
             baseline: write the dense model as baseline.onnx too, to measure against.
             calibration: batches for quantization that needs them; by default those that were given
                 to `compile`.
@@ -144,7 +145,7 @@ class Compiled:
         from graphprune.models.hub.source import saved_tokenizer
         from graphprune.storage.layout import FLAT, HUB
 
-        check_forms(layout, weights)
+        check_forms(layout, weights, target)
         program = self.program
         if tokenizer is not None:
             given = saved_tokenizer(tokenizer)
