@@ -14,7 +14,7 @@ from graphprune.exporters.quantize.quantize import quantize
 from graphprune.exporters.runtime.footprint import Footprint, footprint
 from graphprune.exporters.runtime.kv_cache import Shapes, filled, shapes_of
 from graphprune.exporters.runtime.session import Feeds, feeds_of, open_session
-from graphprune.exporters.runtime.timing import Clock, Comparison, compare_all
+from graphprune.exporters.runtime.timing import Clock, Comparison, compare_files
 from graphprune.ir.decoding import PAST, is_past
 from graphprune.ir.quantization import SCHEMES, Mark
 from graphprune.ir.sizes import check_sizes, limits_from_json
@@ -147,7 +147,11 @@ class Artifact:
         repeats: int = 20,
         clock: Clock | None = None,
     ) -> Comparison:
-        """Time the model and its dense twin in turns.
+        """Time the model and its baseline interleaved, in processes of their own.
+
+        The result is with the session options that docs/deploy.md names, its `default` with ONNX
+        Runtime's own. `session` has the first but for the flag for denormals, which would be this
+        process's; it makes a difference where inputs are padded.
 
         Args:
             batch: inputs as the model takes them; not part of the artifact, because speed-ups
@@ -168,17 +172,15 @@ class Artifact:
         feeds = self.feeds(batch)
         if isinstance(against, str):
             self.check_opponents(against)
-        others = self._opponents(against, feeds, threads)
-        for name, other in others.items():
-            strange = sorted({i.name for i in other.get_inputs()} - feeds.keys())
-            if strange:
-                raise GraphPruneError(
-                    f"{name!r} takes inputs {strange} that {str(self.path)!r} does not: only "
-                    "forms of one model can be measured against each other"
-                )
-        return compare_all(
-            self.session(threads), others, feeds, threads=threads, repeats=repeats, clock=clock
-        )
+        with tempfile.TemporaryDirectory(prefix="graphprune-") as folder:
+            return compare_files(
+                self.path / MODEL,
+                self._opponents(against, feeds, Path(folder)),
+                feeds,
+                threads=threads,
+                repeats=repeats,
+                clock=clock,
+            )
 
     def check_opponents(self, against: str) -> None:
         """Refuse, before anything is loaded, names that this artifact cannot be measured against.
@@ -192,46 +194,47 @@ class Artifact:
                 self._check_baseline()
 
     def _opponents(
-        self, against: str | Path | Artifact, feeds: Feeds, threads: int
-    ) -> dict[str, Any]:
+        self, against: str | Path | Artifact, feeds: Feeds, folder: Path
+    ) -> dict[str, Path]:
         if isinstance(against, Artifact):
-            return {str(against.path): against.session(threads)}
+            return {str(against.path): against._timed(feeds)}
         if isinstance(against, Path):
-            return {str(against): open_artifact(against).session(threads)}
-        return {name: self._opponent(name, feeds, threads) for name in _names(against)}
+            return {str(against): open_artifact(against)._timed(feeds)}
+        return {name: self._opponent(name, feeds, folder) for name in _names(against)}
 
-    def _opponent(self, name: str, feeds: Feeds, threads: int) -> Any:
+    def _opponent(self, name: str, feeds: Feeds, folder: Path) -> Path:
         if name == DENSE:
-            return self.baseline_session(threads)
+            return self.path / BASELINE
         own = self.manifest.get("quantization", {}).get(MODEL, {}).get("scheme", "")
         scheme = _scheme(name, own)
         if scheme:
-            return self._low_bit_session(scheme, own, feeds, threads)
-        return open_artifact(Path(name).expanduser()).session(threads)
+            return self._low_bit(scheme, own, feeds, folder)
+        return open_artifact(Path(name).expanduser())._timed(feeds)
 
-    def _low_bit_session(self, scheme: str, own: str, feeds: Feeds, threads: int) -> Any:
+    def _timed(self, feeds: Feeds) -> Path:
+        """The file that is timed on another's feeds, whose sizes this artifact must take too."""
+        self.check_sizes({name: feed for name, feed in feeds.items() if not is_past(name)})
+        return self.path / MODEL
+
+    def _low_bit(self, scheme: str, own: str, feeds: Feeds, folder: Path) -> Path:
         """The dense twin quantized: as it was written, or made now where it was not."""
         file = low_bit_baseline(scheme)
         if scheme == own and file in self.manifest["sha256"]:
-            return open_session(self.path / file, threads)
-        self.baseline_session(threads)
+            return self.path / file
         mark = Mark(scheme)
         if mark.needs_calibration:
             raise GraphPruneError(
                 f"the dense twin quantized by {scheme!r} needs calibration batches, which an "
                 f"artifact does not hold; compile with quantize {scheme!r} to have it written"
             )
-        with tempfile.TemporaryDirectory(prefix="graphprune-") as folder:
-            path = Path(folder) / file
-            quantize(self.path / BASELINE, path, mark, [feeds])
-            return open_session(path, threads)
+        quantize(self.path / BASELINE, folder / file, mark, [feeds])
+        return folder / file
 
     def footprint(self, batch: Any, *, dense: bool = False, threads: int = 1) -> Footprint:
-        """Load time and peak memory of the model, or of its dense twin, in a process of its own."""
-        feeds = self.feeds(batch)
+        """Load time and memory of the model, or of its baseline, in a process of its own."""
         if dense:
-            feeds = filled(shapes_of(self.baseline_session(threads)), feeds)
-        return footprint(self.path / (BASELINE if dense else MODEL), feeds, threads)
+            self._check_baseline()
+        return footprint(self.path / (BASELINE if dense else MODEL), self.feeds(batch), threads)
 
     def __repr__(self) -> str:
         return f"Artifact({str(self.path)!r})"

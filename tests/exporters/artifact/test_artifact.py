@@ -89,6 +89,9 @@ def test_benchmark_measures_both_in_turns(made: Artifact) -> None:
     itself = made.benchmark((torch.randn(7, 12),), against=made.path, repeats=3)
     assert itself.model.ms > 0
     assert json.loads(json.dumps(itself.to_json()))["rounds"] == 3
+    assert result.default is not None
+    assert result.default.rounds == 3
+    assert 0 < result.default.model.ms != result.model.ms
 
 
 def test_footprint_is_of_a_fresh_process(made: Artifact) -> None:
@@ -97,6 +100,7 @@ def test_footprint_is_of_a_fresh_process(made: Artifact) -> None:
     assert 0 < small.load_ms < 10_000
     assert 10 << 20 < small.peak_bytes < 300 << 20
     assert 0 <= small.model_bytes < small.peak_bytes
+    assert small.private_bytes is None or 0 < small.private_bytes < small.peak_bytes
     del held
 
 
