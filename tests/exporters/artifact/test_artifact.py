@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from graphprune.capture.capture import capture
 from graphprune.errors import ArtifactError, ExportError, GraphPruneError
 from graphprune.exporters import Artifact, export, open_artifact
 from graphprune.ir.program import Program
+from graphprune.models.zoo.tiny import tiny
 from graphprune.rewrite.shrink import shrink
 from graphprune.storage.folders import sha256
 from graphprune.storage.program import load
@@ -194,6 +196,16 @@ def test_artifacts_of_other_models_are_not_measured_against(
     other = export(captured("tiny-fused-vit"), tmp_path / "other")
     with pytest.raises(GraphPruneError, match=r"takes inputs .*pixel_values"):
         made.benchmark({"x": torch.randn(2, 12)}, against=other)
+
+
+def test_an_artifact_is_not_timed_at_sizes_that_it_was_not_captured_for(
+    made: Artifact, tmp_path: Path
+) -> None:
+    fixed = capture(*tiny("tiny-mlp"), dynamic_shapes=None)
+    other = export(fixed, tmp_path / "other")
+    with pytest.raises(GraphPruneError, match=r"'x'.*3"):
+        made.benchmark({"x": torch.randn(2, 12)}, against=other)
+    made.benchmark({"x": torch.randn(3, 12)}, against=other, repeats=1)
 
 
 @pytest.mark.parametrize("threads", [0, -1, 100_000])

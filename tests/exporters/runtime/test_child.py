@@ -31,7 +31,7 @@ def saved(path: Path, weights: Mapping[str, Any] | None = None) -> Path:
     """y = x * w, and LayerNormalization(x + y), which ORT's SkipLayerNormFusion looks for."""
     w, scale = np.ones(WIDTH, np.float32), np.ones(WIDTH, np.float32)
     arrays = {"w": w, "scale": scale, "bias": 0 * scale, **(weights or {})}
-    size = ["n", 3, WIDTH]
+    size: list[str | int | None] = ["n", 3, WIDTH]
     graph = helper.make_graph(
         [
             helper.make_node("Mul", ["x", "w"], ["y"]),
@@ -135,7 +135,7 @@ def test_a_file_that_is_none_is_named(file: Path, tmp_path: Path) -> None:
 def test_a_file_that_fails_is_named(file: Path, tmp_path: Path) -> None:
     other = saved(tmp_path / "other.onnx", {"w": np.ones((5, 3, WIDTH), np.float32)})
     with (
-        child([file, other], 1, DEFAULT) as process,
+        child([other, file], 1, DEFAULT) as process,
         pytest.raises(GraphPruneError, match=r"other\.onnx' does not run in a process"),
     ):
         process.warm_up(FEEDS)
@@ -175,7 +175,7 @@ def test_private_memory_is_without_what_is_mapped(tmp_path: Path) -> None:
 
 
 def test_without_proc_private_memory_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("builtins.open", _no_file)
+    monkeypatch.setattr(probe, "open", _no_file, raising=False)
     assert probe._status("RssAnon:") is None
     peak = probe._peak()
     assert peak is not None
