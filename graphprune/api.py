@@ -142,7 +142,7 @@ class Compiled:
         from graphprune.exporters import export
         from graphprune.exporters.artifact.export import check_forms
         from graphprune.models.hub.folder import OPTIONAL, check_tokenizer, is_hub_model, source_of
-        from graphprune.models.hub.source import saved_tokenizer
+        from graphprune.models.hub.source import CONFIG, saved_tokenizer
         from graphprune.storage.layout import FLAT, HUB
 
         check_forms(layout, weights, target)
@@ -151,6 +151,11 @@ class Compiled:
             given = saved_tokenizer(tokenizer)
             check_tokenizer(given, _table_rows(program))
             self.files |= given
+        if target == "genai" and (CONFIG not in self.files or layout == FLAT.name):
+            raise ExportError(
+                "target 'genai' writes genai_config.json from the model's configuration, into a hub "
+                "folder: compile a model that has one, and leave layout away"
+            )
         hub = is_hub_model(self.files, program.forward.input_names) and layout != FLAT.name
         if baseline and self._dense is None:
             _log.warning(

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from graphprune.errors import GraphPruneError
+from graphprune.errors import ExportError, GraphPruneError
+from graphprune.ir.decoding import is_past
 from graphprune.models.hub.card import model_card
-from graphprune.models.hub.source import CONFIG, OWN_KEY
+from graphprune.models.hub.genai import FILE, genai_config
+from graphprune.models.hub.source import CONFIG, GENERATION, OWN_KEY
 from graphprune.report.report import Report
 
 # Inputs that most runtimes feed, and some do not: zero where they are not fed.
 OPTIONAL = ("token_type_ids",)
 # Written anew for each artifact.
-MADE = ("README.md",)
+MADE = ("README.md", FILE)
+
+_log = logging.getLogger(__name__)
 
 Files = Mapping[str, Path | bytes]
 
@@ -74,7 +79,36 @@ def finished(files: Files, manifest: Mapping[str, Any], report: Report) -> dict[
     if CONFIG in files:
         config = json.loads(content(files[CONFIG]))
         found[CONFIG] = _json(_config(config, manifest, report))
+        if any(is_past(i["name"]) for i in manifest["inputs"]):
+            found |= _genai(config, files, manifest)
     return found
+
+
+def _genai(
+    config: Mapping[str, Any], files: Files, manifest: Mapping[str, Any]
+) -> dict[str, bytes]:
+    """genai_config.json for a decoder; for another target than genai only where it can be driven.
+
+    Raises:
+        ExportError: the target is genai, which cannot drive the graph.
+    """
+    generation = json.loads(content(files[GENERATION])) if GENERATION in files else None
+    shared = manifest["target"] == "genai"
+    try:
+        made = genai_config(
+            config,
+            manifest["inputs"],
+            manifest["outputs"],
+            shared=shared,
+            generation=generation,
+            filename=manifest["files"]["model"],
+        )
+    except ExportError as e:
+        if shared:
+            raise
+        _log.info("no %s: %s", FILE, e)
+        return {}
+    return {FILE: made}
 
 
 def _config(config: dict[str, Any], manifest: Mapping[str, Any], report: Report) -> dict[str, Any]:

@@ -215,9 +215,11 @@ def _onnx_metadata(folder: Path | None) -> dict[str, str]:
     """The metadata of an ONNX file of the same model that lies in its folder, where one does."""
     import onnx
 
-    for name in () if folder is None else ("onnx/model.onnx", "model.onnx"):
-        if (folder / name).is_file():
-            model = onnx.load(folder / name, load_external_data=False)
+    if folder is None:
+        return {}
+    for file in (folder / "onnx" / "model.onnx", folder / "model.onnx"):
+        if file.is_file():
+            model = onnx.load(file, load_external_data=False)
             props = {entry.key: entry.value for entry in model.metadata_props}
             return {k: v for k, v in props.items() if not k.startswith("graphprune.")}
     return {}
