@@ -153,7 +153,7 @@ class Compiled:
             self.files |= given
         if target == "genai" and (CONFIG not in self.files or layout == FLAT.name):
             raise ExportError(
-                "target 'genai' writes genai_config.json from the model's configuration, into a hub "
+                "target 'genai' makes genai_config.json of the model's configuration, in a hub "
                 "folder: compile a model that has one, and leave layout away"
             )
         hub = is_hub_model(self.files, program.forward.input_names) and layout != FLAT.name
