@@ -37,12 +37,18 @@ def folder(tmp_path: Path) -> Path:
 def test_all_consumers_are_listed_and_nothing_fails(run: Run, folder: Path) -> None:
     result = run("check", str(folder))
     assert result.exit_code == 0, result.stderr
-    lines = result.stdout.splitlines()
-    shown = {line.split()[0]: line.split()[1] for line in lines if line[:1].isalpha()}
-    assert {*consumer_names()} <= {*shown}
+    rows = [line.split() for line in result.stdout.splitlines() if line[1:2].isalpha()]
+    shown = {row[0]: row[1] for row in rows[1:]}
+    assert list(shown) == consumer_names()
     assert shown["onnxruntime"] == "yes"
     assert shown["tei"] == "no"
     assert "tokenizer.json is missing" in " ".join(result.stdout.split())
+
+
+def test_help_names_every_consumer(run: Run) -> None:
+    shown = " ".join(run("check", "--help").stdout.replace("│", " ").split())
+    assert all(f"{name}," in shown or f"{name} or" in shown for name in consumer_names()[:-1])
+    assert f"or {consumer_names()[-1]};" in shown
 
 
 def test_a_named_consumer_decides_the_exit_code(run: Run, folder: Path) -> None:

@@ -61,7 +61,7 @@ def _opens(folder: HubFolder) -> tuple[str, ...]:
 
 def _config(folder: HubFolder) -> str:
     problem = folder.unreadable(CONFIG)
-    return f"{problem}: a decoder needs one (`--target genai` writes it)" if problem else ""
+    return f"{problem}: export a decoder for it, with target='genai'" if problem else ""
 
 
 def _file(folder: HubFolder) -> str:

@@ -77,8 +77,8 @@ def unfed(graph: Graph, others: Sequence[str], names: Sequence[str]) -> str:
     if not others:
         return ""
     return (
-        f"{graph.file} needs {_and(others)}, and only {_and(names)} are fed: export without, or "
-        "make an initializer of it"
+        f"{graph.file} needs {_and(others)}, and only {_and(names)} are fed: export it without, "
+        "or with an initializer of that name"
     )
 
 
@@ -91,7 +91,7 @@ def accepts(*names: str) -> GraphRule:
             return ""
         return (
             f"{graph.file} has no input {_and(lacking)}, which is always fed: export it as an "
-            "input, or as an initializer that is an input too"
+            "input; where it may stay unfed, with an initializer of that name"
         )
 
     return rule
