@@ -25,12 +25,14 @@ from graphprune.models.hub.consumers.rules import (
     integers,
     json_file,
     key,
+    known_operators,
     needs_runtime,
     output,
     present,
     task_output,
     unfed,
     usual,
+    weights,
 )
 
 TOKENIZER = (json_file("tokenizer.json"), json_file("tokenizer_config.json"))
@@ -512,7 +514,8 @@ CHROMADB = Consumer(
         json_file("tokenizer.json"),
         present("vocab.txt", "copy it from the source model; its text is not read"),
     ),
-    graph=(*ALWAYS, accepts(*TEXT), feeds(*TEXT), *SIZES, first_output(3)),
+    # Token types are always fed, so their own value may be of any size.
+    graph=(weights, known_operators, accepts(*TEXT), feeds(*TEXT), *SIZES, first_output(3)),
     notes=(_chroma_place, needs_runtime),
 )
 

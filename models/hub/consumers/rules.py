@@ -183,18 +183,17 @@ def known_operators(folder: HubFolder, graph: Graph) -> str:
 
 
 def own_symbols(folder: HubFolder, graph: Graph) -> str:
-    """Sizes of an input with a value of its own are no other input's.
+    """An input with a value of its own has not the symbols of those that are fed.
 
-    ONNX Runtime reuses memory between values of one size, which symbols tell it.
+    ONNX Runtime reuses memory between values of one shape, which symbols tell it.
     """
-    taken = {d for value in graph.inputs.values() for d in value.shape or ()}
+    fed = {value.shape for value in graph.inputs.values()}
     for name, value in graph.optional.items():
-        for symbol, size in zip(value.shape or (), graph.stored[name], strict=False):
-            if symbol in taken and isinstance(symbol, str) and symbol:
-                return (
-                    f"{graph.file} says that {value} is as large as other inputs, and its own "
-                    f"value has size {size}: name its dimensions otherwise, or it fails unfed"
-                )
+        if value.shape in fed and value.shape != graph.stored[name]:
+            return (
+                f"{graph.file} says that {value} is as large as other inputs, and its own value is "
+                f"{list(graph.stored[name])}: name its dimensions otherwise, or it fails unfed"
+            )
     return ""
 
 

@@ -30,7 +30,7 @@ def _write(folder: Path, files: Mapping[str, Any]) -> None:
 def _encoder_model() -> onnx.ModelProto:
     """Embeds tokens of WORDS; token types may be fed; pools by the mean over the mask."""
     table = np.arange(len(WORDS) * WIDTH, dtype=np.float32).reshape(len(WORDS), WIDTH)
-    stored = {
+    stored: dict[str, Any] = {
         "table": table,
         "types": np.zeros((2, WIDTH), np.float32),
         "token_type_ids": np.zeros((1, 1), np.int64),
@@ -132,7 +132,7 @@ SPECIAL = {
 
 
 # As torch.utils._pytree.treespec_dumps writes.
-LEAF = {"type": None, "context": None, "children_spec": []}
+LEAF: dict[str, Any] = {"type": None, "context": None, "children_spec": []}
 
 
 def _branch(kind: str, context: Any, *children: Any) -> dict[str, Any]:

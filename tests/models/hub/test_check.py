@@ -249,7 +249,10 @@ SIZES = [
     (size("attention_mask", 1, 8), "fixes the size of attention_mask"),
 ]
 FOREIGN = (operator("Own", "mine"), "calls mine.Own")
-SHARED = (size("token_type_ids", 0, "batch_size"), "as large as other inputs, and its own value")
+SHARED = (
+    all_of(size("token_type_ids", 0, "batch_size"), size("token_type_ids", 1, "sequence_length")),
+    "as large as other inputs, and its own value is [1, 1]",
+)
 ALWAYS = [*BROKEN_WEIGHTS, FOREIGN, SHARED]
 FED = [
     (drop("attention_mask"), "has no input attention_mask, which is always fed"),
@@ -409,7 +412,8 @@ BROKEN_ENCODERS: dict[str, list[tuple[Break, str]]] = {
     "chromadb": [
         CONFIG[0],
         *TOKENIZER,
-        *ALWAYS,
+        *BROKEN_WEIGHTS,
+        FOREIGN,
         *USUAL,
         (without("special_tokens_map.json"), "special_tokens_map.json is missing"),
         (without("vocab.txt"), "vocab.txt is missing"),
@@ -643,6 +647,28 @@ def test_a_function_of_the_file_is_no_foreign_operator(encoder: Path) -> None:
     own = helper.make_function("mine", "Own", ["x"], ["y"], [body], [helper.make_opsetid("", 20)])
     graph(lambda model: model.functions.append(own))(encoder)
     assert check(encoder, ["onnxruntime"])[0].loads
+
+
+@pytest.mark.parametrize(
+    ("said", "loads"),
+    [
+        (1, True),
+        (True, True),
+        ({"model": 1}, True),
+        ({"model.onnx": True}, True),
+        (None, False),
+        (2, False),
+        ({"model_quantized.onnx": 1}, False),
+        ("1", False),
+    ],
+)
+def test_how_many_files_of_weights_transformers_js_fetches(
+    encoder: Path, said: Any, loads: bool
+) -> None:
+    beside("model.onnx_data")(encoder)
+    settings = {} if said is None else {"use_external_data_format": said}
+    keys("config.json", **{"transformers.js_config": settings})(encoder)
+    assert check(encoder, ["transformers.js"])[0].loads == loads
 
 
 def test_what_to_say_to_fastembed_and_light_embed(encoder: Path) -> None:
