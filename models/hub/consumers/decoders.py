@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from graphprune.models.hub.consumers.base import Consumer, FileRule
 from graphprune.models.hub.consumers.folder import HubFolder
@@ -39,23 +38,13 @@ _OUTPUTS = {
 }
 
 
-def _section(folder: HubFolder, *path: str) -> dict[str, Any]:
-    """A part of the config; empty where it is none."""
-    found: Any = folder.json(CONFIG)
-    for name in path:
-        found = found.get(name)
-        if not isinstance(found, dict):
-            return {}
-    return found if isinstance(found, dict) else {}
-
-
 def _names(folder: HubFolder, which: str, defaults: Mapping[str, str]) -> dict[str, str]:
-    given = _section(folder, "model", "decoder", which)
+    given = folder.json(CONFIG, "model", "decoder", which)
     return {**defaults, **{k: v for k, v in given.items() if isinstance(v, str)}}
 
 
 def _opens(folder: HubFolder) -> tuple[str, ...]:
-    name = _section(folder, "model", "decoder").get("filename")
+    name = folder.json(CONFIG, "model", "decoder").get("filename")
     return (name,) if isinstance(name, str) and folder.has(name) else ()
 
 
@@ -67,12 +56,12 @@ def _config(folder: HubFolder) -> str:
 def _file(folder: HubFolder) -> str:
     if _opens(folder) or folder.unreadable(CONFIG):
         return ""
-    name = _section(folder, "model", "decoder").get("filename")
+    name = folder.json(CONFIG, "model", "decoder").get("filename")
     return f"{CONFIG} names {name!r} in model.decoder.filename, which is not there: write its name"
 
 
 def _type(folder: HubFolder) -> str:
-    found = _section(folder, "model").get("type")
+    found = folder.json(CONFIG, "model").get("type")
     if folder.unreadable(CONFIG) or found in TYPES:
         return ""
     return f"{CONFIG} has model.type {found!r}, which it does not know: write 'decoder'"
@@ -91,7 +80,7 @@ def _tokenizer(folder: HubFolder) -> str:
 def _number(*path: str) -> FileRule:
     def rule(folder: HubFolder) -> str:
         *sections, name = path
-        found = _section(folder, *sections).get(name)
+        found = folder.json(CONFIG, *sections).get(name)
         if folder.unreadable(CONFIG) or (isinstance(found, int) and found > 0):
             return ""
         return f"{CONFIG} has no {'.'.join(path)} that is a whole number: write it"
@@ -179,7 +168,7 @@ def _integer_types(folder: HubFolder, graph: Graph) -> str:
 
 
 def _shared_buffer(folder: HubFolder, graph: Graph) -> str:
-    shared = _section(folder, "search").get("past_present_share_buffer")
+    shared = folder.json(CONFIG, "search").get("past_present_share_buffer")
     if not shared or GROUP_QUERY in graph.operators:
         return ""
     return (
@@ -189,7 +178,7 @@ def _shared_buffer(folder: HubFolder, graph: Graph) -> str:
 
 
 def _copies(folder: HubFolder, graph: Graph) -> str:
-    shared = _section(folder, "search").get("past_present_share_buffer")
+    shared = folder.json(CONFIG, "search").get("past_present_share_buffer")
     if shared or GROUP_QUERY not in graph.operators:
         return ""
     return "past_present_share_buffer true would save a copy of the cache a token"

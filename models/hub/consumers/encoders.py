@@ -60,11 +60,10 @@ def _is_length(value: object) -> bool:
 
 def _pad_token(folder: HubFolder) -> str:
     """Its name is in either file; its number too, or the vocabulary knows the name."""
-    tokenizer, settings = folder.json("tokenizer.json"), folder.json("tokenizer_config.json")
     if folder.unreadable("tokenizer.json") or folder.unreadable("tokenizer_config.json"):
         return ""
-    padding = tokenizer.get("padding") or {}
-    token = padding.get("pad_token") or settings.get("pad_token")
+    padding = folder.json("tokenizer.json", "padding")
+    token = padding.get("pad_token") or folder.json("tokenizer_config.json").get("pad_token")
     if not isinstance(token, str):
         return "tokenizer_config.json has no pad_token that is a text: copy the source model's"
     number = padding.get("pad_id", folder.json("config.json").get("pad_token_id"))
@@ -74,12 +73,12 @@ def _pad_token(folder: HubFolder) -> str:
 
 
 def _vocabulary(folder: HubFolder) -> set[str]:
-    tokenizer = folder.json("tokenizer.json")
-    words = tokenizer.get("model", {}).get("vocab", ())
-    added = [str(token.get("content")) for token in tokenizer.get("added_tokens") or ()]
+    words = folder.json("tokenizer.json", "model").get("vocab")
+    if isinstance(words, list):  # pairs of a word and its score
+        words = [str(pair[0]) for pair in words if isinstance(pair, list) and pair]
+    added = [str(t.get("content")) for t in folder.entries("tokenizer.json", "added_tokens")]
     named = [t for t in folder.json("special_tokens_map.json").values() if isinstance(t, str)]
-    known = words if isinstance(words, dict) else (entry[0] for entry in words)
-    return {*known, *added, *named}
+    return {*(words if isinstance(words, dict | list) else ()), *added, *named}
 
 
 def _fastembed_call(folder: HubFolder, graph: Graph) -> str:

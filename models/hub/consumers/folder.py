@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ class HubFolder:
         return tuple(name for name in self.onnx_files if not name.startswith(OURS))
 
     def has(self, name: str) -> bool:
-        return (self.path / name).is_file()
+        return os.path.isfile(self.path / name)  # also for names that no file can have
 
     def size(self, name: str) -> int:
         """Bytes of a file; -1 where there is none."""
@@ -55,25 +56,31 @@ class HubFolder:
         if not self.has(name):
             return f"{name} is missing"
         found = self._parsed(name)
-        if isinstance(found, ValueError):
+        if isinstance(found, Exception):
             return f"{name} is no JSON ({found})"
         return "" if isinstance(found, dict | list) else f"{name} holds a bare value"
 
-    def json(self, name: str) -> dict[str, Any]:
-        """The object in a JSON file; empty where there is none to read."""
-        found = self._parsed(name) if self.has(name) else None
+    def json(self, name: str, *keys: str) -> dict[str, Any]:
+        """The object in a JSON file, or the one inside it under these keys; empty without one."""
+        found = self._at(name, keys)
         return found if isinstance(found, dict) else {}
 
-    def entries(self, name: str) -> list[Any]:
-        """The list in a JSON file; empty where there is none to read."""
+    def entries(self, name: str, *keys: str) -> list[dict[str, Any]]:
+        """The objects in a list, found as `json` finds."""
+        found = self._at(name, keys)
+        return [e for e in found if isinstance(e, dict)] if isinstance(found, list) else []
+
+    def _at(self, name: str, keys: tuple[str, ...]) -> Any:
         found = self._parsed(name) if self.has(name) else None
-        return found if isinstance(found, list) else []
+        for key in keys:
+            found = found.get(key) if isinstance(found, dict) else None
+        return found
 
     def _parsed(self, name: str) -> Any:
         if name not in self._json:
             try:
                 self._json[name] = json.loads((self.path / name).read_text(encoding="utf-8"))
-            except ValueError as e:  # also what is no UTF-8
+            except (OSError, ValueError) as e:  # the latter for what is no UTF-8, too
                 self._json[name] = e
         return self._json[name]
 

@@ -49,7 +49,7 @@ class Graph:
         file: its name inside the folder.
         inputs: those that must be fed.
         optional: those that may be fed and have a value of their own.
-        stored: the sizes of those values.
+        stored: the sizes of those values, unless they are expanded before anything reads them.
         operators: (domain, name) of all that are called, in branches and loops too.
         weights: the files that hold weights, beside it, and how many bytes each must have.
     """
@@ -77,10 +77,13 @@ def read_graph(path: Path, file: str) -> Graph | None:
 
     try:
         model = onnx.load(str(path), load_external_data=False)
-    except (DecodeError, OSError):
+        # An empty file is an empty model.
+        return _graph(model, file) if model.graph.output else None
+    except (DecodeError, OSError, KeyError, ValueError):
         return None
-    if not model.graph.output:  # an empty file parses as an empty model
-        return None
+
+
+def _graph(model: onnx.ModelProto, file: str) -> Graph:
     stored = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
     inputs = {i.name: _value(i) for i in model.graph.input}
     opsets = {entry.domain or "ai.onnx": entry.version for entry in model.opset_import}
@@ -90,13 +93,22 @@ def read_graph(path: Path, file: str) -> Graph | None:
         file=file,
         inputs={n: v for n, v in inputs.items() if n not in stored},
         optional={n: v for n, v in inputs.items() if n in stored},
-        stored={n: stored[n] for n in inputs if n in stored},
+        stored={n: stored[n] for n in inputs if n in stored and n not in _expanded(model.graph)},
         outputs={o.name: _value(o) for o in model.graph.output},
         opset=opsets.get("ai.onnx", 1),
         ir_version=model.ir_version,
         operators=frozenset((n.domain, n.op_type) for n in _all(nodes)) - local,
         weights=_weights(model.graph),
     )
+
+
+def _expanded(graph: onnx.GraphProto) -> set[str]:
+    """What Expand alone reads."""
+    readers: dict[str, set[str]] = {}
+    for node in _all(list(graph.node)):
+        for name in node.input:
+            readers.setdefault(name, set()).add(node.op_type)
+    return {name for name, kinds in readers.items() if kinds == {"Expand"}}
 
 
 def _value(info: onnx.ValueInfoProto) -> Value:
@@ -156,7 +168,7 @@ class Floor:
 
     def __str__(self) -> str:
         wrong = "; older ones give wrong numbers without an error" if self.silent else ""
-        return f"{self.version[0]}.{self.version[1]} ({self.why}{wrong})"
+        return f"{self.version[0]}.{self.version[1]} or newer ({self.why}{wrong})"
 
 
 def floor(graph: Graph) -> Floor | None:

@@ -188,11 +188,12 @@ def own_symbols(folder: HubFolder, graph: Graph) -> str:
     ONNX Runtime reuses memory between values of one shape, which symbols tell it.
     """
     fed = {value.shape for value in graph.inputs.values()}
-    for name, value in graph.optional.items():
-        if value.shape in fed and value.shape != graph.stored[name]:
+    for name, sizes in graph.stored.items():
+        value = graph.optional[name]
+        if value.shape in fed and value.shape != sizes:
             return (
                 f"{graph.file} says that {value} is as large as other inputs, and its own value is "
-                f"{list(graph.stored[name])}: name its dimensions otherwise, or it fails unfed"
+                f"{list(sizes)}: name its dimensions otherwise, or it fails unfed"
             )
     return ""
 
@@ -256,7 +257,7 @@ def needs_runtime(folder: HubFolder, graph: Graph) -> str:
     need = floor(graph)
     if need is None:
         return unknown_opset(folder, graph)
-    return f"install ONNX Runtime {need} or newer" if need.version >= (1, 20) else ""
+    return f"needs ONNX Runtime {need}" if need.version >= (1, 20) else ""
 
 
 def brings(version: Version, of: str) -> GraphRule:

@@ -61,8 +61,7 @@ def _js_model_type(folder: HubFolder, graph: Graph) -> str:
 
 
 def _js_layers(folder: HubFolder) -> int | None:
-    config = folder.json("config.json")
-    config = config.get("text_config", config)
+    config = folder.json("config.json", "text_config") or folder.json("config.json")
     return next((config[k] for k in _LAYERS if isinstance(config.get(k), int)), None)
 
 
@@ -134,8 +133,7 @@ def _js_weights(folder: HubFolder, graph: Graph) -> str:
             f"{graph.file} keeps weights in {next(iter(graph.weights))}, and {names[0]} is what is "
             "fetched: write them under that name"
         )
-    settings = folder.json("config.json").get("transformers.js_config")
-    said = settings.get("use_external_data_format") if isinstance(settings, dict) else None
+    said = folder.json("config.json", "transformers.js_config").get("use_external_data_format")
     if isinstance(said, dict):
         said = said.get(file, said.get(file.removesuffix(".onnx")))
     if isinstance(said, int) and int(said) == len(names):
@@ -193,10 +191,8 @@ _EXPORT = "export.json"
 
 def _components(folder: HubFolder) -> Iterator[tuple[str, dict[str, Any]]]:
     """Name and record of each part of the export."""
-    found = folder.json(_EXPORT).get("components")
-    for name, entry in found.items() if isinstance(found, dict) else ():
-        if isinstance(entry, dict):
-            yield name, entry
+    for name in folder.json(_EXPORT, "components"):
+        yield name, folder.json(_EXPORT, "components", name)
 
 
 def _export_opens(folder: HubFolder) -> tuple[str, ...]:
@@ -223,10 +219,10 @@ def _export_files(folder: HubFolder) -> str:
 
 
 def _export_metadata(folder: HubFolder) -> str:
-    for name, entry in _components(folder):
-        metadata = entry.get("metadata")
+    for name, _ in _components(folder):
+        metadata = folder.json(_EXPORT, "components", name, "metadata")
         for wanted, kind in (("kwargs", dict), ("out_spec", str)):
-            if not isinstance(metadata, dict) or not isinstance(metadata.get(wanted), kind):
+            if not isinstance(metadata.get(wanted), kind):
                 return f"{_EXPORT} has no metadata.{wanted} for component {name!r}: write it"
     return ""
 
@@ -235,9 +231,9 @@ def _export_inputs(folder: HubFolder, graph: Graph) -> str:
     """Inputs bind by name; arguments that were not recorded are dropped."""
     for name, entry in _components(folder):
         if entry.get("file") == graph.file:
-            kwargs = entry.get("metadata", {}).get("kwargs")
-            lacking = [n for n in graph.inputs if n.split(".")[0] not in (kwargs or ())]
-            if lacking and kwargs is not None:
+            kwargs = folder.json(_EXPORT, "components", name, "metadata", "kwargs")
+            lacking = [n for n in graph.inputs if n.split(".")[0] not in kwargs]
+            if lacking and kwargs:
                 return (
                     f"{graph.file} takes {lacking[0]}, which {_EXPORT} does not list in "
                     f"metadata.kwargs of component {name!r}: add it"
@@ -266,7 +262,7 @@ EXPORTED_MODEL = Consumer(
 
 def _floor(folder: HubFolder, graph: Graph) -> str:
     need = floor(graph)
-    return f"{graph.file} runs on ONNX Runtime {need} and newer" if need else ""
+    return f"{graph.file} runs on ONNX Runtime {need}" if need else ""
 
 
 ONNXRUNTIME = Consumer(
