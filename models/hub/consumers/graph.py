@@ -87,13 +87,14 @@ def _graph(model: onnx.ModelProto, file: str) -> Graph:
     stored = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
     inputs = {i.name: _value(i) for i in model.graph.input}
     opsets = {entry.domain or "ai.onnx": entry.version for entry in model.opset_import}
+    expanded = _expanded(model.graph)
     local = {(function.domain, function.name) for function in model.functions}
     nodes = [*model.graph.node, *(n for function in model.functions for n in function.node)]
     return Graph(
         file=file,
         inputs={n: v for n, v in inputs.items() if n not in stored},
         optional={n: v for n, v in inputs.items() if n in stored},
-        stored={n: stored[n] for n in inputs if n in stored and n not in _expanded(model.graph)},
+        stored={n: stored[n] for n in inputs if n in stored and n not in expanded},
         outputs={o.name: _value(o) for o in model.graph.output},
         opset=opsets.get("ai.onnx", 1),
         ir_version=model.ir_version,
@@ -167,8 +168,9 @@ class Floor:
     silent: bool = False
 
     def __str__(self) -> str:
-        wrong = "; older ones give wrong numbers without an error" if self.silent else ""
-        return f"{self.version[0]}.{self.version[1]} or newer ({self.why}{wrong})"
+        major, minor = self.version
+        wrong = f"; {major}.{minor - 1} and older give wrong numbers without an error"
+        return f"{major}.{minor} or newer ({self.why}{wrong if self.silent else ''})"
 
 
 def floor(graph: Graph) -> Floor | None:

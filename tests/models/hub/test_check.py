@@ -625,7 +625,7 @@ def notes(folder: Path, consumer: str) -> str:
 def test_the_oldest_runtime_is_named(encoder: Path) -> None:
     assert "runs on ONNX Runtime 1.17 or newer (opset 20)" in notes(encoder, "onnxruntime")
     operator("MultiHeadAttention", "com.microsoft")(encoder)
-    wrong = "1.21 or newer (MultiHeadAttention; older ones give wrong numbers without an error)"
+    wrong = "1.21 or newer (MultiHeadAttention; 1.20 and older give wrong numbers without an error)"
     assert wrong in notes(encoder, "onnxruntime")
     assert f"needs ONNX Runtime {wrong}" in notes(encoder, "fastembed")
     assert wrong in notes(encoder, "spring-ai")
