@@ -202,7 +202,8 @@ def _write_model(program: Program, path: Path, notes: _Notes, options: _Options)
         optional=options.optional,
         grouped=options.grouped,
     )
-    model.metadata_props.update(options.metadata)
+    given = {k: v for k, v in options.metadata.items() if k not in model.metadata_props}
+    model.metadata_props.update(given)
     save_onnx(model, path, options.weights)
     agreements = check_parity(program, open_session(path), grouped=options.grouped)
     notes["parity"][path.name] = [a.to_json() for a in agreements]
