@@ -170,4 +170,4 @@ def choose(logits: Logits, temperature: float, top_k: int, random: np.random.Gen
 def _value(array: npt.NDArray[Any]) -> Any:
     from onnxruntime import OrtValue
 
-    return OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+    return OrtValue.ortvalue_from_numpy(np.asarray(array, order="C"))

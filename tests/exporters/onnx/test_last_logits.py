@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import graphprune as gp
-from graphprune.exporters import Artifact
+from graphprune.exporters import Artifact, export
 from graphprune.exporters.onnx.convert import to_onnx
 from graphprune.exporters.onnx.last_logits import keep_last_logits
 from graphprune.exporters.runtime.generate import Decoder
@@ -76,7 +76,8 @@ def test_quantized_files_have_it_too(scheme: str, ragged_decoder: Program, tmp_p
     entry = ragged_decoder.forward
     batch = dict(zip(entry.input_names, entry.example, strict=True))
     compiled = gp.compile(ragged_decoder, [Quantize(scheme)], calibration=[batch])
-    artifact = compiled.export(tmp_path / "out", target="genai")
+    program, out = compiled.program, tmp_path / "out"
+    artifact = export(program, out, target="genai", calibration=compiled.calibration)
     session, feeds = artifact.session(1), feeds_of(artifact)
     whole = session.run(None, feeds)[0]
     (last,) = session.run(["logits"], {**feeds, KEEP: np.array(1, np.int64)})
