@@ -29,7 +29,7 @@ from graphprune.exporters.onnx.names import (
 )
 from graphprune.exporters.onnx.optional import make_optional
 from graphprune.exporters.onnx.translations import OPSET, translations
-from graphprune.ir.graph import output_node
+from graphprune.ir.graph import is_op, output_node, value_of
 from graphprune.ir.module import graph_module
 from graphprune.ir.program import Entry, Program
 
@@ -131,9 +131,23 @@ def lower(program: Program, entry: str = "forward") -> fx.GraphModule:
     values = cast(tuple[Any, ...], output.args[0])
     output.args = (tuple(n for n, keep in zip(values, flags, strict=True) if keep),)
     lower_attention(module.graph)
+    _write_sizes(module.graph)
     module.graph.eliminate_dead_code()
     module.recompile()
     return module
+
+
+def _write_sizes(graph: fx.Graph) -> None:
+    """Write the sizes that views leave open (-1) where they are known, in place.
+
+    OpenVINO does not infer how many heads there are beside two dynamic sizes, and needs it where
+    query heads share key heads.
+    """
+    for node in graph.nodes:
+        if is_op(node, "view", "reshape") and -1 in (sizes := node.args[1]):
+            shape = value_of(node).shape
+            known = [s if isinstance(s, int) else -1 for s in shape]
+            node.update_arg(1, [k if s == -1 else s for s, k in zip(sizes, known, strict=True)])
 
 
 def _dynamic(entry: Entry) -> tuple[Any, ...]:

@@ -11,14 +11,17 @@ from typing import Any
 from graphprune.errors import ExportError, GraphPruneError
 from graphprune.ir.decoding import is_past
 from graphprune.models.hub.card import model_card
+from graphprune.models.hub.exported import EXPORT, exported
 from graphprune.models.hub.genai import FILE, genai_config
 from graphprune.models.hub.source import CONFIG, GENERATION, OWN_KEY
+from graphprune.models.hub.tokenizer import CONFIG as TOKENIZER_CONFIG
+from graphprune.models.hub.tokenizer import completed
 from graphprune.report.report import Report
 
 # Inputs that most runtimes feed, and some do not: zero where they are not fed.
 OPTIONAL = ("token_type_ids",)
 # Written anew for each artifact.
-MADE = ("README.md", FILE)
+MADE = ("README.md", EXPORT, FILE)
 
 _log = logging.getLogger(__name__)
 
@@ -74,14 +77,33 @@ def finished(files: Files, manifest: Mapping[str, Any], report: Report) -> dict[
         manifest: the artifact's.
         report: what the passes did.
     """
-    card = model_card(source_of(files), files, manifest, report)
-    found = {"README.md": card.encode()}
+    found: dict[str, bytes] = {}
+    config: dict[str, Any] = {}
     if CONFIG in files:
         config = json.loads(content(files[CONFIG]))
         found[CONFIG] = _json(_config(config, manifest, report))
         if any(is_past(i["name"]) for i in manifest["inputs"]):
             found |= _genai(config, files, manifest)
+    found |= exported(manifest, config) | _tokenizer(files, config, manifest)
+    found["README.md"] = model_card(
+        source_of(files), files.keys() | found.keys(), manifest, report
+    ).encode()
     return found
+
+
+def _tokenizer(
+    files: Files, config: Mapping[str, Any], manifest: Mapping[str, Any]
+) -> dict[str, bytes]:
+    """What is missing of a tokenizer's files, and its length where it has none."""
+    if "tokenizer.json" not in files:
+        return {}
+    tokenizer, described = (
+        json.loads(content(files[name])) if name in files else None
+        for name in ("tokenizer.json", TOKENIZER_CONFIG)
+    )
+    _, longest = manifest["bounds"].get("sequence", (1, None))
+    made = completed(tokenizer, described, config.get("pad_token_id"), longest)
+    return {name: made[name] for name in made if name not in files or name == TOKENIZER_CONFIG}
 
 
 def _genai(

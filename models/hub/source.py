@@ -161,11 +161,11 @@ def _sentence_files(
         for i, (kind, path) in enumerate(zip(kinds, paths, strict=False))
     ]
     pooling = {
-        # Newer releases read the first three, older ones and other runtimes the rest.
-        "embedding_dimension": width,
+        # Newer releases read the first three, older ones and other runtimes the rest. One runtime
+        # refuses keys that it does not know, such as the newest name of the width.
+        "word_embedding_dimension": width,
         "pooling_mode": module.pooling,
         "include_prompt": True,
-        "word_embedding_dimension": width,
         "pooling_mode_cls_token": module.pooling == "cls",
         "pooling_mode_mean_tokens": module.pooling == "mean",
         "pooling_mode_max_tokens": False,

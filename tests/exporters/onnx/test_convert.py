@@ -56,6 +56,19 @@ def test_norms_and_activations_are_single_operators(captured: Captured, tmp_path
     assert not {"Erf", "ReduceMean", "Softmax", "Transpose", "Reshape"} & set(kinds)
 
 
+def test_numbers_of_heads_are_written_into_reshapes(captured: Captured, tmp_path: Path) -> None:
+    """Runtimes that infer shapes otherwise than ONNX Runtime get them from nowhere else."""
+    model = onnx.shape_inference.infer_shapes(exported(captured("tiny-llama"), tmp_path)[0])
+    known = {v.name: shape_of(v) for v in model.graph.value_info}
+    attention = next(n for n in model.graph.node if n.op_type == "Attention")
+    assert [known[name][1] for name in attention.input[:3]] == [4, 2, 2]
+    constants = {i.name: onnx.numpy_helper.to_array(i) for i in model.graph.initializer}
+    made = {n.output[0]: n for n in model.graph.node}
+    for reshape in (n for n in model.graph.node if n.op_type == "Reshape"):
+        parts = made[reshape.input[1]].input if reshape.input[1] in made else reshape.input[1:]
+        assert not any(-1 in constants[name] for name in parts if name in constants)
+
+
 class Tied(nn.Module):
     """One matrix that embeds and scores, as language models have it."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,7 +79,18 @@ def test_a_local_folder_loads_as_the_class_that_its_config_names(folder: Path) -
     assert not mask[1].all()
 
 
-def test_a_sentence_transformers_folder_becomes_one_module_with_its_pooling(folder: Path) -> None:
+@pytest.mark.parametrize(
+    "pooling",
+    [
+        {"word_embedding_dimension": 32, "pooling_mode_cls_token": True},
+        {"embedding_dimension": 32, "pooling_mode": "cls"},
+        {"word_embedding_dimension": 32, "pooling_mode": ["cls"], "pooling_mode_cls_token": True},
+    ],
+    ids=["old", "new", "both"],
+)
+def test_a_sentence_transformers_folder_becomes_one_module_with_its_pooling(
+    folder: Path, pooling: dict[str, Any]
+) -> None:
     stages = [
         {"type": "sentence_transformers.models.Transformer", "path": ""},
         {"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"},
@@ -86,10 +98,10 @@ def test_a_sentence_transformers_folder_becomes_one_module_with_its_pooling(fold
     ]
     (folder / "modules.json").write_text(json.dumps(stages))
     (folder / "1_Pooling").mkdir()
-    pooling = {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True}
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
     model = load_model(str(folder))
     assert isinstance(model.module, SentenceEncoder)
+    assert model.module.pooling == "cls"
     assert model.task == "neighbors"
 
 
