@@ -29,7 +29,7 @@ def exported(manifest: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str
         return {}
     file = manifest["files"]["model"]
     inputs = [i for i in manifest["inputs"] if not i.get("optional")]
-    metadata = {
+    metadata: dict[str, Any] = {
         "architecture": next(iter(config.get("architectures") or ()), None),
         "packages": {name: manifest["versions"][name] for name in ("torch", "onnx", "onnxruntime")},
         "export_config": {},

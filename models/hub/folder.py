@@ -97,10 +97,10 @@ def _tokenizer(
     """What is missing of a tokenizer's files, and its length where it has none."""
     if "tokenizer.json" not in files:
         return {}
-    tokenizer, described = (
-        json.loads(content(files[name])) if name in files else None
-        for name in ("tokenizer.json", TOKENIZER_CONFIG)
-    )
+    tokenizer = json.loads(content(files["tokenizer.json"]))
+    described = None
+    if TOKENIZER_CONFIG in files:
+        described = json.loads(content(files[TOKENIZER_CONFIG]))
     _, longest = manifest["bounds"].get("sequence", (1, None))
     made = completed(tokenizer, described, config.get("pad_token_id"), longest)
     return {name: made[name] for name in made if name not in files or name == TOKENIZER_CONFIG}

@@ -87,12 +87,12 @@ def test_a_plain_module_brings_nothing() -> None:
 
 def test_tokenizers_come_as_folder_or_object(tmp_path: Path) -> None:
     tokenizers = pytest.importorskip("tokenizers")
-    from transformers import PreTrainedTokenizerFast
+    transformers: Any = pytest.importorskip("transformers")
 
     words = {"[PAD]": 0, "[UNK]": 1, "a": 2}
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
     assert saved_tokenizer(made).keys() == {"tokenizer.json"}
-    fast = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]")
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]")
     assert {"tokenizer.json", "tokenizer_config.json"} <= saved_tokenizer(fast).keys()
     assert tokenizer_dir(tmp_path) is None
     fast.save_pretrained(tmp_path / "tokenizer")
