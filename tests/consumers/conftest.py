@@ -14,7 +14,10 @@ from graphprune.models.zoo.sentence import SentenceEncoder
 from graphprune.models.zoo.tiny import randomize
 from graphprune.passes import PruneHeads, PruneNeurons
 
-WORDS = ["a", "man", "is", "eating", "some", "food", "the", "girl", "carries", "her", "baby", "to", "school", "in", "rain"]
+WORDS = [
+    "a", "man", "is", "eating", "some", "food", "the", "girl", "carries", "her", "baby", "to",
+    "school", "in", "rain",
+]  # fmt: skip
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 # Three lengths, so that two of them are padded; a word that is cut in pieces, and an unknown one.
 TEXTS = ["A man is eating some food in the rain", "The girls", "her baby eats 7 apples"]
