@@ -170,7 +170,7 @@ def labeled(batches: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
 def _data(folder: Path) -> dict[str, Any]:
     import onnx
 
-    onnx_file = next((folder / "artifact").rglob("model.onnx"))
+    onnx_file = graphprune.open(folder / "artifact").model_path
     nodes = onnx.load(onnx_file, load_external_data=False).graph.node
     program = json.loads((folder / "program" / "program.json").read_text())
     return {
