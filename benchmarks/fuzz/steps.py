@@ -347,6 +347,8 @@ def numbered(b: Source, c: Choices) -> None:
         (f"{h}.view(*{h}.shape[:2], {half}, 2)[..., [1], :].expand(-1, -1, {half}, -1).flatten(2)",
          width),
     )  # fmt: skip
+    if "x.sum(-1) > 0" in text:
+        b.summed(b.zero)
     back(b, c, b.let(text), left)
 
 

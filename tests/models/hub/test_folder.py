@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 
@@ -157,3 +160,22 @@ def test_any_model_may_be_laid_out_flat(compiled: gp.Compiled, tmp_path: Path) -
     flat = compiled.export(tmp_path / "out", layout="flat", baseline=False)
     assert flat.model_path == flat.path / "model.onnx"
     assert (flat.path / "manifest.json").is_file()
+
+
+def test_a_phone_gets_one_file_that_computes_the_same(made: Artifact, tmp_path: Path) -> None:
+    """The command of docs/deploy.md."""
+    command = ["-m", "onnxruntime.tools.convert_onnx_models_to_ort", str(made.model_path)]
+    command += ["--output_dir", str(tmp_path), "--optimization_style", "Fixed"]
+    command += ["--enable_type_reduction"]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (
+        "MultiHeadAttention" in (tmp_path / "model.required_operators_and_types.config").read_text()
+    )
+    ids = np.arange(24).reshape(3, 8) + 5
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    near = onnxruntime.InferenceSession(tmp_path / "model.ort").run(None, feeds)
+    for a, b in zip(made.session(1).run(None, feeds), near, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    words = " ".join(["-m", "onnxruntime.tools.convert_onnx_models_to_ort"])
+    assert words in (Path(__file__).parents[3] / "docs" / "deploy.md").read_text()
