@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-NAMES = ("attention", "minilm_structured", "quantized", "compile_time", "decode")
+NAMES = ("attention", "minilm_structured", "quantized", "compile_time", "decode", "padded")
 
 if __name__ == "__main__":
     codes = [

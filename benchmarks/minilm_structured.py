@@ -71,9 +71,15 @@ def _row(artifact: Artifact, batch: int, threads: int, settings: Settings) -> Ro
         "dense load ms": large.load_ms,
         "peak MB": small.peak_bytes / 1e6,
         "dense peak MB": large.peak_bytes / 1e6,
+        "private MB": _megabytes(small.private_bytes),
+        "dense private MB": _megabytes(large.private_bytes),
         "file MB": sizes[artifact.model_path.name] / 1e6,
         "dense file MB": sizes["baseline.onnx"] / 1e6,
     }
+
+
+def _megabytes(size: int | None) -> float | None:
+    return None if size is None else size / 1e6
 
 
 if __name__ == "__main__":

@@ -119,7 +119,8 @@ class Compiled:
 
         Args:
             path: the folder to make; one that graphprune made before is replaced as a whole.
-            target: what will run it; "onnxruntime".
+            target: what will run it: "onnxruntime"; or "genai", which is onnxruntime-genai with a
+                cache that is not copied from token to token, for decoders compiled with cache=True.
             baseline: write the dense model as baseline.onnx too, to measure against.
             calibration: batches for quantization that needs them; by default those that were given
                 to `compile`.
@@ -130,7 +131,8 @@ class Compiled:
             layout: "hub", "flat", or "auto": hub for text models.
             weights: in a second file "beside" the graph, which ONNX Runtime maps instead of
                 copying; "inside" it, for consumers of one file; or "auto": beside above 20 MB.
-            metadata: more lines for the ONNX file's metadata.
+            metadata: more lines for the ONNX file's metadata, beside those of an ONNX file that lay
+                in the model's folder.
 
         Raises:
             ExportError: the folder is not ours, cannot be written, or ONNX Runtime disagrees with
@@ -139,16 +141,21 @@ class Compiled:
         """
         from graphprune.exporters import export
         from graphprune.exporters.artifact.export import check_forms
-        from graphprune.models.hub.folder import OPTIONAL, check_tokenizer, is_hub_model
-        from graphprune.models.hub.source import saved_tokenizer
+        from graphprune.models.hub.folder import OPTIONAL, check_tokenizer, is_hub_model, source_of
+        from graphprune.models.hub.source import CONFIG, saved_tokenizer
         from graphprune.storage.layout import FLAT, HUB
 
-        check_forms(layout, weights)
+        check_forms(layout, weights, target)
         program = self.program
         if tokenizer is not None:
             given = saved_tokenizer(tokenizer)
             check_tokenizer(given, _table_rows(program))
             self.files |= given
+        if target == "genai" and (CONFIG not in self.files or layout == FLAT.name):
+            raise ExportError(
+                "target 'genai' makes genai_config.json of the model's configuration, in a hub "
+                "folder: compile a model that has one, and leave layout away"
+            )
         hub = is_hub_model(self.files, program.forward.input_names) and layout != FLAT.name
         if baseline and self._dense is None:
             _log.warning(
@@ -166,7 +173,7 @@ class Compiled:
             layout=HUB if hub or layout == HUB.name else FLAT,
             weights=weights,
             optional=OPTIONAL,
-            metadata=metadata,
+            metadata={**source_of(self.files).get("metadata", {}), **(metadata or {})},
             finish=self.described,
         )
 

@@ -6,7 +6,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -17,6 +17,9 @@ from graphprune.capture.capture import capture
 from graphprune.ir.batches import second_sizes
 from graphprune.ir.program import Argument, Entry, Program
 from graphprune.models.zoo.tiny import tiny
+
+if TYPE_CHECKING:
+    from graphprune.exporters import Artifact
 
 torch.set_num_threads(1)
 
@@ -108,3 +111,54 @@ def program_of() -> Callable[..., Program]:
     tuple or a dict of nodes. `dynamic` names the sizes of inputs that may change.
     """
     return _written
+
+
+@functools.cache
+def _ragged() -> Program:
+    import transformers
+
+    from graphprune.axes import axis_groups
+    from graphprune.capture.decoder import with_decode
+    from graphprune.models.loading.inputs import text_batch
+    from graphprune.models.zoo.tiny import randomize
+    from graphprune.rewrite.shrink import shrink
+
+    config = transformers.LlamaConfig(
+        vocab_size=99,
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=64,
+        bos_token_id=1,
+        eos_token_id=2,
+        use_cache=False,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = transformers.LlamaForCausalLM(config).eval()
+        randomize(model)
+        inputs = text_batch(99, 12)
+    program = with_decode(model, capture(model, inputs), check=False)
+    groups = axis_groups(program).with_role("kv_group")
+    kept = zip(groups, ([0, 2, 3], [1, 2, 3], [0, 3]), strict=True)
+    return shrink(program, {group.id: units for group, units in kept})
+
+
+@pytest.fixture(scope="session")
+def ragged_decoder() -> Program:
+    """A decoder with a cache whose three layers keep 3, 3 and 2 of 4 key/value heads."""
+    return _ragged()
+
+
+@pytest.fixture(scope="session")
+def ragged_artifact(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Artifact]:
+    """That decoder exported, by target."""
+    from graphprune.exporters import export
+
+    @functools.cache
+    def exported(target: str) -> Artifact:
+        return export(_ragged(), tmp_path_factory.mktemp("ragged") / target, target=target)
+
+    return exported

@@ -14,7 +14,7 @@ from graphprune.exporters.quantize.quantize import quantize
 from graphprune.exporters.runtime.footprint import Footprint, footprint
 from graphprune.exporters.runtime.kv_cache import Shapes, filled, shapes_of
 from graphprune.exporters.runtime.session import Feeds, feeds_of, open_session
-from graphprune.exporters.runtime.timing import Clock, Comparison, compare_all
+from graphprune.exporters.runtime.timing import Clock, Comparison, compare_files
 from graphprune.ir.decoding import PAST, is_past
 from graphprune.ir.quantization import SCHEMES, Mark
 from graphprune.ir.sizes import check_sizes, limits_from_json
@@ -193,7 +193,11 @@ class Artifact:
         repeats: int = 20,
         clock: Clock | None = None,
     ) -> Comparison:
-        """Time the model and its dense twin in turns.
+        """Time the model and its baseline interleaved, in processes of their own.
+
+        The result is with the session options that docs/deploy.md names, its `default` with ONNX
+        Runtime's own. `session` has the first but for the flag for denormals, which would be this
+        process's; it makes a difference where inputs are padded.
 
         Args:
             batch: inputs as the model takes them; not part of the artifact, because speed-ups
@@ -214,17 +218,15 @@ class Artifact:
         feeds = self.feeds(batch)
         if isinstance(against, str):
             self.check_opponents(against)
-        others = self._opponents(against, feeds, threads)
-        for name, other in others.items():
-            strange = sorted({i.name for i in other.get_inputs()} - feeds.keys())
-            if strange:
-                raise GraphPruneError(
-                    f"{name!r} takes inputs {strange} that {str(self.path)!r} does not: only "
-                    "forms of one model can be measured against each other"
-                )
-        return compare_all(
-            self.session(threads), others, feeds, threads=threads, repeats=repeats, clock=clock
-        )
+        with tempfile.TemporaryDirectory(prefix="graphprune-") as folder:
+            return compare_files(
+                self.model_path,
+                self._opponents(against, feeds, Path(folder)),
+                feeds,
+                threads=threads,
+                repeats=repeats,
+                clock=clock,
+            )
 
     def check_opponents(self, against: str) -> None:
         """Refuse, before anything is loaded, names that this artifact cannot be measured against.
@@ -238,40 +240,42 @@ class Artifact:
                 self._check_baseline()
 
     def _opponents(
-        self, against: str | Path | Artifact, feeds: Feeds, threads: int
-    ) -> dict[str, Any]:
+        self, against: str | Path | Artifact, feeds: Feeds, folder: Path
+    ) -> dict[str, Path]:
         if isinstance(against, Artifact):
-            return {str(against.path): against.session(threads)}
+            return {str(against.path): against._timed(feeds)}
         if isinstance(against, Path):
-            return {str(against): open_artifact(against).session(threads)}
-        return {name: self._opponent(name, feeds, threads) for name in _names(against)}
+            return {str(against): open_artifact(against)._timed(feeds)}
+        return {name: self._opponent(name, feeds, folder) for name in _names(against)}
 
-    def _opponent(self, name: str, feeds: Feeds, threads: int) -> Any:
+    def _opponent(self, name: str, feeds: Feeds, folder: Path) -> Path:
         if name == DENSE:
-            return self.baseline_session(threads)
+            return self.baseline_path
         notes = self.manifest.get("quantization", {})
         own = notes.get(self.model_path.name, {}).get("scheme", "")
         scheme = _scheme(name, own)
         if scheme:
-            return self._low_bit_session(scheme, own, feeds, threads)
-        return open_artifact(Path(name).expanduser()).session(threads)
+            return self._low_bit(scheme, own, feeds, folder)
+        return open_artifact(Path(name).expanduser())._timed(feeds)
 
-    def _low_bit_session(self, scheme: str, own: str, feeds: Feeds, threads: int) -> Any:
+    def _timed(self, feeds: Feeds) -> Path:
+        """The file that is timed on another's feeds, whose sizes this artifact must take too."""
+        self.check_sizes({name: feed for name, feed in feeds.items() if not is_past(name)})
+        return self.model_path
+
+    def _low_bit(self, scheme: str, own: str, feeds: Feeds, folder: Path) -> Path:
         """The dense twin quantized: as it was written, or made now where it was not."""
         file = low_bit_baseline(scheme)
         if scheme == own and (written := self.baseline_path.with_name(file)).is_file():
-            return open_session(written, threads)
-        self.baseline_session(threads)
+            return written
         mark = Mark(scheme)
         if mark.needs_calibration:
             raise GraphPruneError(
                 f"the dense twin quantized by {scheme!r} needs calibration batches, which an "
                 f"artifact does not hold; compile with quantize {scheme!r} to have it written"
             )
-        with tempfile.TemporaryDirectory(prefix="graphprune-") as folder:
-            path = Path(folder) / file
-            quantize(self.baseline_path, path, mark, [feeds])
-            return open_session(path, threads)
+        quantize(self.baseline_path, folder / file, mark, [feeds])
+        return folder / file
 
     def evaluate(
         self, task: str, *, data: str | Path | None = None, dense: bool = False, **options: Any
@@ -293,11 +297,11 @@ class Artifact:
         return evaluate_artifact(self, task, data=path, dense=dense, **options)
 
     def footprint(self, batch: Any, *, dense: bool = False, threads: int = 1) -> Footprint:
-        """Load time and peak memory of the model, or of its dense twin, in a process of its own."""
-        feeds = self.feeds(batch)
+        """Load time and memory of the model, or of its baseline, in a process of its own."""
         if dense:
-            feeds = filled(shapes_of(self.baseline_session(threads)), feeds)
-        return footprint(self.baseline_path if dense else self.model_path, feeds, threads)
+            self._check_baseline()
+        path = self.baseline_path if dense else self.model_path
+        return footprint(path, self.feeds(batch), threads)
 
     def __repr__(self) -> str:
         return f"Artifact({str(self.path)!r})"

@@ -39,10 +39,11 @@ from graphprune.exporters.onnx.files import (
     save_onnx,
     weights_of,
 )
+from graphprune.exporters.onnx.grouped import check_cache
 from graphprune.exporters.onnx.names import input_names, limits_by_input
 from graphprune.exporters.quantize.quantize import quantize
 from graphprune.exporters.runtime.kv_cache import filled, shapes_of
-from graphprune.exporters.runtime.parity import check_parity
+from graphprune.exporters.runtime.parity import check_parity, grouped_inputs
 from graphprune.exporters.runtime.session import Feeds, feeds_of, open_session
 from graphprune.exporters.runtime.timing import compare, default_clock, interleaved
 from graphprune.ir.batches import second_inputs
@@ -59,7 +60,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 # What runs an artifact, and the quantization schemes that it has operators for.
-TARGETS: Mapping[str, tuple[str, ...]] = {"onnxruntime": tuple(SCHEMES)}
+TARGETS: Mapping[str, tuple[str, ...]] = {"onnxruntime": tuple(SCHEMES), "genai": tuple(SCHEMES)}
+GROUPED = ("genai",)  # targets whose past and present share a buffer (`onnx.grouped`)
 
 _Notes = dict[str, Any]
 
@@ -85,7 +87,9 @@ def export(
     Args:
         program: what to export.
         path: the artifact's folder.
-        target: what will run it.
+        target: what will run it: "onnxruntime", or "genai" for onnxruntime-genai with a cache that
+            past and present share. That file runs in ONNX Runtime too, but reads several tokens on
+            top of a past for one sample at a time.
         baseline: the dense program, written as baseline.onnx by the same exporter; or the
             baseline.onnx of an artifact that this program comes from, which is copied.
         report: text of report.md; by default from the program's own report or history.
@@ -112,13 +116,13 @@ def export(
     """
     check_opset(opset, cached=program.deployed != "forward")
     mark = program.quantization
-    _check_runs(target, mark)
-    check_forms(layout.name, weights)
+    check_forms(layout.name, weights, target)
+    check_runs(target, program)
     check_target(path, is_artifact)
     _check_extra(extra or {}, layout)
     notes: _Notes = {"parity": {}, "sizes": {}, "parameters": {}, "quantization": {}}
     batches = _calibration(program, calibration, mark)
-    options = _Options(opset, weights, tuple(optional), dict(metadata or {}))
+    options = _Options(opset, weights, tuple(optional), dict(metadata or {}), target in GROUPED)
     with whole_folder(path) as folder:
         (folder / layout.onnx).mkdir(exist_ok=True)
         (folder / layout.own).mkdir(exist_ok=True)
@@ -134,8 +138,8 @@ def export(
         else:
             del files["baseline"]
         if mark is not None:
-            files |= _write_quantized(program, mark, batches, folder, layout, files, notes, weights)
-        notes["measurements"] = _measurements(program, folder, files)
+            files |= _write_quantized(program, mark, batches, folder, layout, files, notes, options)
+        notes["measurements"] = _measurements(program, folder, files, options.grouped)
         (folder / layout.program).mkdir()
         # What is quantized in place is no file of the program's weights any more.
         kept = mark is None or "float" in files
@@ -164,6 +168,7 @@ class _Options:
     weights: str
     optional: tuple[str, ...]
     metadata: Mapping[str, str]
+    grouped: bool
 
 
 def measure(program: Program, *, threads: int = 1, repeats: int = 10) -> float:
@@ -181,37 +186,55 @@ def measure(program: Program, *, threads: int = 1, repeats: int = 10) -> float:
             quantize(path, path, replace(mark, keep_error=None), feeds[:1])
         session = open_session(path, threads)
         (times,) = interleaved(
-            [session], _example(program, "forward"), repeats=repeats, clock=default_clock(threads)
+            [session],
+            _examples(program, "forward")[0],
+            repeats=repeats,
+            clock=default_clock(threads),
         )
     return float(np.median(times))
 
 
 def _write_model(program: Program, path: Path, notes: _Notes, options: _Options) -> ir.Model:
-    model = to_onnx(program, program.deployed, opset=options.opset, optional=options.optional)
-    model.metadata_props.update(options.metadata)
+    model = to_onnx(
+        program,
+        program.deployed,
+        opset=options.opset,
+        optional=options.optional,
+        grouped=options.grouped,
+    )
+    given = {k: v for k, v in options.metadata.items() if k not in model.metadata_props}
+    model.metadata_props.update(given)
     save_onnx(model, path, options.weights)
-    agreements = check_parity(program, open_session(path))
+    agreements = check_parity(program, open_session(path), grouped=options.grouped)
     notes["parity"][path.name] = [a.to_json() for a in agreements]
     notes["sizes"][path.name] = file_bytes(path)
     notes["parameters"][path.name] = program.num_parameters()
     return model
 
 
-def check_forms(layout: str, weights: str) -> None:
-    """Refuse, before any work, a layout or a place of weights that does not exist.
+def check_forms(layout: str, weights: str, target: str = "onnxruntime") -> None:
+    """Refuse, before any work, a layout, a place of weights or a target that does not exist.
 
     Raises:
         ExportError: one of these.
     """
+    if target not in TARGETS:
+        raise ExportError(f"unknown target {target!r}; there is {', '.join(map(repr, TARGETS))}")
     if layout not in ("auto", *LAYOUTS):
         raise ExportError(f"layout is one of {['auto', *LAYOUTS]}, got {layout!r}")
     if weights not in WEIGHTS:
         raise ExportError(f"weights is one of {list(WEIGHTS)}, got {weights!r}")
 
 
-def _check_runs(target: str, mark: Mark | None) -> None:
-    if target not in TARGETS:
-        raise ExportError(f"unknown target {target!r}; there is {', '.join(map(repr, TARGETS))}")
+def check_runs(target: str, program: Program) -> None:
+    """Refuse, before any work, a target that cannot run a program.
+
+    Raises:
+        ExportError: it has no operators for the quantization scheme, or takes no such cache.
+    """
+    if target in GROUPED:
+        check_cache(target, program.entries[program.deployed])
+    mark = program.quantization
     if mark is not None and mark.scheme not in TARGETS[target]:
         able = [name for name, schemes in TARGETS.items() if mark.scheme in schemes]
         raise ExportError(
@@ -228,14 +251,14 @@ def _write_quantized(
     layout: Layout,
     files: Mapping[str, str],
     notes: _Notes,
-    weights: str,
+    options: _Options,
 ) -> dict[str, str]:
     """Quantize the model, in place or beside it, and the baseline into a file of its own.
 
     Returns:
         The files that are new, or take the place of others, by their part.
     """
-    feeds = _examples(program, program.deployed)
+    feeds, weights = _examples(program, program.deployed, options.grouped), options.weights
     source = folder / files["model"]
     name = quantized_name(mark.scheme) if layout is HUB else MODEL
     target = source.with_name(name)
@@ -297,25 +320,25 @@ def _deployed_feeds(program: Program, flat: Sequence[Tensor]) -> Feeds:
     return feeds_of(tuple(given[name] for name in entry.input_names), input_names(entry))
 
 
-def _examples(program: Program, name: str) -> list[Feeds]:
+def _examples(program: Program, name: str, grouped: bool = False) -> list[Feeds]:
     """The example inputs, and another batch size and length where those may change."""
     program = program.in_float32()
     entry = program.entries[name]
     inputs = [list(entry.example), *([second_inputs(entry)] if entry.dynamic else [])]
+    if grouped:
+        inputs = [grouped_inputs(entry, flat) for flat in inputs]
     return [feeds_of(tuple(flat), input_names(entry)) for flat in inputs]
 
 
-def _example(program: Program, name: str) -> dict[str, Any]:
-    entry = program.entries[name]
-    return feeds_of(entry.example, input_names(entry))
-
-
-def _measurements(program: Program, folder: Path, files: Mapping[str, str]) -> list[Any]:
+def _measurements(
+    program: Program, folder: Path, files: Mapping[str, str], grouped: bool
+) -> list[Any]:
     """A short comparison on the example inputs: a first idea, not a benchmark."""
     if "baseline" not in files:
         return []
     sessions = [open_session(folder / files[part], 1) for part in ("model", "baseline")]
-    comparison = compare(sessions[0], sessions[1], _example(program, program.deployed), repeats=5)
+    example = _examples(program, program.deployed, grouped)[0]
+    comparison = compare(sessions[0], sessions[1], example, repeats=5)
     return [comparison.to_json()]
 
 
@@ -346,7 +369,7 @@ def _manifest(
         "versions": _versions(),
         "inputs": [_described(v) for v in model.graph.inputs],
         "outputs": [_described(v) for v in model.graph.outputs],
-        **limits_by_input(program.entries[program.deployed]),
+        **limits_by_input(program.entries[program.deployed], cache=target not in GROUPED),
         "history": list(program.history),
         "kept": kept_indices(program.history),
         **notes,

@@ -16,6 +16,8 @@ from graphprune.errors import ExportError, first_line
 from graphprune.exporters.onnx import opset20
 from graphprune.exporters.onnx.attention import lower_attention
 from graphprune.exporters.onnx.cleanup import clean_up
+from graphprune.exporters.onnx.grouped import to_grouped
+from graphprune.exporters.onnx.last_logits import keep_last_logits
 from graphprune.exporters.onnx.names import (
     input_names,
     is_tensor_output,
@@ -41,6 +43,7 @@ def to_onnx(
     *,
     opset: int | None = OPSET,
     optional: Collection[str] = (),
+    grouped: bool = False,
 ) -> ir.Model:
     """The entry as an ONNX model in float32, with the model's own input and output names.
 
@@ -50,6 +53,9 @@ def to_onnx(
         opset: 23; 20, which older runtimes read too, for graphs that need no more (`opset20`); or
             None: 20 for those, 23 for others.
         optional: inputs that need not be fed; they are zero then.
+        grouped: a decode graph whose past and present may share a buffer (`grouped`).
+
+    A decode graph gives all logits, or those of the last positions (`last_logits`).
 
     ONNX cannot say that sizes have bounds: they are JSON in the file's metadata, graphprune.bounds,
     graphprune.relations and graphprune.fixed.
@@ -82,7 +88,7 @@ def to_onnx(
         _name_sizes(model, spec)
         clean_up(model)
         _name_interface(model, input_names(spec), output_names(spec))
-    for key, limits in limits_by_input(spec).items():
+    for key, limits in limits_by_input(spec, cache=not grouped).items():
         if limits:
             model.metadata_props[f"graphprune.{key}"] = json.dumps(limits)
     if opset != OPSET:
@@ -91,6 +97,10 @@ def to_onnx(
             raise ExportError(f"the model cannot be written in opset {opset}: {reason}; omit opset")
         if not reason:
             opset20.to_opset20(model)
+    if grouped:
+        to_grouped(model)
+    if spec.cache:
+        keep_last_logits(model)
     make_optional(model, optional)
     name_nodes(model)
     return model

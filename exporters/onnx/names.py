@@ -45,12 +45,21 @@ def input_names(entry: Entry) -> list[str]:
     return [names.get(name, name) for name in entry.input_names]
 
 
-def limits_by_input(entry: Entry) -> dict[str, Any]:
-    """The limits of an entry's sizes as JSON, by the names of the ONNX file's inputs."""
+def limits_by_input(entry: Entry, *, cache: bool = True) -> dict[str, Any]:
+    """The limits of an entry's sizes as JSON, by the names of the ONNX file's inputs.
+
+    Args:
+        entry: whose sizes.
+        cache: whether relations to the sizes of a cache are among them.
+    """
     names = dict(zip(entry.input_names, input_names(entry), strict=True))
     return limits_to_json(
         entry.bounds,
-        [relation.renamed(names) for relation in entry.relations],
+        [
+            relation.renamed(names)
+            for relation in entry.relations
+            if cache or not any(name in entry.cache for name, _ in relation.sizes.values())
+        ],
         {names[name]: dims for name, dims in entry.fixed.items()},
     )
 

@@ -32,11 +32,11 @@ def obstacle(model: ir.Model) -> str:
     """Why a model cannot be written in opset 20; empty where it can."""
     top = set(model.graph)
     for node in _nodes(model.graph):
-        if node in top and _is(node, "Attention"):
+        if node in top and is_op(node, "Attention"):
             if reason := _attention_obstacle(node):
                 return reason
         elif node.domain == "" and not (
-            (node in top and _is(node, "RMSNormalization")) or _exists(node)
+            (node in top and is_op(node, "RMSNormalization")) or _exists(node)
         ):
             return f"{node.op_type} at {node.name!r} is not in opset {OPSET}"
     return ""
@@ -46,9 +46,9 @@ def to_opset20(model: ir.Model) -> None:
     """Rewrite in place a model that has no `obstacle`."""
     biases: dict[tuple[str, ...], ir.Value] = {}
     for node in list(model.graph):
-        if _is(node, "Attention"):
+        if is_op(node, "Attention"):
             _replace(model.graph, node, _attention(node, biases))
-        elif _is(node, "RMSNormalization"):
+        elif is_op(node, "RMSNormalization"):
             _replace(model.graph, node, _rms_norm(node))
     model.opset_imports[""] = OPSET
     if any(node.domain == CONTRIB for node in model.graph):
@@ -63,7 +63,7 @@ def _nodes(graph: ir.Graph) -> Iterator[ir.Node]:
     return iter(ir.traversal.RecursiveGraphIterator(graph))
 
 
-def _is(node: ir.Node, kind: str) -> bool:
+def is_op(node: ir.Node, kind: str) -> bool:
     return node.op_type == kind and node.domain == ""
 
 
@@ -84,13 +84,13 @@ def _attention_obstacle(node: ir.Node) -> str:
         return f"the attention at {node.name!r} has a key/value cache"
     if node.attributes.get_int("is_causal", 0) and len(inputs) > 3:
         return f"the attention at {node.name!r} has a mask and is causal too"
-    query, key = (_heads(node, which) for which in (0, 1))
+    query, key = (head_count(node, which) for which in (0, 1))
     if query != key:
         return f"the attention at {node.name!r} has {query} query heads and {key} key heads"
     return ""
 
 
-def _heads(node: ir.Node, which: int) -> int:
+def head_count(node: ir.Node, which: int) -> int:
     """How many heads the query (0) or the key (1) of an Attention has."""
     count = node.attributes.get_int(f"{'kv' if which else 'q'}_num_heads", None)
     if count is None:
@@ -119,7 +119,7 @@ def _rms_norm(node: ir.Node) -> list[ir.Node]:
     assert x.shape is not None
     first = node.attributes.get_int("axis", -1) % len(x.shape)
     two, least, axes = (
-        _constant(np.array(value, dtype=kind))
+        constant(np.array(value, dtype=kind))
         for value, kind in (
             (2, np.float32),
             (node.attributes.get_float("epsilon", 1e-5), np.float32),
@@ -148,9 +148,9 @@ def _attention(node: ir.Node, biases: dict[tuple[str, ...], ir.Value]) -> list[i
             new += _causal(query, key, length_at=2 if apart else 1)
             biases[sizes] = new[-1].outputs[0]
         bias = biases[sizes]
-    heads = _heads(node, 0)
+    heads = head_count(node, 0)
     if apart:
-        together = [_together(operand) for operand in (query, key, value)]
+        together = [heads_together(operand) for operand in (query, key, value)]
         new += [step for steps in together for step in steps]
         query, key, value = (steps[-1].outputs[0] for steps in together)
     scale = node.attributes.get_float("scale", None)
@@ -164,30 +164,30 @@ def _attention(node: ir.Node, biases: dict[tuple[str, ...], ir.Value]) -> list[i
         )
     )
     if apart:
-        new += _apart(new[-1].outputs[0], heads)
+        new += heads_apart(new[-1].outputs[0], heads)
     return new
 
 
-def _constant(array: np.ndarray[Any, Any]) -> ir.Node:
+def constant(array: np.ndarray[Any, Any]) -> ir.Node:
     import onnx_ir as ir
 
     return ir.node("Constant", [], {"value": ir.tensor(array)})
 
 
-def _together(value: ir.Value) -> list[ir.Node]:
+def heads_together(value: ir.Value) -> list[ir.Node]:
     """[batch, heads, length, width] -> [batch, length, heads x width]."""
     import onnx_ir as ir
 
     moved = ir.node("Transpose", [value], {"perm": [0, 2, 1, 3]})
-    shape = _constant(np.array([0, 0, -1], dtype=np.int64))
+    shape = constant(np.array([0, 0, -1], dtype=np.int64))
     return [moved, shape, ir.node("Reshape", [moved.outputs[0], shape.outputs[0]])]
 
 
-def _apart(value: ir.Value, heads: int) -> list[ir.Node]:
+def heads_apart(value: ir.Value, heads: int) -> list[ir.Node]:
     """[batch, length, heads x width] -> [batch, heads, length, width]."""
     import onnx_ir as ir
 
-    shape = _constant(np.array([0, 0, heads, -1], dtype=np.int64))
+    shape = constant(np.array([0, 0, heads, -1], dtype=np.int64))
     split = ir.node("Reshape", [value, shape.outputs[0]])
     return [shape, split, ir.node("Transpose", [split.outputs[0]], {"perm": [0, 2, 1, 3]})]
 
@@ -198,10 +198,10 @@ def _causal(query: ir.Value, key: ir.Value, length_at: int) -> list[ir.Node]:
 
     at = {"start": length_at, "end": length_at + 1}
     sizes = [ir.node("Shape", [x], at) for x in (query, key)]
-    ones = _constant(np.array([1, 1], dtype=np.int64))
+    ones = constant(np.array([1, 1], dtype=np.int64))
     shape = ir.node("Concat", [n.outputs[0] for n in (ones, *sizes)], {"axis": 0})
     lowest = ir.tensor(np.array([LOWEST], dtype=np.float32))
     filled = ir.node("ConstantOfShape", [shape.outputs[0]], {"value": lowest})
-    above = _constant(np.array(1, dtype=np.int64))
+    above = constant(np.array(1, dtype=np.int64))
     cut = ir.node("Trilu", [filled.outputs[0], above.outputs[0]], {"upper": 1})
     return [*sizes, ones, shape, filled, above, cut]

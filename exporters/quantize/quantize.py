@@ -102,7 +102,9 @@ class _Work:
         self.folder, self.mark, self.feeds = folder, mark, feeds
         self.model = onnx.load(source)
         inputs = [i.name for i in self.model.graph.input]
-        self.calibration = [{name: feed[name] for name in inputs} for feed in calibration]
+        self.calibration = [
+            {name: feed[name] for name in inputs if name in feed} for feed in calibration
+        ]
         self.large = file_bytes(source) > _LARGE
         self.layers = find_layers(self.model)
         self.outputs = [output.name for output in self.model.graph.output]

@@ -9,12 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from graphprune.errors import GraphPruneError, first_line
-from graphprune.exporters.runtime.kv_cache import shapes_of
-from graphprune.ir.decoding import IDS, MASK, PAST, PRESENT, is_past, zero_pasts
+from graphprune.exporters.runtime.kv_cache import optional_inputs, shapes_of
+from graphprune.ir.decoding import IDS, KEEP, LOGITS, MASK, PAST, PRESENT, is_past, zero_pasts
 
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
-_LOGITS = "logits"
 
 
 @final
@@ -38,14 +37,16 @@ class Decoder:
                 "the model has no key/value cache to generate with: compile it with cache=True, on "
                 "the command line with --cache"
             )
-        if _LOGITS not in outputs or not isinstance(outputs[_LOGITS][-1], int):
+        if LOGITS not in outputs or not isinstance(outputs[LOGITS][-1], int):
             raise GraphPruneError(
                 f"the model gives {next(iter(outputs))!r}, not logits over a vocabulary: only a "
                 "language model generates text"
             )
-        self.vocabulary = int(outputs[_LOGITS][-1])
+        self.vocabulary = int(outputs[LOGITS][-1])
         self._session = session
-        self._outputs = [_LOGITS, *(name.replace(PAST, PRESENT, 1) for name in self._pasts)]
+        optional = {i.name for i in optional_inputs(session)}
+        self._last = {KEEP: _value(np.array(1, np.int64))} if KEEP in optional else {}
+        self._outputs = [LOGITS, *(name.replace(PAST, PRESENT, 1) for name in self._pasts)]
         self.mask: Ids = np.zeros((0, 0), np.int64)
         self._cache: dict[str, Any] = {}
 
@@ -73,6 +74,7 @@ class Decoder:
             )
         seen = np.concatenate([self.mask, mask.astype(np.int64)], 1)
         feeds = {IDS: _value(ids.astype(np.int64)), MASK: _value(seen), **self._cache}
+        feeds.update(self._last)
         try:
             logits, *present = self._session.run_with_ort_values(self._outputs, feeds)
         except Exception as e:

@@ -16,13 +16,14 @@ from graphprune.exporters.onnx.names import input_names, is_tensor_output, outpu
 from graphprune.exporters.runtime.kv_cache import optional_inputs
 from graphprune.exporters.runtime.session import feeds_of, inputs_of
 from graphprune.ir.batches import batches
-from graphprune.ir.decoding import IDS, MASK, empty_cache
+from graphprune.ir.decoding import IDS, MASK, empty_cache, is_past
 from graphprune.ir.program import Entry, Program
 from graphprune.verify.error import relative_error, row_errors
 
 log = logging.getLogger(__name__)
 
 TOLERANCE = 1e-4  # of a row's scale (verify.error.row_errors)
+_ROOM = 3  # positions behind the new tokens in a cache that past and present share
 _ROUNDING = 30  # times torch's own rounding: what another order of the same sums may make of it
 
 
@@ -46,7 +47,9 @@ class Agreement:
         return asdict(self)
 
 
-def check_parity(program: Program, session: Any, tolerance: float = TOLERANCE) -> list[Agreement]:
+def check_parity(
+    program: Program, session: Any, tolerance: float = TOLERANCE, *, grouped: bool = False
+) -> list[Agreement]:
     """Run the Program and ORT on every batch of `ir.batches.batches`.
 
     A decoder with a cache also reads a prompt without any past, and a single token after one. What
@@ -57,6 +60,8 @@ def check_parity(program: Program, session: Any, tolerance: float = TOLERANCE) -
         session: an ORT session over the exported file.
         tolerance: largest difference allowed in a row, relative to the row's scale. A row in which
             float32 rounds by more, as torch in float64 shows, may differ by a few times that.
+        grouped: the file has GroupQueryAttention: several tokens on top of a past are read for one
+            sample alone, and every step also with caches that have room for the present.
 
     Raises:
         ExportError: an output differs by more, or has another shape; it is named.
@@ -66,7 +71,12 @@ def check_parity(program: Program, session: Any, tolerance: float = TOLERANCE) -
     examples, *drawn = batches(entry)
     # Drawn values may be none that the model takes; examples, and steps made of them, are.
     taken = [examples, *(b for b in drawn if _runs(program, b)), *_steps(entry)]
+    if grouped:
+        taken = [grouped_inputs(entry, inputs) for inputs in taken]
     found = [a for inputs in taken for a in _compare(program, session, inputs, tolerance)]
+    if grouped:
+        for inputs in taken:
+            found += _compare(program, session, inputs, tolerance, shared=True)
     optional = {i.name for i in optional_inputs(session)}
     names = input_names(entry)
     if given := optional.intersection(names):
@@ -76,6 +86,13 @@ def check_parity(program: Program, session: Any, tolerance: float = TOLERANCE) -
         ]
         found += _compare(program, session, zeros, tolerance, left_out=given)
     return found
+
+
+def grouped_inputs(entry: Entry, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Inputs of a step that GroupQueryAttention takes: the first sample's, where it must be one."""
+    given = dict(zip(entry.input_names, inputs, strict=True))
+    tokens, positions = (given[name].shape[1] for name in (IDS, MASK))
+    return list(inputs) if tokens in (1, positions) else [t[:1] for t in inputs]
 
 
 def _runs(program: Program, inputs: Sequence[Tensor]) -> bool:
@@ -113,24 +130,30 @@ def _compare(
     inputs: Sequence[Tensor],
     tolerance: float,
     left_out: Collection[str] = (),
+    shared: bool = False,
 ) -> list[Agreement]:
     entry = program.entries[program.deployed]
     shapes = [tuple(t.shape) for t in inputs]
     feeds = feeds_of(tuple(inputs), input_names(entry))
+    if shared:
+        longer = ((0, 0), (0, 0), (0, feeds[IDS].shape[1] + _ROOM), (0, 0))
+        feeds = {n: np.pad(a, longer) if is_past(n) else a for n, a in feeds.items()}
+    wanted = [n for n in inputs_of(session) if n in feeds and n not in left_out]
     try:
-        actual = session.run(
-            None, {name: feeds[name] for name in inputs_of(session) if name not in left_out}
-        )
+        actual = session.run(None, {name: feeds[name] for name in wanted})
     except Exception as e:
         raise ExportError(f"ONNX Runtime fails on inputs of shapes {shapes}: {e}") from e
     flags = is_tensor_output(entry)
     kept = [i for i, keep in enumerate(flags) if keep]
+    cached = set(entry.cache.values())
     results = program.run(inputs, program.deployed)
     exact: list[Any] = []
     result = []
     for number, name, b in zip(kept, output_names(entry), actual, strict=True):
         a = results[number]
         found = torch.from_numpy(np.asarray(b))
+        if shared and number in cached:
+            found = found[:, :, : a.shape[2]]
         error = relative_error(a, found)
         if not error <= tolerance:
             exact = exact or _in_float64(program, inputs)

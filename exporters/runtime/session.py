@@ -15,14 +15,23 @@ from torch import Tensor
 from graphprune.errors import ArtifactError, GraphPruneError
 from graphprune.exporters.runtime.kv_cache import Feeds as Feeds
 from graphprune.exporters.runtime.kv_cache import optional_inputs
+from graphprune.exporters.runtime.probe import new_session
 
 # ORT's fused SkipLayerNormalization is a scalar loop: 0.22 ms where Add + LayerNormalization take
 # 0.05 (ORT 1.31, 128 x 384, one thread).
-DISABLED = ("SkipLayerNormFusion",)
+UNFUSED = {"optimization.disable_specified_optimizers": "SkipLayerNormFusion"}
+
+# Configuration entries of sessions that are timed, by the name of the set; docs/deploy.md says what
+# they do. The flag for denormals counts from a process's first session on and is torch's and
+# numpy's too, so that only a process of our own sets it.
+TUNED = {**UNFUSED, "session.set_denormal_as_zero": "1"}
+DEFAULT: Mapping[str, str] = {}
 
 
 def open_session(path: Path, threads: int | None = None, *, profile: bool = False) -> Any:
     """An onnxruntime.InferenceSession on the CPU with pinned thread counts.
+
+    It has the options `TUNED`, without the flag for denormals.
 
     Args:
         path: the ONNX file.
@@ -32,26 +41,9 @@ def open_session(path: Path, threads: int | None = None, *, profile: bool = Fals
     Raises:
         ArtifactError: ORT refuses the file.
     """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    options.enable_profiling = profile
-    if threads is not None and not 1 <= threads <= 4 * (os.cpu_count() or 1):
-        raise GraphPruneError(
-            f"threads must be between 1 and {4 * (os.cpu_count() or 1)} on this machine, got "
-            f"{threads}"
-        )
-    if threads is not None:
-        options.intra_op_num_threads = threads
+    check_threads(threads)
     try:
-        return onnxruntime.InferenceSession(
-            str(path),
-            options,
-            providers=["CPUExecutionProvider"],
-            disabled_optimizers=list(DISABLED),
-        )
+        return new_session(str(path), threads, UNFUSED, profile=profile)
     except Exception as e:
         raise ArtifactError(f"ONNX Runtime cannot load {str(path)!r}: {e}") from e
 
@@ -59,6 +51,19 @@ def open_session(path: Path, threads: int | None = None, *, profile: bool = Fals
 def inputs_of(session: Any) -> list[str]:
     """The inputs of a session, those too that need not be fed."""
     return [value.name for value in [*session.get_inputs(), *optional_inputs(session)]]
+
+
+def check_threads(threads: int | None) -> None:
+    """Refuse thread counts that this machine does not have.
+
+    Raises:
+        GraphPruneError: below one, or far more than there are cores.
+    """
+    most = 4 * (os.cpu_count() or 1)
+    if threads is not None and not 1 <= threads <= most:
+        raise GraphPruneError(
+            f"threads must be between 1 and {most} on this machine, got {threads}"
+        )
 
 
 def feeds_of(batch: Any, names: Sequence[str]) -> Feeds:

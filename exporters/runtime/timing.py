@@ -1,24 +1,24 @@
-"""How long sessions take: interleaved runs, by the wall clock or by one thread's CPU time."""
+"""How long models take: interleaved runs, by the wall clock or by one thread's CPU time."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from statistics import median
 from typing import Any, Literal, final
 
 import numpy as np
 
+from graphprune.errors import GraphPruneError
+from graphprune.exporters.runtime.child import child
 from graphprune.exporters.runtime.kv_cache import Feeds, filled, shapes_of
+from graphprune.exporters.runtime.probe import CLOCKS as _CLOCKS
+from graphprune.exporters.runtime.probe import one_round, warm_up
+from graphprune.exporters.runtime.session import DEFAULT, TUNED
 
 Clock = Literal["wall", "cpu"]
-
-_CLOCKS: dict[str, Callable[[], int]] = {
-    "wall": time.perf_counter_ns,
-    # Of the calling thread: with one thread ORT computes in it, so other programs do not count.
-    "cpu": time.thread_time_ns,
-}
 
 
 @final
@@ -46,6 +46,8 @@ class Comparison:
         clock: "wall", or "cpu" for the CPU time of one thread.
         shapes: of the inputs.
         others: further opponents of the same rounds, by name.
+        default: the same models in the same rounds, opened with ONNX Runtime's default options;
+            None where one set of options was timed.
     """
 
     model: Timing
@@ -59,6 +61,7 @@ class Comparison:
     clock: str
     shapes: Mapping[str, tuple[int, ...]]
     others: Mapping[str, Comparison] = field(default_factory=dict)
+    default: Comparison | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -110,17 +113,71 @@ def compare_all(
     """Like `compare`, with several opponents in the same rounds: the first, the rest as others."""
     clock = clock or default_clock(threads)
     sessions = [model, *against.values()]
-    first, *rest = interleaved(sessions, feeds, repeats=repeats, runs=runs, clock=clock)
+    times = interleaved(sessions, feeds, repeats=repeats, runs=runs, clock=clock)
+    return _comparison(times, against, feeds, runs, threads, clock)
+
+
+def compare_files(
+    model: Path,
+    against: Mapping[str, Path],
+    feeds: Feeds,
+    *,
+    threads: int = 1,
+    repeats: int = 20,
+    runs: int = 3,
+    clock: Clock | None = None,
+) -> Comparison:
+    """Like `compare_all`, for ONNX files, in two processes of their own that take turns as well.
+
+    In one, sessions have the options that docs/deploy.md names; in the other ONNX Runtime's own,
+    which is what the result's `default` compares.
+
+    Raises:
+        GraphPruneError: a file does not load or run, or takes inputs that the model does not.
+    """
+    clock = clock or default_clock(threads)
+    with ExitStack() as stack:
+        processes = [
+            stack.enter_context(child([model, *against.values()], threads, config))
+            for config in (TUNED, DEFAULT)
+        ]
+        for name, shapes in zip(against, processes[0].inputs[1:], strict=True):
+            strange = sorted(shapes.keys() - feeds.keys())
+            if strange:
+                raise GraphPruneError(
+                    f"{name!r} takes inputs {strange} that {str(model)!r} does not: only forms of "
+                    "one model can be measured against each other"
+                )
+        for process in processes:
+            process.warm_up(feeds)
+        rounds = [[p.round(runs, clock) for p in processes] for _ in range(max(1, repeats))]
+    tuned, default = (
+        _comparison(zip(*times, strict=True), against, feeds, runs, threads, clock)
+        for times in zip(*rounds, strict=True)
+    )
+    return replace(tuned, default=default)
+
+
+def _comparison(
+    times: Iterable[Sequence[float]],
+    against: Iterable[str],
+    feeds: Feeds,
+    runs: int,
+    threads: int,
+    clock: str,
+) -> Comparison:
+    """The first model's times, a round each, beside those of its opponents."""
+    first, *rest = times
     found: dict[str, Comparison] = {}
-    for name, times in zip(against, rest, strict=True):
-        ratios = [b / a for a, b in zip(first, times, strict=True)]
+    for name, theirs in zip(against, rest, strict=True):
+        ratios = [b / a for a, b in zip(first, theirs, strict=True)]
         found[name] = Comparison(
             model=_timing(first),
-            against=_timing(times),
+            against=_timing(theirs),
             ratio=median(ratios),
             ratio_low=_quantile(ratios, 0.25),
             ratio_high=_quantile(ratios, 0.75),
-            rounds=repeats,
+            rounds=len(first),
             runs=runs,
             threads=threads,
             clock=clock,
@@ -144,23 +201,11 @@ def interleaved(
     clock: Clock = "wall",
 ) -> list[list[float]]:
     """For each session, each round's fastest run in milliseconds."""
-    now = _CLOCKS[clock]
-    result: list[list[float]] = [[] for _ in sessions]
     own = [filled(shapes_of(session), feeds) for session in sessions]
     for session, fed in zip(sessions, own, strict=True):
-        for _ in range(2):
-            session.run(None, fed)
-    for _ in range(max(1, repeats)):
-        for times, session, fed in zip(result, sessions, own, strict=True):
-            fastest = min(_once(session, fed, now) for _ in range(max(1, runs)))
-            times.append(fastest / 1e6)
-    return result
-
-
-def _once(session: Any, feeds: Feeds, now: Callable[[], int]) -> int:
-    start = now()
-    session.run(None, feeds)
-    return now() - start
+        warm_up(session, fed)
+    rounds = [one_round(sessions, own, runs, _CLOCKS[clock]) for _ in range(max(1, repeats))]
+    return [list(times) for times in zip(*rounds, strict=True)]
 
 
 def _timing(times: Sequence[float]) -> Timing:

@@ -5,7 +5,9 @@
     -> logits [batch, sequence, vocabulary], present.{i}.key and .value, past + sequence long
 
 A past of length zero reads a prompt. Every layer keeps all positions, also under a sliding window:
-the mask hides what a window no longer sees.
+the mask hides what a window no longer sees. Positions follow from the mask, so that padding on
+either side does not shift a text. They are no input: what is declared has to be fed by every
+runtime, and those that feed position_ids count them off the same mask.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from graphprune.cli import app
 from graphprune.cli.catalog import models_command, passes_command, recipes_command
+from graphprune.cli.check import check_command
 from graphprune.cli.compile import compile_command
 from graphprune.cli.demo import demo_command
 from graphprune.cli.evaluate import eval_command
@@ -23,6 +24,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generate_command,
     "eval": eval_command,
     "sensitivity": sensitivity_command,
+    "check": check_command,
     "passes": passes_command,
     "recipes": recipes_command,
     "models": models_command,

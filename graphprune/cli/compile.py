@@ -59,6 +59,7 @@ class Options:
     opset: int | None = None
     layout: str = "auto"
     weights: str = "auto"
+    target: str = "onnxruntime"
 
 
 def _ratio(text: str) -> float:
@@ -168,6 +169,10 @@ def compile_command(
     weights: Annotated[
         str, typer.Option(help="beside the graph, inside it, or auto: beside above 20 MB.")
     ] = "auto",
+    target: Annotated[
+        str,
+        typer.Option(help="What will run it: onnxruntime, or genai for a decoder with --cache."),
+    ] = "onnxruntime",
     batch: Batch = "",
     threads: Threads = 1,
     seed: Annotated[int, typer.Option(help="Everything random comes from it.")] = 0,
@@ -205,7 +210,7 @@ def compile_command(
         "quantize": _flag(scheme=quantize or None),
     }
     check_opset(opset, cached=cache)
-    check_forms(layout, weights)
+    check_forms(layout, weights, target)
     steps = steps_of(recipe, flags, none=cache, lr=training.own_rate)
     labeled = labeled_data(training, steps)
     check_calibration(steps, calibration, trains=labeled is not None and labeled.trains)
@@ -225,6 +230,7 @@ def compile_command(
         opset=opset,
         layout=layout,
         weights=weights,
+        target=target,
     )
     present(run(model, steps, out, options, allow_pickle), as_json)
 
@@ -304,6 +310,7 @@ def compiled_and_measured(
     from graphprune.cli.calibration import calibration
     from graphprune.cli.summary import Summary
     from graphprune.cli.training import calibration_from, trained_first, training_of, with_task_head
+    from graphprune.exporters.artifact.export import check_runs
     from graphprune.exporters.artifact.results import add_results
     from graphprune.models.data.calibration import count_tokens
     from graphprune.models.tasks.base import longest
@@ -316,6 +323,7 @@ def compiled_and_measured(
         start = subject.captured(options.cache, options.dynamic)
         # What the model refuses is refused before the work.
         check_steps(passes, start.program)
+        check_runs(options.target, start.program)
         inputs = timed_inputs(start.program, options.sizes) if options.measure else {}
     training = first = None
     if labeled is not None and labeled.trains:
@@ -343,6 +351,7 @@ def compiled_and_measured(
     with step("export"):
         artifact = compiled.export(
             path,
+            target=options.target,
             baseline=options.baseline,
             opset=options.opset,
             layout=options.layout,

@@ -86,7 +86,7 @@ class Summary:
             ),
         ]
         if self.timing is not None:
-            rows.append(timing_row(self.timing))
+            rows += _timing_rows(self.timing)
         return rows + _quality_rows(self.quality)
 
 
@@ -111,14 +111,14 @@ def present(summary: Summary, as_json: bool) -> None:
     )
 
 
-def timing_row(timing: Mapping[str, JSON]) -> tuple[str, str, str, str]:
-    """A benchmark as (what, dense, pruned, change)."""
-    return (
-        f"ms, batch {timing['batch']}, {_plural(timing['threads'], 'thread')}",
-        f"{timing['dense_ms']:.2f}",
-        f"{timing['pruned_ms']:.2f}",
-        f"{timing['speedup']:.2f}x faster",
-    )
+def _timing_rows(timing: Mapping[str, JSON]) -> list[tuple[str, str, str, str]]:
+    what = f"ms, batch {timing['batch']}, {_plural(timing['threads'], 'thread')}"
+    rows = ((what, timing), (f"{what}, default session options", timing.get("default")))
+    return [
+        (what, f"{r['dense_ms']:.2f}", f"{r['pruned_ms']:.2f}", f"{r['speedup']:.2f}x faster")
+        for what, r in rows
+        if r is not None
+    ]
 
 
 def _quality_rows(quality: Mapping[str, JSON]) -> list[tuple[str, str, str, str]]:

@@ -116,13 +116,24 @@ def comparison_table(rows: Sequence[tuple[str, str, str, str]]) -> Table:
 
 
 def timing_table(timing: Mapping[str, JSON]) -> Table:
-    """A benchmark: milliseconds of each model, and their ratio, each with its quartiles."""
-    against = str(timing.get("against", "dense"))
+    """A benchmark: milliseconds of each model, and their ratio, each with its quartiles.
+
+    Below, where measured, the same with ONNX Runtime's default session options.
+    """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     clock = "CPU" if timing["clock"] == "cpu" else "wall"
     table.add_column(f"batch {timing['batch']}, {timing['threads']} thread(s), {clock} time")
     for title in ("median", "quartiles"):
         table.add_column(title, justify="right")
+    _add_times(table, timing, "")
+    if "default" in timing:
+        table.add_section()
+        _add_times(table, timing["default"], ", default session options")
+    return table
+
+
+def _add_times(table: Table, timing: Mapping[str, JSON], options: str) -> None:
+    against = str(timing.get("against", "dense"))
     others = timing.get("others") or {}
     rows = [
         (timing, "dense_ms", against),
@@ -135,7 +146,21 @@ def timing_table(timing: Mapping[str, JSON]) -> Table:
             stem = key.removesuffix("_ms")
             low, high = (row[key.replace(stem, f"{stem}_{q}")] for q in ("low", "high"))
             unit = "x" if key == "speedup" else " ms"
-            table.add_row(title, f"{_short(row[key])}{unit}", f"{_short(low)} to {_short(high)}")
+            table.add_row(
+                title + options, f"{_short(row[key])}{unit}", f"{_short(low)} to {_short(high)}"
+            )
+
+
+def memory_table(memory: Mapping[str, Mapping[str, JSON]]) -> Table:
+    """Load time and memory of each model, in a process of its own; no figure where unknown."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("in a process of its own")
+    for title in ("load", "peak memory", "private memory"):
+        table.add_column(title, justify="right")
+    for name, found in memory.items():
+        sizes = (found["peak_bytes"], found["private_bytes"])
+        texts = ("" if size is None else f"{_short(size / 1e6)} MB" for size in sizes)
+        table.add_row(name, f"{_short(found['load_ms'])} ms", *texts)
     return table
 
 

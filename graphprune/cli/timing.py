@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from graphprune.ir.program import Program
     from graphprune.pipeline.events import JSON
 
+# Of a model that is not compared: its two sessions are the same, so one row says it all.
+_ALONE = ("batch", "threads", "clock", "rounds", "dense_ms", "dense_low_ms", "dense_high_ms")
+
 
 def bench_command(
     model: ArtifactOrModel,
@@ -41,9 +45,10 @@ def bench_command(
 ) -> None:
     """Measure on ONNX Runtime: interleaved repeats, pinned threads, median and spread.
 
-    Times are CPU time of one thread; with --threads above 1, of the wall clock.
+    Times are CPU time of one thread; with --threads above 1, of the wall clock. They are taken with
+    the session options of docs/deploy.md, and again with ONNX Runtime's default ones.
     """
-    from graphprune.cli.tables import timing_table
+    from graphprune.cli.tables import memory_table, timing_table
 
     sizes = parse_batch(batch)
     check_opponents(model, against)
@@ -52,11 +57,13 @@ def bench_command(
     if as_json:
         print_json({"model": model, **timing})
     else:
-        stdout_console().print(timing_table(timing))
+        console = stdout_console()
+        console.print(timing_table(timing))
+        console.print(memory_table(timing["memory"]))
 
 
 def bench(subject: Subject, sizes: tuple[int, ...], threads: int, against: str) -> dict[str, JSON]:
-    """Time an artifact against its dense twin or another one; or a model as it is.
+    """Time an artifact against its baseline or another one, or a model as it is; with its memory.
 
     Raises:
         GraphPruneError: there is nothing to measure against, or the sizes do not fit.
@@ -66,34 +73,42 @@ def bench(subject: Subject, sizes: tuple[int, ...], threads: int, against: str) 
     inputs = timed_inputs(compiled.program, sizes)
     with subject.exported(compiled, baseline=True) as artifact:
         timing = timing_of(artifact, compiled.program, inputs, threads, against)
-    if subject.compared:
-        return timing
-    # The two sessions of a model are the same, so one row says it all.
-    kept = ("batch", "threads", "clock", "rounds", "dense_ms", "dense_low_ms", "dense_high_ms")
-    return {key: timing[key] for key in kept}
+        forms = (["dense"] if artifact.has_baseline else []) + ["pruned"] * subject.compared
+        memory = {
+            form: asdict(artifact.footprint(inputs, dense=form == "dense", threads=threads))
+            for form in forms
+        }
+    if not subject.compared:
+        default = timing["default"]
+        timing = {key: value for key, value in timing.items() if key in _ALONE}
+        timing["default"] = {key: value for key, value in default.items() if key in _ALONE}
+    return {**timing, "memory": memory}
 
 
 def timing_of(
     artifact: Artifact, program: Program, inputs: Mapping[str, Any], threads: int, against: str
 ) -> dict[str, JSON]:
-    """A comparison as one flat row; the ratio is above one where the pruned model is faster."""
+    """A comparison as one flat row; the ratio is above one where the pruned model is faster.
+
+    Under "default" the same with ONNX Runtime's default session options.
+    """
     found = artifact.benchmark(dict(inputs), against, threads=threads)
-    row = _timing_row(program, inputs, threads, against.partition(",")[0], found)
-    others = {
-        name: _timing_row(program, inputs, threads, name, other)
-        for name, other in found.others.items()
-    }
-    return {**row, "others": others} if others else row
-
-
-def _timing_row(
-    program: Program, inputs: Mapping[str, Any], threads: int, against: str, found: Comparison
-) -> dict[str, JSON]:
-    return {
+    first = against.partition(",")[0]
+    shared = {
         "batch": batch_text(program, inputs),
         "threads": threads,
         "clock": found.clock,
         "rounds": found.rounds,
+    }
+    row = _timing_row(shared, first, found)
+    if found.default is not None:
+        row["default"] = _timing_row(shared, first, found.default)
+    return row
+
+
+def _timing_row(shared: Mapping[str, JSON], against: str, found: Comparison) -> dict[str, JSON]:
+    row = {
+        **shared,
         "against": against,
         "dense_ms": found.against.ms,
         "dense_low_ms": found.against.low,
@@ -105,3 +120,5 @@ def _timing_row(
         "speedup_low": found.ratio_low,
         "speedup_high": found.ratio_high,
     }
+    others = {name: _timing_row(shared, name, other) for name, other in found.others.items()}
+    return {**row, "others": others} if others else row

@@ -12,6 +12,8 @@ from torch import Tensor
 from graphprune.ir.program import Entry, Program
 
 IDS, MASK, PAST, PRESENT = "input_ids", "attention_mask", "past_key_values", "present"
+LOGITS = "logits"
+KEEP = "num_logits_to_keep"  # of an ONNX file: how many of the last positions have logits, 0 all
 
 
 def empty_cache(entry: Entry, batch: int) -> dict[str, Tensor]:

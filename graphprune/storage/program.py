@@ -84,6 +84,8 @@ def save_files(program: Program, folder: Path, weights: Weights | None = None) -
     data = {
         "format": _FORMAT,
         "version": _SHARING if shared else _VERSION,
+        # Groups of axes are named and listed by their tensors' order, which safetensors changes.
+        "order": list(program.tensors),
         "parameters": sorted(program.parameters),
         "aliases": dict(program.aliases),
         "entries": entries,
@@ -370,6 +372,9 @@ def _decode_program(data: JSON, tensors: dict[str, Tensor], examples: dict[str, 
     for name in (*data["parameters"], *data["aliases"].values()):
         if name not in tensors:
             raise ArtifactError(f"tensor {name!r} is missing")
+    if sorted(order := data.get("order", list(tensors))) != sorted(tensors):
+        raise ArtifactError("the list of its tensors does not name those that there are")
+    tensors = {name: tensors[name] for name in order}
     entries = {n: _decode_entry(n, e, tensors, examples) for n, e in data["entries"].items()}
     program = Program(
         tensors=tensors,

@@ -54,10 +54,10 @@ def shared_in(tensors: Mapping[str, Tensor], weights: Weights) -> dict[str, JSON
         if tensor.dtype is not torch.float32 or tensor.nbytes < _SMALL:
             continue
         for transposed, form in _forms(tensor.detach()):
-            offset = offsets.get(_digest(form.contiguous().numpy()))
-            if offset is not None:
-                found[name] = {"offset": offset, "shape": list(form.shape)}
-                found[name]["transposed"] = transposed
+            place = offsets.get(_digest(form.contiguous().numpy()))
+            if place is not None:
+                shape = list(form.shape)
+                found[name] = {"offset": place, "shape": shape, "transposed": transposed}
                 break
     return found
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from graphprune.errors import GraphPruneError
+from graphprune.errors import ExportError, GraphPruneError
+from graphprune.ir.decoding import is_past
 from graphprune.models.hub.card import model_card
 from graphprune.models.hub.exported import EXPORT, exported
-from graphprune.models.hub.source import CONFIG, OWN_KEY
+from graphprune.models.hub.genai import FILE, genai_config
+from graphprune.models.hub.source import CONFIG, GENERATION, OWN_KEY
 from graphprune.models.hub.tokenizer import CONFIG as TOKENIZER_CONFIG
 from graphprune.models.hub.tokenizer import completed
 from graphprune.report.report import Report
@@ -18,7 +21,9 @@ from graphprune.report.report import Report
 # Inputs that most runtimes feed, and some do not: zero where they are not fed.
 OPTIONAL = ("token_type_ids",)
 # Written anew for each artifact.
-MADE = ("README.md", EXPORT)
+MADE = ("README.md", EXPORT, FILE)
+
+_log = logging.getLogger(__name__)
 
 Files = Mapping[str, Path | bytes]
 
@@ -26,6 +31,13 @@ Files = Mapping[str, Path | bytes]
 def is_hub_model(files: Files, inputs: Collection[str]) -> bool:
     """Whether hub folders are for a model: it reads text, and has a configuration or tokenizer."""
     return "input_ids" in inputs and bool({CONFIG, "tokenizer.json"} & files.keys())
+
+
+def source_of(files: Files) -> Mapping[str, Any]:
+    """What is known of the model that it was made from: "name", "license", ONNX "metadata"."""
+    if CONFIG not in files:
+        return {}
+    return (json.loads(content(files[CONFIG])).get(OWN_KEY) or {}).get("source") or {}
 
 
 def check_tokenizer(files: Files, table: int | None) -> None:
@@ -65,16 +77,42 @@ def finished(files: Files, manifest: Mapping[str, Any], report: Report) -> dict[
         manifest: the artifact's.
         report: what the passes did.
     """
-    found: dict[str, bytes] = {}
-    source: Mapping[str, Any] = {}
+    card = model_card(source_of(files), files, manifest, report)
+    found = {"README.md": card.encode()}
     config: dict[str, Any] = {}
     if CONFIG in files:
         config = json.loads(content(files[CONFIG]))
-        source = (config.get(OWN_KEY) or {}).get("source") or {}
         found[CONFIG] = _json(_config(config, manifest, report))
-    found |= exported(manifest, config) | _tokenizer(files, config, manifest)
-    found["README.md"] = model_card(source, files.keys() | found.keys(), manifest, report).encode()
-    return found
+        if any(is_past(i["name"]) for i in manifest["inputs"]):
+            found |= _genai(config, files, manifest)
+    return found | exported(manifest, config) | _tokenizer(files, config, manifest)
+
+
+def _genai(
+    config: Mapping[str, Any], files: Files, manifest: Mapping[str, Any]
+) -> dict[str, bytes]:
+    """genai_config.json for a decoder; for another target than genai only where it can be driven.
+
+    Raises:
+        ExportError: the target is genai, which cannot drive the graph.
+    """
+    generation = json.loads(content(files[GENERATION])) if GENERATION in files else None
+    shared = manifest["target"] == "genai"
+    try:
+        made = genai_config(
+            config,
+            manifest["inputs"],
+            manifest["outputs"],
+            shared=shared,
+            generation=generation,
+            filename=manifest["files"]["model"],
+        )
+    except ExportError as e:
+        if shared:
+            raise
+        _log.info("no %s: %s", FILE, e)
+        return {}
+    return {FILE: made}
 
 
 def _tokenizer(
@@ -87,7 +125,8 @@ def _tokenizer(
         json.loads(content(files[name])) if name in files else None
         for name in ("tokenizer.json", TOKENIZER_CONFIG)
     )
-    _, longest = manifest["bounds"].get("sequence", (1, None))
+    bounds = manifest["bounds"] if manifest["entry"] == "forward" else {}
+    longest = bounds.get("sequence", (1, None))[1] or config.get("max_position_embeddings")
     made = completed(tokenizer, described, config.get("pad_token_id"), longest)
     return {name: made[name] for name in made if name not in files or name == TOKENIZER_CONFIG}
 

@@ -63,7 +63,9 @@ def source_files(
     generation: Any = getattr(module, "generation_config", None)
     if GENERATION not in files and hasattr(generation, "to_dict"):
         files[GENERATION] = _json(generation.to_dict())
-    source = {"name": name, "license": license or _license(folder)}
+    source: dict[str, Any] = {"name": name, "license": license or _license(folder)}
+    if metadata := _onnx_metadata(folder):
+        source["metadata"] = metadata
     files[CONFIG] = _json({**_config(module, config, folder, schema), OWN_KEY: {"source": source}})
     if isinstance(module, SentenceEncoder):
         files |= _sentence_files(module, config, folder)
@@ -207,6 +209,20 @@ def _license(folder: Path | None) -> str:
     except yaml.YAMLError:
         return ""
     return str(front.get("license") or "") if isinstance(front, Mapping) else ""
+
+
+def _onnx_metadata(folder: Path | None) -> dict[str, str]:
+    """The metadata of an ONNX file of the same model that lies in its folder, where one does."""
+    import onnx
+
+    if folder is None:
+        return {}
+    for file in (folder / "onnx" / "model.onnx", folder / "model.onnx"):
+        if file.is_file():
+            model = onnx.load(file, load_external_data=False)
+            props = {entry.key: entry.value for entry in model.metadata_props}
+            return {k: v for k, v in props.items() if not k.startswith("graphprune.")}
+    return {}
 
 
 def _read(folder: Path | None, file: str) -> Any:

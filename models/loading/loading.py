@@ -315,7 +315,9 @@ def _pooling(source: str) -> tuple[str, bool] | None:
     options = _side_file(source, f"{modules[1]['path']}/config.json") or {}
     named = options.get("pooling_mode") or ()  # newer releases write this key alone
     chosen = [named] if isinstance(named, str) else [str(mode) for mode in named]
-    chosen = chosen or [k for k, value in options.items() if k.startswith("pooling_mode_") and value]
+    chosen = chosen or [
+        k for k, value in options.items() if k.startswith("pooling_mode_") and value
+    ]
     known = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
     known |= {mode: mode for mode in known.values()}
     if len(chosen) != 1 or chosen[0] not in known:

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from graphprune.cli.tables import timing_table
+from graphprune.cli.tables import memory_table, timing_table
 
 
 def test_times_have_three_digits_and_no_exponent_and_name_the_clock() -> None:
@@ -19,3 +19,15 @@ def test_times_have_three_digits_and_no_exponent_and_name_the_clock() -> None:
         console.print(timing_table(timing))
     for text in ("1,010 ms", "1,000 to 10,000", "100 ms", "0.0123 to 12.3", "CPU time"):
         assert text in shown.get()
+
+
+def test_memory_that_is_unknown_is_no_number() -> None:
+    known = {"load_ms": 111.6, "peak_bytes": 195_000_000, "private_bytes": 31_200_000}
+    console = Console(width=120)
+    with console.capture() as shown:
+        console.print(memory_table({"dense": known, "pruned": {**known, "private_bytes": None}}))
+    dense, pruned = (line for line in shown.get().splitlines() if " MB" in line)
+    assert "112 ms" in dense
+    assert "195 MB" in dense
+    assert "31.2 MB" in dense
+    assert pruned.count("MB") == 1

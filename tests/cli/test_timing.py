@@ -18,8 +18,15 @@ def test_bench_measures_an_artifact_and_a_model(run: Run, artifact: Path) -> Non
     row = json.loads(run("bench", str(artifact), "--batch", "2x16", "--json").stdout)
     assert row["batch"] == "2x16"
     assert row["speedup_low"] <= row["speedup"] <= row["speedup_high"]
-    assert "faster than dense" in run("bench", str(artifact)).stdout
-    assert "dense_ms" in json.loads(run("bench", "tiny-mlp", "--json").stdout)
+    assert row["default"]["speedup_low"] <= row["default"]["speedup"]
+    assert row["memory"].keys() == {"dense", "pruned"}
+    assert row["memory"]["pruned"]["load_ms"] > 0
+    shown = run("bench", str(artifact)).stdout
+    for text in ("faster than dense, default session options", "private memory", "MB"):
+        assert text in shown
+    alone = json.loads(run("bench", "tiny-mlp", "--json").stdout)
+    assert alone["default"].keys() == alone.keys() - {"model", "default", "memory"}
+    assert alone["memory"].keys() == {"dense"}
 
 
 def test_bench_takes_several_opponents(run: Run, artifact: Path) -> None:

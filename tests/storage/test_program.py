@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from graphprune.axes import axis_groups
 from graphprune.capture.capture import capture
 from graphprune.errors import ArtifactError, ExportError, GraphPruneError, UnsupportedError
 from graphprune.ir.batches import second_inputs
@@ -63,6 +64,27 @@ def test_a_program_comes_back_equal(name: str, captured: Captured, tmp_path: Pat
     for old, new in zip(program.forward.graph.nodes, again.forward.graph.nodes, strict=True):
         if old.op == "call_function" and isinstance(old.meta["val"], Tensor):
             assert len(old.meta["val"].shape) == len(new.meta["val"].shape)
+
+
+@pytest.mark.parametrize("name", ["tiny-bert", "tiny-mixtral", "tiny-cnn"])
+def test_groups_of_axes_keep_their_names(name: str, captured: Captured, tmp_path: Path) -> None:
+    program = captured(name)
+    save(program, tmp_path / "saved")
+    expected = [group.id for group in axis_groups(program)]
+    assert [group.id for group in axis_groups(load(tmp_path / "saved"))] == expected
+
+
+def test_a_wrong_list_of_tensors_is_refused(captured: Captured, tmp_path: Path) -> None:
+    save(captured("tiny-mlp"), tmp_path / "saved")
+    file = tmp_path / "saved" / "program.json"
+    data = json.loads(file.read_text())
+    for order in (data["order"][1:], [*data["order"], "more"], data["order"][:1] * 6):
+        file.write_text(json.dumps({**data, "order": order}))
+        with pytest.raises(ArtifactError, match="the list of its tensors"):
+            load(tmp_path / "saved")
+    del data["order"]  # as earlier versions wrote it
+    file.write_text(json.dumps(data))
+    load(tmp_path / "saved")
 
 
 class Views(nn.Module):

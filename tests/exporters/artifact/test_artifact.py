@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from graphprune.capture.capture import capture
 from graphprune.errors import ArtifactError, ExportError, GraphPruneError
 from graphprune.exporters import Artifact, export, open_artifact
 from graphprune.ir.program import Program
+from graphprune.models.zoo.tiny import tiny
 from graphprune.rewrite.shrink import shrink
 from graphprune.storage.folders import sha256
 from graphprune.storage.program import load
@@ -89,6 +91,9 @@ def test_benchmark_measures_both_in_turns(made: Artifact) -> None:
     itself = made.benchmark((torch.randn(7, 12),), against=made.path, repeats=3)
     assert itself.model.ms > 0
     assert json.loads(json.dumps(itself.to_json()))["rounds"] == 3
+    assert result.default is not None
+    assert result.default.rounds == 3
+    assert 0 < result.default.model.ms != result.model.ms
 
 
 def test_footprint_is_of_a_fresh_process(made: Artifact) -> None:
@@ -97,6 +102,7 @@ def test_footprint_is_of_a_fresh_process(made: Artifact) -> None:
     assert 0 < small.load_ms < 10_000
     assert 10 << 20 < small.peak_bytes < 300 << 20
     assert 0 <= small.model_bytes < small.peak_bytes
+    assert small.private_bytes is None or 0 < small.private_bytes < small.peak_bytes
     del held
 
 
@@ -190,6 +196,16 @@ def test_artifacts_of_other_models_are_not_measured_against(
     other = export(captured("tiny-fused-vit"), tmp_path / "other")
     with pytest.raises(GraphPruneError, match=r"takes inputs .*pixel_values"):
         made.benchmark({"x": torch.randn(2, 12)}, against=other)
+
+
+def test_an_artifact_is_not_timed_at_sizes_that_it_was_not_captured_for(
+    made: Artifact, tmp_path: Path
+) -> None:
+    fixed = capture(*tiny("tiny-mlp"), dynamic_shapes=None)
+    other = export(fixed, tmp_path / "other")
+    with pytest.raises(GraphPruneError, match=r"'x'.*3"):
+        made.benchmark({"x": torch.randn(2, 12)}, against=other)
+    made.benchmark({"x": torch.randn(3, 12)}, against=other, repeats=1)
 
 
 @pytest.mark.parametrize("threads", [0, -1, 100_000])

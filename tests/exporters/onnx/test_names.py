@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.utils._pytree as pytree
-from torch import fx
+from torch import Tensor, fx, nn
 
+import graphprune as gp
+from graphprune.exporters.onnx.convert import to_onnx
 from graphprune.exporters.onnx.names import (
     input_names,
     is_tensor_output,
@@ -82,3 +84,25 @@ def test_outputs_are_named_by_keys_or_numbered(
 def test_symbols_are_replaced_as_whole_words() -> None:
     names = {"s5": "batch", "s53": "sequence"}
     assert rename_symbols("2*s53 + s5 + s530", names) == "2*sequence + batch + s530"
+
+
+def test_nodes_are_called_by_the_modules_that_they_come_from() -> None:
+    class Part(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(self.up(x).relu())
+
+    model = nn.Sequential(Part(), nn.Tanh(), Part())
+    program = gp.compile(model, [], example_inputs=(torch.randn(2, 3, 4),)).program
+    graph = to_onnx(program).graph
+    names = [(str(node.name), node.op_type) for node in graph]
+    assert len(set(names)) == len(names)
+    found = {kind: [name for name, other in names if other == kind] for _, kind in names}
+    assert found["MatMul"] == [
+        "/0/up/MatMul", "/0/down/MatMul", "/2/up/MatMul", "/2/down/MatMul",
+    ]  # fmt: skip
+    assert found["Relu"] == ["/0/Relu", "/2/Relu"]
+    assert found["Tanh"] == ["/Tanh"]

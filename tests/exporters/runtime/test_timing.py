@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from graphprune.errors import GraphPruneError
 from graphprune.exporters.runtime import timing as module
-from graphprune.exporters.runtime.timing import compare, compare_all, default_clock, interleaved
+from graphprune.exporters.runtime.timing import (
+    compare,
+    compare_all,
+    compare_files,
+    default_clock,
+    interleaved,
+)
 
 
 class Clock:
@@ -71,3 +81,59 @@ def test_several_opponents_share_the_rounds(clock: Clock) -> None:
 
 
 # --- files -------------------------------------------------------------------------------------
+
+MODEL, DENSE, OTHER = Path("model.onnx"), Path("dense.onnx"), Path("other.onnx")
+FEEDS = {"x": np.zeros((2, 3))}
+
+
+class Process:
+    """Each file takes so many milliseconds, tuned; half as long again with default options."""
+
+    times: Mapping[Path, float] = {MODEL: 2, DENSE: 4, OTHER: 1}
+    inputs_of: Mapping[Path, dict[str, Any]] = {}
+
+    def __init__(self, log: list[str], name: str, paths: list[Path]) -> None:
+        self.log, self.name, self.paths = log, name, paths
+        self.inputs = [self.inputs_of.get(path, {"x": [2, 3]}) for path in paths]
+
+    def warm_up(self, feeds: Any) -> None:
+        self.log.append(f"warm {self.name}")
+
+    def round(self, runs: int, clock: str) -> list[float]:
+        self.log.append(f"{self.name} {runs} {clock}")
+        return [self.times[path] * (1 if self.name == "tuned" else 1.5) for path in self.paths]
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the processes did, in order."""
+    log: list[str] = []
+
+    @contextmanager
+    def child(paths: list[Path], threads: int, config: Mapping[str, str]) -> Iterator[Process]:
+        yield Process(log, "tuned" if "session.set_denormal_as_zero" in config else "plain", paths)
+        log.append("end")
+
+    monkeypatch.setattr(module, "child", child)
+    return log
+
+
+def test_files_are_timed_with_both_sets_of_options_in_turns(log: list[str]) -> None:
+    found = compare_files(MODEL, {"dense": DENSE, "other": OTHER}, FEEDS, repeats=2, runs=4)
+    turn = ["tuned 4 cpu", "plain 4 cpu"]
+    assert log == ["warm tuned", "warm plain", *turn, *turn, "end", "end"]
+    assert (found.model.ms, found.against.ms, found.ratio, found.rounds) == (2, 4, 2, 2)
+    assert found.default is not None
+    assert (found.default.model.ms, found.default.against.ms, found.default.ratio) == (3, 6, 2)
+    assert found.others["other"].against.ms == 1
+    assert found.default.others["other"].against.ms == 1.5
+    assert found.to_json()["default"]["shapes"] == {"x": (2, 3)}
+
+
+def test_a_file_with_inputs_of_its_own_is_refused_before_anything_runs(
+    log: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Process, "inputs_of", {OTHER: {"x": [2, 3], "pixels": [1]}})
+    with pytest.raises(GraphPruneError, match=r"'other' takes inputs \['pixels'\] that 'model"):
+        compare_files(MODEL, {"dense": DENSE, "other": OTHER}, FEEDS, threads=2)
+    assert log == []
