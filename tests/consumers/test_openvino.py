@@ -61,6 +61,7 @@ def test_vision_transformer(captured: Callable[[str], Program], tmp_path: Path, 
     checked(captured("tiny-vit"), "forward", tmp_path, opset)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny-gpt2", "tiny-llama"])
 def test_decoder(name: str, tmp_path: Path) -> None:
     """With as many key heads as query heads, and with half as many."""
