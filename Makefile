@@ -10,13 +10,14 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 WORKERS ?= 2
 ARGS ?=
 
-.PHONY: help venv test test-slow check format demo bench clean
+.PHONY: help venv test test-slow consumers check format demo bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    prune and export a real sentence encoder, and measure it"
 	@echo "make test    the tests               (ARGS='-k name' to pass options to pytest)"
 	@echo "make test-slow  whole runs and long matrices: the tests that make test leaves out"
+	@echo "make consumers  installs what loads exported folders, 2 GB, and tests that it does"
 	@echo "make check   formatting, lint, types"
 	@echo "make bench   the numbers of the README (ARGS=--quick for a short run)"
 	@echo "make format  reformat and apply safe fixes"
@@ -41,6 +42,18 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m slow $(ARGS)
+
+# fastembed and light-embed pin a huggingface_hub that transformers does not run with; they need
+# nothing of it here. transformers.js is tested where npm is.
+NODE := $(VENV)/consumers
+$(VENV)/.consumers-installed: $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[consumers]'
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps fastembed light-embed
+	if command -v npm >/dev/null; then npm install --silent --ignore-scripts --prefix $(NODE) @huggingface/transformers@4.3.2; fi
+	@touch $@
+
+consumers: $(VENV)/.consumers-installed
+	$(TEST_ENV) NODE_PATH=$(abspath $(NODE)/node_modules) $(BIN)/python -m pytest -rs tests/consumers tests/models/hub $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -14,10 +14,7 @@ from graphprune.models.zoo.sentence import SentenceEncoder
 from graphprune.models.zoo.tiny import randomize
 from graphprune.passes import PruneHeads, PruneNeurons
 
-WORDS = [
-    "a", "man", "is", "eating", "some", "food", "the", "girl", "carries", "her", "baby", "to",
-    "school", "in", "rain",
-]  # fmt: skip
+WORDS = ("a man is eating some food the girl carries her baby to school in rain", "##s", "eat")
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 # Three lengths, so that two of them are padded; a word that is cut in pieces, and an unknown one.
 TEXTS = ["A man is eating some food in the rain", "The girls", "her baby eats 7 apples"]
@@ -31,7 +28,7 @@ def tokenizer() -> object:
     transformers = pytest.importorskip("transformers", reason="transformers makes the model")
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-    vocabulary = {token: i for i, token in enumerate((*SPECIAL, *WORDS, "##s", "eat"))}
+    vocabulary = {token: i for i, token in enumerate((*SPECIAL, *WORDS[0].split(), *WORDS[1:]))}
     made = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     made.normalizer = normalizers.BertNormalizer(lowercase=True)
     made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
