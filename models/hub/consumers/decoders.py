@@ -10,11 +10,11 @@ from graphprune.models.hub.consumers.graph import GROUP_QUERY, Graph, Value
 from graphprune.models.hub.consumers.rules import ALWAYS, json_file, needs_runtime, unfed
 
 CONFIG = "genai_config.json"
-# model_type.h of 0.18.
+# model_type.h of 0.18, but for gpt2 and lfm2: it wants their caches in other tensors than these.
 TYPES = (
-    "chatglm", "decoder", "ernie4_5", "gemma", "gemma2", "gemma3_text", "gpt2", "gptoss",
-    "granite", "internlm2", "lfm2", "llama", "mistral", "nemotron", "olmo", "phi", "phimoe",
-    "phi3", "phi3small", "qwen2", "qwen3", "smollm3",
+    "chatglm", "decoder", "ernie4_5", "gemma", "gemma2", "gemma3_text", "gptoss", "granite",
+    "internlm2", "llama", "mistral", "nemotron", "olmo", "phi", "phimoe", "phi3", "phi3small",
+    "qwen2", "qwen3", "smollm3",
 )  # fmt: skip
 # Of its tokenizers, without a "Fast" behind; each was tried.
 TOKENIZERS = (
