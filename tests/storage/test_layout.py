@@ -87,6 +87,8 @@ def test_a_layout_of_another_version_is_refused_in_one_sentence(
         ({"layout": "tower"}, "layout is one of"),
         ({"weights": "outside"}, "weights is one of"),
         ({"opset": 19}, "opset is one of"),
+        ({"target": "toaster"}, "unknown target 'toaster'"),
+        ({"target": "genai"}, r"makes genai_config\.json of the model's configuration"),
         ({"tokenizer": 5}, "tokenizer is a folder"),
         ({"tokenizer": "nowhere"}, "'nowhere' is no folder with a tokenizer"),
     ],
