@@ -137,7 +137,8 @@ def _ragged() -> Program:
     )
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        model = transformers.LlamaForCausalLM(config).eval()
+        made: Any = transformers.LlamaForCausalLM(config)
+        model = made.eval()
         randomize(model)
         inputs = text_batch(99, 12)
     program = with_decode(model, capture(model, inputs), check=False)

@@ -93,7 +93,8 @@ def test_windows_stay_windows(tmp_path: Path) -> None:
         vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, intermediate_size=16, sliding_window=3, use_cache=False,
     )  # fmt: skip
-    model = transformers.MistralForCausalLM(config).eval()
+    made: Any = transformers.MistralForCausalLM(config)
+    model = made.eval()
     ids = torch.randint(5, 99, (2, 12))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     program = with_decode(model, capture(model, inputs))

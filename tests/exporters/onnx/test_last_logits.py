@@ -105,6 +105,7 @@ def test_through_what_scales_and_caps(artifact: Artifact) -> None:
     assert keep_last_logits(model)
     assert logits.shape is not None
     assert str(logits.shape[1]) == KEEP
+    assert last.shape is not None
     assert str(last.shape[1]) != KEEP
 
 
