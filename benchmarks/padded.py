@@ -25,7 +25,6 @@ from benchmarks.minilm_structured import TOKENS, _inputs
 from graphprune.capture.capture import capture
 from graphprune.exporters.onnx.convert import to_onnx
 from graphprune.exporters.onnx.files import save_onnx
-from graphprune.exporters.onnx.names import input_names
 from graphprune.exporters.runtime.child import child
 from graphprune.exporters.runtime.session import DEFAULT, TUNED, UNFUSED, feeds_of
 from graphprune.models import load_model
@@ -40,14 +39,14 @@ def measure(settings: Settings) -> Iterator[Row]:
     program = capture(loaded.module, dict(loaded.example_inputs))
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         path = Path(folder) / "model.onnx"
-        save_onnx(to_onnx(program), path)
+        save_onnx(to_onnx(program, optional=("token_type_ids",)), path)
         processes = [stack.enter_context(child([path], 1, each)) for each in OPTIONS.values()]
         for mask in ("no padding", "7 of 8 half padded"):
             inputs = _inputs(BATCH)
             if mask != "no padding":
                 inputs["attention_mask"][1:, TOKENS // 2 :] = 0
             for process in processes:
-                process.warm_up(feeds_of(inputs, input_names(program.forward)))
+                process.warm_up(feeds_of(inputs, list(inputs)))
             rounds = [
                 [process.round(3, "cpu")[0] for process in processes]
                 for _ in range(settings.repeats)
