@@ -46,7 +46,7 @@ def input_names(entry: Entry) -> list[str]:
 
 
 def limits_by_input(entry: Entry, *, cache: bool = True) -> dict[str, Any]:
-    """The limits of an entry's sizes as JSON, by the names of the ONNX file's inputs.
+    """The limits of an entry's sizes as JSON, by the names of the ONNX file's inputs and sizes.
 
     Args:
         entry: whose sizes.
@@ -54,7 +54,7 @@ def limits_by_input(entry: Entry, *, cache: bool = True) -> dict[str, Any]:
     """
     names = dict(zip(entry.input_names, input_names(entry), strict=True))
     return limits_to_json(
-        entry.bounds,
+        {size_name(symbol): bound for symbol, bound in entry.bounds.items()},
         [
             relation.renamed(names)
             for relation in entry.relations

@@ -102,7 +102,7 @@ def _tokenizer(
     if TOKENIZER_CONFIG in files:
         described = json.loads(content(files[TOKENIZER_CONFIG]))
     bounds = manifest["bounds"] if manifest["entry"] == "forward" else {}
-    longest = bounds.get("sequence", (1, None))[1] or config.get("max_position_embeddings")
+    longest = bounds.get("sequence_length", (1, None))[1] or config.get("max_position_embeddings")
     made = completed(tokenizer, described, config.get("pad_token_id"), longest)
     return {name: made[name] for name in made if name not in files or name == TOKENIZER_CONFIG}
 

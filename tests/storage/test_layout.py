@@ -39,7 +39,9 @@ def test_a_folder_is_known_by_its_manifest(made: Artifact, tmp_path: Path) -> No
     files = set(made.manifest["sha256"])
     assert {"onnx/model.onnx", "onnx/model.onnx_data", "graphprune/baseline.onnx"} <= files
     assert {"README.md", "graphprune/task.json", "more/notes.txt"} <= files
-    assert all(f.startswith(("onnx/", "graphprune/", "more/", "README")) for f in files)
+    assert all(
+        f.startswith(("onnx/", "graphprune/", "more/", "README", "export.json")) for f in files
+    )
     assert made.model_path == made.path / "onnx" / "model.onnx"
     assert made.baseline_path == made.path / "graphprune" / "baseline.onnx"
 

@@ -59,7 +59,7 @@ def test_limits_use_the_names_of_the_file(entry: Callable[[Any], Entry]) -> None
     )
     limits = limits_by_input(made)
     assert list(limits["fixed"]) == ["past.0.1.key"]
-    assert "batch" in limits["bounds"]
+    assert limits["bounds"] == {"batch_size": [2, 8]}
 
 
 @pytest.mark.parametrize(

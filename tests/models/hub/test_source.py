@@ -50,7 +50,8 @@ def test_pooling_is_told_in_old_and_new_words(bert: Any, pooling: str, normalize
     assert told["pooling_mode"] == pooling
     assert told["pooling_mode_mean_tokens"] is (pooling == "mean")
     assert told["pooling_mode_cls_token"] is (pooling == "cls")
-    assert told["embedding_dimension"] == told["word_embedding_dimension"] == 32
+    assert told["word_embedding_dimension"] == 32
+    assert "embedding_dimension" not in told  # a runtime refuses keys that it does not know
     kinds = [m["type"].rsplit(".", 1)[-1] for m in read(files, "modules.json")]
     assert kinds == ["Transformer", "Pooling", "Normalize"][: 2 + normalize]
     assert read(files, "sentence_bert_config.json")["max_seq_length"] == 64
