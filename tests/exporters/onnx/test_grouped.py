@@ -41,6 +41,7 @@ def session(ragged_artifact: Callable[[str], Artifact]) -> Any:
     return ragged_artifact("genai").session(1)
 
 
+@pytest.mark.slow
 def test_every_layer_has_its_heads_and_all_share_the_lengths(
     ragged_artifact: Callable[[str], Artifact],
 ) -> None:
@@ -71,6 +72,7 @@ def test_it_computes_as_torch_does(ragged_artifact: Callable[[str], Artifact]) -
         assert shapes.count(shape) >= 2
 
 
+@pytest.mark.slow
 def test_only_the_masks_length_says_what_the_past_is(
     ragged_artifact: Callable[[str], Artifact],
 ) -> None:
@@ -86,6 +88,7 @@ def test_other_decoders_compute_the_same(name: str, tmp_path: Path) -> None:
     check_parity(program, session_of(program, tmp_path), grouped=True)
 
 
+@pytest.mark.slow
 def test_windows_stay_windows(tmp_path: Path) -> None:
     import transformers
 

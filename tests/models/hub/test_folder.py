@@ -107,6 +107,7 @@ def test_weights_beside_are_named_where_web_runtimes_look(
     assert told == {"use_external_data_format": {"model.onnx": 1}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scheme", "name"),
     [("int8-dynamic", "model_quantized.onnx"), ("int4-weights", "model_q4.onnx")],
@@ -163,6 +164,7 @@ def test_any_model_may_be_laid_out_flat(compiled: gp.Compiled, tmp_path: Path) -
     assert (flat.path / "manifest.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_phone_gets_one_file_that_computes_the_same(made: Artifact, tmp_path: Path) -> None:
     """The command of docs/deploy.md."""
     command = ["-m", "onnxruntime.tools.convert_onnx_models_to_ort", str(made.model_path)]
