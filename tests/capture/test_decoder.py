@@ -104,6 +104,7 @@ def test_decoding_equals_reading_at_once(name: str) -> None:
         assert relative_error(whole, stepped(program, ids, ones, prompt)) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-gpt2", "tiny-opt"])
 def test_padding_on_the_left_does_not_matter(name: str) -> None:
     program = cached(name)
@@ -115,6 +116,7 @@ def test_padding_on_the_left_does_not_matter(name: str) -> None:
     assert relative_error(alone, padded) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BUILTIN)
 def test_both_entries_share_the_tensors_and_the_groups(
     name: str, captured: Callable[[str], Program]

@@ -98,6 +98,7 @@ def test_greedy_generation_is_that_of_the_library(name: str, artifacts: Artifact
     assert len(set(expected[0])) >= 3
 
 
+@pytest.mark.slow
 def test_pruned_generation_is_that_of_the_program(
     artifacts: Artifacts,
 ) -> None:

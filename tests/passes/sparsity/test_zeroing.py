@@ -89,6 +89,7 @@ def gram_of(
 # Which weights.
 
 
+@pytest.mark.slow
 def test_output_heads_are_left_alone_unless_named(captured: Captured) -> None:
     program = captured("tiny-bert")
     plain = gp.compile(program, [Magnitude(0.5)])

@@ -603,6 +603,7 @@ def test_what_is_left_exports(model: str, captured: Captured, tmp_path: Path) ->
     )
 
 
+@pytest.mark.slow
 def test_the_cached_form_is_cut_alike() -> None:
     model, inputs = tiny("tiny-gpt2")
     program = gp.compile(model, [], example_inputs=inputs, cache=True).program
