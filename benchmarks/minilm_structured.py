@@ -49,7 +49,11 @@ def measure(settings: Settings) -> Iterator[Row]:
 def _inputs(batch: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1000, 30000, (batch, TOKENS), generator=generator)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "token_type_ids": torch.zeros_like(ids),
+    }
 
 
 def _row(artifact: Artifact, batch: int, threads: int, settings: Settings) -> Row:

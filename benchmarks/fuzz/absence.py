@@ -172,21 +172,26 @@ def _call(
         weights = {n: mark for n, mark in marked.items() if n is not node.args[0]}
         parts = (_changed(values, part, value, clean) for part in (given, weights))
         return value(replaced=clean), pytree.tree_map(_either, *parts)
-    return value(), _changed(values, marked, value, _told_apart(values, marked, sources))
+    indices = {n: mark for n, mark in marked.items() if _is_index(values[n])}
+    others = {n: mark for n, mark in marked.items() if n not in indices}
+    changed = _changed(values, others, value) if others else None
+    if indices:
+        apart = _told_apart(values, sources)
+        changed = pytree.tree_map(_either, changed, _changed(values, indices, value, apart))
+    return value(), changed
 
 
-def _told_apart(
-    values: Mapping[fx.Node, Any], marked: Mapping[fx.Node, Any], sources: Sequence[fx.Node]
-) -> dict[fx.Node, Tensor]:
+def _is_index(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.is_floating_point()
+
+
+def _told_apart(values: Mapping[fx.Node, Any], sources: Sequence[fx.Node]) -> dict[fx.Node, Tensor]:
     """For absent indices: other numbers to look up, since like ones would hide what is absent."""
-    if any(not isinstance(values[n], Tensor) or values[n].is_floating_point() for n in marked):
-        return {}
     generator = torch.Generator().manual_seed(1)
-    floats = [n for n in sources if n not in marked and isinstance(values[n], Tensor)]
     return {
         n: torch.rand(values[n].shape, generator=generator, dtype=values[n].dtype)
-        for n in floats
-        if values[n].is_floating_point()
+        for n in sources
+        if isinstance(values[n], Tensor) and values[n].is_floating_point()
     }
 
 
