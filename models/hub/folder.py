@@ -97,7 +97,11 @@ def _tokenizer(
     """What is missing of a tokenizer's files, and its length where it has none."""
     if "tokenizer.json" not in files:
         return {}
-    tokenizer = json.loads(content(files["tokenizer.json"]))
+    try:
+        tokenizer = json.loads(content(files["tokenizer.json"]))
+        tokenizer["model"]["vocab"]
+    except (ValueError, KeyError, TypeError):
+        return {}  # none that could be completed; whoever uses it says what is wrong with it
     described = None
     if TOKENIZER_CONFIG in files:
         described = json.loads(content(files[TOKENIZER_CONFIG]))
