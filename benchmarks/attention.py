@@ -43,7 +43,8 @@ def measure(settings: Settings) -> Iterator[Row]:
     loaded = load_model("minilm")
     program = capture(loaded.module, dict(loaded.example_inputs))
     ids = torch.randint(1000, 30000, (1, 128))
-    feeds = feeds_of((ids, torch.ones_like(ids)), input_names(program.forward))
+    tokens = (ids, torch.ones_like(ids), torch.zeros_like(ids))
+    feeds = feeds_of(tokens, input_names(program.forward))
     with tempfile.TemporaryDirectory() as name:
         sessions = _sessions(program, Path(name))
         outputs = {k: s.run(None, feeds)[0] for k, s in sessions.items()}
