@@ -147,15 +147,14 @@ class Compiled:
 
         check_forms(layout, weights, target)
         program = self.program
-        if tokenizer is not None:
-            given = saved_tokenizer(tokenizer)
-            check_tokenizer(given, _table_rows(program))
-            self.files |= given
+        given = {} if tokenizer is None else saved_tokenizer(tokenizer)
+        check_tokenizer(given, _table_rows(program))
         if target == "genai" and (CONFIG not in self.files or layout == FLAT.name):
             raise ExportError(
                 "target 'genai' makes genai_config.json of the model's configuration, in a hub "
                 "folder: compile a model that has one, and leave layout away"
             )
+        self.files |= given
         hub = is_hub_model(self.files, program.forward.input_names) and layout != FLAT.name
         if baseline and self._dense is None:
             _log.warning(
@@ -328,12 +327,15 @@ def _side_files(path: Path) -> dict[str, Path | bytes]:
     from graphprune.models.hub.folder import MADE
     from graphprune.storage.program import check_hashes, read_json
 
-    own = tuple(layout.own + name for name in ("baseline", "program/", "report.", "manifest"))
+    own = tuple(layout.own + name for name in ("baseline", "program/", "report."))
     made = (*own, layout.onnx + "model", *MADE)
-    names = [n for n in read_json(path / layout.manifest)["sha256"] if not n.startswith(made)]
-    for name in names:
-        check_hashes(path, name)
-    return {name.removeprefix(layout.own): path / name for name in names}
+    found = {}
+    for name in read_json(path / layout.manifest)["sha256"]:
+        if name.startswith(own[0]) or not name.startswith(made):  # baselines are copied too
+            check_hashes(path, name)
+        if not name.startswith(made):
+            found[name.removeprefix(layout.own)] = path / name
+    return found
 
 
 def _table_rows(program: Program) -> int | None:

@@ -389,7 +389,9 @@ def open_artifact(path: Path) -> Artifact:
             f"{manifest.get('layout', FLAT.name)!r}, this graphprune reads {VERSION} and "
             f"{list(LAYOUTS)}; install the graphprune that wrote it"
         )
-    named = artifact.model_path.relative_to(path).as_posix()
-    if named not in manifest["sha256"] or not manifest.get("inputs"):
-        raise ArtifactError(f"{str(source)!r} names no {named!r}; export it again")
+    for named in manifest.get("files", {"model": MODEL}).values():
+        if named not in manifest["sha256"]:
+            raise ArtifactError(f"{str(source)!r} has no hash of {named!r}; export it again")
+    if not manifest.get("inputs"):
+        raise ArtifactError(f"{str(source)!r} names no inputs; export it again")
     return artifact

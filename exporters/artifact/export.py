@@ -53,7 +53,7 @@ from graphprune.ir.program import Program
 from graphprune.ir.quantization import SCHEMES, Mark
 from graphprune.report.report import Report
 from graphprune.storage.folders import check_target, sha256, whole_folder
-from graphprune.storage.layout import CARD, FLAT, HUB, LAYOUTS, Layout
+from graphprune.storage.layout import CARD, FLAT, HUB, LAYOUTS, MANIFEST, Layout
 from graphprune.storage.program import save_files
 
 if TYPE_CHECKING:
@@ -405,7 +405,8 @@ def _report(program: Program) -> str:
 
 def _check_extra(extra: Mapping[str, Path | bytes], layout: Layout) -> None:
     twins = {low_bit_baseline(scheme) for scheme in SCHEMES}
-    reserved = {MODEL, BASELINE, layout.manifest, "report.md", PAGE, "program", *twins}
+    own = {MODEL, BASELINE, MANIFEST, "report.md", PAGE, "program", *twins}
+    reserved = {layout.own.rstrip("/"), layout.onnx.rstrip("/")} if layout is HUB else own
     for name, source in extra.items():
         parts = Path(name).parts
         if not parts or Path(name).is_absolute() or ".." in parts or parts[0] in reserved:

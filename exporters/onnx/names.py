@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, cast
 
 import torch.utils._pytree as pytree
@@ -129,7 +130,8 @@ def name_nodes(model: ir.Model) -> None:
     after = _following(paths)
     taken: Counter[str] = Counter()
     for node, own_path, next_path in zip(model.graph, paths, after, strict=True):
-        path = own_path or _common(before, next_path)
+        pairs = zip(before, next_path, strict=False)
+        path = own_path or tuple(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         before = own_path or before
         name = "/".join(("", *path, node.op_type))
         node.name = f"{name}_{taken[name]}" if taken[name] else name
@@ -142,11 +144,3 @@ def _following(paths: Sequence[tuple[str, ...] | None]) -> list[tuple[str, ...]]
     for path in reversed(paths):
         found.append(path or (found[-1] if found else ()))
     return found[::-1]
-
-
-def _common(a: tuple[str, ...], b: tuple[str, ...]) -> tuple[str, ...]:
-    return a[
-        : next(
-            (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
-        )
-    ]

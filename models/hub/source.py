@@ -190,8 +190,8 @@ def _sentence_files(
 def _length(config: Any, folder: Path | None) -> int:
     """How many tokens of a text count: what the tokenizer says, within the model's positions."""
     positions = int(getattr(config, "max_position_embeddings", None) or _TOKENS)
-    told = (_read(folder, "tokenizer_config.json") or {}).get("model_max_length")
-    return min(positions, int(told)) if isinstance(told, int | float) else positions
+    length = (_read(folder, "tokenizer_config.json") or {}).get("model_max_length")
+    return min(positions, int(length)) if isinstance(length, int | float) else positions
 
 
 def _license(folder: Path | None) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +50,7 @@ def artifact_schema(artifact: Any, task: str) -> Schema:
                 f"{str(artifact.path)!r} was trained for {found.task}: give --task {found.task}"
             )
         return found
-    outputs: list[Mapping[str, Any]] = artifact.manifest.get("outputs") or [{}]
-    if outputs[0].get("name") != "logits":
+    if "logits" not in [output["name"] for output in artifact.manifest["outputs"]]:
         raise headless(str(artifact.path), task)
     names: dict[str, str] = {}
     if (folder / LABELS).is_file():

@@ -71,6 +71,35 @@ def test_an_upload_may_lack_baselines_and_its_card_may_be_edited(
         gp.open(folder)
 
 
+def test_a_changed_baseline_is_refused_before_it_is_copied(made: Artifact, tmp_path: Path) -> None:
+    folder = copy_of(made, tmp_path / "copy")
+    (folder / "graphprune" / "baseline.onnx_data").write_bytes(b"other")
+    with pytest.raises(ArtifactError, match=r"baseline\.onnx_data' is not the file"):
+        gp.load(folder)
+
+
+@pytest.mark.parametrize("name", ["../model.onnx", "/etc/passwd", "README.txt"])
+def test_a_manifest_names_no_files_outside_of_its_hashes(
+    made: Artifact, tmp_path: Path, name: str
+) -> None:
+    folder = copy_of(made, tmp_path / "copy")
+    manifest = json.loads((folder / HUB.manifest).read_text())
+    for part in ("model", "baseline"):
+        changed = {**manifest, "files": {**manifest["files"], part: name}}
+        (folder / HUB.manifest).write_text(json.dumps(changed))
+        with pytest.raises(ArtifactError, match=f"has no hash of '{name}'"):
+            gp.open(folder)
+
+
+@pytest.mark.parametrize("name", ["graphprune/program/program.json", "onnx/model.onnx"])
+def test_more_files_do_not_replace_graphprunes_own(name: str, tmp_path: Path) -> None:
+    compiled = gp.compile(nn.Linear(3, 4), [], example_inputs=(torch.randn(2, 3),))
+    compiled.files = {name: b"mine"}
+    with pytest.raises(gp.GraphPruneError, match="an extra file cannot be called"):
+        compiled.export(tmp_path / "out", layout="hub")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_layout_of_another_version_is_refused_in_one_sentence(
     made: Artifact, tmp_path: Path
 ) -> None:

@@ -103,8 +103,8 @@ def test_weights_beside_are_named_where_web_runtimes_look(
 ) -> None:
     beside = compiled.export(tmp_path / "out", weights="beside", baseline=False)
     assert (beside.path / "onnx" / "model.onnx_data").is_file()
-    told = config_of(beside)["transformers.js_config"]
-    assert told == {"use_external_data_format": {"model.onnx": 1}}
+    settings = config_of(beside)["transformers.js_config"]
+    assert settings == {"use_external_data_format": {"model.onnx": 1}}
 
 
 @pytest.mark.slow

@@ -46,12 +46,12 @@ def test_a_configuration_is_whole_and_reads_back(bert: Any, tmp_path: Path) -> N
 @pytest.mark.parametrize(("pooling", "normalize"), [("mean", True), ("cls", False)])
 def test_pooling_is_told_in_old_and_new_words(bert: Any, pooling: str, normalize: bool) -> None:
     files = source_files(SentenceEncoder(bert, pooling, normalize))
-    told = read(files, "1_Pooling/config.json")
-    assert told["pooling_mode"] == pooling
-    assert told["pooling_mode_mean_tokens"] is (pooling == "mean")
-    assert told["pooling_mode_cls_token"] is (pooling == "cls")
-    assert told["word_embedding_dimension"] == 32
-    assert "embedding_dimension" not in told  # a runtime refuses keys that it does not know
+    settings = read(files, "1_Pooling/config.json")
+    assert settings["pooling_mode"] == pooling
+    assert settings["pooling_mode_mean_tokens"] is (pooling == "mean")
+    assert settings["pooling_mode_cls_token"] is (pooling == "cls")
+    assert settings["word_embedding_dimension"] == 32
+    assert "embedding_dimension" not in settings  # a runtime refuses keys that it does not know
     kinds = [m["type"].rsplit(".", 1)[-1] for m in read(files, "modules.json")]
     assert kinds == ["Transformer", "Pooling", "Normalize"][: 2 + normalize]
     assert read(files, "sentence_bert_config.json")["max_seq_length"] == 64
