@@ -36,7 +36,7 @@ def roles(axes: Axes) -> dict[Axis, str]:
     found: dict[Axis, str] = {}
     for name, facts in axes.facts.items():
         graph = axes.program.entries[name].graph
-        walk = _Walk(axes, name, facts, graph)
+        walk = Walk(axes, name, facts, graph)
         for axis, role in walk.roles():
             found.setdefault(axis, role)
     return found
@@ -46,12 +46,20 @@ def between_weights(axes: Axes) -> set[Axis]:
     """Leaves that a product with a weight makes, or sums over."""
     found: set[Axis] = set()
     for name, facts in axes.facts.items():
-        walk = _Walk(axes, name, facts, axes.program.entries[name].graph)
+        walk = Walk(axes, name, facts, axes.program.entries[name].graph)
         found |= walk.consumed.keys() | walk.produced.keys()
     return found
 
 
-class _Walk:
+def operands(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
+    """The two operands of a sum, in both orders; nothing for other nodes."""
+    if op_name(node) not in {"add", "add_"} or len(node.all_input_nodes) != 2:
+        return []
+    a, b = node.all_input_nodes
+    return [(a, b), (b, a)]
+
+
+class Walk:
     """One entry graph, with who descends from whom."""
 
     def __init__(self, axes: Axes, name: str, facts: Facts, graph: fx.Graph) -> None:
@@ -61,8 +69,9 @@ class _Walk:
         self.ancestors: dict[fx.Node, int] = {}
         for node in self.nodes:
             bits = 0
-            for source in node.all_input_nodes:
-                bits |= self.ancestors[source] | (1 << self.number[source])
+            if op_name(node) != "sym_size":  # of values, not of sizes alone
+                for source in node.all_input_nodes:
+                    bits |= self.ancestors[source] | (1 << self.number[source])
             self.ancestors[node] = bits
         self.weighted = [c for c in facts.contractions if c.kind == "weights"]
         self.consumed: dict[Axis, list[Contraction]] = {}
@@ -86,24 +95,11 @@ class _Walk:
             if leaf in self.produced:
                 yield leaf, "pooled" if self._pooled(leaf) else "neuron"
 
-    def _after(self, node: fx.Node, ancestor: fx.Node) -> bool:
+    def after(self, node: fx.Node, ancestor: fx.Node) -> bool:
         return node is ancestor or bool(self.ancestors[node] >> self.number[ancestor] & 1)
 
     def _from_input(self, node: fx.Node) -> bool:
-        return any(n.op == "placeholder" and self._reads(node, n) for n in self.nodes)
-
-    def _reads(self, node: fx.Node, source: fx.Node) -> bool:
-        """Whether the values of `source`, not only its sizes, reach `node`."""
-        seen, stack = set(), [node]
-        while stack:
-            current = stack.pop()
-            if current is source:
-                return True
-            if current in seen or op_name(current) == "sym_size":
-                continue
-            seen.add(current)
-            stack.extend(current.all_input_nodes)
-        return False
+        return any(n.op == "placeholder" and self.after(node, n) for n in self.nodes)
 
     def _produced(self) -> dict[Axis, list[fx.Node]]:
         """Leaves that come out of a product with a weight, and where."""
@@ -143,22 +139,22 @@ class _Walk:
 
     def _residual(self) -> set[Axis]:
         """Leaves of sums x + f(x) where f contracts the very axis that it is added to."""
-        found: set[Axis] = set()
-        for node in self.nodes:
-            if op_name(node) not in {"add", "add_"} or len(node.all_input_nodes) != 2:
-                continue
-            a, b = node.all_input_nodes
-            shared = axis_leaves(dims_of(self.axes, self.name, a)) & axis_leaves(
-                dims_of(self.axes, self.name, b)
+        return {
+            leaf for node in self.nodes for x, f in operands(node) for leaf in self.returned(f, x)
+        }
+
+    def returned(self, f: fx.Node, x: fx.Node) -> set[Axis]:
+        """Leaves of x that f has too, and sums over by weights on the way from x."""
+        shared = axis_leaves(dims_of(self.axes, self.name, x)) & axis_leaves(
+            dims_of(self.axes, self.name, f)
+        )
+        return {
+            leaf
+            for leaf in shared
+            if any(
+                self.after(f, c.node) and self.after(c.node, x) for c in self.consumed.get(leaf, ())
             )
-            for leaf in shared - found:
-                for x, fx_ in ((a, b), (b, a)):
-                    if any(
-                        self._after(fx_, c.node) and self._after(c.node, x)
-                        for c in self.consumed.get(leaf, ())
-                    ):
-                        found.add(leaf)
-        return found
+        }
 
     def _pooled(self, leaf: Axis) -> bool:
         """Whether the leaf lives where the positions are gone, behind what took them away."""
@@ -167,7 +163,7 @@ class _Walk:
                 return False
         return any(
             op_name(node) in _POOLING
-            and any(self._after(source, node) for source in self.produced[leaf])
+            and any(self.after(source, node) for source in self.produced[leaf])
             and self._positions(node.all_input_nodes[0])
             and not self._positions(node)
             for node in self.nodes
