@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -68,7 +69,7 @@ def test_bounds_are_those_of_scipy(metric: str) -> None:
         def statistic(a: Tensor, b: Tensor, axis: int = -1) -> Tensor:
             return a.mean(axis) - b.mean(axis)
 
-        columns = (dense.scores.numpy(), pruned.scores.numpy())
+        columns: tuple[Any, ...] = (dense.scores.numpy(), pruned.scores.numpy())
     else:
         pair = (dense, pruned)
 
