@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -142,8 +142,9 @@ def _results(
         models = subject.models(comparing=task)
         result = evaluate(task, models["pruned"], dense=models["dense"], progress=advance, **common)
         # The dense model agrees with itself.
-        return {"pruned": asdict(result), "dense": {**asdict(result), "value": 1.0}}
+        figures = result.to_json()
+        return {"pruned": figures, "dense": {**figures, "value": 1.0}}
     return {
-        which: asdict(evaluate(task, model, progress=advance, **common))
+        which: evaluate(task, model, progress=advance, **common).to_json()
         for which, model in subject.models().items()
     }

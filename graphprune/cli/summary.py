@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import final
 
 from graphprune.cli.app import print_json, stdout_console
-from graphprune.cli.tables import comparison_table, passes_table
+from graphprune.cli.tables import comparison_table, levels_table, passes_table
 from graphprune.pipeline.events import JSON
 from graphprune.report.report import Report, change_text
 
@@ -100,6 +100,8 @@ def present(summary: Summary, as_json: bool) -> None:
         console.print(f"dense model trained first: {summary.trained_first()}", markup=False)
     if summary.report.passes:
         console.print(passes_table(summary.report))
+    for _, found in summary.report.budgets():
+        console.print(levels_table(found))
     for line in summary.report.skipped_lines():
         console.print(f"  skipped  {line}", style="dim", markup=False, soft_wrap=True)
     console.print(comparison_table(summary.rows()))

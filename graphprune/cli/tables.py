@@ -14,6 +14,7 @@ from graphprune.pipeline.events import JSON
 
 if TYPE_CHECKING:
     from graphprune.axes import AxisGroup, AxisGroups
+    from graphprune.report.budget import BudgetReport
     from graphprune.report.report import Report
     from graphprune.report.sensitivity import Cost, Sensitivity
 
@@ -102,6 +103,23 @@ def passes_table(report: Report) -> Table:
         error = "" if step.max_error is None else f"{step.max_error:.1e}"
         table.add_row(step.name, step.removed, cut, error, f"{step.seconds:.1f}")
     return table
+
+
+def levels_table(found: BudgetReport) -> Table:
+    """What each sublayer kept in a run to a budget, as a bar and in figures."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("sublayer", overflow="fold")
+    table.add_column("", no_wrap=True)
+    for title in ("kept", "ms", "dense ms"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for choice, (name, *cells) in zip(found.choices, found.level_rows(), strict=True):
+        full = round(_BAR * choice.kept)
+        bar = Text("█" * full + "░" * (_BAR - full), style="red" if choice.dropped else "")
+        table.add_row(Text(name), bar, *cells)
+    return table
+
+
+_BAR = 16  # characters of all units
 
 
 def comparison_table(rows: Sequence[tuple[str, str, str, str]]) -> Table:

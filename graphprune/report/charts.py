@@ -8,9 +8,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from graphprune.report.report import Report
-
 if TYPE_CHECKING:
+    from graphprune.report.budget import Front
+    from graphprune.report.report import Report
     from graphprune.report.sensitivity import Cost, Sensitivity
 
 Chart = dict[str, Any]
@@ -164,6 +164,21 @@ def points(
     for name, values in series.items():
         chart.add(name, list(values), stroke=name == line, show_dots=name != line)
     return [_chart(chart, caption)]
+
+
+def front_charts(front: Front) -> list[Chart]:
+    """Speed against quality: the family as a curve with a dot a model, the others as dots."""
+    if not charts_available():
+        return []
+    size = {"width": 1000, "include_x_axis": False}
+    axes = {"x_title": "times faster than dense", "y_title": front.metric}
+    chart = _pygal().XY(**{**_options(True, 480), **size, **axes}, dots_size=5)
+    family = sorted((p.faster, p.quality) for p in front.family)
+    chart.add(front.model, family)
+    for point in front.others:
+        chart.add(point.name, [(point.faster, point.quality)], stroke=False)
+    better = "higher" if front.higher_is_better else "lower"
+    return [_chart(chart, f"{front.metric}, {better} is better, by speed on {front.where}")]
 
 
 def _pygal() -> Any:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from graphprune.pipeline.events import JSON
 from graphprune.report import charts
+from graphprune.report.budget import CANDIDATES, FRONT, BudgetReport, Front
 from graphprune.report.charts import Chart
 from graphprune.report.report import HEADER, Report, change_text, megabytes_text
 
@@ -43,6 +44,7 @@ def report_page(report: Report, manifest: Mapping[str, Any]) -> str:
         sizes=[*report.size_rows(), *_file_rows(manifest)],
         measured=measured,
         measured_charts=drawn,
+        budgets=[_budget(title, found) for title, found in report.budgets()],
         roles=_roles(report),
         errors=[(name, f"{error:.4f}") for name, error in errors.items()],
         error_charts=charts.error_charts(report, errors),
@@ -64,6 +66,19 @@ def report_page(report: Report, manifest: Mapping[str, Any]) -> str:
         inputs=_interface(manifest),
         limits=report.limits,
         footer=_footer(manifest),
+    )
+
+
+def front_page(front: Front) -> str:
+    """Speed against quality of a family as one HTML page, a table under the picture."""
+    return _render(
+        "front.html.j2",
+        title=f"{front.model}: speed against quality",
+        front=front,
+        charts=charts.front_charts(front),
+        rows=front.rows(),
+        header=[*FRONT, front.metric],
+        footer=_footer({}),
     )
 
 
@@ -188,6 +203,35 @@ def _timings(manifest: Mapping[str, Any]) -> list[tuple[str, float, float, float
         )
         for found in (manifest.get("measurements") or ())[:1]
     ]
+
+
+# --- budgets ------------------------------------------------------------------------------------
+
+
+def _budget(title: str, found: BudgetReport) -> dict[str, Any]:
+    """A run to a budget: its figures, the levels of sublayers, the search."""
+    best = {"": list(enumerate(found.losses, 1))} if len(found.losses) > 1 else {}
+    return {
+        "title": title,
+        "summary": found.summary,
+        "facts": found.fact_rows(),
+        "levels": [
+            {
+                "id": c.id,
+                "name": name,
+                "percent": f"{100 * c.kept:.1f}",
+                "dropped": c.dropped,
+                "count": c.count,
+                "ms": f"{c.ms:.3g} of {c.dense_ms:.3g} ms",
+            }
+            for name, c in zip(found.names(), found.choices, strict=True)
+        ],
+        "candidate_header": CANDIDATES,
+        "candidates": found.candidate_rows(),
+        "charts": charts.lines(f"{title}: lowest loss so far, by evaluation", best),
+        "progress": found.progress_rows(),
+        "notes": found.notes(),
+    }
 
 
 # --- layers ------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import Any, final
 
 from graphprune.ir.program import Program
 from graphprune.pipeline.events import JSON, PassFinished
+from graphprune.report.budget import CANDIDATES, LEVELS, BudgetReport, budgets
 
 
 @final
@@ -163,6 +164,8 @@ class Report:
             lines += ["sizes of inputs:", *(f"  {line}" for line in self.limits)]
         if self.passes:
             lines += ["", *_aligned([HEADER, *self.rows()])]
+        for title, found in self.budgets():
+            lines += ["", f"{title}: {found.summary}", *_aligned([LEVELS, *found.level_rows()])]
         skipped = self.skipped_lines()
         if skipped:
             lines += ["", "skipped:", *(f"  {line}" for line in skipped)]
@@ -184,8 +187,9 @@ class Report:
             f"Compiled in {self.seconds:.1f} s, of these {self.capture_seconds:.1f} s for capture.",
         ]
         if self.passes:
-            lines += ["", "| " + " | ".join(HEADER) + " |", "|---|---|---:|---:|---:|"]
-            lines += ["| " + " | ".join(row) + " |" for row in self.rows()]
+            lines += ["", *_markdown(HEADER, self.rows(), left=2)]
+        for title, found in self.budgets():
+            lines += ["", *_budget_markdown(title, found)]
         if self.limits:
             lines += ["", "## Sizes of inputs", "", *(f"- {line}" for line in self.limits)]
         skipped = self.skipped_lines()
@@ -195,6 +199,10 @@ class Report:
         if frozen:
             lines += ["", "## Frozen", "", *(f"- {line}" for line in frozen)]
         return "\n".join(lines) + "\n"
+
+    def budgets(self) -> list[tuple[str, BudgetReport]]:
+        """Title and record of every pass that ran to a budget."""
+        return list(budgets(self.steps()))
 
     def headline(self) -> str:
         """Parameters, bytes and FLOPs, before and after, in one line."""
@@ -396,6 +404,28 @@ def _skipped(entries: JSON) -> tuple[str, ...]:
         else:
             lines.append(str(entry))
     return tuple(lines)
+
+
+def _budget_markdown(title: str, found: BudgetReport) -> list[str]:
+    """A run to a budget as a section: its result, the levels, what else came close."""
+    facts = _markdown(("", "dense", "result", ""), found.fact_rows(), left=1)
+    lines = [f"## To a budget: {title}", "", f"{found.summary}.", "", *facts]
+    lines += ["", *_markdown(LEVELS, found.level_rows(), left=1)]
+    if candidates := found.candidate_rows():
+        lines += ["", *_markdown(CANDIDATES, candidates, left=1)]
+    notes = [*found.notes(), *(f"Warning: {w}" for w in found.warnings)]
+    return [*lines, "", *(f"- {note}" for note in notes)] if notes else lines
+
+
+def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int) -> list[str]:
+    """A table; the first `left` columns to the left, the others to the right."""
+    rule = ["---" if i < left else "---:" for i in range(len(header))]
+    ruled = f"|{'|'.join(rule)}|"
+    return [_line(header), ruled, *map(_line, rows)]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> Iterable[str]:

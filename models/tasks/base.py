@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, final
 
@@ -21,6 +21,8 @@ from graphprune.models.data.batches import Batches
 from graphprune.models.data.tables import Schema
 from graphprune.models.data.tokenize import TOKENS, tokenizer
 from graphprune.models.zoo.sentence import masked_mean
+from graphprune.pipeline.events import JSON
+from graphprune.training.outcome import Outcome
 
 Runner = Callable[[Mapping[str, Tensor]], Tensor]
 Progress = Callable[[int, int], None]
@@ -39,8 +41,9 @@ class TaskResult:
     Attributes:
         task: its name in TASKS.
         metric: what `value` is.
-        value: the figure that the model is judged by.
+        value: the figure that the model is judged by, that of all items of the outcome.
         count: of how many things: pairs, images, questions, predicted tokens.
+        outcome: what the model did on each item, for comparing it with another model.
         higher_is_better: False for a perplexity.
         standard_error: one standard error of `value`, from drawing the things judged; else None.
         details: how it was measured, where that can vary: window, part of the data.
@@ -51,10 +54,16 @@ class TaskResult:
     metric: str
     value: float
     count: int
+    outcome: Outcome = field(repr=False, compare=False)
     higher_is_better: bool = True
     standard_error: float | None = None
     details: str = ""
     more: Mapping[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, JSON]:
+        """Plain data: the figures, without the outcome."""
+        names = (f.name for f in fields(self) if f.name != "outcome")
+        return {**{name: getattr(self, name) for name in names}, "more": dict(self.more)}
 
 
 @final
@@ -116,10 +125,19 @@ class Task:
     examples: Callable[[str], tuple[dict[str, Tensor], Tensor]] | None = None
     rate: float | None = None
 
-    def result(self, value: float, count: int, **more: Any) -> TaskResult:
-        """A figure of this task; `more` as in TaskResult."""
+    def result(self, outcome: Outcome, count: int | None = None, **more: Any) -> TaskResult:
+        """The figure of an outcome of this task; `count` where it is not that of its items.
+
+        `more` as in TaskResult.
+        """
         return TaskResult(
-            self.name, self.metric, value, count, higher_is_better=self.higher_is_better, **more
+            self.name,
+            self.metric,
+            outcome.value(),
+            count or outcome.count,
+            outcome,
+            higher_is_better=self.higher_is_better,
+            **more,
         )
 
     def find_data(self, data: Path | None) -> Path:
@@ -143,14 +161,41 @@ class Task:
         return file
 
 
+@final
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """A model that can be evaluated like any other, and keeps the inputs that it is fed.
+
+    Attributes:
+        model: as `runner` takes it.
+        fed: the inputs of each run, without labels; for `overlap` of models.data.
+    """
+
+    model: Any
+    fed: list[Mapping[str, Tensor]] = field(default_factory=list)
+
+    def keeping(self, run: Runner) -> Runner:
+        """A runner that keeps its inputs here."""
+
+        def kept(inputs: Mapping[str, Tensor]) -> Tensor:
+            self.fed.append(inputs)
+            return run(inputs)
+
+        return kept
+
+
 def runner(model: Any, *, quiet: bool = False) -> Runner:
     """The model's answer as a function of its named inputs; it is given those that it has.
 
     The answer is the output that is called so (`ir.outputs`), else the first.
 
     1. an onnxruntime session; `quiet` keeps it from printing an error that it raises as well.
-    2. anything else: called with keyword arguments, without gradients.
+    2. a `Watched` model: its model's answer; with `quiet`, which is for trials, it keeps nothing.
+    3. anything else: called with keyword arguments, without gradients.
     """
+    if isinstance(model, Watched):
+        run = runner(model.model, quiet=quiet)
+        return run if quiet else model.keeping(run)
     if hasattr(model, "get_inputs") and hasattr(model, "run"):
         # Inputs that need not be fed are initializers, which session-like objects may lack.
         optional: list[Any] = getattr(model, "get_overridable_initializers", list)()

@@ -9,6 +9,7 @@ from torch import Tensor
 from graphprune.models.data.batches import Batches
 from graphprune.models.tasks.base import Progress, Task, TaskResult, scored, silent
 from graphprune.models.zoo.digits import digits
+from graphprune.training.outcome import MeanOutcome
 
 _BATCH = 60
 
@@ -23,8 +24,7 @@ def accuracy(model: Any, progress: Progress = silent) -> TaskResult:
     """Share of the 360 test digits that a classifier of pixel_values [n, 1, 8, 8] names rightly."""
     batches = Batches(*examples("test"), _BATCH, shuffle=False)
     scores, labels = scored(model, batches, progress)
-    right = int((scores.argmax(dim=-1) == labels).sum())
-    return TASK.result(right / len(labels), len(labels))
+    return TASK.result(MeanOutcome(scores.argmax(dim=-1) == labels))
 
 
 TASK = Task(

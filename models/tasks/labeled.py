@@ -13,7 +13,8 @@ from graphprune.errors import GraphPruneError
 from graphprune.models.data.batches import table_batches
 from graphprune.models.data.tables import Schema, Table
 from graphprune.models.tasks.base import Progress, Task, TaskResult, longest, scored, silent
-from graphprune.training.metrics import pearson, spearman
+from graphprune.training.metrics import pearson
+from graphprune.training.outcome import MeanOutcome, RankOutcome
 
 # A model takes those that it has.
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -52,14 +53,15 @@ def judge(
     scores, wanted = scored(
         model, batches, progress, lambda scores, labels: _check(scores, labels, schema)
     )
-    scores, count = scores.float(), len(wanted)
+    scores = scores.float()
     if schema.task == "regression":
         scores, wanted = scores.flatten().double(), wanted.double()
         more = {"Pearson": pearson(scores, wanted)}
-        return REGRESSION.result(spearman(scores, wanted), count, more=more)
-    share = float((scores.argmax(dim=-1) == wanted).double().mean())
-    error = math.sqrt(share * (1 - share) / count)
-    return CLASSIFICATION.result(share, count, standard_error=error)
+        return REGRESSION.result(RankOutcome(scores, wanted), more=more)
+    outcome = MeanOutcome(scores.argmax(dim=-1) == wanted)
+    share = outcome.value()
+    error = math.sqrt(share * (1 - share) / outcome.count)
+    return CLASSIFICATION.result(outcome, standard_error=error)
 
 
 def _integers(table: Table) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ import torch
 from graphprune.errors import GraphPruneError
 from graphprune.models.tasks.base import Progress, Task, TaskResult, silent
 from graphprune.models.tasks.language import continuations, read_rows, share
+from graphprune.training.outcome import MeanOutcome
 
 
 def lambada(
@@ -52,12 +53,11 @@ def lambada(
             )
         texts.append((parts[1], parts[2]))
     scored = continuations(model, tokenizer_dir, texts, batch=batch, progress=progress)
-    value, error = share([s.greedy for s in scored])
+    right = [s.greedy for s in scored]
     mean = -sum(s.log_probability for s in scored) / len(scored)
     return TASK.result(
-        value,
-        len(rows),
-        standard_error=error,
+        MeanOutcome(torch.tensor(right)),
+        standard_error=share(right)[1],
         details=part,
         more={"perplexity of the last word": torch.tensor(mean, dtype=torch.float64).exp().item()},
     )

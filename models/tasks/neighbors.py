@@ -16,6 +16,7 @@ from torch import Tensor
 
 from graphprune.errors import GraphPruneError
 from graphprune.models.tasks.base import Progress, Task, TaskResult, embed, silent
+from graphprune.training.outcome import MeanOutcome
 
 SENTENCES = 400
 NEIGHBORS = 10
@@ -39,19 +40,18 @@ def agreement(
         sentences,
         progress=lambda done, total: progress(total + done, 2 * total),
     )
-    value = overlap(ours, theirs, NEIGHBORS)
-    return TASK.result(value, len(sentences))
+    return TASK.result(MeanOutcome(common_neighbors(ours, theirs, NEIGHBORS)))
 
 
-def overlap(ours: Tensor, theirs: Tensor, neighbors: int) -> float:
-    """Mean share of common entries in the nearest-neighbor lists of two embeddings [n, width]."""
+def common_neighbors(ours: Tensor, theirs: Tensor, neighbors: int) -> Tensor:
+    """Share of each row's nearest neighbors that two embeddings [n, width] have in common; [n]."""
     lists = []
     for embeddings in (ours, theirs):
         similarity = embeddings @ embeddings.T
         similarity.fill_diagonal_(-torch.inf)
         lists.append(similarity.topk(neighbors, dim=1).indices)
     same = (lists[0].unsqueeze(2) == lists[1].unsqueeze(1)).any(dim=2)
-    return float(same.float().mean())
+    return same.double().mean(dim=1)
 
 
 def python_sentences(count: int) -> Sequence[str]:

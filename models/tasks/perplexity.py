@@ -12,6 +12,7 @@ from graphprune.errors import GraphPruneError, first_line
 from graphprune.models.data.tokenize import encoder
 from graphprune.models.tasks.base import Progress, Task, TaskResult, silent
 from graphprune.models.tasks.language import scorer
+from graphprune.training.outcome import PerplexityOutcome
 
 WINDOW = 512
 # More at once is no faster on a CPU, and a row of logits is as wide as the vocabulary.
@@ -72,7 +73,7 @@ def perplexity(
     used = min(windows or found, found)
     rows = [ids[i * window : (i + 1) * window] for i in range(used)]
     score = scorer(model, tokenizer_dir, rows)
-    total = 0.0
+    losses: list[float] = []
     step = batch or max(1, _TOKENS_AT_ONCE // window)
     for start in range(0, used, step):
         part = rows[start : start + step]
@@ -86,13 +87,12 @@ def perplexity(
                 f"the model fails on windows of {window} tokens ({first_line(e)}): give a smaller "
                 "--window"
             ) from e
-        total -= sum(s.log_probability for s in scored)
+        losses += (-s.log_probability for s in scored)
         progress(start + len(part), used)
-    count = used * (window - 1)
+    tokens = torch.full((used,), window - 1)
     return TASK.result(
-        # torch, unlike math, has an infinity for what is too large.
-        torch.tensor(total / count, dtype=torch.float64).exp().item(),
-        count,
+        PerplexityOutcome(torch.tensor(losses, dtype=torch.float64), tokens),
+        int(tokens.sum()),
         details=f"{'all' if used == found else f'the first {used:,} of'} {found:,} windows of "
         f"{window:,} tokens",
     )

@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from graphprune.errors import GraphPruneError
 from graphprune.models.tasks.base import Progress, Task, TaskResult, silent
 from graphprune.models.tasks.language import continuations, read_rows, share
+from graphprune.training.outcome import MeanOutcome
 
 
 def piqa(
@@ -57,11 +60,9 @@ def piqa(
         plain.append((second > first) == bool(row["label"]))
         first, second = first / len(row["sol1"]), second / len(row["sol2"])
         normalized.append((second > first) == bool(row["label"]))
-    value, error = share(normalized)
     return TASK.result(
-        value,
-        len(rows),
-        standard_error=error,
+        MeanOutcome(torch.tensor(normalized)),
+        standard_error=share(normalized)[1],
         details=part,
         more={"accuracy, log-probability (acc)": share(plain)[0]},
     )

@@ -9,7 +9,7 @@ import torch
 
 from graphprune.models.data.tables import read_table
 from graphprune.models.tasks.base import Progress, Task, TaskResult, embed, silent
-from graphprune.training.metrics import spearman
+from graphprune.training.outcome import RankOutcome
 
 
 def spearman_of_cosine(
@@ -25,8 +25,7 @@ def spearman_of_cosine(
     embeddings = embed(model, tokenizer_dir, list(unique), progress=progress)
     left = embeddings[[unique[s] for s in first]]
     right = embeddings[[unique[s] for s in second]]
-    value = spearman((left * right).sum(dim=1), torch.tensor(scores))
-    return TASK.result(value, len(scores))
+    return TASK.result(RankOutcome((left * right).sum(dim=1), torch.tensor(scores)))
 
 
 def read_pairs(file: Path) -> tuple[list[str], list[str], list[float]]:

@@ -13,20 +13,20 @@ import graphprune as gp
 from graphprune.errors import GraphPruneError
 from graphprune.models.tasks import TASKS, evaluate, find_data, runner
 from graphprune.models.tasks.base import embed, longest
-from graphprune.models.tasks.neighbors import overlap, python_sentences
+from graphprune.models.tasks.neighbors import common_neighbors, python_sentences
 from graphprune.models.tasks.sts import read_pairs
 from graphprune.models.zoo.tiny import tiny
 
 HEADER = "genre\tscore\tsentence1\tsentence2"
 
 
-def test_overlap_is_one_for_equal_embeddings_and_half_when_half_the_neighbors_agree() -> None:
+def test_agreement_is_one_for_equal_embeddings_and_half_when_half_the_neighbors_agree() -> None:
     embeddings = torch.nn.functional.normalize(torch.randn(30, 8, generator=_seeded()), dim=1)
-    assert overlap(embeddings, embeddings.clone(), 5) == 1.0
+    assert common_neighbors(embeddings, embeddings.clone(), 5).mean() == 1.0
     angles = torch.tensor([0.0, 0.1, 0.3, 3.0])
     line = torch.stack([angles.cos(), angles.sin()], dim=1)
     # Points 0, 1, 2 are near each other; swapping 2 and 3 changes one of two neighbors.
-    assert 0 < overlap(line, line[[0, 1, 3, 2]], 2) < 1
+    assert 0 < common_neighbors(line, line[[0, 1, 3, 2]], 2).mean() < 1
 
 
 def test_python_sentences_are_many_distinct_and_always_the_same() -> None:
