@@ -38,6 +38,10 @@ _MEASURED = 8  # calibration batches that drift is measured on, beside the examp
 Notes = dict[str, Any]
 
 
+class NothingToQuantizeError(ExportError):
+    """The scheme has no operator for any layer of the file."""
+
+
 def quantize(
     source: Path,
     target: Path,
@@ -120,7 +124,7 @@ class _Work:
                 chosen.append(layer)
         chosen = self._without_half_tied(chosen, left)
         if not chosen:
-            raise ExportError(
+            raise NothingToQuantizeError(
                 f"scheme {self.mark.scheme!r} finds nothing to quantize among "
                 f"{len(self.layers)} layers; the first is left because: "
                 f"{next(iter(left.values()), 'there is no layer with a constant weight')}"

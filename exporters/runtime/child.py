@@ -74,18 +74,20 @@ class Child:
         self.peak_before: int | None = answer["peak"]
         self._optional: list[list[str]] = answer["optional"]
 
-    def warm_up(self, feeds: Feeds) -> dict[str, int | None]:
+    def warm_up(self, feeds: Feeds | Sequence[Feeds]) -> dict[str, int | None]:
         """Run every file twice; bytes of memory, "peak" and "private", None where unknown.
 
         Args:
-            feeds: inputs for all; of a decoder's cache, each has its own.
+            feeds: inputs for all, of which each takes its own, or those of each; of a decoder's
+                cache, each has its own.
 
         Raises:
             GraphPruneError: a file does not run.
         """
+        each = feeds if isinstance(feeds, Sequence) else [feeds] * len(self.inputs)
         own = [
-            filled({**needed, **{name: () for name in optional if name in feeds}}, feeds)
-            for needed, optional in zip(self.inputs, self._optional, strict=True)
+            filled({**needed, **{name: () for name in optional if name in fed}}, fed)
+            for needed, optional, fed in zip(self.inputs, self._optional, each, strict=True)
         ]
         arrays = self._folder / "feeds.npz"
         # By position: a keyword of savez may be an input's name.

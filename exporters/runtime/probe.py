@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -62,6 +64,84 @@ def _once(session: Any, feeds: Mapping[str, Any], now: Callable[[], int]) -> int
     start = now()
     session.run(None, feeds)
     return now() - start
+
+
+def until_stable(
+    one: Callable[[], Sequence[float]],
+    progress: Callable[[int, int], None] = lambda done, most: None,
+    *,
+    seconds: float = 120.0,
+) -> list[list[float]]:
+    """Go round until every model's median is known within 1 %, at most `MOST` times.
+
+    Args:
+        one: runs all models once and gives the milliseconds of each.
+        progress: told after each round how many there were, and the most that there can be.
+        seconds: after which no round begins, once there were `LEAST`.
+
+    Returns:
+        For each model, its time in every round.
+    """
+    rounds: list[Sequence[float]] = []
+    start = time.monotonic()
+    while len(rounds) < MOST:
+        rounds.append(one())
+        progress(len(rounds), MOST)
+        if len(rounds) >= LEAST and (
+            time.monotonic() - start > seconds or (not len(rounds) % 5 and _is_stable(rounds))
+        ):
+            break
+    return [list(times) for times in zip(*rounds, strict=True)]
+
+
+LEAST, MOST = 15, 200  # rounds
+_WITHIN = 0.01
+
+
+def _is_stable(rounds: Sequence[Sequence[float]]) -> bool:
+    """Whether two standard errors of each median are below 1 % of it.
+
+    Of a normal distribution the median's error is 1.25 sigma / sqrt(n), and sigma is the distance
+    of the quartiles / 1.35.
+    """
+    low, middle, high = np.quantile(np.asarray(rounds), [0.25, 0.5, 0.75], axis=0)
+    errors = 1.25 * (high - low) / 1.35 / len(rounds) ** 0.5
+    return bool((2 * errors <= _WITHIN * middle).all())
+
+
+def cpu() -> dict[str, Any]:
+    """This machine's CPU: its "name", and which "instructions" it has for products.
+
+    Virtual machines often hide the name, and what runs fast follows from the instructions.
+    """
+    fields = _cpu_fields()
+    names = ("model name", "Model", "Hardware", "Processor")
+    name = next((fields[key] for key in names if key in fields), "") or _cpu_name()
+    flags = fields.get("flags", fields.get("Features", "")).split()
+    return {"name": name, "instructions": sorted(set(flags) & _PRODUCTS)}
+
+
+_PRODUCTS = {
+    "avx", "avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16",
+    "asimd", "asimdhp", "asimddp", "i8mm", "sve", "bf16",
+}  # fmt: skip
+
+
+def _cpu_fields() -> dict[str, str]:
+    """The first processor's lines of /proc/cpuinfo; empty where there is none."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            pairs = [line.split(":", 1) for line in lines if ":" in line]
+    except OSError:
+        return {}
+    return {key.strip(): value.strip() for key, value in reversed(pairs)}
+
+
+def _cpu_name() -> str:
+    if sys.platform == "darwin":
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return platform.processor() or platform.machine()
 
 
 @final

@@ -22,6 +22,14 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def cache_dir() -> Path:
+    """$GRAPHPRUNE_CACHE, else $XDG_CACHE_HOME/graphprune, else ~/.cache/graphprune."""
+    if own := os.environ.get("GRAPHPRUNE_CACHE"):
+        return Path(own)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "graphprune"
+
+
 def check_target(path: Path, is_ours: Callable[[Path], bool]) -> None:
     """Refuse, before any work, a folder that cannot be written or that is not ours to replace.
 

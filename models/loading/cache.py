@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-
-def cache_dir() -> Path:
-    """$GRAPHPRUNE_CACHE, else $XDG_CACHE_HOME/graphprune, else ~/.cache/graphprune."""
-    if own := os.environ.get("GRAPHPRUNE_CACHE"):
-        return Path(own)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "graphprune"
+from graphprune.storage.folders import cache_dir as cache_dir
 
 
 def cached(name: str, make: Callable[[Path], None]) -> Path:

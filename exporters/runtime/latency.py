@@ -1,0 +1,165 @@
+"""The device that is this machine: programs timed in ONNX Runtime as they will be exported."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+
+import graphprune
+from graphprune.exporters.onnx.convert import to_onnx
+from graphprune.exporters.onnx.files import file_bytes, save_onnx
+from graphprune.exporters.onnx.names import input_names
+from graphprune.exporters.quantize.quantize import NothingToQuantizeError, quantize
+from graphprune.exporters.runtime.child import child
+from graphprune.exporters.runtime.costs import Costs
+from graphprune.exporters.runtime.probe import cpu, until_stable
+from graphprune.exporters.runtime.session import TUNED, Feeds, check_threads, feeds_of
+from graphprune.exporters.runtime.signature import signature
+from graphprune.exporters.runtime.timing import default_clock
+from graphprune.ir.program import Program
+from graphprune.ir.quantization import Mark
+from graphprune.pipeline.device import Cost
+from graphprune.storage.folders import cache_dir
+
+Progress = Callable[[int, int, str], None]  # done, total, of what
+RUNS = 3  # of a model in a round; the fastest counts
+
+
+@final
+class OnnxRuntimeDevice:
+    """This machine's CPU, asked how long programs take there as they will be exported.
+
+    Programs with one signature are timed once. What was measured is kept for 30 days, for this CPU,
+    number of threads and versions.
+
+    Attributes:
+        name: the CPU's name.
+        threads: within operators.
+        scheme: how programs are quantized.
+        can_measure: True.
+    """
+
+    can_measure = True
+
+    def __init__(
+        self,
+        threads: int = 1,
+        mark: Mark | None = None,
+        cache: Path | None = None,
+        progress: Progress = lambda done, total, unit: None,
+    ) -> None:
+        """Measure nothing yet.
+
+        Args:
+            threads: within operators.
+            mark: how exports are quantized; what a program itself is marked with does not count.
+            cache: folder of what was measured; by default "latency" in the user's cache folder.
+            progress: called with how many are done, of how many, of what.
+
+        Raises:
+            GraphPruneError: this machine has not so many threads.
+        """
+        check_threads(threads)
+        self.threads, self.scheme = threads, None if mark is None else mark.scheme
+        self._mark, self._progress = mark, progress
+        self._cpu = cpu()
+        self.name: str = self._cpu["name"]
+        self._costs = Costs(cache or cache_dir() / "latency", self.environment())
+
+    def environment(self) -> dict[str, Any]:
+        """What a time depends on beside the program: machine, options and versions."""
+        packages = ("onnxruntime", "torch", "onnxscript")
+        return {
+            "cpu": self._cpu,
+            "threads": self.threads,
+            "session": dict(TUNED),
+            "graphprune": graphprune.__version__,
+            **{name: version(name) for name in packages},
+        }
+
+    def measure(self, models: Mapping[str, Program], *, fresh: bool = False) -> dict[str, Cost]:
+        """What programs cost here, by the names given; see `Device`.
+
+        Raises:
+            ExportError: a program cannot be written as ONNX.
+            GraphPruneError: ONNX Runtime cannot run it.
+        """
+        keys = {name: signature(program, self._mark) for name, program in models.items()}
+        known = {} if fresh else self._costs.read(set(keys.values()))
+        new = {keys[name]: p for name, p in models.items() if keys[name] not in known}
+        measured = self._measured(new) if new else {}
+        self._costs.write(measured)
+        return {name: {**known, **measured}[key] for name, key in keys.items()}
+
+    def _measured(self, models: Mapping[str, Program]) -> dict[str, Cost]:
+        with tempfile.TemporaryDirectory(prefix="graphprune-") as folder:
+            files = write_files(models, Path(folder), self._mark, self._progress)
+            with child([file.path for file in files], self.threads, TUNED) as process:
+                process.warm_up([file.feeds for file in files])
+                clock = default_clock(self.threads)
+                times = until_stable(
+                    lambda: process.round(RUNS, clock),
+                    lambda done, most: self._progress(done, most, "rounds"),
+                )
+        return {
+            key: cost(own, file.bytes) for key, own, file in zip(models, times, files, strict=True)
+        }
+
+
+def cost(times: Iterable[float], size: int) -> Cost:
+    """Median and quartiles of rounds, beside a file's bytes."""
+    low, middle, high = np.quantile(np.asarray([*times]), [0.25, 0.5, 0.75])
+    return Cost(float(middle), size, float(low), float(high))
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class File:
+    """A program written as it will be exported.
+
+    Attributes:
+        path: of the ONNX file.
+        feeds: its example inputs.
+        bytes: of the file, and of its weights beside it.
+    """
+
+    path: Path
+    feeds: Feeds
+    bytes: int
+
+
+def write_files(
+    models: Mapping[str, Program], folder: Path, mark: Mark | None, progress: Progress
+) -> list[File]:
+    """Write the deployed entry of each program as NAME.onnx, quantized as a mark says.
+
+    What has nothing to quantize stays float; a limit of the error counts for whole models and is
+    left out.
+
+    Raises:
+        ExportError: one cannot be written, or ONNX Runtime does not run it quantized.
+    """
+    files = []
+    for number, (name, program) in enumerate(models.items()):
+        progress(number, len(models), "models")
+        path = folder / f"{name}.onnx"
+        program = program.in_float32()
+        entry = program.entries[program.deployed]
+        feeds = feeds_of(entry.example, input_names(entry))
+        save_onnx(to_onnx(program, program.deployed, opset=None), path)
+        if mark is not None:
+            _quantize(path, mark, feeds)
+        files.append(File(path, feeds, file_bytes(path)))
+    return files
+
+
+def _quantize(path: Path, mark: Mark, feeds: Feeds) -> None:
+    with contextlib.suppress(NothingToQuantizeError):
+        quantize(path, path, replace(mark, keep_error=None), [feeds], [feeds])

@@ -1,0 +1,60 @@
+"""What passes ask of the machine that a model is for: milliseconds and bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol, final
+
+from graphprune.ir.program import Program
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a program costs on a device.
+
+    Attributes:
+        ms: milliseconds of one run on the example inputs, the median of several rounds.
+        bytes: of its ONNX file.
+        low: lower quartile of the rounds, in milliseconds; `high` the upper.
+    """
+
+    ms: float
+    bytes: int
+    low: float
+    high: float
+
+
+class Device(Protocol):
+    """A machine that programs are timed on, or a file that says how long they took there."""
+
+    @property
+    def name(self) -> str:
+        """The CPU's name."""
+
+    @property
+    def threads(self) -> int:
+        """Threads within operators."""
+
+    @property
+    def scheme(self) -> str | None:
+        """Quantization that exports will have, a key of `ir.quantization.SCHEMES`, or None."""
+
+    @property
+    def can_measure(self) -> bool:
+        """Whether it times what is new to it; else it knows only what its file holds."""
+
+    def measure(self, models: Mapping[str, Program], *, fresh: bool = False) -> dict[str, Cost]:
+        """What programs cost, by the names given; those of one graph are timed once.
+
+        The deployed entry is timed, on its example inputs, as it will be exported.
+
+        Args:
+            models: the programs.
+            fresh: time all of them now, in one run, whatever was measured before.
+
+        Raises:
+            GraphPruneError: a program cannot be exported or run; or it is not among what was
+                measured, where `can_measure` is False.
+        """
