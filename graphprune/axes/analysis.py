@@ -38,7 +38,7 @@ def infer_axes(program: Program) -> Axes:
     facts = {}
     for name, entry in program.entries.items():
         facts[name] = _walk(entry, tensors)
-    for name in sorted(set(tensors) - _read(program)):
+    for name in sorted(set(tensors) - program.read()):
         for axis in tensors[name]:
             algebra.freeze(axis, f"{name} is never read")
     for name in sorted(program.overlapping):
@@ -50,12 +50,6 @@ def infer_axes(program: Program) -> Axes:
         _normalize_subtracted_means(found)
         _freeze_returned_averages(found, flat_outputs(program.entries[name].graph))
     return Axes(program, tensors, facts)
-
-
-def _read(program: Program) -> set[str]:
-    """Names of the tensors that some entry reads."""
-    graphs = (entry.graph for entry in program.entries.values())
-    return {str(node.target) for graph in graphs for node in graph.nodes if node.op == "get_attr"}
 
 
 CACHE_DIMS = (1, 3)  # heads and width: of all inputs and outputs only these can shrink

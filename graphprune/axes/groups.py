@@ -268,21 +268,23 @@ def _groups(axes: Axes) -> list[AxisGroup]:
 
 
 def names_after(before: AxisGroups, keep: Mapping[Axis, Tensor], after: Program) -> dict[str, str]:
-    """What to call the groups of a program that lost units, so that each keeps its name.
+    """What to call the groups of a program that lost units or tensors, so that each keeps its name.
 
     An axis that is down to one unit is none any more, and those beside it in a dimension would be
-    counted anew: "w[0].1" would become "w[0]".
+    counted anew: "w[0].1" would become "w[0]". One whose first tensor is gone would be named after
+    the next. Of an axis that fell apart, the first part has the name.
 
     Args:
         before: the groups before, with their names.
-        keep: leaves with the units that stay.
+        keep: leaves with the units that stay; others stay whole.
         after: the program with those units alone; names it has are left out of account.
 
     Returns:
         for `Program.axis_names`: name by position -> name before, where they differ.
     """
     old = {algebra.find(group.axis): group.id for group in before}
-    found = {}
+    found: dict[str, str] = {}
+    taken: set[str] = set()
     plain = axis_groups(replace(after, axis_names={}))
     for group in plain:
         place = group.occurrences[0]
@@ -292,8 +294,10 @@ def names_after(before: AxisGroups, keep: Mapping[Axis, Tensor], after: Program)
             leaf = algebra.find(group.axis)
             # It may be there twice, in both halves of a concatenation.
             former = next(o for n, o in zip(new_parts, old_parts, strict=True) if n is leaf)
-            if former in old and old[former] != group.id:
-                found[group.id] = old[former]
+            name = old.get(former, group.id)
+            if name != group.id and name not in taken:
+                found[group.id] = name
+        taken.add(found.get(group.id, group.id))
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from graphprune.errors import GraphPruneError
 from graphprune.ir.graph import (
     copy_graph,
+    tensor_nodes,
     terms,
 )
 from graphprune.ir.propagate import propagate
@@ -304,6 +305,24 @@ class Program:
     def with_tensors(self, changed: Mapping[str, Tensor]) -> Program:
         """The same graphs over some other tensors; shapes may change only with a rewrite."""
         return replace(self, tensors={**self.tensors, **changed})
+
+    def read(self) -> set[str]:
+        """Names of the tensors that some entry reads."""
+        graphs = (entry.graph for entry in self.entries.values())
+        return {str(node.target) for graph in graphs for node in tensor_nodes(graph)}
+
+    def without_tensors(self, names: Collection[str]) -> Program:
+        """The program without these tensors, which no entry reads, and without their tied names."""
+        gone = {*names, *(alias for alias, name in self.aliases.items() if name in names)}
+        return replace(
+            self,
+            tensors={name: t for name, t in self.tensors.items() if name not in gone},
+            parameters=self.parameters - gone,
+            aliases={alias: name for alias, name in self.aliases.items() if alias not in gone},
+            frozen=self.frozen - gone,
+            overlapping=self.overlapping - gone,
+            zeroed=self.zeroed - gone,
+        )
 
     def with_graphs(
         self, graphs: Mapping[str, fx.Graph], tensors: Mapping[str, Tensor] | None = None

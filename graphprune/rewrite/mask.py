@@ -131,12 +131,20 @@ def _masked(
     gone[algebra.expanded(axis, keep).to(fake.device)] = False
     name = f"{MASK}{len(tensors)}"
     tensors[name] = gone.reshape([-1] + [1] * (fake.dim() - dim - 1))
+    return filled(graph, value, name, tensors[name])
+
+
+def filled(graph: fx.Graph, value: fx.Node, name: str, where: Tensor) -> fx.Node:
+    """A value with zeros where a bool tensor of this name says so, whatever is there.
+
+    Shapes stay, so metadata is known without propagating the whole graph again.
+    """
+    fake = value.meta["val"]
     read = graph.create_node("get_attr", name)
     # Not a product with zeros: a unit may be infinite.
     masked = graph.create_node(
         "call_function", torch.ops.aten.masked_fill.Scalar, (value, read, 0), name=f"{name}_of"
     )
-    # Shapes stay, so metadata is known without propagating the whole graph again.
-    read.meta["val"] = fake.fake_mode.from_tensor(tensors[name], static_shapes=True)
+    read.meta["val"] = fake.fake_mode.from_tensor(where, static_shapes=True)
     masked.meta["val"] = fake
     return masked

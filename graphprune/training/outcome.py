@@ -198,7 +198,8 @@ def paired_drop(
     The drop is dense - pruned in the unit of the metric, the other way round where lower is
     better, divided by the dense value where the outcome is `relative`. Bounds are percentiles, the
     outer one of two draws. They know only differences that the items show: models that agree on
-    all of few items have the bound 0.
+    all of few items have the bound 0. They hold for one comparison: of several candidates that are
+    tried on the same items until one passes, the one that passes is a little worse than it looks.
 
     Args:
         dense: of the dense model.

@@ -163,10 +163,9 @@ def _compare(
     *references, candidate = programs
     for name, entry in references[0].entries.items():
         number = len(flat_outputs(candidate.entries[name].graph))
-        if number != len(flat_outputs(entry.graph)):
-            raise VerificationError(
-                f"entry {name!r} has {number} outputs, not {len(flat_outputs(entry.graph))}"
-            )
+        wanted = len(_outputs_left(entry, candidate.entries[name]))
+        if number != wanted:
+            raise VerificationError(f"entry {name!r} has {number} outputs, not {wanted}")
         step = _Step(found, references, candidate, name, dense=dense, noise=noise, nodes=nodes)
         compared = 0
         for i, (inputs, own) in enumerate(_inputs(entry, candidate.entries[name])):
@@ -219,6 +218,7 @@ class _Step:
         self.candidate = candidate
         self.references, self.dense, self.noise = references, dense, noise
         self.single = [] if noise is None else [t.dtype for t in noise.entries[name].example]
+        self.outputs = _outputs_left(references[0].entries[name], candidate.entries[name])
         self.numbers: set[int] = set()  # outputs that were not NaN alone on some batch
 
     def compare(
@@ -270,10 +270,10 @@ class _Step:
         cached = self.candidate.entries[self.name].cache.values()
         for i, b in enumerate(candidate.outputs()):
             for outputs in expected:
-                a = outputs[i]
+                a = outputs[self.outputs[i]]
                 if _shape(a) != _shape(b) and i in cached:
                     continue  # lost units; what is made of them is compared
-                error = _error(a, b, None if rounded is None else rounded[i])
+                error = _error(a, b, None if rounded is None else rounded[self.outputs[i]])
                 where = f"output {i} of {self.name!r}"
                 self.found.add(error, where, candidate.output_name(i))
             if not isinstance(b, Tensor) or not b.numel() or not bool(b.isnan().all()):
@@ -312,14 +312,18 @@ def _error(expected: Any, actual: Any, rounded: Any) -> float:
 
 def _inputs(reference: Entry, candidate: Entry) -> list[tuple[list[Tensor], list[Tensor]]]:
     """The batches for both; a candidate that lost heads has a cache of its own, without them."""
-    names = reference.input_names
-    return [
-        (
-            ours,
-            [b if n in candidate.cache else a for n, a, b in zip(names, ours, theirs, strict=True)],
-        )
-        for ours, theirs in zip(batches(reference), batches(candidate), strict=True)
-    ]
+    result = []
+    for ours, theirs in zip(batches(reference), batches(candidate), strict=True):
+        given = dict(zip(reference.input_names, ours, strict=True))
+        own = zip(candidate.input_names, theirs, strict=True)
+        result.append((ours, [b if given[n].shape != b.shape else given[n] for n, b in own]))
+    return result
+
+
+def _outputs_left(reference: Entry, candidate: Entry) -> list[int]:
+    """Numbers of the reference's outputs that a candidate has, which may have lost caches."""
+    gone = {number for past, number in reference.cache.items() if past not in candidate.cache}
+    return [n for n in range(len(flat_outputs(reference.graph))) if n not in gone]
 
 
 def _widened(programs: Sequence[Program]) -> list[Program]:

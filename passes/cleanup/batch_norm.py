@@ -19,7 +19,6 @@ from graphprune.ir.graph import (
     value_of,
 )
 from graphprune.ir.program import Program
-from graphprune.passes.cleanup.dead import without_tensors
 from graphprune.pipeline.base import Context, Invariant, Pass, PassResult
 from graphprune.pipeline.registry import register
 
@@ -72,7 +71,7 @@ class FoldBatchNorm(Pass):
         changed = changed.with_graphs(graphs, tensors)
         read = {n.target for graph in graphs.values() for n in tensor_nodes(graph)}
         unread = [name for name in reads if name not in read]
-        return PassResult(without_tensors(changed, unread), True, report)
+        return PassResult(changed.without_tensors(unread), True, report)
 
 
 def _obstacle(norm: fx.Node, reads: Counter[Any]) -> str:

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from graphprune.capture.fold import MAX_GROWTH, fold
 from graphprune.errors import RecipeError
-from graphprune.ir.graph import erase_dead, tensor_nodes
+from graphprune.ir.graph import erase_dead
 from graphprune.ir.program import Program
-from graphprune.passes.cleanup.dead import without_tensors
 from graphprune.pipeline.base import Context, Invariant, Pass, PassResult
 from graphprune.pipeline.registry import register
 
@@ -67,8 +66,8 @@ class FoldConstants(Pass):
         if not folded:
             return PassResult(program, False, report)
         changed = program.with_graphs(graphs, {**program.tensors, **folded})
-        unread = _newly_unread(program, changed)
-        return PassResult(without_tensors(changed, unread), True, {**report, "tensors": unread})
+        unread = sorted(program.read() - changed.read())
+        return PassResult(changed.without_tensors(unread), True, {**report, "tensors": unread})
 
     def _sources(self, program: Program) -> dict[str, Tensor]:
         return {
@@ -76,11 +75,3 @@ class FoldConstants(Pass):
             for name, t in program.tensors.items()
             if self.parameters or name not in program.parameters
         }
-
-
-def _newly_unread(before: Program, after: Program) -> list[str]:
-    return sorted(_read(before) - _read(after))
-
-
-def _read(program: Program) -> set[str]:
-    return {str(n.target) for e in program.entries.values() for n in tensor_nodes(e.graph)}

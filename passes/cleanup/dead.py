@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar, final
 
@@ -36,15 +35,4 @@ class RemoveDeadNodes(Pass):
         if not unread and not any(nodes.values()):
             return PassResult(program, False, report)
         cleaned = program.with_graphs(graphs) if any(nodes.values()) else program
-        return PassResult(without_tensors(cleaned, unread), True, report)
-
-
-def without_tensors(program: Program, names: list[str]) -> Program:
-    """The program without these tensors, which no entry reads."""
-    gone = set(names)
-    return dataclasses.replace(
-        program,
-        tensors={name: t for name, t in program.tensors.items() if name not in gone},
-        parameters=program.parameters - gone,
-        aliases={alias: name for alias, name in program.aliases.items() if name not in gone},
-    )
+        return PassResult(cleaned.without_tensors(unread), True, report)
