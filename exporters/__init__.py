@@ -10,6 +10,7 @@ from graphprune.exporters.artifact.export import export as export
 from graphprune.exporters.artifact.export import measure as measure
 from graphprune.exporters.onnx.convert import to_onnx as to_onnx
 from graphprune.exporters.runtime.footprint import Footprint as Footprint
+from graphprune.exporters.runtime.latency import open_device as open_device
 from graphprune.exporters.runtime.parity import Agreement as Agreement
 from graphprune.exporters.runtime.timing import Comparison as Comparison
 from graphprune.exporters.runtime.timing import Timing as Timing
@@ -24,5 +25,6 @@ __all__ = [
     "is_artifact",
     "measure",
     "open_artifact",
+    "open_device",
     "to_onnx",
 ]

@@ -30,13 +30,15 @@ from graphprune.pipeline.pipeline import Pipeline, check_order
 from graphprune.pipeline.recipe import load as load_recipe
 from graphprune.pipeline.recipe import to_data
 from graphprune.report.report import ModelSize, PassReport, Report
-from graphprune.storage.folders import check_writable
+from graphprune.storage.folders import cache_dir, check_writable
+from graphprune.storage.kept import Kept
 from graphprune.storage.layout import layout_of
 from graphprune.training.spec import Training
 
 if TYPE_CHECKING:
     from graphprune.axes import AxisGroups
     from graphprune.exporters import Artifact
+    from graphprune.pipeline.device import Device, Progress
 
 _log = logging.getLogger(__name__)
 
@@ -252,6 +254,8 @@ def compile(
         calibration=batches,
         training=training,
         seed=seed,
+        devices=_device,
+        kept=Kept(cache_dir() / "kept"),
     )
     result = Pipeline(steps, verify, observers).run(program, context)
     done = _pass_reports(steps, result.results, result.program.history[len(program.history) :])
@@ -259,6 +263,13 @@ def compile(
     report = report.extended(after, done, time.perf_counter() - start)
     finished = replace(result.program, report=report.to_json())
     return Compiled(finished, report, dense=dense, files=files, calibration=batches)
+
+
+def _device(file: str, threads: int, progress: Progress) -> Device:
+    """What measures times for passes: this machine, or what a device kit's file describes."""
+    from graphprune.exporters import open_device
+
+    return open_device(file, threads, progress)
 
 
 def load(path: str | os.PathLike[str], *, expect: str | None = None) -> Compiled:

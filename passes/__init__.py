@@ -3,6 +3,7 @@
 if __name__ != "graphprune.passes":
     raise ImportError(f"{__name__!r} is part of graphprune: import graphprune.passes")
 
+from graphprune.passes.budget.budget import Budget as Budget
 from graphprune.passes.cleanup.batch_norm import FoldBatchNorm as FoldBatchNorm
 from graphprune.passes.cleanup.constants import FoldConstants as FoldConstants
 from graphprune.passes.cleanup.dead import RemoveDeadNodes as RemoveDeadNodes
@@ -28,6 +29,7 @@ from graphprune.passes.training.neuroprune import NeuroPrune as NeuroPrune
 
 __all__ = [
     "L1",
+    "Budget",
     "Distill",
     "Finetune",
     "FoldBatchNorm",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, final
 
 import numpy as np
+from torch import Tensor
 
 import graphprune
 from graphprune.exporters.onnx.convert import to_onnx
@@ -25,10 +26,10 @@ from graphprune.exporters.runtime.signature import signature
 from graphprune.exporters.runtime.timing import default_clock
 from graphprune.ir.program import Program
 from graphprune.ir.quantization import Mark
-from graphprune.pipeline.device import Cost
+from graphprune.pipeline.device import Cost, Device, Progress
 from graphprune.storage.folders import cache_dir
 
-Progress = Callable[[int, int, str], None]  # done, total, of what
+Run = tuple[Program, tuple[Tensor, ...]]
 RUNS = 3  # of a model in a round; the fastest counts
 
 
@@ -42,7 +43,6 @@ class OnnxRuntimeDevice:
     Attributes:
         name: the CPU's name.
         threads: within operators.
-        scheme: how programs are quantized.
         can_measure: True.
     """
 
@@ -51,7 +51,6 @@ class OnnxRuntimeDevice:
     def __init__(
         self,
         threads: int = 1,
-        mark: Mark | None = None,
         cache: Path | None = None,
         progress: Progress = lambda done, total, unit: None,
     ) -> None:
@@ -59,7 +58,6 @@ class OnnxRuntimeDevice:
 
         Args:
             threads: within operators.
-            mark: how exports are quantized; what a program itself is marked with does not count.
             cache: folder of what was measured; by default "latency" in the user's cache folder.
             progress: called with how many are done, of how many, of what.
 
@@ -67,8 +65,7 @@ class OnnxRuntimeDevice:
             GraphPruneError: this machine has not so many threads.
         """
         check_threads(threads)
-        self.threads, self.scheme = threads, None if mark is None else mark.scheme
-        self._mark, self._progress = mark, progress
+        self.threads, self._progress = threads, progress
         self._cpu = cpu()
         self.name: str = self._cpu["name"]
         self._costs = Costs(cache or cache_dir() / "latency", self.environment())
@@ -84,23 +81,30 @@ class OnnxRuntimeDevice:
             **{name: version(name) for name in packages},
         }
 
-    def measure(self, models: Mapping[str, Program], *, fresh: bool = False) -> dict[str, Cost]:
+    def measure(
+        self,
+        models: Mapping[str, Program],
+        *,
+        inputs: Mapping[str, Sequence[Tensor]] | None = None,
+        fresh: bool = False,
+    ) -> dict[str, Cost]:
         """What programs cost here, by the names given; see `Device`.
 
         Raises:
             ExportError: a program cannot be written as ONNX.
             GraphPruneError: ONNX Runtime cannot run it.
         """
-        keys = {name: signature(program, self._mark) for name, program in models.items()}
+        runs = runs_of(models, inputs)
+        keys = {name: signature(*run) for name, run in runs.items()}
         known = {} if fresh else self._costs.read(set(keys.values()))
-        new = {keys[name]: p for name, p in models.items() if keys[name] not in known}
+        new = {keys[name]: run for name, run in runs.items() if keys[name] not in known}
         measured = self._measured(new) if new else {}
         self._costs.write(measured)
         return {name: {**known, **measured}[key] for name, key in keys.items()}
 
-    def _measured(self, models: Mapping[str, Program]) -> dict[str, Cost]:
+    def _measured(self, models: Mapping[str, Run]) -> dict[str, Cost]:
         with tempfile.TemporaryDirectory(prefix="graphprune-") as folder:
-            files = write_files(models, Path(folder), self._mark, self._progress)
+            files = write_files(models, Path(folder), self._progress)
             with child([file.path for file in files], self.threads, TUNED) as process:
                 process.warm_up([file.feeds for file in files])
                 clock = default_clock(self.threads)
@@ -111,6 +115,32 @@ class OnnxRuntimeDevice:
         return {
             key: cost(own, file.bytes) for key, own, file in zip(models, times, files, strict=True)
         }
+
+
+def open_device(
+    file: str, threads: int, progress: Progress = lambda done, total, unit: None
+) -> Device:
+    """This machine, or the one that the JSON file of a device kit describes.
+
+    Raises:
+        GraphPruneError: the file is none of a kit, or this machine has not so many threads.
+    """
+    if file:
+        from graphprune.exporters.runtime.device_kit import KitDevice
+
+        return KitDevice(Path(file).expanduser(), threads)
+    return OnnxRuntimeDevice(threads, progress=progress)
+
+
+def runs_of(
+    models: Mapping[str, Program], inputs: Mapping[str, Sequence[Tensor]] | None
+) -> dict[str, Run]:
+    """Programs with the flat inputs that they are timed on, by name."""
+    given = inputs or {}
+    return {
+        name: (program, tuple(given.get(name, program.entries[program.deployed].example)))
+        for name, program in models.items()
+    }
 
 
 def cost(times: Iterable[float], size: int) -> Cost:
@@ -135,10 +165,8 @@ class File:
     bytes: int
 
 
-def write_files(
-    models: Mapping[str, Program], folder: Path, mark: Mark | None, progress: Progress
-) -> list[File]:
-    """Write the deployed entry of each program as NAME.onnx, quantized as a mark says.
+def write_files(models: Mapping[str, Program], folder: Path, progress: Progress) -> list[File]:
+    """Write the deployed entry of each program as NAME.onnx, quantized as its mark says.
 
     What has nothing to quantize stays float; a limit of the error counts for whole models and is
     left out.
@@ -147,12 +175,13 @@ def write_files(
         ExportError: one cannot be written, or ONNX Runtime does not run it quantized.
     """
     files = []
-    for number, (name, program) in enumerate(models.items()):
+    for number, (name, (program, inputs)) in enumerate(models.items()):
         progress(number, len(models), "models")
         path = folder / f"{name}.onnx"
+        mark = program.quantization
         program = program.in_float32()
         entry = program.entries[program.deployed]
-        feeds = feeds_of(entry.example, input_names(entry))
+        feeds = feeds_of(inputs, input_names(entry))
         save_onnx(to_onnx(program, program.deployed, opset=None), path)
         if mark is not None:
             _quantize(path, mark, feeds)

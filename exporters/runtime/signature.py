@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any, final
 
 from torch import Tensor, fx
 
 from graphprune.ir.graph import bound_arguments, op_name, output_node
 from graphprune.ir.program import Program
-from graphprune.ir.quantization import Mark
 
 
-def signature(program: Program, mark: Mark | None = None) -> str:
+def signature(program: Program, inputs: Sequence[Tensor]) -> str:
     """A hash of the deployed entry as it will be exported, the same for equal layers.
 
     In it are operators, arguments, shapes and types, the sizes of the example inputs, which of them
@@ -21,11 +21,12 @@ def signature(program: Program, mark: Mark | None = None) -> str:
     they are read, and no names.
 
     Args:
-        program: of which one entry is deployed.
-        mark: how it is quantized at export.
+        program: of which one entry is deployed, with its mark of quantization.
+        inputs: flat inputs of that entry, of the sizes that it is timed at.
     """
+    mark = program.quantization
     entry = program.entries[program.deployed]
-    reader = _Reader(program, mark)
+    reader = _Reader(program, inputs)
     lines = [
         [_operator(node), reader.plain(bound_arguments(node) or node.args), reader.number(node)]
         for node in entry.graph.nodes
@@ -46,11 +47,11 @@ def _operator(node: fx.Node) -> str:
 class _Reader:
     """Writes arguments as plain data, with a number for each node, input and tensor."""
 
-    def __init__(self, program: Program, mark: Mark | None) -> None:
+    def __init__(self, program: Program, inputs: Sequence[Tensor]) -> None:
         entry = program.entries[program.deployed]
-        self._program, self._mark = program, mark
+        self._program, self._mark = program, program.quantization
         self._shapes = entry.shapes
-        self._examples = dict(zip(entry.input_names, entry.example, strict=True))
+        self._examples = dict(zip(entry.input_names, inputs, strict=True))
         self._numbers: dict[object, int] = {}
 
     def number(self, key: object) -> int:

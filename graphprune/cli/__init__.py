@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 
 from graphprune.cli import app
+from graphprune.cli.budget import device_kit_command, front_command
 from graphprune.cli.catalog import models_command, passes_command, recipes_command
 from graphprune.cli.check import check_command
 from graphprune.cli.compile import compile_command
@@ -20,6 +21,8 @@ from graphprune.cli.timing import bench_command
 _COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect_command,
     "compile": compile_command,
+    "front": front_command,
+    "device-kit": device_kit_command,
     "bench": bench_command,
     "generate": generate_command,
     "eval": eval_command,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from graphprune.cli.sizes import input_names, problem_of, resized
 from graphprune.cli.subject import Subject
+from graphprune.errors import RecipeError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,3 +64,31 @@ def calibration(
         segment=segment,
         length=longest(program),
     )
+
+
+def bundled_calibration(subject: Subject, program: Program, lines: int) -> list[dict[str, Tensor]]:
+    """Calibration batches of text that every Python installation has: its help topics.
+
+    Those sentences are left out that the task "neighbors" is evaluated on.
+
+    Raises:
+        RecipeError: the model does not read text.
+    """
+    if "input_ids" not in input_names(program) or subject.tokenizer_dir is None:
+        raise RecipeError(
+            f"a budget is met on calibration data, and {subject.name!r} does not read text: give "
+            "--calibration FILE, an .npz with an array for each input"
+        )
+    with tempfile.TemporaryDirectory(prefix="graphprune-") as folder:
+        file = Path(folder) / "sentences.txt"
+        file.write_text("\n".join(python_text(lines)), encoding="utf-8")
+        return calibration(subject, program, file, lines)
+
+
+def python_text(lines: int) -> list[str]:
+    """Sentences of Python's help topics, without those that "neighbors" is evaluated on."""
+    from graphprune.models.tasks.neighbors import SENTENCES, python_sentences
+
+    judged = set(python_sentences(SENTENCES))
+    found = [s for s in python_sentences(SENTENCES + 2 * lines) if s not in judged]
+    return found[:lines]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, final
 
@@ -22,6 +22,7 @@ from graphprune.cli.app import (
     listed,
     ratio_of,
 )
+from graphprune.cli.budget import Asked, Device, Faster, MaxDrop, Megabytes, Milliseconds
 from graphprune.cli.evaluate import NO_COLUMNS, judged
 from graphprune.cli.sizes import input_names, parse_batch, timed_inputs
 from graphprune.cli.subject import Exported, Subject, opened
@@ -60,6 +61,10 @@ class Options:
     layout: str = "auto"
     weights: str = "auto"
     target: str = "onnxruntime"
+    asked: Asked = field(default_factory=Asked)
+    task: str = ""  # that quality is evaluated by, where it is not the model's own
+    data: Path | None = None
+    bundled: bool = False  # without calibration, text that every Python has
 
 
 def _ratio(text: str) -> float:
@@ -75,6 +80,17 @@ def compile_command(
     recipe: Annotated[
         str | None, typer.Option(help="A built-in recipe's name or a YAML file.")
     ] = None,
+    faster: Faster = None,
+    ms: Milliseconds = None,
+    mb: Megabytes = None,
+    max_drop: MaxDrop = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="What --max-drop decides by; nothing of it may calibrate."
+        ),
+    ] = None,
+    device: Device = None,
     heads: Annotated[
         float | None,
         typer.Option(metavar="RATIO", parser=_ratio, help="Part of the attention heads to remove."),
@@ -93,7 +109,10 @@ def compile_command(
     ] = "",
     task: Annotated[
         str,
-        typer.Option(help="What a head is trained for: classification, regression or digits."),
+        typer.Option(
+            help="What a head is trained for: classification, regression or digits; or what "
+            "--max-drop is a drop on."
+        ),
     ] = "",
     train: Annotated[
         Path | None,
@@ -186,8 +205,10 @@ def compile_command(
     from graphprune.exporters.artifact.export import check_forms
     from graphprune.exporters.onnx.convert import check_opset
 
+    asked = Asked(faster, ms, mb, max_drop, task, data, device, tuple(ignore or ()))
+    asked.check()
     training = TrainingOptions(
-        task=task,
+        task="" if max_drop is not None else task,
         train=train,
         eval=eval_file,
         text=tuple(text_column or ()),
@@ -211,7 +232,12 @@ def compile_command(
     }
     check_opset(opset, cached=cache)
     check_forms(layout, weights, target)
-    steps = steps_of(recipe, flags, none=cache, lr=training.own_rate)
+    steps = steps_of(recipe, flags, none=cache or asked.anything, lr=training.own_rate)
+    if asked.anything and (recipe is not None or heads is not None or neurons is not None):
+        raise RecipeError(
+            "a budget chooses what is removed: leave --recipe, --heads and --neurons out, or the "
+            "budget"
+        )
     labeled = labeled_data(training, steps)
     check_calibration(steps, calibration, trains=labeled is not None and labeled.trains)
     options = Options(
@@ -231,6 +257,10 @@ def compile_command(
         layout=layout,
         weights=weights,
         target=target,
+        asked=asked,
+        task=task if max_drop is not None else "",
+        data=data,
+        bundled=asked.anything,
     )
     present(run(model, steps, out, options, allow_pickle), as_json)
 
@@ -307,7 +337,8 @@ def compiled_and_measured(
 ) -> Summary:
     """Capture, prune, export, time, judge; each long step is announced through `step`."""
     from graphprune.api import compile
-    from graphprune.cli.calibration import calibration
+    from graphprune.cli.budget import budget_pass
+    from graphprune.cli.calibration import bundled_calibration, calibration
     from graphprune.cli.summary import Summary
     from graphprune.cli.training import calibration_from, trained_first, training_of, with_task_head
     from graphprune.exporters.artifact.export import check_runs
@@ -337,8 +368,17 @@ def compiled_and_measured(
     if options.calibration is not None:
         with step("calibration"):
             batches = calibration(subject, start.program, options.calibration, options.lines)
+    elif training is None and options.bundled:
+        with step("calibration"):
+            batches = bundled_calibration(subject, start.program, options.lines)
     elif training is not None and any(p.needs_calibration for p in passes):
         batches = calibration_from(training, options.lines)
+    if options.asked.anything:
+        chosen = budget_pass(
+            options.asked, subject, start.program, batches, options.sizes, options.threads
+        )
+        passes = [chosen, *passes]
+        check_steps(passes, start.program)
     compiled = compile(
         start,
         passes,
@@ -363,7 +403,7 @@ def compiled_and_measured(
             timing = timing_of(artifact, start.program, inputs, options.threads, "dense")
     quality: Mapping[str, JSON] = {}
     if options.quality:
-        quality = _quality(artifact, subject, labeled, step)
+        quality = _quality(artifact, subject, options, step)
     results = {"timing": timing, "quality": quality, "dense_training": first}
     if noted := {key: value for key, value in results.items() if value}:
         artifact = add_results(artifact, compiled.report, noted, compiled.described)
@@ -376,18 +416,18 @@ def compiled_and_measured(
         timing=timing,
         quality=quality,
         calibration=None if batches is None else count_tokens(batches),
+        bundled=options.bundled and options.calibration is None and training is None,
         trained=first,
     )
 
 
-def _quality(
-    artifact: Artifact, subject: Subject, labeled: LabeledData | None, step: Step
-) -> dict[str, JSON]:
+def _quality(artifact: Artifact, subject: Subject, options: Options, step: Step) -> dict[str, JSON]:
     """Evaluate the artifact on labeled data or by the model's own task; nothing without either."""
 
     from graphprune.models.tasks import TASKS
 
-    task, data, columns = subject.task, None, NO_COLUMNS
+    task, data, columns = options.task or subject.task, options.data, NO_COLUMNS
+    labeled = options.labeled
     if labeled is not None and labeled.evaluates:
         task, data = labeled.options.task, labeled.options.eval
         if labeled.schema is not None:

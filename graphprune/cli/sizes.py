@@ -97,6 +97,13 @@ def timed_inputs(program: Program, sizes: tuple[int, ...]) -> dict[str, Any]:
     )
 
 
+def timed_sizes(program: Program, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """The sizes of `timed_inputs`: batch and, where there is one, sequence or past."""
+    inputs = timed_inputs(program, sizes)
+    text = batch_text(program, inputs).replace("x1 after ", "x")
+    return tuple(int(part) for part in text.split("x")) if text != "as captured" else ()
+
+
 def resized(program: Program, sizes: tuple[int, ...]) -> dict[str, Any]:
     """The program's example inputs at batch and sequence, without padding, as keyword arguments."""
     from graphprune.ir.batches import resized as flat_inputs

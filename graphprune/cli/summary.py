@@ -27,6 +27,7 @@ class Summary:
         timing: what the benchmark measured, or None.
         quality: task results of "pruned" and "dense", or none.
         calibration: "samples" and, for text, "tokens" of what calibrated it; None without.
+        bundled: whether that was text that every Python has.
         trained: what the training of the dense model reports, where its head was fresh.
     """
 
@@ -38,6 +39,7 @@ class Summary:
     timing: Mapping[str, JSON] | None
     quality: Mapping[str, JSON]
     calibration: Mapping[str, int] | None = None
+    bundled: bool = False
     trained: Mapping[str, JSON] | None = None
 
     def to_json(self) -> JSON:
@@ -56,7 +58,10 @@ class Summary:
 
     def calibrated_on(self) -> str:
         """The calibration in words, such as "64 samples, 32,768 tokens"; empty without."""
-        return ", ".join(f"{count:,} {what}" for what, count in (self.calibration or {}).items())
+        counts = ", ".join(f"{count:,} {what}" for what, count in (self.calibration or {}).items())
+        if not self.bundled:
+            return counts
+        return f"{counts} of Python's help topics: --calibration FILE of your own text does better"
 
     def trained_first(self) -> str:
         """The dense model's training in words: "2 epochs, accuracy 0.505 -> 0.855"; or nothing."""

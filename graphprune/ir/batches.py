@@ -5,7 +5,7 @@ The examples; a cropped and padded one; one of fresh values; and one at each fin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -173,6 +173,24 @@ def resized(entry: Entry, sizes: Mapping[str, int]) -> list[Tensor]:
             tensor = torch.cat([tensor] * repeats, dim).narrow(dim, 0, size)
         result.append(tensor.contiguous())
     return result
+
+
+def sized(entry: Entry, sizes: Sequence[int]) -> list[Tensor]:
+    """The examples at so many samples and tokens, all of which count: masks hold ones.
+
+    Args:
+        entry: with a cache, one token comes in and `sizes` counts those of the past.
+        sizes: samples, and tokens of each.
+    """
+    names = ("batch", "past" if entry.cache else "sequence")
+    wanted = dict(zip(names, sizes, strict=False)) | ({"sequence": 1} if entry.cache else {})
+    tensors = resized(entry, wanted)
+    return [
+        t.new_ones(t.shape)
+        if not t.is_floating_point() and bool(((t == 0) | (t == 1)).all())
+        else t
+        for t in tensors
+    ]
 
 
 def _is_mask(tensor: Tensor, dims: Mapping[int, str]) -> bool:

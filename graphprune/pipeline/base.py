@@ -14,7 +14,10 @@ from torch import Tensor
 
 from graphprune.errors import RecipeError, VerificationError
 from graphprune.ir.program import Program
+from graphprune.ir.quantization import Mark
+from graphprune.pipeline.device import Device, Progress
 from graphprune.pipeline.events import JSON, Event, Observer, PassProgress, emit
+from graphprune.storage.kept import Kept
 from graphprune.verify.invariants import Invariant as Invariant
 
 if TYPE_CHECKING:
@@ -84,6 +87,9 @@ class Context:
         training: a loss and its batches for passes that train, or None.
         reference: the dense program that the pipeline began with: teacher and baseline.
         seed: everything random comes from it.
+        devices: opens what measures time, as `exporters.open_device` does.
+        kept: where tensors are kept that take long to compute; None for nowhere.
+        quantization: how a later pass will have the result quantized; None for a float one.
         run: what the pipeline keeps, for passes that run others; one with no observers by default.
         running: name of the pass that runs now.
         training_number: which of the passes that train it is, from 0; it names the pass's folder of
@@ -97,24 +103,33 @@ class Context:
         calibration: Iterable[Any] | None = None,
         training: Training | None = None,
         seed: int = 0,
+        devices: Callable[[str, int, Progress], Device] | None = None,
+        kept: Kept | None = None,
+        quantization: Mark | None = None,
         run: Run | None = None,
     ) -> None:
         self.reference = reference
         self.calibration = calibration
         self.training = training
         self.seed = seed
+        self.devices = devices
+        self.kept = kept
+        self.quantization = quantization
         self.run = Run() if run is None else run
         self.running = ""
         self.training_number = 0
         self._generator = torch.Generator().manual_seed(seed)
 
-    def during(self, run: Run, reference: Program) -> Context:
+    def during(self, run: Run, reference: Program, quantization: Mark | None) -> Context:
         """A context for one run: this one's data and seed, and its reference where it has one."""
         return Context(
             reference=reference if self.reference is None else self.reference,
             calibration=self.calibration,
             training=self.training,
             seed=self.seed,
+            devices=self.devices,
+            kept=self.kept,
+            quantization=quantization,
             run=run,
         )
 
@@ -141,6 +156,23 @@ class Context:
             )
         return self.calibration
 
+    def device(self, file: str, threads: int) -> Device:
+        """What measures how long models take.
+
+        Args:
+            file: JSON of a device kit; "" for this machine.
+            threads: of the runtime.
+
+        Raises:
+            RecipeError: nothing measures here.
+        """
+        if self.devices is None:
+            raise RecipeError(
+                f"pass {self.running!r} measures time, and this context has nothing that does: "
+                "run it by graphprune.compile, or give Context(devices=...)"
+            )
+        return self.devices(file, threads, self.progress)
+
     def begin(self, name: str, index: int, *, trains: bool = False) -> None:
         """Tell the context which pass runs now (the pipeline calls this).
 
@@ -159,6 +191,11 @@ class Context:
     def progress(self, done: int, total: int, unit: str = "", **values: float) -> None:
         """Tell observers how far the running pass is, with numbers to watch such as the loss."""
         self.run.emit(PassProgress(self.running, done, total, unit, values))
+
+    def drop(self, program, branches):
+        from graphprune.rewrite.drop import drop
+
+        return drop(program, branches), {}
 
     def shrink(
         self, program: Program, keep: Keep, prepared: Program | None = None
@@ -256,6 +293,10 @@ class Pass(abc.ABC):
     def needs_training(self) -> bool:
         """Whether `run` trains and needs `ctx.training`; asked before any work."""
         return False
+
+    def quantization(self, program: Program) -> Mark | None:
+        """How it will have the exported program quantized; known before it runs."""
+        return None
 
     @property
     def inner(self) -> tuple[Pass, ...]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, final
+
+from torch import Tensor
 
 from graphprune.ir.program import Program
 
@@ -26,6 +28,10 @@ class Cost:
     high: float
 
 
+Progress = Callable[[int, int, str], None]
+"""Called with how many are done, of how many, of what."""
+
+
 class Device(Protocol):
     """A machine that programs are timed on, or a file that says how long they took there."""
 
@@ -38,20 +44,25 @@ class Device(Protocol):
         """Threads within operators."""
 
     @property
-    def scheme(self) -> str | None:
-        """Quantization that exports will have, a key of `ir.quantization.SCHEMES`, or None."""
-
-    @property
     def can_measure(self) -> bool:
         """Whether it times what is new to it; else it knows only what its file holds."""
 
-    def measure(self, models: Mapping[str, Program], *, fresh: bool = False) -> dict[str, Cost]:
+    def measure(
+        self,
+        models: Mapping[str, Program],
+        *,
+        inputs: Mapping[str, Sequence[Tensor]] | None = None,
+        fresh: bool = False,
+    ) -> dict[str, Cost]:
         """What programs cost, by the names given; those of one graph are timed once.
 
-        The deployed entry is timed, on its example inputs, as it will be exported.
+        The deployed entry is timed, on its example inputs, as it will be exported: quantized where
+        the program is marked.
 
         Args:
             models: the programs.
+            inputs: flat inputs of the deployed entry by the model's name, of those that are not to
+                be timed on their example inputs.
             fresh: time all of them now, in one run, whatever was measured before.
 
         Raises:

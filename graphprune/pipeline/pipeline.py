@@ -70,7 +70,8 @@ class Pipeline:
         start = time.perf_counter()
         check_steps(self.passes, program)
         run = Run(self.verify, self.observers)
-        ctx = (Context() if ctx is None else ctx).during(run, program)
+        marks = [mark for step in flat(self.passes) if (mark := step.quantization(program))]
+        ctx = (Context() if ctx is None else ctx).during(run, program, next(iter(marks), None))
         run.emit(PipelineStarted(tuple(step.name for step in self.passes)))
         results: list[PassFinished] = []
         for index, step in enumerate(self.passes):

@@ -90,6 +90,17 @@ class Quantize(Pass):
     def check(self, program: Program) -> None:
         check_names(self, program)
 
+    def quantization(self, program: Program) -> Mark:
+        weights = _weights(program)
+        return Mark(
+            self.scheme,
+            tuple(sorted(name for name, known in weights.items() if not self._takes(known))),
+            self.embeddings,
+            self.keep_error,
+            self.block_size,
+            self.reduce_range,
+        )
+
     def run(self, program: Program, ctx: Context) -> PassResult:
         """Mark the program.
 
@@ -106,14 +117,7 @@ class Quantize(Pass):
         for option in ("ignore", "targets"):
             names = [name for known in weights.values() for name in known]
             refuse_unmatched(option, getattr(self, option), names)
-        mark = Mark(
-            self.scheme,
-            tuple(sorted(name for name, known in weights.items() if not self._takes(known))),
-            self.embeddings,
-            self.keep_error,
-            self.block_size,
-            self.reduce_range,
-        )
+        mark = self.quantization(program)
         report = {"scheme": self.scheme, "weights": len(weights), "float": list(mark.ignored)}
         old = program.quantization
         if old == mark:

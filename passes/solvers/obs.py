@@ -90,7 +90,7 @@ def greedy(problems: Sequence[Problem], count: int) -> tuple[list[int], list[flo
         The units in the order of removal, and the cost of each: their running sum is the rise of
         the loss sum over problems of tr(ΔW H ΔWᵀ).
     """
-    with _told():
+    with few_rows_explained():
         return _greedy([_State(p) for p in problems], count)
 
 
@@ -110,7 +110,7 @@ def _greedy(states: Sequence[_State], count: int) -> tuple[list[int], list[float
 
 
 @contextlib.contextmanager
-def _told() -> Iterator[None]:
+def few_rows_explained() -> Iterator[None]:
     """Say what helps when a Gram matrix has too little rank."""
     try:
         yield
@@ -121,14 +121,17 @@ def _told() -> Iterator[None]:
         ) from e
 
 
-def refit(weight: Tensor, gram: Tensor, keep: Tensor) -> Tensor:
+def refit(weight: Tensor, gram: Tensor, keep: Tensor, slope: Tensor | None = None) -> Tensor:
     """The weight with only `keep` features that comes closest on the inputs: least squares.
 
-    argmin over V of tr((V - W) H (V - W)ᵀ) with V zero outside `keep`; [out, in] float64.
+    argmin over V of tr((V - W) H (V - W)ᵀ) with V zero outside `keep`; [out, in] float64. With
+    S = Σ r xᵀ for a residual r that W leaves, closest to W x + r: of that less 2 tr(V Sᵀ).
     """
     weight = weight.to(torch.float64)
     target = weight @ gram[:, keep]
-    with _told():
+    if slope is not None:
+        target = target + slope[:, keep]
+    with few_rows_explained():
         factor = torch.linalg.cholesky(gram[keep][:, keep])
     result = torch.zeros_like(weight)
     result[:, keep] = torch.cholesky_solve(target.T, factor).T

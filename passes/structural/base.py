@@ -3,36 +3,31 @@
 from __future__ import annotations
 
 import abc
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from graphprune.axes import AxisGroup, AxisGroups, axis_groups, frozen_parameters
-from graphprune.calibration.gram import Remarks
 from graphprune.calibration.stream import Stream
 from graphprune.errors import RecipeError, UnsupportedError
 from graphprune.ir.program import Program
 from graphprune.ir.quantization import refuse_quantized
 from graphprune.passes.name_patterns import check_names, check_patterns
-from graphprune.passes.structural.allocation import Wanted, allocation_named, others
+from graphprune.passes.structural.allocation import Wanted, allocation_named
 from graphprune.passes.structural.records import Calibrated, Cuts, Skipped, group_cuts
 from graphprune.passes.structural.scores import Evidence, Needs, Score, finite, score_named
 from graphprune.passes.structural.selection import Selection, Selector, select
+from graphprune.passes.structural.sequential import cut_groups
 from graphprune.passes.structural.statistics import (
     check_compensation,
-    compensate,
     gather,
     in_execution_order,
 )
 from graphprune.pipeline.base import Context, Invariant, Pass, PassResult
 from graphprune.validate import check_number, check_whole
-
-log = logging.getLogger(__name__)
 
 OF = ("now", "dense")
 
@@ -173,32 +168,15 @@ class StructuralPass(Pass):
         self, program: Program, selection: Selection, ctx: Context
     ) -> tuple[dict[str, Tensor], Program, Calibrated]:
         """Choose and compensate group after group, each on what the cut ones before it make."""
-        batches = ctx.batches()
         groups = ctx.get(axis_groups, program)
         order = in_execution_order(groups, selection.groups)
         score = score_named(self.score).begin(program, groups, order, ctx)
         counts = self._counts(program, groups, order, score, ctx)
-        stream = Stream(program, batches)
-        keep: dict[str, Tensor] = {}
-        errors: dict[str, float] = {}
-        curves: dict[str, list[float]] = {}
-        few = Remarks()
-        refitted: set[str] = set()
-        for group in order:
-            parts = gather(stream, program, groups, group, ctx)
-            for part in parts:
-                few.add(part.site.name, part.gram.shortage())
-            refitted |= {part.site.tensor for part in parts if self.method == "least-squares"}
-            count = group.size - counts[group.id]
-            gone, costs = score.order(Evidence(program, group, ctx, parts, self.damping), count)
-            keep[group.id] = others(group.size, gone[:count])
-            curves[group.id] = _curve(costs)
-            program, errors[group.id] = compensate(
-                program, group, parts, keep[group.id], self.method, self.damping
-            )
-        warnings = few.warn(log)
-        program = _without_zeros(program, refitted, warnings)
-        return keep, program, Calibrated(errors, curves, warnings)
+        done = cut_groups(
+            program, groups, order, counts, score, ctx, method=self.method, damping=self.damping
+        )
+        calibrated = done.calibrated()
+        return done.keep, done.program, calibrated
 
     def _counts(
         self,
@@ -267,27 +245,3 @@ class StructuralPass(Pass):
         if self.selector.groups:
             return [1]
         return [c.size // group.size for c in groups.channels(group)] or [1]
-
-
-def _without_zeros(program: Program, refitted: set[str], warnings: list[str]) -> Program:
-    """Take note where least squares has filled weights that an earlier pass had set to zero."""
-    filled = sorted(refitted & program.zeroed)
-    if not filled:
-        return program
-    more = f" and {len(filled) - 1} more" if len(filled) > 1 else ""
-    sentence = (
-        f"least squares filled the zeros of {filled[0]!r}{more}: remove structure first and zero "
-        "weights afterwards"
-    )
-    log.warning("%s", sentence)
-    warnings.append(sentence)
-    return replace(program, zeroed=program.zeroed - refitted)
-
-
-def _curve(scores: Tensor, points: int = 64) -> list[float]:
-    """Scores for a picture: at most `points` of them, as parts of the largest."""
-    if not len(scores):
-        return []
-    at = torch.linspace(0, len(scores) - 1, min(points, len(scores))).round().long()
-    parts: list[float] = (scores[at] / scores.max().clamp_min(1e-300)).tolist()
-    return parts

@@ -37,11 +37,14 @@ class Consumer:
         site: the product.
         units: the unit of each input feature, -1 for none; int64 [in].
         gram: second moments of its inputs.
+        slope: Σ r xᵀ for what its output is to gain, r, with the bias's column last; [out, in]
+            or [out, in + 1], float64. None where it is to stay.
     """
 
     site: LinearSite
     units: Tensor
     gram: Gram
+    slope: Tensor | None = None
 
     def columns(self, size: int) -> Tensor:
         """Input features of each unit, int64 [size, features per unit]."""
@@ -139,7 +142,7 @@ def compensate(
         if method == "least-squares":
             extra = [features] if part.site.bias is not None else []
             index = torch.cat([stays.nonzero().flatten(), torch.tensor(extra, dtype=torch.int64)])
-            new = refit(old, problem.gram, index)
+            new = refit(old, problem.gram, index, part.slope)
         else:
             new = old.clone()
             new[:, :features][:, ~stays] = 0

@@ -1,0 +1,364 @@
+"""Budgets on the command line: their options, `graphprune front`, `graphprune device-kit`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, final
+
+import typer
+
+from graphprune.cli.app import (
+    Batch,
+    Calibration,
+    Json,
+    Model,
+    Pickle,
+    Threads,
+    print_json,
+    ratio_of,
+    stdout_console,
+)
+from graphprune.errors import GraphPruneError, RecipeError
+
+if TYPE_CHECKING:
+    from graphprune.cli.compile import Options
+    from graphprune.cli.subject import Subject
+    from graphprune.cli.summary import Summary
+    from graphprune.ir.program import Program
+    from graphprune.pipeline.base import Pass
+    from graphprune.report.budget import Front, FrontPoint
+
+Device = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="JSON of a device kit, for another machine than this one."),
+]
+Faster = Annotated[
+    float | None,
+    typer.Option(metavar="TIMES", help="Budget: so many times faster than the dense model."),
+]
+Milliseconds = Annotated[
+    float | None, typer.Option("--ms", help="Budget: milliseconds of one run.")
+]
+Megabytes = Annotated[float | None, typer.Option("--mb", help="Budget: megabytes of the file.")]
+
+
+def _part(text: str) -> float:
+    try:
+        return ratio_of(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no number: write 0.01, or 1%") from None
+
+
+MaxDrop = Annotated[
+    float | None,
+    typer.Option(
+        metavar="DROP",
+        parser=_part,
+        help="Budget: the fastest model that loses at most so much on --task with --data.",
+    ),
+]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the options of a command ask for."""
+
+    faster: float | None = None
+    ms: float | None = None
+    mb: float | None = None
+    max_drop: float | None = None
+    task: str = ""
+    data: Path | None = None
+    device: Path | None = None
+    ignore: tuple[str, ...] = ()
+
+    @property
+    def anything(self) -> bool:
+        """Whether there is a budget."""
+        return any(v is not None for v in (self.faster, self.ms, self.mb, self.max_drop))
+
+    def check(self) -> None:
+        """Refuse, before a model is loaded, what does not go together.
+
+        Raises:
+            GraphPruneError: so it is; the way out is named.
+        """
+        from graphprune.models.tasks import TASKS, unknown_task
+
+        if self.device is not None and not self.anything:
+            raise RecipeError("--device is for a budget: give --faster, --ms or --mb with it")
+        if self.max_drop is not None:
+            if not self.task:
+                raise RecipeError(
+                    "--max-drop is a drop on a task: give --task NAME, such as --task sts --data "
+                    "dev.tsv"
+                )
+            if self.task not in TASKS:
+                raise unknown_task(self.task)
+            if TASKS[self.task].compares:
+                raise RecipeError(
+                    f"the task {self.task!r} compares with the dense model, which has nothing to "
+                    "lose against itself: give --task of a task with labels"
+                )
+            if TASKS[self.task].file:
+                TASKS[self.task].find_data(self.data)
+        elif self.data is not None:
+            raise RecipeError("--data is what --max-drop decides by: give --max-drop 0.01 with it")
+
+    def options(self, program: Program, sizes: tuple[int, ...], threads: int) -> dict[str, Any]:
+        """The options of the pass, but for the task."""
+        from graphprune.cli.sizes import timed_sizes
+
+        return {
+            "speedup": self.faster,
+            "ms": self.ms,
+            "size_mb": self.mb,
+            "max_drop": self.max_drop,
+            "batch": timed_sizes(program, sizes),
+            "threads": threads,
+            "device": "" if self.device is None else str(self.device),
+            "ignore": self.ignore,
+        }
+
+
+def budget_pass(
+    asked: Asked,
+    subject: Subject,
+    program: Program,
+    calibration: Any,
+    sizes: tuple[int, ...],
+    threads: int,
+) -> Pass:
+    """The pass that a command's options ask for."""
+    from graphprune.models.tasks import TASKS, task_evaluation
+    from graphprune.passes import Budget
+
+    task = None
+    if asked.max_drop is not None:
+        schema = {"schema": subject.schema(asked.task)} if TASKS[asked.task].labeled else {}
+        task = task_evaluation(
+            asked.task, subject.tokenizer_dir, asked.data, calibration=calibration, **schema
+        )
+    return Budget(task=task, **asked.options(program, sizes, threads))
+
+
+def parse_speedups(text: str) -> list[float]:
+    """Numbers above 1 from "1.5,2,3", ascending.
+
+    Raises:
+        GraphPruneError: it reads otherwise.
+    """
+    try:
+        found = sorted({float(part) for part in text.split(",")})
+    except ValueError as e:
+        raise GraphPruneError(
+            f"--faster is numbers with commas, such as 1.5,2,3, got {text!r}"
+        ) from e
+    if found[0] <= 1:
+        raise GraphPruneError(f"--faster is above 1, got {found[0]:g}")
+    return found
+
+
+def front_command(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder of the family.")],
+    faster: Annotated[
+        str, typer.Option(metavar="TIMES", help="Speed-ups, with commas.")
+    ] = "1.5,2,3,4,6",
+    quantize: Annotated[
+        str, typer.Option(metavar="SCHEME", help="After pruning: int8-dynamic and others.")
+    ] = "",
+    calibration: Calibration = None,
+    task: Annotated[str, typer.Option(help="Quality by this task; default the model's own.")] = "",
+    data: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="What the task is evaluated on.")
+    ] = None,
+    batch: Batch = "",
+    threads: Threads = 1,
+    seed: Annotated[int, typer.Option(help="Everything random comes from it.")] = 0,
+    as_json: Json = False,
+    allow_pickle: Pickle = False,
+) -> None:
+    """Compile a family of models, one for each speed-up, and draw speed against quality.
+
+    Writes an artifact for each, and front.html with the dense model and its int8 form beside.
+    """
+    from graphprune.cli.calibration import check_calibration
+    from graphprune.cli.compile import Options, check_output
+    from graphprune.cli.sizes import parse_batch
+    from graphprune.cli.subject import opened
+    from graphprune.models.tasks import TASKS, unknown_task
+    from graphprune.report.budget import FRONT
+    from graphprune.report.page import front_page
+
+    speedups = parse_speedups(faster)
+    sizes = parse_batch(batch)
+    check_calibration([], calibration)
+    if task and task not in TASKS:
+        raise unknown_task(task)
+    for speedup in speedups:
+        check_output(out / f"{speedup:g}x")
+    options = Options(
+        sizes=sizes, threads=threads, seed=seed, calibration=calibration, bundled=True
+    )
+    with opened(model, allow_pickle) as (subject, display):
+        front = _family(
+            subject, speedups, quantize, out, options, task or subject.task or "", data, display
+        )
+    page = out / "front.html"
+    page.write_text(front_page(front), encoding="utf-8")
+    if as_json:
+        print_json(front.to_json())
+        return
+    from rich.table import Table
+
+    table = Table(*FRONT, front.metric)
+    for row in front.rows():
+        table.add_row(*row)
+    console = stdout_console()
+    console.print(table)
+    console.print(f"on {front.where}", markup=False)
+    console.print(f"written to {page}", soft_wrap=True, markup=False)
+
+
+def _family(
+    subject: Subject,
+    speedups: list[float],
+    quantize: str,
+    out: Path,
+    options: Options,
+    task: str,
+    data: Path | None,
+    display: Any,
+) -> Front:
+    from dataclasses import replace
+
+    from graphprune.cli.compile import compiled_and_measured
+    from graphprune.passes import Quantize
+    from graphprune.report.budget import BudgetReport, Front
+
+    after: list[Pass] = [Quantize(quantize)] if quantize else []
+    int8: list[Pass] = [Quantize("int8-dynamic")]
+    family, others = [], []
+    where = ""
+
+    def run(name: str, asked: Asked, passes: list[Pass]) -> Summary:
+        return compiled_and_measured(
+            subject,
+            passes,
+            out / name,
+            replace(options, asked=asked, task=task, data=data),
+            step=display.step,
+            observer=display.observe,
+        )
+
+    for speedup in speedups:
+        summary = run(f"{speedup:g}x", Asked(faster=speedup), after)
+        found = next(
+            (r for p in summary.report.passes if (r := BudgetReport.of(p.details)) is not None),
+            None,
+        )
+        where = where or ("" if found is None else found.where)
+        predicted = None if found is None else found.predicted
+        family.append(_point(f"{speedup:g}x", summary, predicted))
+    dense = run("dense-int8", Asked(), int8)
+    others.append(_point("dense int8", dense, None))
+    others.append(_dense_point(dense))
+    quality = dense.quality.get("pruned") or {}
+    return Front(
+        model=subject.name,
+        metric=quality.get("metric", "loss of the search"),
+        higher_is_better=quality.get("higher_is_better", True),
+        where=where,
+        family=tuple(family),
+        others=tuple(others),
+    )
+
+
+def _point(name: str, summary: Summary, predicted: float | None) -> FrontPoint:
+    from graphprune.report.budget import FrontPoint
+
+    timing: Mapping[str, Any] = summary.timing or {}
+    return FrontPoint(
+        name,
+        timing["speedup"],
+        predicted,
+        timing["pruned_ms"],
+        summary.megabytes["pruned"],
+        summary.quality["pruned"]["value"],
+    )
+
+
+def _dense_point(summary: Summary) -> FrontPoint:
+    from graphprune.report.budget import FrontPoint
+
+    timing: Mapping[str, Any] = summary.timing or {}
+    quality = summary.quality.get("dense") or summary.quality["pruned"]
+    return FrontPoint(
+        "dense", 1.0, None, timing["dense_ms"], summary.megabytes["dense"], quality["value"]
+    )
+
+
+def device_kit_command(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
+    quantize: Annotated[
+        str, typer.Option(metavar="SCHEME", help="As the models to choose will be quantized.")
+    ] = "",
+    batch: Batch = "",
+    threads: Threads = 1,
+    cache: Annotated[
+        bool, typer.Option("--cache", help="A decoder with its key/value cache.")
+    ] = False,
+    as_json: Json = False,
+    allow_pickle: Pickle = False,
+) -> None:
+    """Write what measures another machine: small models, and a script that times them there.
+
+    The script needs onnxruntime and numpy alone: copy the folder, run `python kit/measure.py >
+    device.json` there, and give the file to `graphprune compile --device`.
+    """
+    from graphprune.cli.compile import check_output
+    from graphprune.cli.sizes import parse_batch
+    from graphprune.cli.subject import opened
+
+    check_output(out)
+    sizes = parse_batch(batch)
+    with opened(model, allow_pickle) as (subject, display):
+        with display.step("capture"):
+            start = subject.captured(cache)
+        with display.step("write") as advance:
+            count = write_device_kit(start.program, out, sizes, quantize, threads, advance)
+    if as_json:
+        print_json({"model": model, "path": str(out), "models": count})
+        return
+    stdout_console().print(
+        f"{count} models written to {out}/; on the device:\n"
+        f"  python {out}/measure.py > device.json",
+        soft_wrap=True,
+        markup=False,
+    )
+
+
+def write_device_kit(
+    program: Program,
+    out: Path,
+    sizes: tuple[int, ...],
+    quantize: str,
+    threads: int,
+    progress: Any,
+) -> int:
+    """Write the models that a budget would measure; how many they are."""
+    from graphprune.cli.sizes import timed_sizes
+    from graphprune.exporters.runtime.device_kit import write_kit
+    from graphprune.passes import Budget, Quantize
+    from graphprune.passes.budget.choose import sized_for
+    from graphprune.passes.budget.table import named_models
+
+    mark = Quantize(quantize).quantization(program) if quantize else None
+    options = Budget(speedup=2, batch=timed_sizes(program, sizes), threads=threads)
+    models, inputs = named_models(sized_for(options, program, mark))
+    return write_kit(models, out, inputs=inputs, threads=threads, progress=progress)

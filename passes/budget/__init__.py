@@ -1,0 +1,1 @@
+"""Budget, the pass that turns milliseconds, megabytes or a quality into ratios."""

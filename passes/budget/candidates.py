@@ -1,0 +1,297 @@
+"""Candidates of a search: models stitched together from snapshots, and what they lose.
+
+Units go at the old shapes, by weights with zeros; branches go by a gate. So a candidate is a choice
+of tensors for one graph, and nothing is rewritten to try it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib.metadata import version
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from graphprune.axes import AxisGroup, AxisGroups
+from graphprune.axes.sites import LinearSite, consumers
+from graphprune.calibration.gram import Remarks
+from graphprune.calibration.stream import Stream, flat_batch
+from graphprune.errors import UnsupportedError
+from graphprune.ir.program import Program
+from graphprune.passes.budget.items import Item
+from graphprune.passes.solvers.obs import greedy, loss
+from graphprune.passes.solvers.output_loss import OutputLoss, output_loss
+from graphprune.passes.solvers.snapshots import Snapshots
+from graphprune.passes.structural.allocation import others
+from graphprune.passes.structural.scores import Evidence, finite, score_named
+from graphprune.passes.structural.statistics import gather
+from graphprune.pipeline.base import Context
+from graphprune.rewrite.drop import gated
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class GroupStatistics:
+    """What calibration says of a group, on what the dense model computes.
+
+    Attributes:
+        order: the units in the order in which they go, all but one.
+        errors: relative output error when so many have gone; [size], the first 0.
+        weights: of each product that reads the units; empty where one is none with a weight.
+    """
+
+    order: tuple[int, ...]
+    errors: tuple[float, ...]
+    weights: Mapping[LinearSite, Snapshots]
+
+
+def statistics(
+    program: Program,
+    groups: AxisGroups,
+    order: Sequence[AxisGroup],
+    ctx: Context,
+    damping: float,
+    few: Remarks,
+) -> dict[str, GroupStatistics]:
+    """Order of removal, errors and snapshots of every group, by id.
+
+    Each group's are kept as soon as they are there, so that a run that is interrupted, or one with
+    another budget, does not compute them again.
+    """
+    batches = list(ctx.batches())
+    stream = Stream(program, batches)
+    name = _digest(program, batches, damping)
+    found = {}
+    for i, group in enumerate(order):
+        ctx.progress(i, len(order), "groups")
+        seen = partial(_of_group, stream, program, groups, group, ctx, damping, few)
+        part = hashlib.sha256(group.id.encode()).hexdigest()[:16]
+        kept = seen() if ctx.kept is None else ctx.kept.get(name, part, seen)
+        found[group.id] = _from_tensors(kept, groups, group)
+    ctx.progress(len(order), len(order), "groups")
+    return found
+
+
+def _digest(program: Program, batches: Sequence[Any], damping: float) -> str:
+    """What statistics depend on, as one name."""
+    digest = hashlib.sha256(f"{version('graphprune')} {damping}".encode())
+    for i, batch in enumerate(batches):
+        for tensor in flat_batch(program.forward, batch, i):
+            digest.update(_bytes(tensor))
+    for tensor_name, tensor in program.tensors.items():
+        digest.update(f"{tensor_name} {tuple(tensor.shape)}".encode())
+        digest.update(_bytes(tensor))
+    digest.update(str(program.forward.graph).encode())
+    return digest.hexdigest()[:32]
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    """The bytes of a tensor of any type."""
+    return tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _of_group(
+    stream: Stream,
+    program: Program,
+    groups: AxisGroups,
+    group: AxisGroup,
+    ctx: Context,
+    damping: float,
+    few: Remarks,
+) -> dict[str, Tensor]:
+    """Statistics of a group as tensors: "order", "errors", and those of snapshots by weight."""
+    try:
+        parts = gather(stream, program, groups, group, ctx)
+    except UnsupportedError:
+        return _by_size(program, group, ctx)
+    for part in parts:
+        few.add(part.site.name, part.gram.shortage())
+    problems = [part.problem(program, group.size, damping) for part in parts]
+    gone, costs = greedy(problems, group.size - 1)
+    energy = sum(loss(p.used, torch.zeros_like(p.weight), p.gram) for p in problems)
+    (last,) = set(range(group.size)) - set(gone)
+    tensors = {
+        "order": torch.tensor(gone, dtype=torch.int64),
+        "errors": torch.tensor([0.0, *costs]).double().cumsum(0) / max(energy, 1e-300),
+    }
+    for part, problem in zip(parts, problems, strict=True):
+        for key, tensor in Snapshots.of(problem, [*gone, last]).tensors().items():
+            tensors[f"{part.site.name}/{key}"] = tensor
+    return tensors
+
+
+def _from_tensors(
+    tensors: Mapping[str, Tensor], groups: AxisGroups, group: AxisGroup
+) -> GroupStatistics:
+    weights = {}
+    for site, units in consumers(groups, group):
+        mine = {
+            k.rpartition("/")[2]: t for k, t in tensors.items() if k.startswith(f"{site.name}/")
+        }
+        if mine:
+            snapshots = Snapshots.from_tensors(mine)
+            # One weight used with several biases was fitted without any of them.
+            with_bias = snapshots.whole.shape[1] > len(units)
+            own = site if with_bias else replace(site, bias=None)
+            weights[site.name] = (own, snapshots)
+    return GroupStatistics(
+        tuple(tensors["order"].tolist()),
+        tuple(tensors["errors"].tolist()),
+        dict(weights.values()),
+    )
+
+
+def _by_size(program: Program, group: AxisGroup, ctx: Context) -> dict[str, Tensor]:
+    """Of a group that something reads which is no product with a weight: by magnitude."""
+    scores = finite(score_named("magnitude"), Evidence(program, group, ctx))
+    order = scores.argsort(stable=True)
+    squares = scores[order].square()
+    sums = torch.cat([squares.new_zeros(1), squares.cumsum(0)[:-1]])
+    return {"order": order[:-1], "errors": sums / squares.sum().clamp_min(1e-300)}
+
+
+def level_errors(item: Item, seen: Mapping[str, GroupStatistics]) -> list[float]:
+    """The error of each level of an item: what its groups add up to; 1 where the branch is gone."""
+    found = []
+    for level in item.levels:
+        if level is None:
+            found.append(1.0)
+            continue
+        parts = [
+            seen[group.id].errors[group.size - kept]
+            for group, kept in zip(item.groups, level, strict=True)
+        ]
+        found.append(min(1.0, sum(parts)))
+    return found
+
+
+@final
+@dataclass(slots=True)
+class Candidates:
+    """Candidates on some calibration batches.
+
+    Args:
+        program: the dense one.
+        groups: its axis groups.
+        items: what there is to choose.
+        seen: statistics by group id.
+        batches: to evaluate on.
+    """
+
+    program: Program
+    groups: AxisGroups
+    items: Sequence[Item]
+    seen: Mapping[str, GroupStatistics]
+    batches: Sequence[Any]
+    _gates: Mapping[str, str] = field(init=False)
+    _stream: Stream = field(init=False)
+    _loss: OutputLoss = field(init=False)
+    _inputs: list[list[Tensor]] = field(init=False)
+    _answers: list[Tensor] = field(init=False)
+    _losses: dict[tuple[int, ...], float] = field(init=False, default_factory=dict)
+    _held: dict[tuple[str, int], Mapping[str, Tensor]] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        branches = [item.branch for item in self.items if item.branch and item.levels[0] is None]
+        self._loss = output_loss(self.program)
+        entry = self.program.forward
+        self._inputs = [flat_batch(entry, batch, i) for i, batch in enumerate(self.batches)]
+        self.program, self._gates = gated(self.program, branches)
+        self._stream = Stream(self.program, self.batches)
+        self._answers = [
+            self._loss.answer(outputs, flat)
+            for outputs, flat in zip(
+                self._stream.results(self.program), self._inputs, strict=True
+            )
+        ]
+
+    def loss(self, levels: Sequence[int]) -> float:
+        """How far the model at these levels is from the dense one."""
+        key = tuple(levels)
+        if key not in self._losses:
+            self._losses[key] = self._mean(self._stream.results(self.at(levels)))
+        return self._losses[key]
+
+    def difference(self, program: Program) -> float:
+        """How far another program with the same inputs is from the dense one."""
+        return self._mean(Stream(program, self.batches).results(program))
+
+    def _mean(self, results: Iterable[Sequence[Any]]) -> float:
+        """Mean loss over the rows of all batches; infinite where one is no number."""
+        losses = [
+            self._loss.distance(answer, self._loss.answer(outputs, flat))
+            for answer, outputs, flat in zip(self._answers, results, self._inputs, strict=True)
+        ]
+        mean = float(torch.cat(losses).double().mean())
+        return mean if math.isfinite(mean) else math.inf
+
+    def at(self, levels: Sequence[int]) -> Program:
+        """The model at these levels, at the old shapes."""
+        program = self.program
+        for item, j in zip(self.items, levels, strict=True):
+            level = item.levels[j]
+            if level is None:
+                assert item.branch is not None
+                gate = self._gates[item.branch.id]
+                program = program.with_tensors({gate: torch.ones_like(program.tensors[gate])})
+                continue
+            for group, kept in zip(item.groups, level, strict=True):
+                if kept < group.size:
+                    program = self._cut(program, group, kept)
+        return program
+
+    def _cut(self, program: Program, group: AxisGroup, kept: int) -> Program:
+        if (group.id, kept) not in self._held:
+            self._held[group.id, kept] = self._weights(group, kept)
+        return program.with_tensors(self._held[group.id, kept])
+
+    def _weights(self, group: AxisGroup, kept: int) -> Mapping[str, Tensor]:
+        """The tensors that change when so many units of a group stay."""
+        seen, program = self.seen[group.id], self.program
+        gone = torch.tensor(seen.order[: group.size - kept], dtype=torch.int64)
+        if not seen.weights:
+            return self._zeroed(group, others(group.size, gone))
+        changed: dict[str, Tensor] = {}
+        for site, snapshots in seen.weights.items():
+            whole = snapshots.weight(kept)
+            bias = None if site.bias is None else whole[:, -1]
+            matrix = whole if bias is None else whole[:, :-1]
+            new = site.with_matrix(program, matrix, bias)
+            for name in (site.tensor, *([site.bias] if site.bias else [])):
+                changed[name] = new.tensors[name]
+            program = new
+        return changed
+
+    def _zeroed(self, group: AxisGroup, keep: Tensor) -> Mapping[str, Tensor]:
+        changed: dict[str, Tensor] = {}
+        for place in group.occurrences:
+            if place.tensor in self.program.parameters:
+                units = self.groups.units(group, place.tensor, place.dim)
+                gone = (units >= 0) & ~torch.isin(units, keep)
+                tensor = changed.get(place.tensor, self.program.tensors[place.tensor]).clone()
+                tensor.movedim(place.dim, 0)[gone] = 0
+                changed[place.tensor] = tensor
+        return changed
+
+
+def first_sensitivities(
+    candidates: Candidates, ctx: Context, errors: Sequence[Sequence[float]]
+) -> list[float]:
+    """How much the model's loss moves with each item's error: a first guess at sensitivities.
+
+    Each item alone at a level in the middle of what it has; the loss there over the error there.
+    """
+    dense = [item.dense for item in candidates.items]
+    found = []
+    for i, item in enumerate(candidates.items):
+        ctx.progress(i, len(dense), "items")
+        middle = item.dense // 2
+        levels = [*dense[:i], middle, *dense[i + 1 :]]
+        found.append(candidates.loss(levels) / max(errors[i][middle], 1e-12))
+    top = max(found)
+    return [max(value / top, 1e-6) if top > 0 else 1.0 for value in found]

@@ -1,0 +1,438 @@
+"""One run of Budget: table, statistics, search, correction, and the cut itself."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, final
+
+import numpy as np
+import torch
+
+from graphprune.axes import axis_groups, frozen_parameters
+from graphprune.axes.branches import branches
+from graphprune.calibration.gram import Remarks
+from graphprune.calibration.stream import flat_batch
+from graphprune.errors import UnsupportedError
+from graphprune.ir.program import Program
+from graphprune.ir.quantization import Mark
+from graphprune.passes.budget.candidates import (
+    Candidates,
+    GroupStatistics,
+    first_sensitivities,
+    level_errors,
+    statistics,
+)
+from graphprune.passes.budget.items import Level, find_items
+from graphprune.passes.budget.table import WHOLE, Sized, measured_table
+from graphprune.passes.name_patterns import TensorNames
+from graphprune.passes.solvers.knapsack import solve_levels
+from graphprune.passes.solvers.spdy import Found, Levels, Sensitivities, search
+from graphprune.passes.structural.allocation import others
+from graphprune.passes.structural.records import Cuts, group_cuts
+from graphprune.passes.structural.scores import score_named
+from graphprune.passes.structural.selection import Selector, select
+from graphprune.passes.structural.sequential import StreamTarget, cut_groups
+from graphprune.passes.structural.statistics import in_execution_order
+from graphprune.pipeline.base import Context, PassResult
+from graphprune.pipeline.events import JSON
+from graphprune.report.budget import BudgetReport, Candidate, Choice
+
+if TYPE_CHECKING:
+    from graphprune.passes.budget.budget import Budget
+
+log = logging.getLogger(__name__)
+
+ROLES = ("head", "kv_group", "neuron")
+CLOSE = 0.02  # a choice whose time is further from the table's is solved again
+CORRECTIONS = 3
+MOST = 64.0  # times faster, that is tried for max_drop
+SHOWN = 5  # runners-up in the report
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """A model within a budget: what was cut, ids of branches that went, how it was found."""
+
+    program: Program
+    cuts: Cuts
+    dropped: tuple[str, ...]
+    report: BudgetReport
+
+
+@final
+class Work:
+    """What all budgets of a model share: its table, its statistics, what was tried.
+
+    Attributes:
+        program: the dense one.
+        ctx: of the pass.
+        dense_ms: of the dense float model, which a speed-up is of.
+        warnings: for the report.
+    """
+
+    def __init__(self, options: Budget, program: Program, ctx: Context) -> None:
+        self.options, self.program, self.ctx = options, program, ctx
+        self.sized = sized_for(options, program, ctx.quantization)
+        self.items = self.sized.items
+        self.device = ctx.device(options.device, options.threads)
+        self.table = measured_table(self.sized, self.device)
+        self.dense_ms = self.table.whole["ms"]
+        if self.sized.program.quantization is not None:
+            plain = replace(self.sized.program, quantization=None)
+            inputs = {WHOLE: self.sized.inputs(plain)}
+            self.dense_ms = self.device.measure({WHOLE: plain}, inputs=inputs)[WHOLE].ms
+        self.warnings: list[str] = []
+        self.corrections = 0
+        self.measured: float | None = None
+
+    def reach(self, asked: Mapping[str, float]) -> PassResult:
+        """The result of a budget."""
+        if self._within(self._dense, self.limits(asked)):
+            return self.unchanged(asked, ["the model is within the budget as it is"])
+        return self.result(self.choose(asked))
+
+    def result(self, reached: Reached, more: Sequence[str] = ()) -> PassResult:
+        """What the pass returns of a model."""
+        report = {
+            **reached.cuts.to_json(),
+            "dropped": list(reached.dropped),
+            **reached.report.to_json(),
+        }
+        return PassResult(
+            reached.program, True, {**report, **({"tried": list(more)} if more else {})}
+        )
+
+    def unchanged(self, asked: Mapping[str, float], notes: Sequence[str]) -> PassResult:
+        """What the pass returns where the model stays as it is."""
+        self.warnings += notes
+        report = self._report(asked, self._dense, None, None)
+        return PassResult(self.program, False, report.to_json())
+
+    def fastest(self) -> float:
+        """The largest speed-up to try, by the table.
+
+        Where layers follow each other without branches, one layer's time is saved by the units of
+        both its sides, and counts twice: the table then promises too much.
+        """
+        return self.dense_ms / max(self.table.least("ms"), self.dense_ms / MOST)
+
+    def choose(self, asked: Mapping[str, float]) -> Reached:
+        """Search, measure, correct, and cut.
+
+        Raises:
+            UnsupportedError: the budget cannot be reached.
+        """
+        self.corrections, self.measured = 0, None
+        self.check_reachable(asked)
+        errors = [level_errors(item, self._seen) for item in self.items]
+        found = self._search(asked, errors, self._prior, self.options.evaluations)
+        while not self._close(asked, found.levels) and self.corrections < CORRECTIONS:
+            self.corrections += 1
+            self.check_reachable(asked)
+            found = self._search(
+                asked, errors, found.sensitivities, -(-self.options.evaluations // 4)
+            )
+        program, cuts, dropped = self._cut(found.levels)
+        report = self._report(asked, found.levels, found, self._fresh.difference(program))
+        return Reached(program, cuts, dropped, report)
+
+    def limits(self, asked: Mapping[str, float]) -> dict[str, float]:
+        """How much of each resource there may be, by resource."""
+        found: dict[str, float] = {}
+        times = [asked["ms"]] if "ms" in asked else []
+        if "speedup" in asked:
+            times.append(self.dense_ms / asked["speedup"])
+        if times:
+            found["ms"] = min(times)
+        if "size_mb" in asked:
+            found["bytes"] = asked["size_mb"] * 1e6
+        if "flops" in asked:
+            found["flops"] = asked["flops"] * self.table.whole["flops"]
+        return found
+
+    def check_reachable(self, asked: Mapping[str, float]) -> None:
+        """Refuse, before the search, what cannot be reached.
+
+        Raises:
+            UnsupportedError: the least of a resource is above its limit; both are named.
+        """
+        for resource, limit in self.limits(asked).items():
+            least, whole = self.table.least(resource), self.table.whole[resource]
+            if least > limit:
+                fixed = self.table.fixed(resource)
+                raise UnsupportedError(
+                    f"{self._text(resource, limit)} cannot be reached: with all gone that may go, "
+                    f"{self._text(resource, least)} of {self._text(resource, whole)} are left, of "
+                    f"which {self._text(resource, fixed)} are outside of what can be removed "
+                    "(tables, norms between branches, heads of the model); ask for less"
+                    + ("" if self.options.drop else ", or let branches go with drop=True")
+                )
+
+    def _text(self, resource: str, amount: float) -> str:
+        if resource == "ms":
+            return f"{amount:.3g} ms ({self.dense_ms / max(amount, 1e-9):.3g}x)"
+        if resource == "bytes":
+            return f"{amount / 1e6:.3g} MB"
+        return f"{amount / 1e9:.3g} GFLOPs"
+
+    @property
+    def _dense(self) -> Levels:
+        return tuple(item.dense for item in self.items)
+
+    def _within(self, levels: Levels, limits: Mapping[str, float]) -> bool:
+        return all(self.table.total(r, levels) <= limit for r, limit in limits.items())
+
+    @cached_property
+    def _seen(self) -> dict[str, GroupStatistics]:
+        """Statistics of every group, on the dense model."""
+        groups = self.sized.groups
+        every = [group for item in self.items for group in item.groups]
+        few = Remarks()
+        found = statistics(
+            self.program,
+            groups,
+            in_execution_order(groups, every),
+            self.ctx,
+            self.options.damping,
+            few,
+        )
+        self.warnings += few.warn(log)
+        return found
+
+    @cached_property
+    def _samples(self) -> tuple[list[Any], list[Any]]:
+        """Batches to search on, and others to look at what was found."""
+        batches = list(self.ctx.batches())
+        order = torch.randperm(len(batches), generator=self.ctx.generator).tolist()
+        halves: list[list[Any]] = []
+        for _ in range(2):
+            taken, samples = [], 0
+            while order and samples < self.options.samples:
+                taken.append(batches[order.pop()])
+                samples += len(flat_batch(self.program.forward, taken[-1], 0)[0])
+            halves.append(taken)
+        some, fresh = halves
+        if not fresh:
+            sentence = (
+                "calibration has no samples that the search did not see, so its loss is not "
+                "checked on fresh ones; give more batches"
+            )
+            log.warning("%s", sentence)
+            self.warnings.append(sentence)
+        return some, fresh or some
+
+    @cached_property
+    def _candidates(self) -> Candidates:
+        return Candidates(self.program, self.sized.groups, self.items, self._seen, self._samples[0])
+
+    @cached_property
+    def _fresh(self) -> Candidates:
+        return Candidates(self.program, self.sized.groups, self.items, self._seen, self._samples[1])
+
+    @cached_property
+    def _prior(self) -> list[float]:
+        errors = [level_errors(item, self._seen) for item in self.items]
+        return first_sensitivities(self._candidates, self.ctx, errors)
+
+    def _search(
+        self,
+        asked: Mapping[str, float],
+        errors: Sequence[Sequence[float]],
+        prior: Sequence[float] | Sensitivities,
+        at_most: int,
+    ) -> Found:
+        limits = self.limits(asked)
+        amounts = [self.table.amounts[resource] for resource in limits]
+        room = [limit - self.table.fixed(resource) for resource, limit in limits.items()]
+
+        def solve(sensitivities: Sensitivities) -> Levels:
+            weighted = [
+                [float(s) * e for e in row] for s, row in zip(sensitivities, errors, strict=True)
+            ]
+            levels = solve_levels(weighted, amounts, room)
+            if levels is None:
+                raise UnsupportedError(
+                    "these budgets cannot be kept together, though each of them alone can: ask "
+                    "for less"
+                )
+            return tuple(levels)
+
+        seed = int(torch.randint(2**31, (1,), generator=self.ctx.generator))
+        return search(
+            solve,
+            self._candidates.loss,
+            prior,
+            np.random.default_rng(seed),
+            at_most,
+            lambda done, total: self.ctx.progress(done, total, "models"),
+        )
+
+    def _close(self, asked: Mapping[str, float], levels: Levels) -> bool:
+        """Measure a choice beside the dense model; correct the table where it is off."""
+        if not self.device.can_measure:
+            return True
+        whole = self.sized.program
+        models = {"dense": whole, "chosen": self.sized.at(levels)}
+        if whole.quantization is not None:
+            models["float"] = replace(whole, quantization=None)
+        inputs = {name: self.sized.inputs(model) for name, model in models.items()}
+        found = self.device.measure(models, inputs=inputs, fresh=True)
+        times = {name: cost.ms for name, cost in found.items()}
+        # Ratios of one run: in another the machine has another speed.
+        to_table = self.table.whole["ms"] / times["dense"]
+        self.measured = times["chosen"] * to_table
+        self.dense_ms = times.get("float", times["dense"]) * to_table
+        if abs(self.measured / self.table.total("ms", levels) - 1) <= CLOSE:
+            return True
+        self.table = self.table.corrected(levels, self.measured)
+        # FLOPs and bytes alone are no matter of time.
+        return "ms" not in self.limits(asked)
+
+    def _cut(self, levels: Levels) -> tuple[Program, Cuts, tuple[str, ...]]:
+        """Remove branches, then cut groups one after another on what the others give."""
+        chosen = [item.levels[j] for item, j in zip(self.items, levels, strict=True)]
+        gone = [i.branch for i, c in zip(self.items, chosen, strict=True) if c is None and i.branch]
+        program, verifications = self.program, []
+        if gone:
+            program, verification = self.ctx.drop(program, gone)
+            verifications.append(verification)
+        groups = self.ctx.get(axis_groups, program)
+        counts = self._counts(chosen)
+        target = None
+        if self.options.target == "stream":
+            target = StreamTarget(self.program, self.ctx.get(branches, program))
+        fitted = [groups[name] for name in counts if self._seen[name].weights]
+        done = cut_groups(
+            program,
+            groups,
+            in_execution_order(groups, fitted),
+            counts,
+            score_named("obs"),
+            self.ctx,
+            method="least-squares",
+            damping=self.options.damping,
+            target=target,
+        )
+        calibrated = done.calibrated()
+        keep = dict(done.keep)
+        for name in counts.keys() - keep.keys():
+            order = torch.tensor(self._seen[name].order, dtype=torch.int64)
+            keep[name] = others(groups[name].size, order[: groups[name].size - counts[name]])
+        smaller = program
+        if keep:
+            smaller, verification = self.ctx.shrink(program, keep, done.program)
+            verifications.append(verification)
+        cuts = Cuts(
+            group_cuts(groups, keep),
+            {name: units.tolist() for name, units in keep.items()},
+            (),
+            tuple(frozen_parameters(groups)),
+            self.program.num_parameters(),
+            smaller.num_parameters(),
+            calibrated,
+            _joined(verifications),
+        )
+        return smaller, cuts, tuple(branch.id for branch in gone)
+
+    def _counts(self, chosen: Sequence[Level]) -> dict[str, int]:
+        """Group id -> units that stay, of the groups that lose some."""
+        return {
+            group.id: kept
+            for item, level in zip(self.items, chosen, strict=True)
+            if level is not None
+            for group, kept in zip(item.groups, level, strict=True)
+            if kept < group.size
+        }
+
+    def _report(
+        self,
+        asked: Mapping[str, float],
+        levels: Levels,
+        found: Found | None,
+        fresh_loss: float | None,
+    ) -> BudgetReport:
+        mark = self.sized.program.quantization
+        runners_up = [] if found is None else found.ranked(SHOWN + 1)[1:]
+        return BudgetReport(
+            asked=dict(asked),
+            dense_ms=self.dense_ms,
+            predicted_ms=self.table.total("ms", levels),
+            measured_ms=self.measured,
+            dense_mb=self.table.whole["bytes"] / 1e6,
+            mb=self.table.total("bytes", levels) / 1e6,
+            device=self.device.name,
+            threads=self.options.threads,
+            batch="x".join(map(str, self.sized.sizes())),
+            scheme=None if mark is None else mark.scheme,
+            choices=tuple(self._choice(i, j) for i, j in enumerate(levels)),
+            runners_up=tuple(
+                Candidate(
+                    found.losses[other],
+                    self.table.total("ms", other),
+                    tuple(_units(i.levels[j]) for i, j in zip(self.items, other, strict=True)),
+                )
+                for other in runners_up
+                if found is not None
+            ),
+            evaluations=0 if found is None else len(found.losses),
+            losses=() if found is None else found.curve,
+            fresh_loss=fresh_loss,
+            corrections=self.corrections,
+            warnings=tuple(self.warnings),
+        )
+
+    def _choice(self, i: int, j: int) -> Choice:
+        item, times = self.items[i], self.table.amounts["ms"][i]
+        return Choice(
+            item.id,
+            item.kind,
+            _units(item.levels[j]),
+            sum(group.size for group in item.groups),
+            item.levels[j] is None,
+            times[j],
+            times[-1],
+        )
+
+
+def sized_for(options: Budget, program: Program, mark: Mark | None) -> Sized:
+    """The program at the sizes that count, with what there is to choose.
+
+    Args:
+        options: of the pass.
+        program: the dense one.
+        mark: how the result will be quantized.
+    """
+    groups, found = axis_groups(program), branches(program)
+    usable = select(program, groups, Selector(ROLES, (), options.targets, options.ignore)).groups
+    names = TensorNames(program)
+
+    def reached(tensors: frozenset[str], patterns: tuple[str, ...]) -> bool:
+        return any(names.match(tensor, patterns) for tensor in tensors)
+
+    mine = [
+        branch
+        for branch in found
+        if branch.tensors
+        and not reached(branch.tensors, options.ignore)
+        and (not options.targets or reached(branch.tensors, options.targets))
+    ]
+    droppable = {branch.id for branch in mine} if options.drop else set()
+    if program.entries[program.deployed].cache:
+        # A cache of no layers is none.
+        droppable -= {next((b.id for b in found if b.kind == "attention"), "")}
+    items = find_items(groups, usable, mine, droppable=droppable, round_to=options.round_to)
+    return Sized(replace(program, quantization=mark), groups, items, options.batch)
+
+
+def _units(level: Level) -> int:
+    return 0 if level is None else sum(level)
+
+
+def _joined(verifications: Sequence[Mapping[str, JSON]]) -> dict[str, JSON]:
+    """One report of several verifications: the last, with the largest error of all."""
+    errors = [v["max_error"] for v in verifications if "max_error" in v]
+    return {**verifications[-1], **({"max_error": max(errors)} if errors else {})}

@@ -1,0 +1,113 @@
+"""SPDY's search: which levels lose least of the model's own loss, at a price that a solver keeps.
+
+Errors of layers add up to no loss of a model: some layers matter more. So each layer's errors are
+weighted by a sensitivity, a solver chooses levels for the weighted errors, and the sensitivities
+are searched for by the loss of the model that comes out (SPDY, arXiv 2201.13096, section 3.2).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import final
+
+import numpy as np
+import numpy.typing as npt
+
+Levels = tuple[int, ...]
+Sensitivities = npt.NDArray[np.float64]
+
+RANDOM = 0.4  # part of the evaluations that go to random sensitivities
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a search came to.
+
+    Attributes:
+        levels: of each item, the best.
+        sensitivities: that chose them.
+        losses: of all that was tried, by levels.
+        curve: the lowest loss after each evaluation.
+    """
+
+    levels: Levels
+    sensitivities: Sensitivities
+    losses: Mapping[Levels, float]
+    curve: tuple[float, ...]
+
+    def ranked(self, count: int) -> list[Levels]:
+        """The best levels that were tried, the best one first."""
+        return sorted(self.losses, key=lambda levels: self.losses[levels])[:count]
+
+
+def search(
+    solve: Callable[[Sensitivities], Levels],
+    evaluate: Callable[[Levels], float],
+    prior: npt.ArrayLike,
+    generator: np.random.Generator,
+    at_most: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Found:
+    """Search sensitivities: the prior, random ones, then ever fewer of the best ones changed.
+
+    Args:
+        solve: the levels of least weighted error that keep the budget.
+        evaluate: the model's loss at these levels; called once for each.
+        prior: a first guess at each item's sensitivity, above 0.
+        generator: of the random numbers.
+        at_most: evaluations.
+        progress: called with (done, total) evaluations.
+    """
+    work = _Search(solve, evaluate, at_most, progress)
+    guess = np.asarray(prior, dtype=np.float64)
+    for sensitivities in (guess, np.ones_like(guess), np.sqrt(guess)):
+        work.improves(sensitivities)
+    count = math.ceil(RANDOM * at_most)
+    for i in range(4 * count):  # many sensitivities choose the same levels
+        if len(work.losses) >= count:
+            break
+        drawn = generator.uniform(size=guess.shape)
+        # By turns without regard to the guess, as the paper does, and around it.
+        work.improves(drawn if i % 2 else drawn * guess)
+    changed = max(1, round(0.1 * len(guess)))
+    for several in range(changed, 0, -1):
+        misses = 0
+        while misses < 100 and len(work.losses) < at_most:
+            tried = work.best.copy()
+            at = generator.choice(len(guess), several, replace=False)
+            tried[at] = generator.uniform(size=several) * tried.max()
+            misses = 0 if work.improves(tried) else misses + 1
+    progress(at_most, at_most)
+    return Found(work.levels, work.best, work.losses, tuple(work.curve))
+
+
+@final
+@dataclass(slots=True)
+class _Search:
+    """How far a search is."""
+
+    solve: Callable[[Sensitivities], Levels]
+    evaluate: Callable[[Levels], float]
+    at_most: int
+    progress: Callable[[int, int], None]
+    best: Sensitivities = field(default_factory=lambda: np.zeros(0))
+    levels: Levels = ()
+    losses: dict[Levels, float] = field(default_factory=dict)
+    curve: list[float] = field(default_factory=list)
+
+    def improves(self, sensitivities: Sensitivities) -> bool:
+        """Try sensitivities; whether what they choose is better than all before."""
+        levels = self.solve(sensitivities)
+        if levels in self.losses or len(self.losses) >= self.at_most:
+            return False
+        lowest = self.losses.get(self.levels, math.inf)
+        self.losses[levels] = loss = self.evaluate(levels)
+        better = loss < lowest or not self.levels
+        if better:
+            self.best, self.levels = sensitivities, levels
+        self.curve.append(min(loss, lowest))
+        self.progress(len(self.losses), self.at_most)
+        return better

@@ -1,0 +1,187 @@
+"""Groups cut one after another, each on what the cut ones before it make."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import final
+
+import torch
+from torch import Tensor, fx
+
+from graphprune.axes import AxisGroup, AxisGroups
+from graphprune.axes.branches import Branch
+from graphprune.calibration.gram import Remarks
+from graphprune.calibration.stream import Stream
+from graphprune.ir.graph import is_op
+from graphprune.ir.program import Program
+from graphprune.passes.structural.allocation import others
+from graphprune.passes.structural.records import Calibrated
+from graphprune.passes.structural.scores import Evidence, Score
+from graphprune.passes.structural.statistics import Consumer, compensate, gather
+from graphprune.pipeline.base import Context
+
+log = logging.getLogger(__name__)
+
+# What may lie between the last product of a branch and the sum: nothing that changes a value.
+_PASSES_ON = ("to", "contiguous", "clone", "alias", "dropout", "detach")
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class StreamTarget:
+    """Fit the last product of a residual branch to the dense model's stream behind the branch.
+
+    What earlier cuts have changed in the stream is repaired too, as far as the kept units can
+    (K-prune, arXiv 2308.03449, section 4.3). Elsewhere weights are fitted to their own output.
+
+    Attributes:
+        dense: the program to follow.
+        branches: of the program that is cut; sums go by the same names in both.
+    """
+
+    dense: Program
+    branches: Sequence[Branch]
+
+    def sum_behind(self, part: Consumer, stream: Stream) -> fx.Node | None:
+        """The sum that takes a product's output as it is, and is in both graphs; else None."""
+        entry = part.site.entry
+        by_name = {node.name: node for node in stream.nodes}
+        there = {node.name for node in self.dense.entries[entry].graph.nodes}
+        for branch in self.branches:
+            place = branch.places.get(entry)
+            if place is None or place.add not in there:
+                continue
+            node = by_name.get(place.value)
+            while node is not None and node is not part.site.node and is_op(node, *_PASSES_ON):
+                node = node.all_input_nodes[0]
+            if node is part.site.node:
+                return by_name[place.add]
+        return None
+
+
+@final
+@dataclass(slots=True)
+class CutGroups:
+    """What is cut by now.
+
+    Attributes:
+        program: with the kept weights fitted, at the old shapes.
+        keep: group id -> units that stay.
+        errors: group id -> relative output error of what reads it.
+        curves: group id -> scores in the order of removal.
+    """
+
+    program: Program
+    keep: dict[str, Tensor] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    curves: dict[str, list[float]] = field(default_factory=dict)
+    _few: Remarks = field(default_factory=Remarks)
+    _refitted: set[str] = field(default_factory=set)
+
+    def calibrated(self) -> Calibrated:
+        """What calibration said; the program's record of zeros is brought up to date."""
+        warnings = self._few.warn(log)
+        self.program = _without_zeros(self.program, self._refitted, warnings)
+        return Calibrated(self.errors, self.curves, warnings)
+
+
+def cut_groups(
+    program: Program,
+    groups: AxisGroups,
+    order: Sequence[AxisGroup],
+    counts: Mapping[str, int],
+    score: Score,
+    ctx: Context,
+    *,
+    method: str,
+    damping: float,
+    target: StreamTarget | None = None,
+) -> CutGroups:
+    """Choose and compensate group after group; nothing is removed yet.
+
+    Args:
+        program: what to cut.
+        groups: its axis groups.
+        order: those to cut, in execution order.
+        counts: group id -> how many units stay.
+        score: which units go first.
+        ctx: the batches and the progress.
+        method: how kept weights compensate for removed ones.
+        damping: part of the mean squared input added to a Gram matrix's diagonal.
+        target: what least squares fits to; by default each weight's own output.
+    """
+    batches = list(ctx.batches())
+    stream = Stream(program, batches)
+    dense = Stream(target.dense, batches) if target is not None else None
+    done = CutGroups(program)
+    for group in order:
+        parts = gather(stream, done.program, groups, group, ctx)
+        for part in parts:
+            done._few.add(part.site.name, part.gram.shortage())
+        if method == "least-squares":
+            done._refitted |= {part.site.tensor for part in parts}
+        count = group.size - counts[group.id]
+        gone, costs = score.order(Evidence(done.program, group, ctx, parts, damping), count)
+        done.keep[group.id] = others(group.size, gone[:count])
+        done.curves[group.id] = _curve(costs)
+        if target is not None and dense is not None:
+            parts = [_towards_stream(part, target, dense, stream, done.program) for part in parts]
+        done.program, done.errors[group.id] = compensate(
+            done.program, group, parts, done.keep[group.id], method, damping
+        )
+    return done
+
+
+def _towards_stream(
+    part: Consumer, target: StreamTarget, dense: Stream, pruned: Stream, program: Program
+) -> Consumer:
+    """The consumer with the residual of the stream behind it, where it ends a branch."""
+    behind = target.sum_behind(part, pruned)
+    if behind is None:
+        return part
+    there = next(node for node in dense.nodes if node.name == behind.name)
+    after, after_there = (s.nodes[s.number[n] + 1] for s, n in ((pruned, behind), (dense, there)))
+    features = len(part.units) + (part.site.bias is not None)
+    rows = part.site.matrix(program).shape[0]
+    slope = torch.zeros(rows, features, dtype=torch.float64)
+    theirs = dense.before(target.dense, {after_there})
+    inputs = torch.zeros(0)
+    for i, node, values in pruned.before(program, {part.site.node, after}):
+        if node is part.site.node:
+            inputs = pruned.rows[i](part.site.operand, values[part.site.operand])
+            continue
+        _, _, others_there = next(theirs)
+        wanted = dense.rows[i](there, others_there[there])
+        residual = (wanted - pruned.rows[i](behind, values[behind])).double()
+        if part.site.bias is not None:
+            inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
+        slope += residual.T @ inputs.double()
+    # To its end, where the stream takes note of how far it is.
+    assert next(theirs, None) is None
+    return replace(part, slope=slope)
+
+
+def _without_zeros(program: Program, refitted: set[str], warnings: list[str]) -> Program:
+    """Take note where least squares has filled weights that an earlier pass had set to zero."""
+    filled = sorted(refitted & program.zeroed)
+    if not filled:
+        return program
+    more = f" and {len(filled) - 1} more" if len(filled) > 1 else ""
+    sentence = (
+        f"least squares filled the zeros of {filled[0]!r}{more}: remove structure first and zero "
+        "weights afterwards"
+    )
+    log.warning("%s", sentence)
+    warnings.append(sentence)
+    return replace(program, zeroed=program.zeroed - refitted)
+
+
+def _curve(scores: Tensor, points: int = 64) -> list[float]:
+    """Scores for a picture: at most `points` of them, as parts of the largest."""
+    if not len(scores):
+        return []
+    at = torch.linspace(0, len(scores) - 1, min(points, len(scores))).round().long()
+    parts: list[float] = (scores[at] / scores.max().clamp_min(1e-300)).tolist()
+    return parts

@@ -1,0 +1,312 @@
+"""Budget: what is asked is met, on a device whose times are known, and refused where it cannot be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graphprune as gp
+from graphprune.axes import axis_groups
+from graphprune.errors import RecipeError, UnsupportedError
+from graphprune.ir.cost import flops
+from graphprune.ir.program import Program
+from graphprune.passes import Budget, Quantize
+from graphprune.pipeline.base import Context
+from graphprune.pipeline.device import Cost
+from graphprune.pipeline.pipeline import Pipeline
+from graphprune.report.budget import BudgetReport
+from graphprune.storage.kept import Kept
+from graphprune.training.outcome import MeanOutcome
+
+Captured = Callable[[str], Program]
+
+
+@dataclass
+class Clock:
+    """A device whose milliseconds are FLOPs, and so many more for the whole model.
+
+    With `wrong`, branches alone seem to take so many times what they take in the model.
+    """
+
+    fixed: float = 0.0
+    wrong: float = 1.0
+    asked: list[Mapping[str, Program]] = field(default_factory=list)
+    name: str = "a clock"
+    threads: int = 1
+    can_measure: bool = True
+
+    def measure(
+        self,
+        models: Mapping[str, Program],
+        *,
+        inputs: Mapping[str, Sequence[Tensor]] | None = None,
+        fresh: bool = False,
+    ) -> dict[str, Cost]:
+        self.asked.append(models)
+        return {name: self._cost(p, name in (inputs or {})) for name, p in models.items()}
+
+    def _cost(self, program: Program, whole: bool) -> Cost:
+        ms = flops(program, program.deployed) / 1e6 * (1.0 if whole else self.wrong)
+        ms += self.fixed if whole else 0.0
+        ms *= 0.5 if program.quantization else 1.0
+        return Cost(ms, program.nbytes(), ms, ms)
+
+
+def batches(program: Program, count: int = 4) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+
+    def drawn(tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point():
+            return torch.randn(tensor.shape, generator=generator)
+        if bool(((tensor == 0) | (tensor == 1)).all()):
+            return torch.ones_like(tensor)
+        return torch.randint(0, int(tensor.max()) + 1, tensor.shape, generator=generator)
+
+    named = dict(zip(program.forward.input_names, program.forward.example, strict=True))
+    return [{name: drawn(t) for name, t in named.items()} for _ in range(count)]
+
+
+def run(
+    program: Program, step: Budget, clock: Clock | None = None, *after: Any, kept: Any = None
+) -> tuple[Program, BudgetReport, dict[str, Any]]:
+    device = clock or Clock()
+    ctx = Context(
+        calibration=batches(program), devices=lambda file, threads, progress: device, kept=kept
+    )
+    result = Pipeline([step, *after]).run(program, ctx)
+    details = dict(result.results[0].report)
+    report = BudgetReport.of(details)
+    assert report is not None
+    return result.program, report, details
+
+
+def small(**options: Any) -> Budget:
+    return Budget(**{"evaluations": 12, "samples": 4, "round_to": 8, **options})
+
+
+@pytest.mark.parametrize("name", ["tiny-bert", "tiny-gpt2", "tiny-llama", "tiny-vit", "tiny-mlp"])
+def test_flops_are_within_the_budget(captured: Captured, name: str) -> None:
+    program = captured(name)
+    # A language model's head is most of a tiny one.
+    asked = 0.75 if name in ("tiny-gpt2", "tiny-llama") else 0.5
+    result, report, details = run(program, small(flops=asked))
+    assert flops(result) <= asked * flops(program)
+    assert report.predicted_ms == pytest.approx(flops(result) / 1e6, rel=1e-6)
+    assert details["verification"]["max_error"] < 1e-5
+    assert result.num_parameters() == details["parameters_after"] < program.num_parameters()
+
+
+def test_every_budget_holds_of_several(captured: Captured) -> None:
+    pytest.importorskip("scipy", reason="several budgets at once need scipy")
+    program = captured("tiny-bert")
+    megabytes = 0.8 * program.nbytes() / 1e6
+    result, report, _ = run(program, small(speedup=1.5, size_mb=megabytes))
+    assert flops(result) <= flops(program) / 1.5
+    assert result.nbytes() <= megabytes * 1e6
+    assert report.asked == {"speedup": 1.5, "size_mb": megabytes}
+
+
+def test_a_table_that_is_wrong_is_corrected(captured: Captured) -> None:
+    program = captured("tiny-bert")
+    clock = Clock(fixed=0.05, wrong=0.7)
+    _, report, _ = run(program, small(speedup=1.6), clock)
+    assert report.corrections > 0
+    assert report.measured is not None
+    assert report.measured > 0.98 * 1.6
+    assert report.measured == pytest.approx(report.predicted, rel=0.03)
+
+
+def test_whole_branches_may_go_and_need_not(captured: Captured) -> None:
+    program = captured("tiny-bert")
+    _, report, details = run(program, small(flops=0.05))
+    assert [c.id for c in report.choices if c.dropped] == details["dropped"] != []
+    _, report, details = run(program, small(flops=0.5, drop=False))
+    assert details["dropped"] == []
+    assert all(choice.level for choice in report.choices)
+
+
+def test_speed_is_of_the_float_model_where_the_result_is_quantized(captured: Captured) -> None:
+    program = captured("tiny-bert")
+    clock = Clock()
+    _, report, _ = run(program, small(speedup=3), clock, Quantize("int8-dynamic"))
+    assert report.scheme == "int8-dynamic"
+    assert report.dense_ms == pytest.approx(flops(program) / 1e6)
+    assert report.predicted >= 3 > report.dense_ms / (0.5 * flops(program) / 1e6)
+    assert any(p.quantization for p in clock.asked[0].values())
+
+
+def test_what_is_within_the_budget_stays(captured: Captured) -> None:
+    program = captured("tiny-bert")
+    clock = Clock()
+    result, report, details = run(program, small(speedup=1.5), clock, Quantize("int8-dynamic"))
+    assert torch.equal(
+        result.tensors["encoder.layer.0.output.dense.weight"],
+        program.tensors["encoder.layer.0.output.dense.weight"],
+    )
+    assert report.evaluations == 0
+    assert "within the budget" in details["warnings"][0]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"speedup": 1e6}, r"cannot be reached.*are left.*outside"),
+        ({"size_mb": 1e-6}, r"MB cannot be reached"),
+        ({"flops": 1e-6}, r"GFLOPs cannot be reached"),
+    ],
+)
+def test_what_cannot_be_reached_is_refused_before_the_search(
+    captured: Captured, options: dict[str, float], says: str
+) -> None:
+    with pytest.raises(UnsupportedError, match=says):
+        run(captured("tiny-bert"), small(**options), Clock(fixed=0.1))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({}, "says what to reach"),
+        ({"speedup": 1.0}, "above 1"),
+        ({"ms": 0.0}, "above 0"),
+        ({"flops": 1.5}, "below 1"),
+        ({"max_drop": 0.01}, "go together"),
+        ({"max_drop": 0.01, "speedup": 2.0, "task": print}, "stands alone"),
+        ({"speedup": 2.0, "task": print}, "go together"),
+        ({"speedup": 2.0, "target": "dense"}, "target is one of"),
+        ({"speedup": 2.0, "batch": (1, 2, 3)}, "samples and tokens"),
+        ({"speedup": 2.0, "evaluations": 0}, "evaluations"),
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(RecipeError, match=says):
+        Budget(**options)
+
+
+def test_a_context_without_devices_says_so(captured: Captured) -> None:
+    program = captured("tiny-mlp")
+    with pytest.raises(RecipeError, match="measures time"):
+        Pipeline([small(speedup=2)]).run(program, Context(calibration=batches(program)))
+
+
+def test_is_repeatable(captured: Captured) -> None:
+    program = captured("tiny-bert")
+    first, second = (run(program, small(flops=0.5))[1] for _ in range(2))
+    assert first == second
+
+
+def test_statistics_are_kept_for_the_next_run(captured: Captured, tmp_path: Any) -> None:
+    program = captured("tiny-bert")
+    first = run(program, small(flops=0.5), kept=Kept(tmp_path))[1]
+    parts = [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*.safetensors"))]
+    assert len(parts) == 4
+    again = run(program, small(flops=0.5), kept=Kept(tmp_path))[1]
+    assert again == first
+    assert parts == [path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*.safetensors"))]
+    # Other weights, other statistics.
+    changed = {n: t + 1e-3 for n, t in program.tensors.items() if t.is_floating_point()}
+    run(program.with_tensors(changed), small(flops=0.5), kept=Kept(tmp_path))
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 8
+
+
+def test_the_stream_is_followed_where_the_branch_ends(captured: Captured) -> None:
+    """Fitted to the dense stream, the cut model is nearer to it than fitted to its own outputs."""
+    program = captured("tiny-bert")
+    losses = {
+        target: run(program, small(flops=0.4, target=target, drop=False))[1].fresh_loss
+        for target in ("stream", "output")
+    }
+    assert losses["stream"] is not None
+    assert losses["output"] is not None
+    assert losses["stream"] < losses["output"]
+
+
+class Agreement:
+    """A task: the fraction of samples whose strongest output is the dense model's."""
+
+    def __init__(self, program: Program) -> None:
+        self.inputs = batches(program, 30)
+        self.expected = [self._strongest(program(**inputs)) for inputs in self.inputs]
+
+    def __call__(self, model: nn.Module) -> MeanOutcome:
+        found = [model(**inputs) for inputs in self.inputs]
+        return MeanOutcome(
+            torch.cat(
+                [
+                    (self._strongest(f) == e).float()
+                    for f, e in zip(found, self.expected, strict=True)
+                ]
+            )
+        )
+
+    def _strongest(self, output: Any) -> Tensor:
+        tensor = output if isinstance(output, Tensor) else next(iter(output.values()))
+        return tensor.flatten(1).argmax(1)
+
+
+def test_max_drop_takes_the_fastest_that_loses_no_more(captured: Captured) -> None:
+    program = captured("tiny-mlp")
+    step = small(max_drop=0.3, task=Agreement(program), drop=False)
+    _, report, details = run(program, step)
+    assert report.drop is not None
+    assert report.drop.upper <= 0.3
+    assert report.predicted > 1
+    tighter = small(max_drop=0.1, task=Agreement(program), drop=False)
+    assert run(program, tighter)[1].predicted <= report.predicted
+    assert len(details["tried"]) == 6
+
+
+def test_max_drop_says_so_where_nothing_may_go(captured: Captured) -> None:
+    program = captured("tiny-mlp")
+    step = small(max_drop=1e-9, task=Agreement(program), drop=False)
+    result, report, details = run(program, step)
+    assert axis_groups(result)[0].size == axis_groups(program)[0].size
+    assert report.predicted == 1
+    assert any("nothing was removed" in warning for warning in details["warnings"])
+
+
+@pytest.fixture
+def interrupted() -> Iterator[Callable[[Any], None]]:
+    def stop(event: Any) -> None:
+        if getattr(event, "unit", "") == "models":
+            raise KeyboardInterrupt
+
+    yield stop
+
+
+def test_an_interrupted_search_keeps_the_statistics(
+    captured: Captured, tmp_path: Any, interrupted: Callable[[Any], None]
+) -> None:
+    program = captured("tiny-mlp")
+    ctx = Context(
+        calibration=batches(program),
+        devices=lambda file, threads, progress: Clock(),
+        kept=Kept(tmp_path),
+    )
+    with pytest.raises(KeyboardInterrupt):
+        Pipeline([small(flops=0.5)], observers=[interrupted]).run(program, ctx)
+    assert list(tmp_path.rglob("*.safetensors"))
+
+
+def test_compile_times_on_onnx_runtime(
+    captured: Captured, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRAPHPRUNE_CACHE", str(tmp_path))
+    program = captured("tiny-bert")
+    step = small(size_mb=0.8 * program.nbytes() / 1e6)
+    compiled = gp.compile(program, [step], calibration=batches(program))
+    found = BudgetReport.of(compiled.report.passes[0].details)
+    assert found is not None
+    assert found.device
+    assert found.measured_ms is not None
+    assert compiled.program.nbytes() < program.nbytes()
+
+
+def test_decoders_keep_a_cache(ragged_decoder: Program) -> None:
+    result, report, _ = run(ragged_decoder, small(flops=0.6))
+    assert result.entries["decode"].cache
+    assert not report.choices[0].dropped
