@@ -13,7 +13,7 @@ from typing import Any, final
 import numpy as np
 
 import graphprune
-from graphprune.exporters.onnx.convert import to_onnx
+from graphprune.exporters.onnx.convert import to_onnx_together
 from graphprune.exporters.onnx.files import file_bytes, save_onnx
 from graphprune.exporters.onnx.names import input_names
 from graphprune.exporters.quantize.quantize import NothingToQuantizeError, quantize
@@ -23,6 +23,7 @@ from graphprune.exporters.runtime.probe import cpu, until_stable
 from graphprune.exporters.runtime.session import TUNED, Feeds, check_threads, feeds_of
 from graphprune.exporters.runtime.signature import signature
 from graphprune.exporters.runtime.timing import default_clock
+from graphprune.ir.batches import resized
 from graphprune.ir.program import Program
 from graphprune.ir.quantization import Mark
 from graphprune.pipeline.device import Cost
@@ -147,17 +148,34 @@ def write_files(
         ExportError: one cannot be written, or ONNX Runtime does not run it quantized.
     """
     files = []
-    for number, (name, program) in enumerate(models.items()):
-        progress(number, len(models), "models")
+    progress(0, len(models), "models")
+    exported = to_onnx_together([_of_export(program) for program in models.values()])
+    for number, (name, model) in enumerate(zip(models, exported, strict=True), 1):
         path = folder / f"{name}.onnx"
-        program = program.in_float32()
-        entry = program.entries[program.deployed]
+        entry = models[name].entries[models[name].deployed]
         feeds = feeds_of(entry.example, input_names(entry))
-        save_onnx(to_onnx(program, program.deployed, opset=None), path)
+        save_onnx(model, path)
         if mark is not None:
             _quantize(path, mark, feeds)
         files.append(File(path, feeds, file_bytes(path)))
+        progress(number, len(models), "models")
     return files
+
+
+def _of_export(program: Program) -> Program:
+    """The program with examples of two or more where a size is dynamic: 1 would be a constant."""
+    name = program.deployed
+    entry = program.entries[name]
+    single = {
+        symbol: 2
+        for place, tensor in zip(entry.input_names, entry.example, strict=True)
+        for dim, symbol in entry.dynamic.get(place, {}).items()
+        if tensor.shape[dim] == 1
+    }
+    if not single:
+        return program
+    larger = replace(entry, example=tuple(resized(entry, single)))
+    return replace(program, entries={**program.entries, name: larger})
 
 
 def _quantize(path: Path, mark: Mark, feeds: Feeds) -> None:
