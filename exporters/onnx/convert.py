@@ -6,11 +6,12 @@ import contextlib
 import json
 import logging
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from graphprune.errors import ExportError, first_line
 from graphprune.exporters.onnx import opset20
@@ -28,6 +29,7 @@ from graphprune.exporters.onnx.names import (
     size_name,
 )
 from graphprune.exporters.onnx.optional import make_optional
+from graphprune.exporters.onnx.side_by_side import part_name, side_by_side
 from graphprune.exporters.onnx.translations import OPSET, translations
 from graphprune.ir.graph import is_op, output_node, value_of
 from graphprune.ir.module import graph_module
@@ -67,12 +69,53 @@ def to_onnx(
     check_opset(opset)
     program = program.in_float32()
     spec = program.entries[entry]
-    module = lower(program, entry)
+    model = _converted(lower(program, entry), spec.example, _dynamic(spec))
+    return _finished(model, spec, opset, optional, grouped)
+
+
+def to_onnx_together(programs: Sequence[Program]) -> list[ir.Model]:
+    """The deployed entries as `to_onnx(program, program.deployed, opset=None)` gives each of them.
+
+    Those without dynamic sizes are converted as one graph, which is cut apart again: most of what
+    a conversion takes does not depend on the graph's size.
+
+    Raises:
+        ExportError: torch.export or torch.onnx refuses a graph; the reason is quoted.
+    """
+    import onnx_ir as ir
+
+    programs = [program.in_float32() for program in programs]
+    entries = [program.entries[program.deployed] for program in programs]
+    fixed = [i for i, entry in enumerate(entries) if not any(entry.dynamic.values())]
+    models = {
+        i: to_onnx(program, program.deployed, opset=None)
+        for i, program in enumerate(programs)
+        if i not in fixed
+    }
+    if fixed:
+        modules = [lower(programs[i], programs[i].deployed) for i in fixed]
+        # torch.export takes one tensor given twice for one input.
+        example = tuple(tensor.clone() for i in fixed for tensor in entries[i].example)
+        whole = _converted(side_by_side(modules), example, None)
+        inputs, outputs = iter(whole.graph.inputs), iter(whole.graph.outputs)
+        for number, i in enumerate(fixed):
+            wanted = len(entries[i].example), sum(is_tensor_output(entries[i]))
+            ends = [list(islice(v, n)) for v, n in zip((inputs, outputs), wanted, strict=True)]
+            graph = ir.convenience.extract(whole.graph, *ends)
+            for weight in list(graph.initializers.values()):
+                weight.name = str(weight.name).removeprefix(f"{part_name(number)}.")
+            model = ir.Model(graph, ir_version=whole.ir_version)
+            models[i] = _finished(model, entries[i], None, (), False)
+    return [models[i] for i in range(len(programs))]
+
+
+def _converted(
+    module: fx.GraphModule, example: tuple[Tensor, ...], dynamic: tuple[Any, ...] | None
+) -> ir.Model:
+    """What torch.onnx makes of a lowered graph."""
     with _quiet():
         try:
-            exported = torch.export.export(
-                module, spec.example, dynamic_shapes=_dynamic(spec), strict=False
-            )
+            exported = torch.export.export(module, example, dynamic_shapes=dynamic, strict=False)
             converted = torch.onnx.export(
                 exported,
                 dynamo=True,
@@ -83,8 +126,15 @@ def to_onnx(
             )
         except Exception as e:
             raise ExportError(f"the program cannot be written as ONNX: {_reason(e)}") from e
-        assert converted is not None
-        model: ir.Model = converted.model
+    assert converted is not None
+    return converted.model
+
+
+def _finished(
+    model: ir.Model, spec: Entry, opset: int | None, optional: Collection[str], grouped: bool
+) -> ir.Model:
+    """What torch.onnx made, cleaned up and named; see `to_onnx`."""
+    with _quiet():
         _name_sizes(model, spec)
         clean_up(model)
         _name_interface(model, input_names(spec), output_names(spec))

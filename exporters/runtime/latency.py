@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 import graphprune
-from graphprune.exporters.onnx.convert import to_onnx
+from graphprune.exporters.onnx.convert import to_onnx_together
 from graphprune.exporters.onnx.files import file_bytes, save_onnx
 from graphprune.exporters.onnx.names import input_names
 from graphprune.exporters.quantize.quantize import NothingToQuantizeError, quantize
@@ -24,6 +24,7 @@ from graphprune.exporters.runtime.probe import cpu, until_stable
 from graphprune.exporters.runtime.session import TUNED, Feeds, check_threads, feeds_of
 from graphprune.exporters.runtime.signature import signature
 from graphprune.exporters.runtime.timing import default_clock
+from graphprune.ir.batches import resized
 from graphprune.ir.program import Program
 from graphprune.ir.quantization import Mark
 from graphprune.pipeline.device import Cost, Device, Progress
@@ -175,18 +176,35 @@ def write_files(models: Mapping[str, Program], folder: Path, progress: Progress)
         ExportError: one cannot be written, or ONNX Runtime does not run it quantized.
     """
     files = []
-    for number, (name, (program, inputs)) in enumerate(models.items()):
-        progress(number, len(models), "models")
+    progress(0, len(models), "models")
+    exported = to_onnx_together([_of_export(program) for program, _ in models.values()])
+    runs = zip(models.items(), exported, strict=True)
+    for number, ((name, (program, inputs)), model) in enumerate(runs, 1):
         path = folder / f"{name}.onnx"
+        feeds = feeds_of(inputs, input_names(program.entries[program.deployed]))
+        save_onnx(model, path)
         mark = program.quantization
-        program = program.in_float32()
-        entry = program.entries[program.deployed]
-        feeds = feeds_of(inputs, input_names(entry))
-        save_onnx(to_onnx(program, program.deployed, opset=None), path)
         if mark is not None:
             _quantize(path, mark, feeds)
         files.append(File(path, feeds, file_bytes(path)))
+        progress(number, len(models), "models")
     return files
+
+
+def _of_export(program: Program) -> Program:
+    """The program with examples of two or more where a size is dynamic: 1 would be a constant."""
+    name = program.deployed
+    entry = program.entries[name]
+    single = {
+        symbol: 2
+        for place, tensor in zip(entry.input_names, entry.example, strict=True)
+        for dim, symbol in entry.dynamic.get(place, {}).items()
+        if tensor.shape[dim] == 1
+    }
+    if not single:
+        return program
+    larger = replace(entry, example=tuple(resized(entry, single)))
+    return replace(program, entries={**program.entries, name: larger})
 
 
 def _quantize(path: Path, mark: Mark, feeds: Feeds) -> None:

@@ -205,9 +205,7 @@ class Candidates:
         self._stream = Stream(self.program, self.batches)
         self._answers = [
             self._loss.answer(outputs, flat)
-            for outputs, flat in zip(
-                self._stream.results(self.program), self._inputs, strict=True
-            )
+            for outputs, flat in zip(self._stream.results(self.program), self._inputs, strict=True)
         ]
 
     def loss(self, levels: Sequence[int]) -> float:
