@@ -119,12 +119,19 @@ class Sized:
                     found[item.id, level] = _cut(self.program, item.groups, level)
                 continue
             nodes = item.branch.nodes(self.program, self.program.deployed)
-            structure = tuple((str(n.target), _shapes(n.meta.get("val"))) for n in nodes)
-            for level in item.levels:
-                if level is not None and (structure, level) not in built:
-                    built[structure, level] = self._alone(item, level)
-                if level is not None:
-                    found[item.id, level] = built[structure, level]
+            structure = tuple(
+                (str(n.target) if n.op == "call_function" else n.op, _shapes(n.meta.get("val")))
+                for n in nodes
+            )
+            missing = [c for c in item.levels if c is not None and (structure, c) not in built]
+            if missing:
+                alone = self._alone([node.name for node in nodes])
+                built |= {(structure, c): _cut(alone, item.groups, c) for c in missing}
+            found |= {
+                (item.id, level): built[structure, level]
+                for level in item.levels
+                if level is not None
+            }
         return found
 
     def at(self, levels: Sequence[int]) -> Program:
@@ -141,13 +148,9 @@ class Sized:
         }
         return shrink(program, keep) if keep else program
 
-    def _alone(self, item: Item, level: tuple[int, ...]) -> Program:
-        """A branch at a level, as a model of its own."""
-        assert item.branch is not None
-        entry = self.program.deployed
-        nodes = [node.name for node in item.branch.nodes(self.program, entry)]
-        alone = extract(self.program, nodes, self.inputs(self.program), entry)
-        return _cut(alone, item.groups, level)
+    def _alone(self, nodes: Sequence[str]) -> Program:
+        """A branch as a model of its own."""
+        return extract(self.program, nodes, self.inputs(self.program), self.program.deployed)
 
 
 def _shapes(value: object) -> str:
