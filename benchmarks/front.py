@@ -94,7 +94,7 @@ class Bench:
 
     def row(self, name: str, compiled: Compiled, **more: Any) -> Row:
         """One point: how fast, how good, how large; its artifact takes the last one's place."""
-        widths = tuple(tuple(t.shape) for t in compiled.program.tensors.values())
+        widths = tuple((n, tuple(t.shape)) for n, t in compiled.program.tensors.items())
         model: Any = compiled.module
         if more["precision"] != "fp32" or widths not in self.timed:
             artifact = compiled.export(self.folder / "point")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, final
 
@@ -145,6 +145,28 @@ def budget_pass(
     return Budget(task=task, **asked.options(program, sizes, threads))
 
 
+def has_budget(steps: Sequence[Pass]) -> bool:
+    """Whether a recipe has a budget, which can be met on text that every Python has."""
+    from graphprune.passes import Budget
+
+    return any(isinstance(step, Budget) for step in steps)
+
+
+def as_timed(
+    steps: Sequence[Pass], program: Program, sizes: tuple[int, ...], threads: int
+) -> list[Pass]:
+    """The passes, with budgets at the sizes and threads that the command times."""
+    from graphprune.cli.sizes import timed_sizes
+    from graphprune.passes import Budget
+
+    return [
+        replace(step, batch=timed_sizes(program, sizes), threads=threads)
+        if isinstance(step, Budget) and not step.batch
+        else step
+        for step in steps
+    ]
+
+
 def parse_speedups(text: str) -> list[float]:
     """Numbers above 1 from "1.5,2,3", ascending.
 
@@ -234,8 +256,6 @@ def _family(
     data: Path | None,
     display: Any,
 ) -> Front:
-    from dataclasses import replace
-
     from graphprune.cli.compile import compiled_and_measured
     from graphprune.passes import Quantize
     from graphprune.report.budget import BudgetReport, Front

@@ -22,7 +22,15 @@ from graphprune.cli.app import (
     listed,
     ratio_of,
 )
-from graphprune.cli.budget import Asked, Device, Faster, MaxDrop, Megabytes, Milliseconds
+from graphprune.cli.budget import (
+    Asked,
+    Device,
+    Faster,
+    MaxDrop,
+    Megabytes,
+    Milliseconds,
+    has_budget,
+)
 from graphprune.cli.evaluate import NO_COLUMNS, judged
 from graphprune.cli.sizes import input_names, parse_batch, timed_inputs
 from graphprune.cli.subject import Exported, Subject, opened
@@ -239,7 +247,9 @@ def compile_command(
             "budget"
         )
     labeled = labeled_data(training, steps)
-    check_calibration(steps, calibration, trains=labeled is not None and labeled.trains)
+    trains = labeled is not None and labeled.trains
+    bundled = asked.anything or has_budget(steps)
+    check_calibration([] if bundled else steps, calibration, trains=trains)
     options = Options(
         baseline=baseline,
         verify=verify,
@@ -260,7 +270,7 @@ def compile_command(
         asked=asked,
         task=task if max_drop is not None else "",
         data=data,
-        bundled=asked.anything,
+        bundled=bundled,
     )
     present(run(model, steps, out, options, allow_pickle), as_json)
 
@@ -337,7 +347,7 @@ def compiled_and_measured(
 ) -> Summary:
     """Capture, prune, export, time, judge; each long step is announced through `step`."""
     from graphprune.api import compile
-    from graphprune.cli.budget import budget_pass
+    from graphprune.cli.budget import as_timed, budget_pass
     from graphprune.cli.calibration import bundled_calibration, calibration
     from graphprune.cli.summary import Summary
     from graphprune.cli.training import calibration_from, trained_first, training_of, with_task_head
@@ -379,6 +389,7 @@ def compiled_and_measured(
         )
         passes = [chosen, *passes]
         check_steps(passes, start.program)
+    passes = as_timed(passes, start.program, options.sizes, options.threads)
     compiled = compile(
         start,
         passes,

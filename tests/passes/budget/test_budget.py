@@ -1,4 +1,4 @@
-"""Budget: what is asked is met, on a device whose times are known, and refused where it cannot be."""
+"""Budget: what is asked is met on a device of known times, and refused where it cannot be."""
 
 from __future__ import annotations
 
@@ -275,7 +275,7 @@ def interrupted() -> Iterator[Callable[[Any], None]]:
         if getattr(event, "unit", "") == "models":
             raise KeyboardInterrupt
 
-    yield stop
+    return stop
 
 
 def test_an_interrupted_search_keeps_the_statistics(
