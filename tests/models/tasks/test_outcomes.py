@@ -112,7 +112,7 @@ def test_all_items_of_an_outcome_are_the_figure(task: str, words: Path, tmp_path
     assert outcome.count == (found.count if task != "perplexity" else found.count / 4)
     # An item has the same place in every run, and what is drawn matters.
     again = task_evaluation(task, **common)(model)
-    some, others = torch.arange(outcome.count).split([13, outcome.count - 13])
+    some, others = torch.split(torch.arange(outcome.count), [13, outcome.count - 13])
     assert outcome.value(some) == again.value(some)
     assert outcome.value(some) != outcome.value(others)
     assert "outcome" not in json.dumps(found.to_json())
