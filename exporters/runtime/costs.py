@@ -21,6 +21,17 @@ _log = logging.getLogger(__name__)
 LASTS = 30 * 24 * 3600  # seconds: drivers, kernels and clock rates change
 
 
+def check_cost(cost: Cost) -> None:
+    """Refuse a cost from a file that is not made of positive numbers.
+
+    Raises:
+        ValueError: it is not.
+    """
+    numbers = (cost.ms, cost.low, cost.high, cost.bytes)
+    if not all(isinstance(n, int | float) and 0 < n < math.inf for n in numbers):
+        raise ValueError(f"{cost} has a number that is not positive")
+
+
 @final
 class Costs:
     """A folder of costs. What is damaged is measured again; a warning says so, once."""
@@ -54,9 +65,7 @@ class Costs:
     def _entry(self, path: Path, signature: str) -> dict[str, Cost]:
         data = json.loads(path.read_text(encoding="utf-8"))
         cost = Cost(**data["cost"])
-        numbers = (cost.ms, cost.low, cost.high, cost.bytes)
-        if not all(isinstance(n, int | float) and 0 < n < math.inf for n in numbers):
-            raise ValueError(f"{cost} is no cost")
+        check_cost(cost)
         if (data["signature"], data["environment"]) != (signature, self._environment):
             raise ValueError("it is about something else")
         return {signature: cost} if 0 <= time.time() - data["time"] < LASTS else {}

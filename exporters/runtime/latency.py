@@ -20,6 +20,7 @@ from graphprune.exporters.onnx.names import input_names
 from graphprune.exporters.quantize.quantize import NothingToQuantizeError, quantize
 from graphprune.exporters.runtime.child import child
 from graphprune.exporters.runtime.costs import Costs
+from graphprune.exporters.runtime.measure import RUNS
 from graphprune.exporters.runtime.probe import cpu, until_stable
 from graphprune.exporters.runtime.session import TUNED, Feeds, check_threads, feeds_of
 from graphprune.exporters.runtime.signature import signature
@@ -31,7 +32,6 @@ from graphprune.pipeline.device import Cost, Device, Progress
 from graphprune.storage.folders import cache_dir
 
 Run = tuple[Program, tuple[Tensor, ...]]
-RUNS = 3  # of a model in a round; the fastest counts
 
 
 @final

@@ -13,7 +13,7 @@ from graphprune.ir.graph import bound_arguments, op_name, output_node
 from graphprune.ir.program import Program
 
 
-def signature(program: Program, inputs: Sequence[Tensor]) -> str:
+def signature(program: Program, inputs: Sequence[Tensor] | None = None) -> str:
     """A hash of the deployed entry as it will be exported, the same for equal layers.
 
     In it are operators, arguments, shapes and types, the sizes of the example inputs, which of them
@@ -22,11 +22,11 @@ def signature(program: Program, inputs: Sequence[Tensor]) -> str:
 
     Args:
         program: of which one entry is deployed, with its mark of quantization.
-        inputs: flat inputs of that entry, of the sizes that it is timed at.
+        inputs: flat inputs of that entry, of the sizes that it is timed at; by default its examples.
     """
     mark = program.quantization
     entry = program.entries[program.deployed]
-    reader = _Reader(program, inputs)
+    reader = _Reader(program, entry.example if inputs is None else inputs)
     lines = [
         [_operator(node), reader.plain(bound_arguments(node) or node.args), reader.number(node)]
         for node in entry.graph.nodes

@@ -341,11 +341,12 @@ def device_kit_command(
     The script needs onnxruntime and numpy alone: copy the folder, run `python kit/measure.py >
     device.json` there, and give the file to `graphprune compile --device`.
     """
-    from graphprune.cli.compile import check_output
     from graphprune.cli.sizes import parse_batch
     from graphprune.cli.subject import opened
+    from graphprune.exporters.runtime.device_kit import is_kit
+    from graphprune.storage.folders import check_target
 
-    check_output(out)
+    check_target(out.expanduser(), is_kit)
     sizes = parse_batch(batch)
     with opened(model, allow_pickle) as (subject, display):
         with display.step("capture"):
@@ -381,4 +382,11 @@ def write_device_kit(
     mark = Quantize(quantize).quantization(program) if quantize else None
     options = Budget(speedup=2, batch=timed_sizes(program, sizes), threads=threads)
     models, inputs = named_models(sized_for(options, program, mark))
-    return write_kit(models, out, inputs=inputs, threads=threads, progress=progress)
+    write_kit(
+        models,
+        out,
+        inputs=inputs,
+        threads=threads,
+        progress=lambda done, total, unit: progress(done, total),
+    )
+    return len({id(model) for model in models.values()})

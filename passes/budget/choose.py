@@ -26,7 +26,7 @@ from graphprune.passes.budget.candidates import (
     statistics,
 )
 from graphprune.passes.budget.items import Level, find_items
-from graphprune.passes.budget.table import WHOLE, Sized, measured_table
+from graphprune.passes.budget.table import Sized, measured_table
 from graphprune.passes.name_patterns import TensorNames
 from graphprune.passes.solvers.knapsack import solve_levels
 from graphprune.passes.solvers.spdy import Found, Levels, Sensitivities, search
@@ -80,11 +80,7 @@ class Work:
         self.items = self.sized.items
         self.device = ctx.device(options.device, options.threads)
         self.table = measured_table(self.sized, self.device)
-        self.dense_ms = self.table.whole["ms"]
-        if self.sized.program.quantization is not None:
-            plain = replace(self.sized.program, quantization=None)
-            inputs = {WHOLE: self.sized.inputs(plain)}
-            self.dense_ms = self.device.measure({WHOLE: plain}, inputs=inputs)[WHOLE].ms
+        self.dense_ms = self.table.dense_ms
         self.warnings: list[str] = []
         self.corrections = 0
         self.measured: float | None = None
@@ -278,7 +274,7 @@ class Work:
         whole = self.sized.program
         models = {"dense": whole, "chosen": self.sized.at(levels)}
         if whole.quantization is not None:
-            models["float"] = replace(whole, quantization=None)
+            models["float"] = self.sized.float()
         inputs = {name: self.sized.inputs(model) for name, model in models.items()}
         found = self.device.measure(models, inputs=inputs, fresh=True)
         times = {name: cost.ms for name, cost in found.items()}

@@ -29,7 +29,7 @@ from graphprune.rewrite.extract import extract
 from graphprune.rewrite.shrink import shrink
 
 RESOURCES = ("ms", "bytes", "flops")
-WHOLE = "the model"
+WHOLE, FLOAT = "the model", "the model in float"
 # An item that is timed in the whole model is so at these levels; between them on straight lines.
 _IN_WHOLE = 4
 
@@ -41,11 +41,13 @@ class Table:
 
     Attributes:
         amounts: by resource, of each item the levels' costs.
-        whole: by resource, of the dense model.
+        whole: by resource, of the dense model, quantized where the result will be.
+        dense_ms: of the dense float model, which a speed-up is of.
     """
 
     amounts: Mapping[str, tuple[tuple[float, ...], ...]]
     whole: Mapping[str, float]
+    dense_ms: float
 
     def fixed(self, resource: str) -> float:
         """What is outside of all items."""
@@ -96,6 +98,12 @@ class Sized:
         entry = program.entries[program.deployed]
         return tuple(sized_inputs(entry, self.batch)) if self.batch else entry.example
 
+    def float(self) -> Program:
+        """The dense model without a mark of quantization."""
+        return (
+            replace(self.program, quantization=None) if self.program.quantization else self.program
+        )
+
     def sizes(self) -> tuple[int, ...]:
         """Samples, and tokens of each, that are measured; after a cache tokens of the past."""
         entry = self.program.entries[self.program.deployed]
@@ -107,11 +115,14 @@ class Sized:
         return tuple(found[symbol] for symbol in wanted if symbol in found)
 
     def models(self) -> dict[tuple[str, Level], Program]:
-        """What to measure: branches alone and whole models, by item and level; WHOLE is all.
+        """What to measure, by item and level: branches alone, whole models, WHOLE and FLOAT.
 
         Branches that are built alike are one model.
         """
-        found: dict[tuple[str, Level], Program] = {(WHOLE, None): self.program}
+        found: dict[tuple[str, Level], Program] = {
+            (WHOLE, None): self.program,
+            (FLOAT, None): self.float(),
+        }
         built: dict[tuple[object, Level], Program] = {}
         for item in self.items:
             if item.branch is None:
@@ -191,7 +202,11 @@ def named_models(sized: Sized) -> tuple[dict[str, Program], dict[str, tuple[Tens
     """What a device measures, by name, and on which inputs."""
     models = sized.models()
     # Parts of a graph have static sizes, and examples of them.
-    whole = {(WHOLE, None), *((i.id, c) for i in sized.items if i.branch is None for c in i.levels)}
+    whole = {
+        (WHOLE, None),
+        (FLOAT, None),
+        *((i.id, c) for i in sized.items if i.branch is None for c in i.levels),
+    }
     inputs = {_name(key): sized.inputs(model) for key, model in models.items() if key in whole}
     return {_name(key): model for key, model in models.items()}, inputs
 
@@ -221,6 +236,7 @@ def measured_table(sized: Sized, device: Device) -> Table:
             for resource in RESOURCES
         },
         costs[WHOLE],
+        costs[FLOAT]["ms"],
     )
 
 
