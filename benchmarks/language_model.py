@@ -38,6 +38,8 @@ from graphprune.models import load_model
 from graphprune.models.data.calibration import token_batches
 from graphprune.models.tasks import evaluate
 from graphprune.passes import (
+    Budget,
+    DropSublayers,
     Magnitude,
     PruneHeads,
     PruneNeurons,
@@ -100,6 +102,30 @@ def cases() -> list[Case]:
             for score, label in (("magnitude", "magnitude"), ("obs", "obs + least squares"))
         ),
     ]  # fmt: skip
+    return found + [case for part in (0.1, 0.2, 0.3) for case in blocks(part)]
+
+
+# Of SmolLM2-135M: parameters of a layer's attention and feed-forward part, and its float32 file.
+ATTENTION, FEEDFORWARD, LAYERS, MEGABYTES = 884_736, 2_654_208, 30, 538.1
+
+
+def blocks(part: float) -> list[Case]:
+    """Structure alone, by one kind of unit and by a budget over all, with so much of blocks gone."""
+    layer = ATTENTION + FEEDFORWARD
+    text = f"{part:.0%} of blocks".replace("%", " %")
+    megabytes = MEGABYTES - part * layer * LAYERS * 4 / 1e6
+    found = [
+        Case("neurons, obs", text, (PruneNeurons(part * layer / FEEDFORWARD, score="obs"),)),
+        Case("blocks, similarity", text, (
+            DropSublayers(count=round(part * LAYERS), kind="block"),)),
+        Case("budget over all", text, (
+            Budget(size_mb=megabytes, batch=(1, 128), samples=4, evaluations=100),)),
+    ]  # fmt: skip
+    if part * layer / ATTENTION < 2 / 3:  # one of three groups stays
+        found.append(
+            Case("KV groups, obs", text, (PruneHeads(
+                part * layer / ATTENTION, score="obs", allocation="global"),))
+        )  # fmt: skip
     return found
 
 

@@ -64,7 +64,8 @@ class Budget(Pass):
     """
 
     name: ClassVar[str] = "budget"
-    preserves: ClassVar[Invariant] = Invariant.INTERFACE
+    # Caches of layers that are gone are no inputs any more.
+    preserves: ClassVar[Invariant] = Invariant.NONE
     needs_float: ClassVar[bool] = True
 
     speedup: float | None = None

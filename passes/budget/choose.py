@@ -48,6 +48,7 @@ log = logging.getLogger(__name__)
 ROLES = ("head", "kv_group", "neuron")
 CLOSE = 0.02  # a choice whose time is further from the table's is solved again
 CORRECTIONS = 3
+OFF = 0.05  # of what was asked: more is warned of
 MOST = 64.0  # times faster, that is tried for max_drop
 SHOWN = 5  # runners-up in the report
 
@@ -132,6 +133,7 @@ class Work:
             found = self._search(
                 asked, errors, found.sensitivities, -(-self.options.evaluations // 4)
             )
+        self._warn_if_off(asked)
         program, cuts, dropped = self._cut(found.levels)
         report = self._report(asked, found.levels, found, self._fresh.difference(program))
         return Reached(program, cuts, dropped, report)
@@ -287,6 +289,16 @@ class Work:
         self.table = self.table.corrected(levels, self.measured)
         # FLOPs and bytes alone are no matter of time.
         return "ms" not in self.limits(asked)
+
+    def _warn_if_off(self, asked: Mapping[str, float]) -> None:
+        limit = self.limits(asked).get("ms")
+        if limit and self.measured and self.measured > limit * (1 + OFF):
+            sentence = (
+                f"measured {self.measured:.3g} ms where {limit:.3g} were asked for, after "
+                f"{self.corrections} corrections of the table: the machine may be busy"
+            )
+            log.warning("%s", sentence)
+            self.warnings.append(sentence)
 
     def _cut(self, levels: Levels) -> tuple[Program, Cuts, tuple[str, ...]]:
         """Remove branches, then cut groups one after another on what the others give."""
