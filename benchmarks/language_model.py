@@ -110,7 +110,7 @@ ATTENTION, FEEDFORWARD, LAYERS, MEGABYTES = 884_736, 2_654_208, 30, 538.1
 
 
 def blocks(part: float) -> list[Case]:
-    """Structure alone, by one kind of unit and by a budget over all, with so much of blocks gone."""
+    """Structure alone: one kind of unit, or a budget over all; so much of the blocks goes."""
     layer = ATTENTION + FEEDFORWARD
     text = f"{part:.0%} of blocks".replace("%", " %")
     megabytes = MEGABYTES - part * layer * LAYERS * 4 / 1e6

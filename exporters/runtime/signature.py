@@ -22,7 +22,7 @@ def signature(program: Program, inputs: Sequence[Tensor] | None = None) -> str:
 
     Args:
         program: of which one entry is deployed, with its mark of quantization.
-        inputs: flat inputs of that entry, of the sizes that it is timed at; by default its examples.
+        inputs: flat inputs of that entry, at the sizes to time; by default its examples.
     """
     mark = program.quantization
     entry = program.entries[program.deployed]

@@ -80,13 +80,15 @@ class Asked:
         """Whether there is a budget."""
         return any(v is not None for v in (self.faster, self.ms, self.mb, self.max_drop))
 
-    def check(self) -> None:
-        """Refuse, before a model is loaded, what does not go together.
+    def check(self, threads: int) -> None:
+        """Refuse, before a model is loaded, values that are none and what does not go together.
 
         Raises:
-            GraphPruneError: so it is; the way out is named.
+            GraphPruneError: one of these; the way out is named.
         """
+        from graphprune.exporters import open_device
         from graphprune.models.tasks import TASKS, unknown_task
+        from graphprune.passes import Budget
 
         if self.device is not None and not self.anything:
             raise RecipeError("--device is for a budget: give --faster, --ms or --mb with it")
@@ -107,16 +109,26 @@ class Asked:
                 TASKS[self.task].find_data(self.data)
         elif self.data is not None:
             raise RecipeError("--data is what --max-drop decides by: give --max-drop 0.01 with it")
+        if self.anything:
+            # The task itself needs the model's tokenizer.
+            Budget(**self._budgets(), task=None if self.max_drop is None else self.check)
+        if self.device is not None:
+            open_device(str(self.device), threads)
+
+    def _budgets(self) -> dict[str, float | None]:
+        return {
+            "speedup": self.faster,
+            "ms": self.ms,
+            "size_mb": self.mb,
+            "max_drop": self.max_drop,
+        }
 
     def options(self, program: Program, sizes: tuple[int, ...], threads: int) -> dict[str, Any]:
         """The options of the pass, but for the task."""
         from graphprune.cli.sizes import timed_sizes
 
         return {
-            "speedup": self.faster,
-            "ms": self.ms,
-            "size_mb": self.mb,
-            "max_drop": self.max_drop,
+            **self._budgets(),
             "batch": timed_sizes(program, sizes),
             "threads": threads,
             "device": "" if self.device is None else str(self.device),

@@ -214,7 +214,7 @@ def compile_command(
     from graphprune.exporters.onnx.convert import check_opset
 
     asked = Asked(faster, ms, mb, max_drop, task, data, device, tuple(ignore or ()))
-    asked.check()
+    asked.check(threads)
     training = TrainingOptions(
         task="" if max_drop is not None else task,
         train=train,

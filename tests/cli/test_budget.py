@@ -1,0 +1,132 @@
+"""Budgets on the command line: --faster and its kin, `front`, `device-kit`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import Result
+
+from graphprune.cli.budget import parse_speedups
+from graphprune.errors import GraphPruneError
+
+Run = Callable[..., Result]
+Sentence = Callable[[Result], str]
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAPHPRUNE_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def samples(tmp_path: Path) -> str:
+    """Calibration of the tiny multi-layer perceptron."""
+    file = tmp_path / "samples.npz"
+    x = np.random.default_rng(0).normal(size=(128, 16)).astype(np.float32)
+    np.savez(file, x=x)
+    return file.name
+
+
+def budget(result: Result) -> dict[str, Any]:
+    assert result.exit_code == 0, result.stderr
+    found: dict[str, Any] = json.loads(result.stdout)["report"]["passes"][0]["details"]["budget"]
+    return found
+
+
+@pytest.mark.slow
+def test_megabytes_are_kept(run: Run, samples: str) -> None:
+    dense = run("compile", "tiny-mlp", "--neurons", "0.5", "-o", "half", "--json")
+    megabytes = json.loads(dense.stdout)["megabytes"]["dense"] * 0.8
+    found = run(
+        "compile", "tiny-mlp", "--mb", f"{megabytes:.6f}", "--calibration", samples, "-o", "out",
+        "--json",
+    )  # fmt: skip
+    assert budget(found)["asked"] == {"size_mb": pytest.approx(megabytes, rel=1e-3)}
+    assert json.loads(found.stdout)["megabytes"]["pruned"] <= megabytes * 1.05
+    report = Path("out/report.md").read_text()
+    assert "asked" in report
+
+
+@pytest.mark.slow
+def test_a_kit_measures_and_its_file_is_used(run: Run, samples: str, tmp_path: Path) -> None:
+    made = run("device-kit", "tiny-mlp", "-o", "kit")
+    assert made.exit_code == 0, made.stderr
+    assert "measure.py" in made.stdout
+    measured = subprocess.run(
+        [sys.executable, "-P", "kit/measure.py", "--seconds", "0"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    )
+    device = json.loads(measured.stdout)
+    # Another machine: what is measured here is not known there.
+    device["cpu"]["name"] = "a board"
+    (tmp_path / "board.json").write_text(json.dumps(device))
+    megabytes = sum(file.stat().st_size for file in (tmp_path / "kit").glob("*.onnx")) / 1e6
+    found = run(
+        "compile", "tiny-mlp", "--mb", f"{megabytes:.6f}", "--device", "board.json",
+        "--calibration", samples, "-o", "out", "--json",
+    )  # fmt: skip
+    assert budget(found)["device"] == "a board"
+    assert budget(found)["measured_ms"] is None
+    other = run("compile", "tiny-bert", "--faster", "1.5", "--device", "board.json", "-o", "other")
+    assert other.exit_code == 2
+    assert not (tmp_path / "other").exists()
+
+
+COMPILE = ("compile", "tiny-mlp", "-o", "out")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((*COMPILE, "--faster", "0.5"), "above 1"),
+        ((*COMPILE, "--ms", "0"), "above 0"),
+        ((*COMPILE, "--faster", "2"), "does not read text: give --calibration FILE"),
+        ((*COMPILE, "--faster", "2", "--heads", "0.5"), "a budget chooses what is removed"),
+        ((*COMPILE, "--faster", "2", "--recipe", "edge"), "a budget chooses what is removed"),
+        ((*COMPILE, "--max-drop", "0.01"), "give --task NAME"),
+        ((*COMPILE, "--max-drop", "0.01", "--task", "stss"), "'sts'"),
+        ((*COMPILE, "--max-drop", "0.01", "--task", "neighbors"), "of a task with labels"),
+        ((*COMPILE, "--max-drop", "0.01", "--task", "sts", "--data", "none.tsv"), "no file"),
+        ((*COMPILE, "--faster", "2", "--data", "none.tsv"), "--max-drop"),
+        ((*COMPILE, "--device", "none.json"), "--faster, --ms or --mb"),
+        (
+            (*COMPILE, "--faster", "2", "--device", "none.json", "--calibration", "samples.npz"),
+            "cannot be read",
+        ),
+        (("front", "tiny-mlp", "-o", "f", "--faster", "2,x"), "numbers with commas"),
+        (("front", "tiny-mlp", "-o", "f", "--faster", "1"), "above 1"),
+        (("front", "tiny-mlp", "-o", "f", "--task", "stss"), "'sts'"),
+        (("device-kit", "tiny-mlp", "-o", "foreign"), "did not write it"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_one_sentence_and_leaves_no_file(
+    run: Run,
+    sentence: Sentence,
+    tmp_path: Path,
+    samples: str,
+    arguments: tuple[str, ...],
+    says: str,
+) -> None:
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "letter.txt").write_text("mine")
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert says in sentence(result)
+    assert not any((tmp_path / name).exists() for name in ("out", "f"))
+
+
+def test_speedups_are_sorted_and_checked() -> None:
+    assert parse_speedups("3, 1.5,2,2") == [1.5, 2, 3]
+    with pytest.raises(GraphPruneError, match="above 1"):
+        parse_speedups("0.5,2")
