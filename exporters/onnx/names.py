@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, cast
 
-import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from graphprune.ir.graph import output_node, value_of
+from graphprune.ir.outputs import leaf_names
 from graphprune.ir.program import Entry
 from graphprune.ir.sizes import limits_to_json
 
@@ -39,7 +39,7 @@ def input_names(entry: Entry) -> list[str]:
     """
     names: dict[str, str] = {}
     for argument in entry.arguments:
-        keys = _leaf_names(argument.spec)
+        keys = leaf_names(argument.spec)
         for leaf, key in zip(argument.leaves, keys, strict=True):
             if isinstance(leaf, str):
                 names[leaf] = f"{argument.name}.{key}" if key else argument.name
@@ -88,24 +88,8 @@ def is_tensor_output(entry: Entry) -> list[bool]:
 
 
 def _flat_names(entry: Entry) -> Iterable[str]:
-    keys = _leaf_names(entry.out_spec)
+    keys = leaf_names(entry.out_spec)
     return [f"output_{k or i}" if (k or "0")[0].isdigit() else k for i, k in enumerate(keys)]
-
-
-def _leaf_names(spec: pytree.TreeSpec) -> list[str]:
-    tree = pytree.tree_unflatten(range(spec.num_leaves), spec)
-    try:
-        paths, _ = pytree.tree_flatten_with_path(tree)
-    except ValueError:  # a class of output that is registered without names of its fields
-        return [str(i) for i in range(spec.num_leaves)]
-    return [".".join(_key(k) for k in path) for path, _ in paths]
-
-
-def _key(key: object) -> str:
-    for attribute in ("key", "idx", "name"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
 
 
 def rename_symbols(expression: str, names: dict[str, str]) -> str:

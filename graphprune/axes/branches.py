@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, fx
 
 from graphprune.axes import algebra
-from graphprune.axes.analysis import Axes
+from graphprune.axes.analysis import Axes, axis_leaves, dims_of
 from graphprune.axes.facts import size_of
 from graphprune.axes.groups import axis_groups
 from graphprune.axes.roles import Walk, operands
@@ -28,11 +28,13 @@ class Place:
         add: the sum.
         stream: x.
         value: f(x).
+        dim: dimension of the sum that f sums over: its features.
     """
 
     add: str
     stream: str
     value: str
+    dim: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,9 +169,11 @@ def _places(walk: Walk) -> Iterator[Place]:
             source = x
             while not walk.returned(f, source) and source in streams:
                 source = streams[source]
-            if walk.returned(f, source):
+            if features := walk.returned(f, source):
                 streams[node] = x
-                yield Place(node.name, x.name, f.name)
+                dims = dims_of(walk.axes, walk.name, node)
+                dim = next(i for i, d in enumerate(dims) if features & axis_leaves((d,)))
+                yield Place(node.name, x.name, f.name, dim)
                 break
 
 

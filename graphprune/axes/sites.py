@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from graphprune.axes import AxisGroup, AxisGroups, algebra
 from graphprune.axes.facts import Contraction
-from graphprune.ir.graph import bound_arguments, is_op, op_name
+from graphprune.ir.graph import bound_arguments, flat_outputs, is_op, op_name
 from graphprune.ir.program import Program
 
 _TRANSPOSES = {"t", "numpy_T", "transpose", "permute", "mT", "swapaxes"}
@@ -94,16 +94,24 @@ def is_output_head(site: LinearSite, program: Program) -> bool:
     for node in graph.nodes:
         if is_op(node, "embedding") and _weight(bound_arguments(node)["weight"])[0] == site.tensor:
             return True
-    stack, seen = [site.node], set()
+    return bool(outputs_of(site.node))
+
+
+def outputs_of(product: fx.Node) -> set[int]:
+    """Numbers of the flat outputs that are this product, to a person who uses the model."""
+    found: set[int] = set()
+    stack, seen = [product], set()
     while stack:
-        for user in stack.pop().users:
+        node = stack.pop()
+        for user in node.users:
             if user.op == "output":
-                return True
+                found |= {i for i, r in enumerate(flat_outputs(user.graph)) if r is node}
+                continue
             others = [n for n in user.all_input_nodes if n.op != "get_attr"]
             if op_name(user) in _OUTWARD and len(others) == 1 and user not in seen:
                 seen.add(user)
                 stack.append(user)
-    return False
+    return found
 
 
 def consumers(groups: AxisGroups, group: AxisGroup) -> list[tuple[LinearSite, Tensor]]:

@@ -9,7 +9,7 @@ such place. Peak memory is what is alive at a cut, times the batches, plus one r
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -99,15 +99,25 @@ class Stream:
         wanted: dict[fx.Node, list[LinearSite]] = {}
         for site in sites:
             wanted.setdefault(site.node, []).append(site)
-        first = min(self.number[node] for node in wanted)
-        last = max(self.number[node] for node in wanted)
+        for i, node, values in self.before(program, wanted):
+            for site in wanted[node]:
+                yield i, site, self._input(site, values, i)
+
+    def before(
+        self, program: Program, nodes: Collection[fx.Node]
+    ) -> Iterator[tuple[int, fx.Node, Mapping[fx.Node, Any]]]:
+        """Number of the batch, one of these nodes, and what is alive when it is about to run.
+
+        Batch by batch, each in execution order. To be read to the end.
+        """
+        first = min(self.number[node] for node in nodes)
+        last = max(self.number[node] for node in nodes)
         self.advance(program, self._cheapest(min(max(self.position, self.done), first), first))
         for i, state in enumerate(self.states):
             values = dict(state)
             for j in range(self.position, last + 1):
-                node = self.nodes[j]
-                for site in wanted.get(node, ()):
-                    yield i, site, self._input(site, values, i)
+                if self.nodes[j] in nodes:
+                    yield i, self.nodes[j], values
                 if j < last:
                     self._step(program, values, j)
         self.done = last
@@ -119,15 +129,17 @@ class Stream:
                 self._step(program, state, j)
         self.position = max(self.position, position)
 
-    def outputs(self, program: Program) -> list[list[Tensor]]:
+    def outputs(self, program: Program) -> list[list[Any]]:
         """Run every batch to the end from where it is: flat outputs of each."""
-        results = []
+        return list(self.results(program))
+
+    def results(self, program: Program) -> Iterator[list[Any]]:
+        """The same, one batch after another."""
         for state in self.states:
             values = dict(state)
             for j in range(self.position, len(self.nodes) - 1):
                 self._step(program, values, j)
-            results.append([values[n] for n in self.nodes[-1].args[0]])
-        return results
+            yield [values[n] if isinstance(n, fx.Node) else n for n in self.nodes[-1].args[0]]
 
     def regions(self, sites: Sequence[LinearSite]) -> list[list[LinearSite]]:
         """The sites in runs between which few values are alive: the parts of a model's blocks.
