@@ -17,6 +17,7 @@ from graphprune.passes.sparsity.sparsegpt import SparseGPT as SparseGPT
 from graphprune.passes.sparsity.sparsellm import SparseLLM as SparseLLM
 from graphprune.passes.sparsity.wanda import Wanda as Wanda
 from graphprune.passes.structural.axis import PruneAxis as PruneAxis
+from graphprune.passes.structural.drop_sublayers import DropSublayers as DropSublayers
 from graphprune.passes.structural.heads import PruneHeads as PruneHeads
 from graphprune.passes.structural.neurons import PruneNeurons as PruneNeurons
 from graphprune.passes.structural.shrink import Shrink as Shrink
@@ -31,6 +32,7 @@ __all__ = [
     "L1",
     "Budget",
     "Distill",
+    "DropSublayers",
     "Finetune",
     "FoldBatchNorm",
     "FoldConstants",

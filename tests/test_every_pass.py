@@ -18,6 +18,7 @@ from graphprune.ir.program import Program
 from graphprune.passes import (
     L1,
     Distill,
+    DropSublayers,
     Finetune,
     FoldBatchNorm,
     FoldConstants,
@@ -55,6 +56,11 @@ Captured = Callable[[str], Program]
 # One or more ways to configure each pass.
 EXAMPLES: dict[str, list[Pass]] = {
     "distill": [Distill(epochs=1), Distill(hidden=False, alpha=0)],
+    "drop-sublayers": [
+        DropSublayers(0.25),
+        DropSublayers(count=1, kind="ffn", score="loss"),
+        DropSublayers(0.5, kind="block", score="loss"),
+    ],
     "finetune": [Finetune(), Finetune(1, schedule="cosine", clip=0)],
     "fold-batch-norm": [FoldBatchNorm()],
     "fold-constants": [FoldConstants(), FoldConstants(parameters=True)],

@@ -21,6 +21,7 @@ from graphprune.storage.kept import Kept
 from graphprune.verify.invariants import Invariant as Invariant
 
 if TYPE_CHECKING:
+    from graphprune.axes.branches import Branch
     from graphprune.training.spec import Training
 
 T = TypeVar("T")
@@ -192,11 +193,6 @@ class Context:
         """Tell observers how far the running pass is, with numbers to watch such as the loss."""
         self.run.emit(PassProgress(self.running, done, total, unit, values))
 
-    def drop(self, program, branches):
-        from graphprune.rewrite.drop import drop
-
-        return drop(program, branches), {}
-
     def shrink(
         self, program: Program, keep: Keep, prepared: Program | None = None
     ) -> tuple[Program, dict[str, JSON]]:
@@ -223,7 +219,6 @@ class Context:
         from graphprune.axes import axis_groups
         from graphprune.rewrite.mask import mask
         from graphprune.rewrite.shrink import shrink
-        from graphprune.verify.equivalence import verify_rewrite
 
         source = program if prepared is None else prepared
         shrunk = shrink(source, keep)
@@ -231,25 +226,62 @@ class Context:
             return shrunk, {"skipped": "verification was switched off"}
         groups = self.get(axis_groups, program)
         exact = not any(groups[name].normalized for name in keep)
-        start = time.perf_counter()
         also = [mask(source, keep, everywhere=True)] if exact else []
-        try:
-            report = dict(
-                verify_rewrite(mask(source, keep), shrunk, exact=exact, also=also, dense=program)
-            )
-        except VerificationError as e:
-            raise VerificationError(
-                f"pass {self.running!r}: removing units of {_named(keep)} does not equal masking "
-                f"them: {e}"
-            ) from e
+        report = self._verified(
+            f"units of {_named(keep)}", mask(source, keep), shrunk, exact, also=also, dense=program
+        )
         if not exact:
             report["drift"] = report.pop("max_error")
-        report["seconds"] = time.perf_counter() - start
         return shrunk, report
 
+    def drop(self, program: Program, branches: Sequence[Branch]) -> tuple[Program, dict[str, JSON]]:
+        """Remove residual branches for good, and verify that this equals closing their gates.
 
-def _named(keep: Keep, at_most: int = 5) -> str:
-    names = sorted(keep)
+        Args:
+            program: left as it is.
+            branches: of this program (`axes.branches`).
+
+        Returns:
+            The smaller program, and the verification's report, as `shrink` gives it.
+
+        Raises:
+            UnsupportedError: a decoder would be left without any cache.
+            VerificationError: gated and dropped do not agree.
+        """
+        from graphprune.rewrite.drop import closed, drop, gated
+
+        dropped = drop(program, branches)
+        if not self.verify:
+            return dropped, {"skipped": "verification was switched off"}
+        behind, gates = gated(program, branches)
+        what = f"branches {_named([branch.id for branch in branches])}"
+        reference = closed(behind, gates.values())
+        return dropped, self._verified(what, reference, dropped, True, dense=program)
+
+    def _verified(
+        self,
+        what: str,
+        masked: Program,
+        smaller: Program,
+        exact: bool,
+        *,
+        dense: Program,
+        also: Sequence[Program] = (),
+    ) -> dict[str, JSON]:
+        from graphprune.verify.equivalence import verify_rewrite
+
+        start = time.perf_counter()
+        try:
+            report = dict(verify_rewrite(masked, smaller, exact=exact, also=also, dense=dense))
+        except VerificationError as e:
+            raise VerificationError(
+                f"pass {self.running!r}: removing {what} does not equal masking them: {e}"
+            ) from e
+        return {**report, "seconds": time.perf_counter() - start}
+
+
+def _named(given: Iterable[str], at_most: int = 5) -> str:
+    names = sorted(given)
     more = f" and {len(names) - at_most} more" if len(names) > at_most else ""
     return ", ".join(repr(name) for name in names[:at_most]) + more
 

@@ -13,7 +13,7 @@ from graphprune.ir.decoding import is_past
 from graphprune.models.hub.card import model_card
 from graphprune.models.hub.exported import EXPORT, exported
 from graphprune.models.hub.genai import FILE, genai_config
-from graphprune.models.hub.source import CONFIG, GENERATION, OWN_KEY
+from graphprune.models.hub.source import CONFIG, GENERATION, LAYERS, OWN_KEY
 from graphprune.models.hub.tokenizer import CONFIG as TOKENIZER_CONFIG
 from graphprune.models.hub.tokenizer import completed
 from graphprune.report.report import Report
@@ -150,6 +150,9 @@ def _config(config: dict[str, Any], manifest: Mapping[str, Any], report: Report)
         "passes": [done.name for done in report.passes],
         "layers": _layers(report),
     }
+    if dropped := _dropped(report):
+        own["dropped"] = dropped
+        config = {**config, **_cached_layers(config, manifest)}
     if manifest["precision"]["onnx"] != "float32":
         own["quantization"] = manifest["precision"]["onnx"]
     web = dict(config.get("transformers.js_config") or {})
@@ -172,6 +175,24 @@ def _layers(report: Report) -> dict[str, Any]:
             before = known.get("before", group["before"])
             layers[group["id"]] = {"role": group["role"], "before": before, "after": group["after"]}
     return {name: layer for name, layer in layers.items() if layer["before"] != layer["after"]}
+
+
+def _dropped(report: Report) -> list[str]:
+    """Ids of the residual branches that are gone."""
+    return [
+        name
+        for _, details in report.steps()
+        for sublayer in details.get("dropped") or ()
+        for name in sublayer["branches"]
+    ]
+
+
+def _cached_layers(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, int]:
+    """The number of layers that have a cache: readers feed one to as many as they find here."""
+    pasts = [i["name"] for i in manifest["inputs"] if is_past(i["name"])]
+    count = len({name.split(".")[1] for name in pasts})
+    key = next((key for key in LAYERS if isinstance(config.get(key), int)), None)
+    return {key: count} if key is not None and 0 < count < config[key] else {}
 
 
 def content(file: Path | bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""How far a candidate is from the dense model: what a search over candidates minimizes."""
+"""How far an answer is from the dense model's: what a search over candidates minimizes."""
 
 from __future__ import annotations
 

@@ -138,6 +138,64 @@ class Cuts:
         return data
 
 
+@dataclass(frozen=True, slots=True)
+class Sublayer:
+    """A residual branch, or a block of them.
+
+    Attributes:
+        id: of the branch, or of the block's first.
+        branches: ids of all.
+        kind: of the first.
+        score: the lower, the sooner it goes; None where it was none to choose.
+    """
+
+    id: str
+    branches: tuple[str, ...]
+    kind: str
+    score: float | None
+
+    def to_json(self) -> dict[str, JSON]:
+        """Plain data."""
+        return {**asdict(self), "branches": list(self.branches)}
+
+
+@dataclass(frozen=True, slots=True)
+class DroppedSublayers:
+    """What DropSublayers did.
+
+    Attributes:
+        dropped: in the order of their going.
+        left: those that could have gone.
+        skipped: id -> why it was left alone.
+        summary: a line in words.
+        parameters_before: of the program given.
+        parameters_after: of the program returned.
+        verification: what `Context.drop` says; None where nothing was dropped.
+    """
+
+    dropped: tuple[Sublayer, ...]
+    left: tuple[Sublayer, ...]
+    skipped: Mapping[str, str]
+    summary: str
+    parameters_before: int
+    parameters_after: int
+    verification: Mapping[str, JSON] | None = None
+
+    def to_json(self) -> dict[str, JSON]:
+        """The report of the pass."""
+        data: dict[str, JSON] = {
+            "summary": self.summary,
+            "dropped": [sublayer.to_json() for sublayer in self.dropped],
+            "left": [sublayer.to_json() for sublayer in self.left],
+            "skipped": dict(self.skipped),
+            "parameters_before": self.parameters_before,
+            "parameters_after": self.parameters_after,
+        }
+        if self.verification is not None:
+            data["verification"] = dict(self.verification)
+        return data
+
+
 def group_cuts(groups: AxisGroups, cut: Mapping[str, Tensor]) -> tuple[GroupCut, ...]:
     """The records of cut groups, in the order of `cut`: group id -> units that stay."""
 

@@ -26,12 +26,12 @@ from graphprune.models.hub.consumers.rules import (
     usual,
     weights,
 )
+from graphprune.models.hub.source import LAYERS
 
 # transformers.js
 
 _ENCODER_DECODER = ("onnx/encoder_model.onnx", "onnx/decoder_model_merged.onnx")
 _OTHER_INPUTS = ("pixel_values", "pixel_mask", "input_values", "input_features")
-_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_transformer_layers")
 
 
 def _js_opens(folder: HubFolder) -> tuple[str, ...]:
@@ -62,7 +62,7 @@ def _js_model_type(folder: HubFolder, graph: Graph) -> str:
 
 def _js_layers(folder: HubFolder) -> int | None:
     config = folder.json("config.json", "text_config") or folder.json("config.json")
-    return next((config[k] for k in _LAYERS if isinstance(config.get(k), int)), None)
+    return next((config[k] for k in LAYERS if isinstance(config.get(k), int)), None)
 
 
 def _js_inputs(folder: HubFolder, graph: Graph) -> str:
