@@ -33,7 +33,7 @@ def measure(settings: Settings) -> Iterator[Row]:
             after: list[Pass] = [] if precision == "fp32" else [INT8]
             yield bench.row("nothing", bench.compiled(after), asked=1.0, precision=precision)
             for asked in ASKED[1:3] if settings.quick else ASKED:
-                yield _row(bench, asked, precision, after, 30 if settings.quick else 300)
+                yield _row(bench, asked, precision, after, 30 if settings.quick else 100)
 
 
 def _row(bench: Bench, asked: float, precision: str, after: list[Pass], evaluations: int) -> Row:

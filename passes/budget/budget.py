@@ -79,7 +79,7 @@ class Budget(Pass):
     device: str = ""
     drop: bool = True
     target: str = "stream"
-    evaluations: int = 300
+    evaluations: int = 100
     samples: int = 64
     round_to: int = 16
     damping: float = 0.01
