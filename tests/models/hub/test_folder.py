@@ -16,9 +16,11 @@ import torch
 import graphprune as gp
 from graphprune.exporters import Artifact
 from graphprune.exporters.artifact.results import add_results
+from graphprune.models.hub.folder import _config
 from graphprune.models.zoo.sentence import SentenceEncoder
 from graphprune.models.zoo.tiny import tiny
 from graphprune.passes import PruneHeads, PruneNeurons, Quantize
+from graphprune.report.report import ModelSize, PassReport, Report
 
 pytest.importorskip("transformers")
 
@@ -182,3 +184,24 @@ def test_a_phone_gets_one_file_that_computes_the_same(made: Artifact, tmp_path: 
         np.testing.assert_allclose(a, b, atol=1e-6)
     words = " ".join(["-m", "onnxruntime.tools.convert_onnx_models_to_ort"])
     assert words in (Path(__file__).parents[3] / "docs" / "deploy.md").read_text()
+
+
+def test_config_counts_the_layers_that_still_have_a_cache() -> None:
+    size = ModelSize(10, 40, 0)
+    sublayer = {"branches": ["layers.0.attention", "layers.0"]}
+    done = PassReport("drop-sublayers", "", True, "", None, None, 0.0, (), {"dropped": [sublayer]})
+    pasts = [f"past_key_values.{i}.{part}" for i in range(2) for part in ("key", "value")]
+    manifest = {
+        "inputs": [{"name": name} for name in ("input_ids", *pasts)],
+        "precision": {"onnx": "float32"},
+        "beside": [],
+    }
+    for key in ("num_hidden_layers", "n_layer"):
+        config = {key: 3, "hidden_size": 8}
+        made = _config(config, manifest, Report("model", size, size, (done,)))
+        assert made[key] == 2
+        assert made["graphprune"]["dropped"] == sublayer["branches"]
+        # Layers that never had a cache are no dropped ones.
+        assert _config(config, manifest, Report("model", size, size))[key] == 3
+        encoder = {**manifest, "inputs": [{"name": "input_ids"}]}
+        assert _config(config, encoder, Report("model", size, size, (done,)))[key] == 3
