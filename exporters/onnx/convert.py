@@ -30,6 +30,7 @@ from graphprune.exporters.onnx.names import (
 )
 from graphprune.exporters.onnx.optional import make_optional
 from graphprune.exporters.onnx.side_by_side import part_name, side_by_side
+from graphprune.exporters.onnx.simplify import simplify
 from graphprune.exporters.onnx.translations import OPSET, translations
 from graphprune.ir.graph import is_op, output_node, value_of
 from graphprune.ir.module import graph_module
@@ -180,6 +181,7 @@ def lower(program: Program, entry: str = "forward") -> fx.GraphModule:
     flags = is_tensor_output(program.entries[entry])
     values = cast(tuple[Any, ...], output.args[0])
     output.args = (tuple(n for n, keep in zip(values, flags, strict=True) if keep),)
+    simplify(module.graph)
     lower_attention(module.graph)
     _write_sizes(module.graph)
     module.graph.eliminate_dead_code()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, final
 
@@ -86,10 +86,7 @@ def half_tied(model: onnx.ModelProto, chosen: Collection[Layer]) -> dict[Layer, 
 
     Storing a tied table twice, in float and in int8, would make the file larger.
     """
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
+    readers = _readers(model.graph)
     taken = {layer.node for layer in chosen}
     shared = {layer.weight for layer in chosen if layer.tied or layer.kind == "embedding"}
     result: dict[Layer, str] = {}
@@ -103,13 +100,21 @@ def half_tied(model: onnx.ModelProto, chosen: Collection[Layer]) -> dict[Layer, 
 
 
 def _behind_transposes(
-    weight: str, readers: dict[str, list[onnx.NodeProto]]
+    weight: str, readers: Mapping[str, list[onnx.NodeProto]]
 ) -> Iterable[onnx.NodeProto]:
     for node in readers.get(weight, []):
         if node.op_type == "Transpose":
             yield from readers.get(node.output[0], [])
         else:
             yield node
+
+
+def _readers(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    return readers
 
 
 class Editor:
@@ -120,11 +125,14 @@ class Editor:
         self.weights = {i.name: i for i in model.graph.initializer}
         self.nodes = {n.name: n for n in model.graph.node}
 
-    def prepare(self, chosen: Iterable[Layer], layers: Iterable[Layer]) -> None:
+    def prepare(self, chosen: Sequence[Layer], layers: Iterable[Layer]) -> list[str]:
         """Products become MatMul with a weight of their own, tables int8.
 
         Every Gemm is spelled out, also one that stays float: ORT's quantizer (1.31) does so with
         those that it meets, and then trips over their old shapes.
+
+        Returns:
+            Names of the nodes that compute the chosen products; some compute several (`_merge`).
         """
         for layer in layers:
             if self.nodes[layer.node].op_type == "Gemm":
@@ -135,7 +143,70 @@ class Editor:
         for layer in chosen:
             if layer.kind == "embedding":
                 self._quantize_table(layer)
+        names = self._merge_all([self.nodes[x.node] for x in chosen if x.kind == "matmul"])
         self._drop_unread()
+        return [*names, *(x.node for x in chosen if x.kind == "conv")]
+
+    def _merge_all(self, products: Iterable[onnx.NodeProto]) -> list[str]:
+        """Products of one value become one, so that it is quantized and packed once.
+
+        A weight that others read too keeps its product, or the file would hold it twice.
+        """
+        readers = _readers(self.graph)
+        groups: dict[str, list[onnx.NodeProto]] = {}
+        for node in products:
+            alone = len(readers[node.input[1]]) == 1
+            groups.setdefault(node.input[0] if alone else node.name, []).append(node)
+        return [
+            group[0].name if len(group) == 1 else self._merge(group, readers)
+            for group in groups.values()
+        ]
+
+    def _merge(
+        self, group: Sequence[onnx.NodeProto], readers: Mapping[str, list[onnx.NodeProto]]
+    ) -> str:
+        """x a + p, x b + q  ->  Split(x [a b] + [p q]); the name of the product."""
+        from onnx import helper
+
+        first, name = group[0], f"{group[0].name}_merged"
+        stem = f"{first.input[1]}_merged"
+        weights = [self._array(node.input[1]) for node in group]
+        biases = [self._bias(node, readers) for node in group]
+        widths = [weight.shape[1] for weight in weights]
+        whole = f"{first.output[0]}_merged"
+        weight = self._store(stem, np.concatenate(weights, 1))
+        new = [helper.make_node("MatMul", [first.input[0], weight], [whole], name)]
+        if any(biases):
+            rows = [
+                self._array(found[1]) if found else np.zeros(width, np.float32)
+                for found, width in zip(biases, widths, strict=True)
+            ]
+            inputs = [whole, self._store(f"{stem}_bias", np.concatenate(rows))]
+            whole = f"{whole}_sum"
+            new.append(helper.make_node("Add", inputs, [whole], f"{name}_bias"))
+        ends = [found[0] if found else node for node, found in zip(group, biases, strict=True)]
+        inputs = [whole, self._store(f"{stem}_widths", np.array(widths, np.int64))]
+        outputs = [node.output[0] for node in ends]
+        new.append(helper.make_node("Split", inputs, outputs, f"{name}_split", axis=-1))
+        position = list(self.graph.node).index(first)
+        for node in (*group, *(found[0] for found in biases if found)):
+            self.graph.node.remove(node)
+        for offset, node in enumerate(new):
+            self.graph.node.insert(position + offset, node)
+        return name
+
+    def _bias(
+        self, node: onnx.NodeProto, readers: Mapping[str, list[onnx.NodeProto]]
+    ) -> tuple[onnx.NodeProto, str] | None:
+        """The Add that alone reads a product, and the constant of its width that it adds."""
+        users = readers.get(node.output[0], [])
+        if len(users) != 1 or users[0].op_type != "Add":
+            return None
+        if node.output[0] in {output.name for output in self.graph.output}:
+            return None
+        width = [self.weights[node.input[1]].dims[1]]
+        found = [n for n in users[0].input if n in self.weights and self.weights[n].dims == width]
+        return (users[0], found[0]) if found else None
 
     def _array(self, name: str) -> npt.NDArray[np.float32]:
         from onnx import numpy_helper

@@ -203,8 +203,7 @@ class _Work:
 
         model = onnx.ModelProto()
         model.CopyFrom(self.model)
-        Editor(model).prepare(list(chosen), self.layers)
-        names = [layer.node for layer in chosen if layer.kind != "embedding"]
+        names = Editor(model).prepare(list(chosen), self.layers)
         if names:
             with _quiet():
                 model = self._products(model, names)

@@ -10,9 +10,15 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from graphprune.exporters.onnx.masks import Biases
-from graphprune.ir.graph import flat_outputs, output_node
+from graphprune.capture.capture import capture
+from graphprune.exporters.onnx.convert import lower
+from graphprune.exporters.onnx.masks import Biases, narrowed
+from graphprune.exporters.onnx.names import output_names
+from graphprune.exporters.onnx.patterns import same
+from graphprune.ir.batches import second_inputs
+from graphprune.ir.graph import flat_outputs, is_op, output_node, value_of
 from graphprune.ir.program import Program
+from graphprune.verify.error import relative_error
 
 ProgramOf = Callable[..., Program]
 aten = torch.ops.aten
@@ -73,3 +79,62 @@ def test_one_bias_is_made_for_all_that_share_a_mask(program_of: ProgramOf) -> No
         # Of queries of another length it is another one.
         assert biases.of(node["mask"], node["key"], node["key"]) != first
     assert biases.of(None, node["query"], node["key"]) == (None, None)
+
+
+def counted(n: int, dim: int, start: int = 0) -> Tensor:
+    """Numbers from `start` on along one of four dimensions."""
+    numbers = torch.arange(start, start + n)
+    for place in range(4):
+        if place != dim:
+            numbers = numbers.unsqueeze(place)
+    return numbers
+
+
+def _at(m: Tensor, columns: Tensor) -> Tensor:
+    return m[counted(m.shape[0], 0), columns]
+
+
+# Masks that are made of m, [batch, length], and have [batch, 1, 1, length] in them.
+WHOLE: dict[str, Callable[[Tensor], Tensor]] = {
+    "expanded": lambda m: m[:, None, None].expand(-1, 1, m.shape[1], -1),
+    "indexed": lambda m: _at(m, counted(m.shape[1], 3)),
+    "with_what_is_true": lambda m: (counted(m.shape[1], 2) >= 0) & _at(m, counted(m.shape[1], 3)),
+    "with_ones": lambda m: m.new_ones([]) & _at(m, counted(m.shape[1], 3) + 0),
+}
+# Masks that an index makes another one.
+OTHERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "reversed": lambda m: _at(m, counted(m.shape[1], 3).flip(3)),
+    "from_one": lambda m: _at(m, counted(m.shape[1], 3, 1) % m.shape[1]),
+    "column_by_query": lambda m: m[counted(m.shape[0], 0), counted(m.shape[1], 2)],
+    "causal": lambda m: counted(m.shape[1], 2) >= counted(m.shape[1], 3) + 0 * m[:, None, None],
+    "from_second_on": lambda m: (counted(m.shape[1], 2) >= 1) & m[:, None, None],
+}
+
+
+class Masked(torch.nn.Module):
+    """Attentions with all these masks."""
+
+    def forward(self, x: Tensor, m: Tensor) -> dict[str, Tensor]:
+        cases = WHOLE | OTHERS
+        return {
+            name: F.scaled_dot_product_attention(x, x, x, make(m != 0))
+            for name, make in cases.items()
+        }
+
+
+def test_a_mask_is_narrowed_to_what_it_is_made_of() -> None:
+    m = (torch.arange(12).view(3, 4) % 3 != 0).long()
+    m[1] = 0
+    program = capture(Masked(), {"x": torch.randn(3, 2, 4, 5), "m": m})
+    module = lower(program)
+    for inputs in (list(program.forward.example), second_inputs(program.forward)):
+        names = output_names(program.forward)
+        for name, a, b in zip(names, program.run(inputs), module(*inputs), strict=True):
+            assert relative_error(a, b) < 1e-6, name
+    masks = {}
+    for node in program.forward.graph.nodes:
+        if is_op(node, "scaled_dot_product_attention"):
+            masks[names[len(masks)]] = narrowed(node.args[3])
+    for name, mask in masks.items():
+        small = same(value_of(mask).shape[1:3], (1, 1)) and not is_op(mask, "index")
+        assert small == (name in WHOLE), name

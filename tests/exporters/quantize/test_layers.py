@@ -44,12 +44,12 @@ def model(
     return made
 
 
-def run(made: onnx.ModelProto, feeds: dict[str, Any]) -> Any:
+def run(made: onnx.ModelProto, feeds: dict[str, Any], output: str = "y") -> Any:
     onnx.checker.check_model(made)
     session = onnxruntime.InferenceSession(
         made.SerializeToString(), providers=["CPUExecutionProvider"]
     )
-    return session.run(None, feeds)[0]
+    return session.run([output], feeds)[0]
 
 
 def drawn(*shape: int) -> Any:
@@ -121,6 +121,62 @@ def test_a_table_that_is_also_read_in_float_stays() -> None:
     assert half_tied(tied(), [look]) == {look: "'head' reads the same weight and stays float"}
     assert half_tied(tied(), [head]) == {head: "'look' reads the same weight and stays float"}
     assert half_tied(tied(), [look, head]) == {}
+
+
+def siblings() -> onnx.ModelProto:
+    """Three products of x, two of them with a bias, behind each other."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "a"], ["xa"], "a"),
+        helper.make_node("Add", ["p", "xa"], ["first"], "p"),
+        helper.make_node("MatMul", ["x", "b"], ["second"], "b"),
+        helper.make_node("MatMul", ["x", "c"], ["xc"], "c"),
+        helper.make_node("Add", ["xc", "q"], ["third"], "q"),
+        helper.make_node("Concat", ["first", "second", "third"], ["y"], "join", axis=-1),
+    ]
+    given = {"a": drawn(4, 3), "p": drawn(3), "b": drawn(4, 2), "c": drawn(4, 5), "q": drawn(5)}
+    return model(nodes, given, ("x", 4))
+
+
+def test_products_of_one_value_become_one() -> None:
+    made, x = siblings(), {"x": drawn(6, 4)}
+    expected, layers = run(made, x), find_layers(made)
+    assert Editor(made).prepare(layers, layers) == ["a_merged"]
+    assert [n.op_type for n in made.graph.node] == ["MatMul", "Add", "Split", "Concat"]
+    assert {i.name for i in made.graph.initializer} == {
+        "a_merged", "a_merged_bias", "a_merged_widths",
+    }  # fmt: skip
+    np.testing.assert_allclose(run(made, x), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_only_chosen_products_become_one() -> None:
+    made, x = siblings(), {"x": drawn(6, 4)}
+    expected, layers = run(made, x), find_layers(made)
+    assert Editor(made).prepare([n for n in layers if n.node != "b"], layers) == ["a_merged"]
+    kept = [n.name for n in made.graph.node if n.op_type == "MatMul"]
+    assert sorted(kept) == ["a_merged", "b"]
+    np.testing.assert_allclose(run(made, x), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_product_with_a_shared_weight_stays() -> None:
+    made, x = siblings(), {"x": drawn(6, 4)}
+    made.graph.node[3].input[1] = "a"  # c reads the weight of a
+    made.graph.node[4].input[1] = "p"
+    expected, layers = run(made, x), find_layers(made)
+    assert Editor(made).prepare(layers, layers) == ["a", "b", "c"]
+    np.testing.assert_allclose(run(made, x), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_product_that_is_an_output_is_one_before_its_bias() -> None:
+    made, x = siblings(), {"x": drawn(6, 4)}
+    made.graph.output.append(helper.make_tensor_value_info("xa", TensorProto.FLOAT, ["batch", 3]))
+    layers = find_layers(made)
+    before = onnx.ModelProto()
+    before.CopyFrom(made)
+    Editor(made).prepare(layers, layers)
+    assert [n.op_type for n in made.graph.node].count("Add") == 2
+    for name in ("xa", "y"):
+        found, expected = (run(m, x, name) for m in (made, before))
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
 
 
 @settings(max_examples=30, deadline=None)
