@@ -195,7 +195,7 @@ def test_the_cpu_has_a_name() -> None:
 def test_models_converted_together_are_those_converted_alone(
     parts: Mapping[str, Program], captured: Captured, tmp_path: Path
 ) -> None:
-    programs = [parts["first"], captured("tiny-bert"), parts["half"]]
+    programs = [parts["first"], captured("tiny-mlp"), parts["half"]]
     for number, (program, model) in enumerate(
         zip(programs, to_onnx_together(programs), strict=True)
     ):
@@ -234,7 +234,7 @@ def test_programs_are_timed_as_they_are_exported(
 
 
 def test_a_dynamic_program_is_fed_a_single_sample(captured: Captured, tmp_path: Path) -> None:
-    program = captured("tiny-bert")
+    program = captured("tiny-mlp")
     single = replace(program.forward, example=tuple(t[:1] for t in program.forward.example))
     one = replace(program, entries={"forward": single})
     run = (one, single.example)
