@@ -97,7 +97,7 @@ def _whole(node: fx.Node) -> fx.Node | None:
     shape, rank = value_of(source).shape, value_of(node).dim()
     if len(indices) != len(shape) or not all(isinstance(i, fx.Node) for i in indices):
         return None
-    counted = [_counted(index) for index in indices]
+    counted = [_counted(index) for index in indices if isinstance(index, fx.Node)]
     places = [rank + place for place, _ in filter(None, counted)]
     sizes = [size for _, size in filter(None, counted)]
     if places != sorted(set(places)) or not same(sizes, shape):

@@ -192,12 +192,13 @@ class KitDevice:
         return {name: self._costs[key] for name, key in keys.items()}
 
     def _check_scheme(self, models: Mapping[str, Program]) -> None:
-        asked = {p.quantization.scheme for p in models.values() if p.quantization} or {None}
+        marks = [p.quantization for p in models.values() if p.quantization]
+        asked = marks[0].scheme if marks else None
         there = None if self._mark is None else self._mark["scheme"]
-        if there not in asked:
+        if there != asked:
             raise GraphPruneError(
                 f"{str(self._path)!r} was measured {_quantized(there)}, and exports will be "
-                f"{_quantized(asked.pop())}: {_AGAIN}"
+                f"{_quantized(asked)}: {_AGAIN}"
             )
 
 

@@ -166,7 +166,7 @@ class File:
     bytes: int
 
 
-def write_files(models: Mapping[str, Program], folder: Path, progress: Progress) -> list[File]:
+def write_files(models: Mapping[str, Run], folder: Path, progress: Progress) -> list[File]:
     """Write the deployed entry of each program as NAME.onnx, quantized as its mark says.
 
     What has nothing to quantize stays float; a limit of the error counts for whole models and is

@@ -181,7 +181,7 @@ class Stream:
             if self.last_use[source] <= j:
                 values.pop(source, None)
 
-    def _input(self, site: LinearSite, values: dict[fx.Node, Any], batch: int) -> Tensor:
+    def _input(self, site: LinearSite, values: Mapping[fx.Node, Any], batch: int) -> Tensor:
         value = values[site.operand]
         if not bool(value.isfinite().all()):
             raise GraphPruneError(

@@ -94,5 +94,11 @@ class Snapshots:
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Snapshots:
         """Read what `tensors` gave."""
         always, width = tensors["counts"].tolist()
-        names = ("whole", "features", "factor", "target")
-        return cls(*(tensors[name] for name in names), always, width)
+        return cls(
+            tensors["whole"],
+            tensors["features"],
+            tensors["factor"],
+            tensors["target"],
+            always,
+            width,
+        )

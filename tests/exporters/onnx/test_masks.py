@@ -131,7 +131,7 @@ def test_a_mask_is_narrowed_to_what_it_is_made_of() -> None:
         names = output_names(program.forward)
         for name, a, b in zip(names, program.run(inputs), module(*inputs), strict=True):
             assert relative_error(a, b) < 1e-6, name
-    masks = {}
+    masks: dict[str, fx.Node] = {}
     for node in program.forward.graph.nodes:
         if is_op(node, "scaled_dot_product_attention"):
             masks[names[len(masks)]] = narrowed(node.args[3])

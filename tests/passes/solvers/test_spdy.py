@@ -39,14 +39,13 @@ def test_finds_what_brute_force_finds() -> None:
 
 def test_is_repeatable_and_keeps_to_its_evaluations() -> None:
     assert found().levels == found().levels
-    calls = []
-    search(
-        solve,
-        lambda levels: calls.append(levels) or 1.0,
-        np.ones(ITEMS),
-        np.random.default_rng(0),
-        7,
-    )
+    calls: list[Levels] = []
+
+    def counted(levels: Levels) -> float:
+        calls.append(levels)
+        return 1.0
+
+    search(solve, counted, np.ones(ITEMS), np.random.default_rng(0), 7)
     assert len(calls) == len(set(calls)) <= 7
 
 
