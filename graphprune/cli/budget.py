@@ -239,9 +239,13 @@ def front_command(
         sizes=sizes, threads=threads, seed=seed, calibration=calibration, bundled=True
     )
     with opened(model, allow_pickle) as (subject, display):
-        front = _family(
-            subject, speedups, quantize, out, options, task or subject.task or "", data, display
-        )
+        task = task or subject.task or ""
+        if not task:
+            raise RecipeError(
+                f"{subject.name!r} has no task of its own to evaluate the family by: give --task "
+                "NAME, with --data FILE"
+            )
+        front = _family(subject, speedups, quantize, out, options, task, data, display)
     page = out / "front.html"
     page.write_text(front_page(front), encoding="utf-8")
     if as_json:
@@ -287,6 +291,7 @@ def _family(
             observer=display.observe,
         )
 
+    out.mkdir(parents=True, exist_ok=True)
     for speedup in speedups:
         summary = run(f"{speedup:g}x", Asked(faster=speedup), after)
         found = next(
@@ -299,11 +304,11 @@ def _family(
     dense = run("dense-int8", Asked(), int8)
     others.append(_point("dense int8", dense, None))
     others.append(_dense_point(dense))
-    quality = dense.quality.get("pruned") or {}
+    quality = dense.quality["pruned"]
     return Front(
         model=subject.name,
-        metric=quality.get("metric", "loss of the search"),
-        higher_is_better=quality.get("higher_is_better", True),
+        metric=quality["metric"],
+        higher_is_better=quality["higher_is_better"],
         where=where,
         family=tuple(family),
         others=tuple(others),

@@ -106,6 +106,7 @@ COMPILE = ("compile", "tiny-mlp", "-o", "out")
         (("front", "tiny-mlp", "-o", "f", "--faster", "2,x"), "numbers with commas"),
         (("front", "tiny-mlp", "-o", "f", "--faster", "1"), "above 1"),
         (("front", "tiny-mlp", "-o", "f", "--task", "stss"), "'sts'"),
+        (("front", "tiny-mlp", "-o", "f"), "no task of its own"),
         (("device-kit", "tiny-mlp", "-o", "foreign"), "did not write it"),
     ],
     ids=str,
