@@ -1,13 +1,15 @@
 """Candidates of a search: models stitched together from snapshots, and what they lose.
 
-Units go at the old shapes, by weights with zeros; branches go by a gate. So a candidate is a choice
-of tensors for one graph, and nothing is rewritten to try it.
+A candidate is a choice of tensors for one graph, and nothing is rewritten to try it: branches go by
+a gate; units by narrower weights where no operator of the graph has their number in its arguments,
+else by weights with zeros.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,7 +25,7 @@ from graphprune.calibration.gram import Remarks
 from graphprune.calibration.stream import Stream, flat_batch
 from graphprune.errors import UnsupportedError
 from graphprune.ir.program import Program
-from graphprune.passes.budget.items import Item
+from graphprune.passes.budget.items import EACH, Item
 from graphprune.passes.solvers.obs import greedy, loss
 from graphprune.passes.solvers.output_loss import OutputLoss, output_loss
 from graphprune.passes.solvers.snapshots import Snapshots
@@ -31,7 +33,8 @@ from graphprune.passes.structural.allocation import others
 from graphprune.passes.structural.scores import Evidence, finite, score_named
 from graphprune.passes.structural.statistics import gather
 from graphprune.pipeline.base import Context
-from graphprune.rewrite.drop import gated
+from graphprune.rewrite.drop import closed, gated
+from graphprune.rewrite.shrink import shrink, take
 
 
 @final
@@ -194,9 +197,18 @@ class Candidates:
     _inputs: list[list[Tensor]] = field(init=False)
     _answers: list[Tensor] = field(init=False)
     _losses: dict[tuple[int, ...], float] = field(init=False, default_factory=dict)
-    _held: dict[tuple[str, int], Mapping[str, Tensor]] = field(init=False, default_factory=dict)
+    _held: dict[tuple[str, int, bool], Mapping[str, Tensor]] = field(
+        init=False, default_factory=dict
+    )
+    _dense: Program = field(init=False)
+    _owners: Counter[str] = field(init=False)
+    _plain: dict[tuple[str, int, int, int], bool] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._dense = self.program
+        self._owners = Counter(
+            name for item in self.items for group in item.groups for name in group.tensors
+        )
         branches = [item.branch for item in self.items if item.branch and item.levels[0] is None]
         self._loss = output_loss(self.program)
         entry = self.program.forward
@@ -212,7 +224,7 @@ class Candidates:
         """How far the model at these levels is from the dense one."""
         key = tuple(levels)
         if key not in self._losses:
-            self._losses[key] = self._mean(self._stream.results(self.at(levels)))
+            self._losses[key] = self._mean(self._stream.results(self.at(levels, narrow=True)))
         return self._losses[key]
 
     def difference(self, program: Program) -> float:
@@ -228,32 +240,59 @@ class Candidates:
         mean = float(torch.cat(losses).double().mean())
         return mean if math.isfinite(mean) else math.inf
 
-    def at(self, levels: Sequence[int]) -> Program:
-        """The model at these levels, at the old shapes."""
+    def at(self, levels: Sequence[int], *, narrow: bool = False) -> Program:
+        """The model at these levels.
+
+        Args:
+            levels: of each item.
+            narrow: whether weights may lack what has gone; else all shapes are the old ones.
+        """
         program = self.program
         for item, j in zip(self.items, levels, strict=True):
             level = item.levels[j]
             if level is None:
                 assert item.branch is not None
-                gate = self._gates[item.branch.id]
-                program = program.with_tensors({gate: torch.ones_like(program.tensors[gate])})
+                program = closed(program, [self._gates[item.branch.id]])
                 continue
             for group, kept in zip(item.groups, level, strict=True):
                 if kept < group.size:
-                    program = self._cut(program, group, kept)
+                    program = self._cut(program, group, kept, narrow and self._is_plain(group))
         return program
 
-    def _cut(self, program: Program, group: AxisGroup, kept: int) -> Program:
-        if (group.id, kept) not in self._held:
-            self._held[group.id, kept] = self._weights(group, kept)
-        return program.with_tensors(self._held[group.id, kept])
+    def _cut(self, program: Program, group: AxisGroup, kept: int, narrow: bool) -> Program:
+        key = group.id, kept, narrow
+        if key not in self._held:
+            self._held[key] = self._weights(group, kept, narrow)
+        changed = dict(self._held[key])
+        for name, new in changed.items():
+            before, dense = program.tensors[name], self.program.tensors[name]
+            if before is not dense:  # of another group too
+                gone = (before == 0) | (new == 0)
+                changed[name] = (before + new - dense).masked_fill(gone, 0)
+        return program.with_tensors(changed)
 
-    def _weights(self, group: AxisGroup, kept: int) -> Mapping[str, Tensor]:
+    def _is_plain(self, group: AxisGroup) -> bool:
+        """Whether units may go from tensors alone: the graph of a smaller model is the same one.
+
+        It is tried once for groups that are alike.
+        """
+        key = group.role, group.size, group.cost, len(group.occurrences)
+        if key not in self._plain:
+            own = all(self._owners[name] == 1 for name in group.tensors)
+            plain = own and group.size > EACH and bool(self.seen[group.id].weights)
+            if plain:
+                smaller = shrink(self._dense, {group.id: range(group.size // 2)})
+                plain = _calls(smaller) == _calls(self._dense)
+            self._plain[key] = plain
+        return self._plain[key]
+
+    def _weights(self, group: AxisGroup, kept: int, narrow: bool) -> Mapping[str, Tensor]:
         """The tensors that change when so many units of a group stay."""
         seen, program = self.seen[group.id], self.program
         gone = torch.tensor(seen.order[: group.size - kept], dtype=torch.int64)
+        keep = others(group.size, gone)
         if not seen.weights:
-            return self._zeroed(group, others(group.size, gone))
+            return self._zeroed(group, keep)
         changed: dict[str, Tensor] = {}
         for site, snapshots in seen.weights.items():
             whole = snapshots.weight(kept)
@@ -263,7 +302,10 @@ class Candidates:
             for name in (site.tensor, *([site.bias] if site.bias else [])):
                 changed[name] = new.tensors[name]
             program = new
-        return changed
+        if not narrow:
+            return changed
+        every = {name: program.tensors[name] for name in group.tensors}
+        return changed | take(self._dense, {group.id: keep}, every)
 
     def _zeroed(self, group: AxisGroup, keep: Tensor) -> Mapping[str, Tensor]:
         changed: dict[str, Tensor] = {}
@@ -275,6 +317,14 @@ class Candidates:
                 tensor.movedim(place.dim, 0)[gone] = 0
                 changed[place.tensor] = tensor
         return changed
+
+
+def _calls(program: Program) -> list[tuple[object, ...]]:
+    """What a forward graph does, whatever the shapes of its tensors are."""
+    return [
+        (node.name, node.target, str(node.args), str(node.kwargs))
+        for node in program.forward.graph.nodes
+    ]
 
 
 def first_sensitivities(

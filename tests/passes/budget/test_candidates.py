@@ -64,6 +64,34 @@ def test_units_and_branches_that_are_gone_make_no_difference_to_the_shrunk_model
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "narrow"), [("tiny-bert", True), ("tiny-llama", True), ("tiny-mlp", False)]
+)
+def test_narrower_weights_compute_the_same(captured: Captured, name: str, narrow: bool) -> None:
+    """Neurons between two products may go from tensors alone; heads are in the sizes of views."""
+    program = captured(name)
+    found = candidates(program)
+    levels = [1 for _ in found.items]
+    wide, thin = (found.at(levels, narrow=n) for n in (False, True))
+    assert (sum(t.numel() for t in thin.tensors.values()) < wide.num_parameters()) == narrow
+    for batch in batches(program, 2):
+        flat = program.forward.flatten((), batch)
+        for a, b in zip(wide.run(flat), thin.run(flat), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_groups_of_one_tensor_are_both_cut(captured: Captured) -> None:
+    found = candidates(captured("tiny-mlp"))
+    levels = [0 for _ in found.items]
+    both = found.at(levels)
+    for i, item in enumerate(found.items):
+        alone = [0 if i == k else other.dense for k, other in enumerate(found.items)]
+        cut = found.at(alone)
+        for name in item.groups[0].tensors:
+            zero = (cut.tensors[name] == 0) & (found.program.tensors[name] != 0)
+            assert bool((both.tensors[name][zero] == 0).all())
+
+
 def test_the_dense_candidate_loses_nothing_and_others_do(captured: Captured) -> None:
     found = candidates(captured("tiny-bert"))
     dense = [item.dense for item in found.items]
