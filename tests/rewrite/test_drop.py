@@ -50,7 +50,7 @@ def check(program: Program, gone: list[Branch]) -> Program:
     return dropped
 
 
-CASES = {
+CASES: dict[str, list[tuple[int, ...]]] = {
     "tiny-bert": [(0,), (1, 2)],
     "tiny-fused-vit": [(0, 3)],
     "tiny-albert": [(1, 2)],
