@@ -9,7 +9,7 @@ such place. Peak memory is what is alive at a cut, times the batches, plus one r
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -105,7 +105,7 @@ class Stream:
 
     def before(
         self, program: Program, nodes: Collection[fx.Node]
-    ) -> Iterator[tuple[int, fx.Node, Mapping[fx.Node, Any]]]:
+    ) -> Iterator[tuple[int, fx.Node, dict[fx.Node, Any]]]:
         """Number of the batch, one of these nodes, and what is alive when it is about to run.
 
         Batch by batch, each in execution order. To be read to the end.

@@ -107,7 +107,7 @@ class DropSublayers(Pass):
         if not wanted:
             size = program.num_parameters()
             skipped = {unit.id: f"ratio {self.ratio} keeps all" for unit in choice.units}
-            report = DroppedSublayers((), (), choice.skipped | skipped, "nothing", size, size)
+            report = DroppedSublayers((), (), {**choice.skipped, **skipped}, "nothing", size, size)
             return PassResult(program, False, report.to_json())
         search = _by_similarity if self.score == "similarity" else _by_loss
         scores, gone = search(program, choice, wanted, ctx)
@@ -246,7 +246,8 @@ def _by_similarity(
             x = of[unit.branches[0].places["forward"].stream]
             before[unit.id] = _rows(stream, i, node, unit.branches[0], values[x])
         if (unit := ends.get(node)) is not None:
-            after = node.target(*fx.node.map_arg(node.args, values.__getitem__))
+            parts = fx.node.map_arg(node.args, values.__getitem__)
+            after = node.target(*parts)  # type: ignore[operator]
             after = _rows(stream, i, node, unit.branches[-1], after)
             _check_finite(after, i)
             turned[unit.id] += float((1 - F.cosine_similarity(before.pop(unit.id), after)).sum())

@@ -78,7 +78,7 @@ def test_similarity_is_what_hooks_on_the_model_measure() -> None:
         layer = model.get_submodule(f"encoder.layer.{i}")
         name = f"encoder.layer.{i}"
         layer.attention.output.register_forward_hook(hook(f"{name}.attention"))  # type: ignore
-        layer.output.register_forward_hook(hook(name))  # type: ignore[union-attr, operator]
+        layer.output.register_forward_hook(hook(name))  # type: ignore[union-attr]
     for batch in batches:
         masks.append(batch["attention_mask"])
         with torch.no_grad():
@@ -92,7 +92,8 @@ def greedy(program: Program, batches: list[Any], count: int, kind: str) -> list[
     """The same search with one forward of a program with closed gates for each candidate."""
     found = [b for b in branches(program) if kind in ("any", b.kind)]
     behind, gates = gated(program, branches(program))
-    loss, gone = output_loss(program), []
+    loss = output_loss(program)
+    gone: list[str] = []
     guarded = [b.id for b in found if b.kind == "attention"] or [b.id for b in found]
     for _ in range(count):
         costs = {}
@@ -130,14 +131,14 @@ def test_a_block_is_scored_and_dropped_as_a_whole() -> None:
         assert len(gone["branches"]) == 2
         assert gone["score"] <= left["score"]
         assert [b.id for b in branches(dropped)] == left["branches"]
-    cosine = {}
+    cosine: list[Tensor] = []
     with torch.no_grad():
         for batch in batches:
             hidden = model(**batch, output_hidden_states=True).hidden_states
             # The last hidden state is behind the final norm.
             x, y = (h[batch["attention_mask"].bool()].double() for h in hidden[:2])
-            cosine.setdefault("0", []).append(1 - F.cosine_similarity(x, y, dim=-1))
-    first = float(torch.cat(cosine["0"]).mean())
+            cosine.append(1 - F.cosine_similarity(x, y, dim=-1))
+    first = float(torch.cat(cosine).mean())
     assert scores(report)["model.layers.0.self_attn"] == pytest.approx(first, rel=1e-4)
 
 
@@ -237,7 +238,7 @@ def test_options_and_names_are_checked_before_work(captured: Captured) -> None:
         ({"ratio": 0.5, "targets": "x"}, "tuple of name patterns"),
     ):
         with pytest.raises(RecipeError, match=line):
-            DropSublayers(**options)  # type: ignore[arg-type]
+            DropSublayers(**options)
     program = captured("tiny-bert")
     with pytest.raises(RecipeError, match="matches nothing"):
         gp.compile(program, [DropSublayers(0.5, targets=("nowhere",))], calibration=[1])
@@ -283,7 +284,8 @@ def decoder() -> tuple[nn.Module, Program]:
         num_key_value_heads=4, intermediate_size=48, max_position_embeddings=64, use_cache=False,
     )  # fmt: skip
     torch.manual_seed(1)
-    model: nn.Module = transformers.LlamaForCausalLM(config).eval()
+    model: nn.Module = transformers.LlamaForCausalLM(config)
+    model.eval()
     return model, with_decode(model, capture(model, text_batch(99, 12)), check=False)
 
 
@@ -323,7 +325,7 @@ def test_a_decoder_generates_what_torch_does_without_the_sublayers(
     expected = []
     with torch.no_grad():
         for _ in range(6):
-            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits  # type: ignore
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
             expected.append(int(logits[0, -1].argmax()))
             ids = torch.cat([ids, torch.tensor([[expected[-1]]])], 1)
     for name, module in removed.items():
