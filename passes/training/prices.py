@@ -235,8 +235,11 @@ class Budgeted:
         account = self.account
         prices = account.prices[resource or account.resource]
         found = [Sublayer(b.id, b.tensors, prices.base[b.id]) for b in self._branches]
-        ledger = Ledger(self.program, self.units, prices.parameter, found)
+        ledger, least = (
+            Ledger(self.program, self.units, prices.parameter, found) for _ in range(2)
+        )
         ledger.limit = max(account.whole[account.resource] - account.limit, 0.0)
+        ledger.must = least.drain().required(ledger.limit)
         return ledger
 
     def report(self, result: Program, ledger: Ledger) -> dict[str, JSON]:

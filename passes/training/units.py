@@ -187,6 +187,7 @@ class Ledger:
         removed: what those of them cost that are gone.
         limit: what may be gone in the end; a sublayer that costs too much for that is not waited
             for.
+        must: ids of sublayers that go first, and at once: without them the limit is out of reach.
     """
 
     def __init__(
@@ -220,6 +221,7 @@ class Ledger:
         self.total = self._cost(every) + sum(s.base for s in sublayers)
         self.removed: float = 0
         self.limit = math.inf
+        self.must: Sequence[str] = ()
 
     @property
     def density(self) -> float:
@@ -257,13 +259,16 @@ class Ledger:
         """
         if budget <= self.removed:
             return False
+        before = self.removed
+        for name in self.must:
+            if name not in self.dropped:
+                self._remove([], self.sublayers[name])
         ranked = [(u, *self._ranked(u, scores[u.id])) for u in self.units.values()]
         whole = self._sublayers_ranked(scores)
         values = [*(value for _, value, _ in ranked), *(value for _, value in whole)]
         lengths = torch.tensor([len(value) for value in values])
         owners = torch.repeat_interleave(torch.arange(len(values)), lengths)
         ranks = torch.cat([torch.arange(len(value)) for value in values])
-        before = self.removed
         too_dear: set[str] = set()
         for position in torch.argsort(torch.cat(values), stable=True):
             owner, k = int(owners[position]), int(ranks[position])
@@ -288,6 +293,12 @@ class Ledger:
                 break
         self._settle()
         return self.removed > before
+
+    def required(self, limit: float) -> list[str]:
+        """Sublayers of a drained ledger without which what is gone stays below a limit."""
+        costs = {s.id: self._cost([], s) for s in self.sublayers.values()}
+        most = self.removed + sum(costs.values())
+        return [name for name, cost in costs.items() if most - cost < limit]
 
     def meet(self, scores: Mapping[str, Tensor], budget: float) -> bool:
         """Let one more go where less than the budget is gone: the weakest that is enough.

@@ -167,6 +167,21 @@ def test_a_sublayer_that_costs_too_much_in_the_end_is_not_waited_for() -> None:
     assert going.dropped == ["layer"]
 
 
+def test_what_must_go_goes_at_once() -> None:
+    least = priced(base=20).drain()
+    assert least.removed == 2 * 4 + 3 * 8
+    assert least.required(32) == []
+    assert least.required(33) == ["layer"]
+    ledger = priced(33, base=20)
+    ledger.must = ["layer"]
+    scores = {"a": torch.tensor([[1.0, 2, 3]]), "b": torch.tensor([[7.0, 1, 6, 5]])}
+    assert not ledger.remove(scores, 0)
+    assert ledger.remove(scores, 1)
+    assert ledger.dropped == ["layer"]
+    assert ledger.removed == 32
+    assert not ledger.gone["a"].any()
+
+
 def test_the_last_one_is_the_weakest_that_is_enough() -> None:
     scores = {"a": torch.tensor([[2.0, 3, 4]]), "b": torch.tensor([[7.0, 1, 6, 5]])}
     ledger = priced(3)
