@@ -321,8 +321,8 @@ class Ledger:
                 found.append((cost < missing, float(value) * cost, [], sublayer))
             if not found:
                 break
-            _, _, removal, last = min(found, key=lambda each: each[:2])
-            self._remove(removal, last)
+            _, _, chosen, last = min(found, key=lambda each: each[:2])
+            self._remove(chosen, last)
         self._settle()
         return self.removed > before
 
