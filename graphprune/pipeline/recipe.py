@@ -196,10 +196,10 @@ def _build(name: str, given: Mapping[Any, Any], where: str, lr: float | None) ->
 def _convert(value: Any, hint: Any, where: str, lr: float | None) -> Any:
     """A value from YAML as the type that the field is annotated with.
 
-    1. A union: the first member that takes the value.
+    1. A union: the first member that takes the value; where one is a Pass, that is what is meant.
     2. tuple[X, ...] takes a list; a lone string for tuple[str, ...] is refused: a likely slip.
     3. float takes an int; nothing else is converted, and a bool is no number.
-    4. A Pass takes what a recipe's list takes.
+    4. A Pass takes what a recipe's list takes, and a certain one its options alone.
     """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
@@ -207,7 +207,8 @@ def _convert(value: Any, hint: Any, where: str, lr: float | None) -> Any:
             try:
                 return _convert(value, member, where, lr)
             except RecipeError:
-                continue
+                if _is_pass(member) and value is not None:
+                    raise
     elif origin is typing.Literal:
         if value in arguments:
             return value
@@ -215,7 +216,9 @@ def _convert(value: Any, hint: Any, where: str, lr: float | None) -> Any:
     elif origin is tuple:
         if isinstance(value, list | tuple):
             return tuple(_convert(v, arguments[0], where, lr) for v in value)
-    elif isinstance(hint, type) and issubclass(hint, Pass):
+    elif _is_pass(hint):
+        if hint is not Pass and isinstance(value, Mapping) and hint.name not in value:
+            return _build(hint.name, value, where, lr)
         return _step(value, where, lr)
     elif hint is float:
         if isinstance(value, int | float) and not isinstance(value, bool):
@@ -229,6 +232,10 @@ def _convert(value: Any, hint: Any, where: str, lr: float | None) -> Any:
     elif hint is Any or (isinstance(hint, type) and isinstance(value, hint)):
         return value
     raise RecipeError(f"{where} must be {_words(hint)}, got {value!r}")
+
+
+def _is_pass(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, Pass)
 
 
 _PLAIN_WORDS: dict[Any, str] = {

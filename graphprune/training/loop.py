@@ -142,17 +142,27 @@ def fit(
         TrainingError: data or labels do not fit, the checkpoint is of another model, or the loss is
             not finite; its `program` holds the last good weights.
     """
-    if training is None:
-        raise RecipeError(
-            f"pass {ctx.running!r} trains and needs data and a loss: give compile(..., "
-            "training=Training(batches, loss=...))"
-        )
+    training = required(training, ctx)
     refuse_quantized(program, ctx.running)
     refuse_sparse_gradients(program)
     if distillation is not None and ctx.reference is None:
         raise RecipeError(f"pass {ctx.running!r} needs a teacher, and the context has no reference")
     with _own_randomness():
         return _Run(program, training, ctx, plan, hooks, distillation, settings or {}).train()
+
+
+def required(training: Training | None, ctx: Context) -> Training:
+    """What to train on.
+
+    Raises:
+        RecipeError: nothing was given.
+    """
+    if training is None:
+        raise RecipeError(
+            f"pass {ctx.running!r} trains and needs data and a loss: give compile(..., "
+            "training=Training(batches, loss=...))"
+        )
+    return training
 
 
 @contextlib.contextmanager

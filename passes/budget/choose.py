@@ -37,6 +37,7 @@ from graphprune.passes.structural.selection import Selector, select
 from graphprune.passes.structural.sequential import StreamTarget, cut_groups
 from graphprune.passes.structural.statistics import in_execution_order
 from graphprune.pipeline.base import Context, PassResult
+from graphprune.pipeline.device import Cost
 from graphprune.pipeline.events import JSON
 from graphprune.report.budget import BudgetReport, Candidate, Choice
 
@@ -171,11 +172,7 @@ class Work:
                 )
 
     def _text(self, resource: str, amount: float) -> str:
-        if resource == "ms":
-            return f"{amount:.3g} ms ({self.dense_ms / max(amount, 1e-9):.3g}x)"
-        if resource == "bytes":
-            return f"{amount / 1e6:.3g} MB"
-        return f"{amount / 1e9:.3g} GFLOPs"
+        return amount_text(resource, amount, self.dense_ms)
 
     @property
     def _dense(self) -> Levels:
@@ -273,17 +270,7 @@ class Work:
         """Measure a choice beside the dense model; correct the table where it is off."""
         if not self.device.can_measure:
             return True
-        whole = self.sized.program
-        models = {"dense": whole, "chosen": self.sized.at(levels)}
-        if whole.quantization is not None:
-            models["float"] = self.sized.float()
-        inputs = {name: self.sized.inputs(model) for name, model in models.items()}
-        found = self.device.measure(models, inputs=inputs, fresh=True)
-        times = {name: cost.ms for name, cost in found.items()}
-        # Ratios of one run: in another the machine has another speed.
-        to_table = self.table.whole["ms"] / times["dense"]
-        self.measured = times["chosen"] * to_table
-        self.dense_ms = times.get("float", times["dense"]) * to_table
+        self.measured = self.beside(self.sized.at(levels)).ms
         if abs(self.measured / self.table.total("ms", levels) - 1) <= CLOSE:
             return True
         self.table = self.table.corrected(levels, self.measured)
@@ -299,6 +286,20 @@ class Work:
             )
             log.warning("%s", sentence)
             self.warnings.append(sentence)
+
+    def beside(self, program: Program) -> Cost:
+        """Measure a smaller model beside the dense one, in milliseconds of the table's run."""
+        whole = self.sized.program
+        models = {"dense": whole, "chosen": replace(program, quantization=whole.quantization)}
+        if whole.quantization is not None:
+            models["float"] = self.sized.float()
+        inputs = {name: self.sized.inputs(model) for name, model in models.items()}
+        found = self.device.measure(models, inputs=inputs, fresh=True)
+        times = {name: cost.ms for name, cost in found.items()}
+        # Ratios of one run: in another the machine has another speed.
+        to_table = self.table.whole["ms"] / times["dense"]
+        self.dense_ms = times.get("float", times["dense"]) * to_table
+        return replace(found["chosen"], ms=times["chosen"] * to_table)
 
     def _cut(self, levels: Levels) -> tuple[Program, Cuts, tuple[str, ...]]:
         """Remove branches, then cut groups one after another on what the others give."""
@@ -404,6 +405,15 @@ class Work:
             times[j],
             times[-1],
         )
+
+
+def amount_text(resource: str, amount: float, dense_ms: float) -> str:
+    """An amount of a resource in words: "5 ms (3x)"."""
+    if resource == "ms":
+        return f"{amount:.3g} ms ({dense_ms / max(amount, 1e-9):.3g}x)"
+    if resource == "bytes":
+        return f"{amount / 1e6:.3g} MB"
+    return f"{amount / 1e9:.3g} GFLOPs"
 
 
 def sized_for(options: Budget, program: Program, mark: Mark | None) -> Sized:

@@ -10,24 +10,28 @@ import torch
 from torch import Tensor, nn
 
 from graphprune.axes import axis_groups, frozen_parameters
+from graphprune.axes.branches import branches
 from graphprune.errors import RecipeError, UnsupportedError, VerificationError
 from graphprune.ir.history import kept_indices
 from graphprune.ir.program import JSON, Program
 from graphprune.ir.quantization import refuse_quantized
+from graphprune.passes.budget.budget import Budget
 from graphprune.passes.structural.selection import Selector, select
+from graphprune.passes.training.prices import Account, Budgeted, check_budget
 from graphprune.passes.training.schedule import scheduled
 from graphprune.passes.training.training_pass import GradualPass, trained_report
 from graphprune.passes.training.units import DIMS, HEADS, Ledger, Units, find_units, position_sums
+from graphprune.passes.training.zeros import compare_zeroed
 from graphprune.pipeline.base import Context, Invariant, Keep, PassResult
 from graphprune.pipeline.registry import register
 from graphprune.rewrite.mask import mask
 from graphprune.suggest import suggest
-from graphprune.training.loop import Hooks, fit
+from graphprune.training.loop import Fitted, Hooks, fit
 from graphprune.validate import check_number
-from graphprune.verify.equivalence import verify_rewrite
 
 TRAINED_ROLES = (*HEADS, "neuron", *DIMS)
 SCORES = ("grain", "taylor")
+DENSITY = 0.25
 
 
 @register
@@ -53,19 +57,25 @@ class GradualStructure(GradualPass):
        shared between heads; else (rotary tables) all heads lose the same ones.
     6. At the end of the epoch in which the schedule ends, zeroed units are cut, verified, and the
        epochs after it train the small model.
+    7. With a budget a unit costs the time that its parameters take on the device, and a residual
+       branch competes as a whole: by the score of all its units for what it still costs, with what
+       goes only when all of it goes. It is zeroed, and removed for good when training is over.
 
     Attributes:
-        density: part of the parameters of all competing units that is left in the end.
+        density: part of the parameters of all competing units that is left in the end; without a
+            budget.
         score: "grain" (mean of |slope|) or "taylor" (of slope²); a slope is the loss's by a gate.
         smoothing: weight of the past in the running mean of scores, in [0, 1).
         regularize: part of a head's value dims below which those left count less; 0 for off.
         roles: what competes: some of "head", "kv_group", "neuron", "qk_dim", "v_dim".
+        budget: what to reach instead of a density: speedup, ms or flops of a `Budget`, whose batch,
+            threads, device, drop, round_to, targets and ignore count too.
     """
 
     name: ClassVar[str] = "gradual-structure"
     preserves: ClassVar[Invariant] = Invariant.INTERFACE
 
-    density: float = 0.25
+    density: float = DENSITY
     score: str = "grain"
     smoothing: float = 0.998
     regularize: float = 0.3
@@ -76,6 +86,7 @@ class GradualStructure(GradualPass):
     end: float = 0.4
     distill: bool = True
     epochs: int = 5
+    budget: Budget | None = None
 
     def __post_init__(self) -> None:
         GradualPass.__post_init__(self)
@@ -100,38 +111,79 @@ class GradualStructure(GradualPass):
                 )
         if len(set(self.roles)) < len(self.roles):
             raise RecipeError(f"roles names one twice: {list(self.roles)}; give each once")
+        if self.budget is not None:
+            check_budget(self.budget)
+            if self.density != DENSITY:
+                raise RecipeError("density and budget both say how much is left: give one of them")
+
+    def check(self, program: Program) -> None:
+        if self.budget is not None:
+            self.budget.check(program)
 
     def run(self, program: Program, ctx: Context) -> PassResult:
         refuse_quantized(program, ctx.running)
         units, skipped = self._units(program, ctx)
         ledger, least = Ledger(program, units), Ledger(program, units).drain()
-        if self.density < least.density:
+        if self.budget is None and self.density < least.density:
             raise RecipeError(
                 f"pass {ctx.running!r} cannot reach density {self.density!r}: one unit of each of "
                 f"{len(units)} axes stays, which is {least.density:.3g} of their parameters; give "
                 "at least that"
             )
-        state = _State(self, ledger, ctx)
         if ctx.verify:
             _check_zeros(program, least, ctx)
+        budgeted = None
+        if self.budget is not None:
+            budgeted = Budgeted(self.budget, program, units, ctx)
+            ledger = budgeted.ledger()
+            skipped |= budgeted.skipped
+        state = _State(self, ledger, ctx, budgeted)
         fitted = fit(
             program,
             ctx.training,
             ctx,
             self.plan(),
-            Hooks(masking=state, after_epoch=state.after_epoch, arrange=ledger.arranged),
+            Hooks(masking=state, after_epoch=state.after_epoch, arrange=state.arranged),
             distillation=self.distillation(),
             settings={
-                "density": self.density,
+                **self._goal(),
                 "ranking": [self.score, self.smoothing, self.regularize],
                 "pruning": [self.schedule, self.begin, self.end],
                 "units": [unit.id for unit in units],
             },
         )
-        told = trained_report(fitted)
-        report = {
+        if state.ledger.dropped:
+            fitted = _dropped(fitted, state.ledger.dropped, ctx)
+        return PassResult(fitted.program, True, self._report(program, fitted, state, skipped, ctx))
+
+    def _goal(self) -> dict[str, JSON]:
+        """What is to be reached, as a checkpoint notes it."""
+        budget = self.budget
+        if budget is None:
+            return {"density": self.density}
+        where = [list(budget.batch), budget.threads, budget.device]
+        more = [budget.drop, budget.round_to, list(budget.targets), list(budget.ignore)]
+        return {"budget": [dict(budget.asked), *where, *more]}
+
+    def _report(
+        self,
+        program: Program,
+        fitted: Fitted,
+        state: _State,
+        skipped: Mapping[str, str],
+        ctx: Context,
+    ) -> dict[str, JSON]:
+        ledger, told = state.ledger, trained_report(fitted)
+        summary = f"density {ledger.density:.1%} of {len(ledger.units)} axes"
+        reached: dict[str, JSON] = {}
+        if state.budgeted is not None:
+            reached = state.budgeted.report(fitted.program, ledger)
+            reached["dropped"] = [name for name in ledger.sublayers if name in ledger.dropped]
+            summary = reached.pop("summary")
+        return {
             **told,
-            "summary": f"density {ledger.density:.1%} of {len(units)} axes, {told['summary']}",
+            **reached,
+            "summary": f"{summary}, {told['summary']}",
             "epochs": [
                 {**record, "density": density}
                 for record, density in zip(told["epochs"], state.reached, strict=True)
@@ -139,7 +191,7 @@ class GradualStructure(GradualPass):
             "density": ledger.density,
             "groups": [
                 {"id": u.id, "role": u.role, "before": u.size, "after": ledger.left(u)}
-                for u in units
+                for u in ledger.units.values()
             ],
             # Not of dims that each head has its own of.
             "kept": kept_indices(fitted.program.history[len(program.history) :]),
@@ -149,7 +201,6 @@ class GradualStructure(GradualPass):
             "parameters_before": program.num_parameters(),
             "parameters_after": fitted.program.num_parameters(),
         }
-        return PassResult(fitted.program, True, report)
 
     def _units(self, program: Program, ctx: Context) -> tuple[list[Units], dict[str, str]]:
         """What competes, and why other groups of these roles do not.
@@ -158,7 +209,9 @@ class GradualStructure(GradualPass):
             UnsupportedError: nothing does.
         """
         groups = ctx.get(axis_groups, program)
-        selection = select(program, groups, Selector(self.roles))
+        budget = self.budget
+        names = () if budget is None else (budget.targets, budget.ignore)
+        selection = select(program, groups, Selector(self.roles, (), *names))
         skipped = {group.id: reason for group, reason in selection.skipped}
         units = []
         for group in selection.groups:
@@ -183,6 +236,7 @@ class _State:
     options: GradualStructure
     ledger: Ledger
     ctx: Context
+    budgeted: Budgeted | None = None
     scored: Sequence[str] | None = ("labels", "outputs")
     steps: int = 0
     finished: bool = False
@@ -203,14 +257,19 @@ class _State:
         progress = (step + 1) / total
         if self.settled(step + 1, total):
             self._finish()
-        density = scheduled(
-            progress, options.begin, options.end, 1.0, options.density, options.schedule
-        )
+        ledger, scores = self.ledger, self.scores()
+        last = options.density if self.budgeted is None else 1 - ledger.limit / ledger.total
+        density = scheduled(progress, options.begin, options.end, 1.0, last, options.schedule)
         # A product that rounds down must not keep what exactly fits.
-        budget = (1 - density) * self.ledger.total + 1e-6
-        if not self.ledger.remove(self.scores(), budget, fill=self.finished):
-            return None
-        return self.ledger.masks(parameters)
+        slack = 1e-6 if self.budgeted is None else 1e-9 * ledger.total
+        removed = ledger.remove(scores, (1 - density) * ledger.total + slack, fill=self.finished)
+        if self.budgeted is not None and self.finished:
+            # A density stays above what was asked for, a time below.
+            removed |= ledger.meet(scores, ledger.limit - slack)
+        return ledger.masks(parameters) if removed else None
+
+    def arranged(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return self.ledger.arranged(tensors)
 
     def settled(self, step: int, total: int) -> bool:
         return step / total >= self.options.end
@@ -247,18 +306,29 @@ class _State:
         if self.cut or not self.finished:
             return program, None
         self.cut = True
+        # What is gone with a branch stays zero until the branch goes.
+        if self.ledger.dropped:
+            program = replace(program, zeroed=program.zeroed | self.ledger.emptied)
         keep = self.ledger.keep()
         if not keep:
             return program, None
         arranged = program.with_tensors(self.ledger.arranged(program.tensors))
         if self.ctx.verify:
-            _compare(program, mask(arranged, keep))
+            compare_zeroed(program, mask(arranged, keep))
         # Which dims a head has kept is its own matter: the record of the cut cannot say it.
         moved = [name for name in keep if self.ledger.units[name].heads is not None]
         return arranged.record({"rearranged": moved}) if moved else arranged, keep
 
     def state(self) -> Mapping[str, Tensor]:
+        more = {}
+        if self.budgeted is not None:
+            dropped = [name in self.ledger.dropped for name in self.ledger.sublayers]
+            more = {
+                "account": self.budgeted.account.to_tensor(),
+                "dropped": torch.tensor(dropped, dtype=torch.bool),
+            }
         return {
+            **more,
             "place": torch.tensor([self.steps, self.finished, self.cut]),
             "reached": torch.tensor(self.reached, dtype=torch.float64),
             **{f"mean/{name}": mean for name, mean in self.means.items()},
@@ -272,7 +342,16 @@ class _State:
             self._finish()
         self.reached = state["reached"].tolist()
         self.means = {name: state[f"mean/{name}"].cpu() for name in self.means}
-        self.ledger.load({name: state[f"gone/{name}"] for name in self.means})
+        gone = {name: state[f"gone/{name}"] for name in self.means}
+        if self.budgeted is None:
+            self.ledger.load(gone)
+            return
+        # Another machine, or another hour, has other prices.
+        self.budgeted.account = Account.of(state["account"])
+        self.ledger = self.budgeted.ledger()
+        names = list(self.ledger.sublayers)
+        dropped = [name for name, is_gone in zip(names, state["dropped"], strict=True) if is_gone]
+        self.ledger.load(gone, dropped)
 
     def _finish(self) -> None:
         # Later steps need no gradients of their own for scores.
@@ -283,11 +362,23 @@ class _State:
         found = {}
         for name, scores in self.scores().items():
             unit = self.ledger.units[name]
+            if not self.ledger.left(unit):
+                continue
             rows = self.ledger.living_rows(unit)
             left = scores[rows][~self.ledger.gone[name][rows]].sort().values
             middle = float(left[(len(left) - 1) // 2])
             found[name] = {"lowest": float(left[0]), "median": middle, "highest": float(left[-1])}
         return found
+
+
+def _dropped(fitted: Fitted, names: Sequence[str], ctx: Context) -> Fitted:
+    """What was trained without the branches that were zeroed in it."""
+    found = {branch.id: branch for branch in ctx.get(branches, fitted.program)}
+    program, check = ctx.drop(fitted.program, [found[name] for name in found if name in names])
+    if ctx.verify:
+        compare_zeroed(fitted.program, program)
+    record = replace(fitted.record, cuts=[*fitted.record.cuts, check])
+    return Fitted(program, record)
 
 
 def _check_zeros(program: Program, least: Ledger, ctx: Context) -> None:
@@ -299,16 +390,9 @@ def _check_zeros(program: Program, least: Ledger, ctx: Context) -> None:
         }
     )
     try:
-        _compare(dead, mask(dead.with_tensors(least.arranged(dead.tensors)), least.keep()))
+        compare_zeroed(dead, mask(dead.with_tensors(least.arranged(dead.tensors)), least.keep()))
     except VerificationError as e:
         raise UnsupportedError(
             f"pass {ctx.running!r} removes units by zeroing their weights, and in this model such "
             f"units still give something: {e}; use prune-heads, prune-neurons or prune-axis"
         ) from e
-
-
-def _compare(dead: Program, masked: Program) -> None:
-    """Prove that zeroed weights are masked units, in whatever order the masked program has them."""
-    # Only `forward`: the example of a cache is in the old order.
-    dead, masked = (replace(p, entries={"forward": p.forward}) for p in (dead, masked))
-    verify_rewrite(dead, masked, nodes=False)

@@ -2,6 +2,7 @@
 
     neuron, head    one unit for each index of the axis
     dims of heads   one for each index under each head: the r-th weakest of every head go together
+    sublayer        a residual branch with all that is left of it
 
 Heads then keep equally many dims, each its own ones: where no tensor is shared between heads, the
 positions inside a head are in any order that we like (GRAIN's ragged heads, arXiv 2212.07634).
@@ -10,7 +11,7 @@ positions inside a head are in any order that we like (GRAIN's ragged heads, arX
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import final
 
@@ -90,6 +91,22 @@ class Units:
         return self.share * found[:-1].view(self.rows, self.size)
 
 
+@final
+@dataclass(frozen=True, slots=True)
+class Sublayer:
+    """A residual branch that may go as a whole: what it gives is zero once its tensors are.
+
+    Attributes:
+        id: of the branch.
+        tensors: parameters that only the branch reads.
+        base: what goes with the last of it, beside its units' parameters, at their prices.
+    """
+
+    id: str
+    tensors: frozenset[str]
+    base: float
+
+
 def find_units(groups: AxisGroups, group: AxisGroup) -> Units | str:
     """The units of a group that may go while a model trains; or why they may not."""
     columns = {(s.tensor, site_dims(s)[1]) for s, _ in consumers(groups, group)}
@@ -150,32 +167,65 @@ def position_sums(
     return found
 
 
+Removal = Sequence[tuple[Units, Tensor]]
+"""Units that go together: bool [rows · size] of each axis."""
+
+
 @final
 class Ledger:
     """Which units are gone, and how many parameters with them, each counted once.
 
+    With prices it counts in these instead, milliseconds for example, and sublayers compete too.
+
     Attributes:
         units: by group id.
+        sublayers: by id of the branch.
         gone: by group id, bool [rows, size].
-        total: parameters that belong to any unit.
-        removed: those of them that are gone.
+        dropped: ids of the sublayers that are gone.
+        counts: by tensor, how many of its parameters belong to any unit.
+        total: what all units and sublayers cost.
+        removed: what those of them cost that are gone.
+        limit: what may be gone in the end; a sublayer that costs too much for that is not waited
+            for.
+        must: ids of sublayers that go first, and at once: without them the limit is out of reach.
     """
 
-    def __init__(self, program: Program, units: Sequence[Units]) -> None:
+    def __init__(
+        self,
+        program: Program,
+        units: Sequence[Units],
+        prices: Mapping[str, float] | None = None,
+        sublayers: Sequence[Sublayer] = (),
+    ) -> None:
         self.units = {u.id: u for u in units}
+        self.sublayers = {s.id: s for s in sublayers}
+        self.prices = prices
         self.gone = {u.id: torch.zeros(u.rows, u.size, dtype=torch.bool) for u in units}
+        self.dropped: list[str] = []
         names = {p.tensor for u in units for p in u.places if p.tensor in program.parameters}
         self._alive = {
             name: [torch.ones(n, dtype=torch.bool) for n in program.tensors[name].shape]
             for name in sorted(names)
         }
+        self._inside = {
+            u.id: s.id
+            for u in units
+            for s in sublayers
+            if (mine := {p.tensor for p in u.places} & names) and mine <= s.tensors
+        }
         every = [(u, torch.ones(u.rows * u.size, dtype=torch.bool)) for u in units]
-        self.total = self._cost(every)
-        self.removed = 0
+        self._rest = dict.fromkeys(self._alive, 0)  # parameters of no unit
+        rest = {name: math.prod(_counts(dims)) for name, dims in self._without(every).items()}
+        self.counts = {n: math.prod(_counts(self._alive[n])) - rest[n] for n in self._alive}
+        self._rest = rest
+        self.total = self._cost(every) + sum(s.base for s in sublayers)
+        self.removed: float = 0
+        self.limit = math.inf
+        self.must: Sequence[str] = ()
 
     @property
     def density(self) -> float:
-        """The part of all parameters of units that is left."""
+        """The part of what all units cost that is left."""
         return 1 - self.removed / self.total
 
     def drain(self) -> Ledger:
@@ -186,19 +236,22 @@ class Ledger:
         self.load(chosen)
         return self
 
-    def load(self, gone: Mapping[str, Tensor]) -> None:
-        """Take these as gone, by group id."""
+    def load(self, gone: Mapping[str, Tensor], dropped: Sequence[str] = ()) -> None:
+        """Take these as gone, by group id, and these sublayers."""
         self._remove([(self.units[name], chosen.flatten().cpu()) for name, chosen in gone.items()])
+        for name in dropped:
+            self._remove([], self.sublayers[name])
+        self._settle()
 
     def remove(self, scores: Mapping[str, Tensor], budget: float, *, fill: bool = False) -> bool:
         """Let the units with the lowest score for their cost go, until the next one costs too much.
 
         Waiting for that one, instead of going on to cheaper ones, gives large units their turn. The
-        last unit of an axis, and the last dim of a head, stay.
+        last unit of an axis, and the last dim of a head, stay, but in a sublayer that goes.
 
         Args:
             scores: by group id, [rows, size].
-            budget: parameters that may be gone, all together.
+            budget: what may be gone, all together.
             fill: there is no later turn: go on to cheaper ones until none fits.
 
         Returns:
@@ -206,47 +259,121 @@ class Ledger:
         """
         if budget <= self.removed:
             return False
+        before = self.removed
+        for name in self.must:
+            if name not in self.dropped:
+                self._remove([], self.sublayers[name])
         ranked = [(u, *self._ranked(u, scores[u.id])) for u in self.units.values()]
-        values = [value for _, value, _ in ranked]
+        whole = self._sublayers_ranked(scores)
+        values = [*(value for _, value, _ in ranked), *(value for _, value in whole)]
         lengths = torch.tensor([len(value) for value in values])
         owners = torch.repeat_interleave(torch.arange(len(values)), lengths)
         ranks = torch.cat([torch.arange(len(value)) for value in values])
-        before = self.removed
         too_dear: set[str] = set()
         for position in torch.argsort(torch.cat(values), stable=True):
-            unit, _, numbers = ranked[int(owners[position])]
-            if unit.id in too_dear:
-                continue
-            k = int(ranks[position])
-            chosen = torch.zeros(unit.rows * unit.size, dtype=torch.bool)
-            chosen[numbers[:, k]] = True
-            if self.removed + self._cost([(unit, chosen)]) <= budget:
-                self._remove([(unit, chosen)])
+            owner, k = int(owners[position]), int(ranks[position])
+            removal: Removal = []
+            sublayer = None
+            if owner < len(ranked):
+                unit, _, numbers = ranked[owner]
+                if unit.id in too_dear or self._inside.get(unit.id) in self.dropped:
+                    continue
+                removal, name = [(unit, self._chosen(unit, numbers[:, k]))], unit.id
+            else:
+                sublayer, _ = whole[owner - len(ranked)]
+                name = sublayer.id
+            cost = self._cost(removal, sublayer)
+            if self.removed + cost <= budget:
+                self._remove(removal, sublayer)
             elif fill:
                 # So are all of its axis, for good: what goes takes as much from the budget as it
                 # makes others cheaper, or more.
-                too_dear.add(unit.id)
-            else:
+                too_dear.add(name)
+            elif sublayer is None or self.removed + cost <= self.limit:
                 break
+        self._settle()
+        return self.removed > before
+
+    def required(self, limit: float) -> list[str]:
+        """Sublayers of a drained ledger without which what is gone stays below a limit."""
+        costs = {s.id: self._cost([], s) for s in self.sublayers.values()}
+        most = self.removed + sum(costs.values())
+        return [name for name, cost in costs.items() if most - cost < limit]
+
+    def meet(self, scores: Mapping[str, Tensor], budget: float) -> bool:
+        """Let one more go where less than the budget is gone: the weakest that is enough.
+
+        Returns:
+            Whether any went.
+        """
+        before = self.removed
+        while self.removed < budget:
+            found: list[tuple[bool, float, Removal, Sublayer | None]] = []
+            missing = budget - self.removed
+            for unit in self.units.values():
+                values, numbers = self._ranked(unit, scores[unit.id])
+                if len(values):
+                    removal = [(unit, self._chosen(unit, numbers[:, 0]))]
+                    cost = self._cost(removal)
+                    found.append((cost < missing, float(values[0]) * cost, removal, None))
+            for sublayer, value in self._sublayers_ranked(scores):
+                cost = self._cost([], sublayer)
+                found.append((cost < missing, float(value) * cost, [], sublayer))
+            if not found:
+                break
+            _, _, chosen, last = min(found, key=lambda each: each[:2])
+            self._remove(chosen, last)
+        self._settle()
         return self.removed > before
 
     def _ranked(self, unit: Units, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores for their cost, ascending, [n], and the units' numbers, [rows that live, n]."""
+        """Scores for their cost, ascending, [n], and the units' numbers, [rows that live, n].
+
+        None where they cost nothing.
+        """
         gone = self.gone[unit.id]
         rows = self.living_rows(unit)
         order = scores.masked_fill(gone, math.inf)[rows].sort(dim=1, stable=True)
-        count = self.left(unit) - 1
+        count = max(self.left(unit) - 1, 0)
         numbers = rows[:, None] * unit.size + order.indices[:, :count]
         if not count:
             return scores.new_zeros(0), numbers
-        chosen = torch.zeros(unit.rows * unit.size, dtype=torch.bool)
-        chosen[numbers[:, 0]] = True
         # Units of one axis are alike: what the first one costs, the others cost.
-        cost = max(self._cost([(unit, chosen)]), 1)
+        cost = self._cost([(unit, self._chosen(unit, numbers[:, 0]))])
+        if self.prices is None:
+            cost = max(cost, 1)
+        elif cost <= 0:
+            return scores.new_zeros(0), numbers
         return order.values[:, :count].sum(0) / cost, numbers
+
+    def _sublayers_ranked(self, scores: Mapping[str, Tensor]) -> list[tuple[Sublayer, Tensor]]:
+        """Sublayers that are left, and the score of all of their units for their cost, [1]."""
+        found = []
+        for sublayer in self.sublayers.values():
+            cost = self._cost([], sublayer)
+            if sublayer.id not in self.dropped and cost > 0:
+                score = sum(
+                    scores[u.id].masked_fill(self.gone[u.id], 0)[self.living_rows(u)].sum()
+                    for u in self.counted(sublayer)
+                )
+                found.append((sublayer, torch.as_tensor(score).view(1) / cost))
+        return found
+
+    def counted(self, sublayer: Sublayer) -> list[Units]:
+        """Units whose scores add up to a sublayer's: heads count with their dims in them."""
+        mine = [u for u in self.units.values() if self._inside.get(u.id) == sublayer.id]
+        heads = any(u.role in HEADS for u in mine)
+        return [u for u in mine if not (heads and u.role in DIMS)]
+
+    def _chosen(self, unit: Units, numbers: Tensor) -> Tensor:
+        chosen = torch.zeros(unit.rows * unit.size, dtype=torch.bool)
+        chosen[numbers] = True
+        return chosen
 
     def left(self, unit: Units) -> int:
         """How many units of an axis are left: of each head the same number."""
+        if self._inside.get(unit.id) in self.dropped:
+            return 0
         return int((~self.gone[unit.id][self.living_rows(unit)[0]]).sum())
 
     def living_rows(self, unit: Units) -> Tensor:
@@ -254,21 +381,44 @@ class Ledger:
         heads = self.gone.get(unit.heads) if unit.heads is not None else None
         return torch.arange(unit.rows) if heads is None else (~heads[0]).nonzero().flatten()
 
-    def _cost(self, removals: Sequence[tuple[Units, Tensor]]) -> int:
-        """Parameters that would go with these units, beside those that are gone."""
+    def lost(self, tensors: Iterable[str]) -> float:
+        """What the parameters of units cost that are gone from these tensors."""
         return sum(
-            math.prod(int(d.sum()) for d in self._alive[name])
-            - math.prod(int(d.sum()) for d in dims)
-            for name, dims in self._without(removals).items()
+            self._price(name) * (self.counts[name] - self._living(name, self._alive[name]))
+            for name in tensors
+            if name in self._alive
         )
 
-    def _remove(self, removals: Sequence[tuple[Units, Tensor]]) -> None:
-        self.removed += self._cost(removals)
-        self._alive |= self._without(removals)
+    def _price(self, tensor: str) -> float:
+        return 1 if self.prices is None else self.prices.get(tensor, 0.0)
+
+    def _living(self, tensor: str, dims: Sequence[Tensor]) -> int:
+        """How many parameters of units live in a tensor."""
+        return max(math.prod(_counts(dims)) - self._rest[tensor], 0)
+
+    def _cost(self, removals: Removal, sublayer: Sublayer | None = None) -> float:
+        """What would go with these units, or a sublayer, beside what is gone."""
+        return (0 if sublayer is None else sublayer.base) + sum(
+            self._price(name) * (self._living(name, self._alive[name]) - self._living(name, dims))
+            for name, dims in self._without(removals, sublayer).items()
+        )
+
+    def _remove(self, removals: Removal, sublayer: Sublayer | None = None) -> None:
+        self.removed += self._cost(removals, sublayer)
+        self._alive |= self._without(removals, sublayer)
         for unit, chosen in removals:
             self.gone[unit.id] |= chosen.view(unit.rows, unit.size)
+        if sublayer is not None:
+            self.dropped.append(sublayer.id)
 
-    def _without(self, removals: Sequence[tuple[Units, Tensor]]) -> dict[str, list[Tensor]]:
+    def _settle(self) -> None:
+        """Count anew what is gone: the same number to the last bit, in whatever order it went."""
+        bases = (s.base for s in self.sublayers.values() if s.id in self.dropped)
+        self.removed = self.lost(self._alive) + sum(bases)
+
+    def _without(
+        self, removals: Removal, sublayer: Sublayer | None = None
+    ) -> dict[str, list[Tensor]]:
         """What would live along each dimension of the tensors that lose something."""
         found: dict[str, list[Tensor]] = {}
         for unit, chosen in removals:
@@ -276,6 +426,8 @@ class Ledger:
                 if place.tensor in self._alive:
                     dims = found.setdefault(place.tensor, list(self._alive[place.tensor]))
                     dims[place.dim] = dims[place.dim] & ~place.marked(chosen)
+        for name in () if sublayer is None else sorted(sublayer.tensors & self._alive.keys()):
+            found[name] = [torch.zeros_like(dim) for dim in self._alive[name]]
         return found
 
     def masks(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -289,12 +441,25 @@ class Ledger:
             for dim in dims:
                 mask = mask.unsqueeze(-1) & dim.to(parameter.device)
             found[name] = mask
+        for name in self.emptied:
+            if name in parameters:
+                found[name] = torch.zeros_like(parameters[name], dtype=torch.bool)
         return found
 
+    @property
+    def emptied(self) -> frozenset[str]:
+        """Parameters of the sublayers that are gone."""
+        return frozenset[str]().union(*(self.sublayers[name].tensors for name in self.dropped))
+
     def keep(self) -> dict[str, Tensor]:
-        """By group id, the units that stay once tensors are `arranged`; groups that lose some."""
+        """By group id, the units that stay once tensors are `arranged`; groups that lose some.
+
+        Without those of sublayers that are gone.
+        """
         found = {}
         for unit in self.units.values():
+            if self._inside.get(unit.id) in self.dropped:
+                continue
             alive = ~self.gone[unit.id][self.living_rows(unit)[0]]
             if not bool(alive.all()):
                 kept = alive.nonzero().flatten()
@@ -319,6 +484,11 @@ class Ledger:
                     tensor = found[place.tensor]
                     found[place.tensor] = tensor.index_select(place.dim, index.to(tensor.device))
         return found
+
+
+def _counts(dims: Iterable[Tensor]) -> list[int]:
+    """How many live along each dimension."""
+    return [int(dim.sum()) for dim in dims]
 
 
 def _moved(units: Tensor, numbers: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from graphprune.passes.training.penalties import Part, Parts, degrees, find_part
 from graphprune.passes.training.training_pass import PlainTrainingPass
 from graphprune.pipeline.base import Context
 from graphprune.validate import check_number
+from graphprune.verify.equivalence import verify_rewrite
 
 _BINS = 20
 
@@ -100,6 +101,17 @@ def sparsity_of(program: Program, parts: Sequence[Part], threshold: float) -> fl
     count = sum(view.numel() for view in seen)
     dead = sum(int(((view.abs() < threshold) | (view == 0)).sum()) for view in seen)
     return dead / count if count else 0.0
+
+
+def compare_zeroed(dead: Program, masked: Program) -> None:
+    """Verify that zeroed weights are masked units, in whatever order the masked program has them.
+
+    Raises:
+        VerificationError: they are not.
+    """
+    # Only `forward`: the example of a cache is in the old order.
+    dead, masked = (replace(p, entries={"forward": p.forward}) for p in (dead, masked))
+    verify_rewrite(dead, masked, nodes=False)
 
 
 def topology(program: Program, parts: Sequence[Part], threshold: float) -> dict[str, JSON]:

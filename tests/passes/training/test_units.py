@@ -13,7 +13,14 @@ from torch import Tensor, fx, nn
 
 from graphprune.axes import axis_groups
 from graphprune.ir.program import Program
-from graphprune.passes.training.units import Ledger, Place, Units, find_units, position_sums
+from graphprune.passes.training.units import (
+    Ledger,
+    Place,
+    Sublayer,
+    Units,
+    find_units,
+    position_sums,
+)
 
 aten = torch.ops.aten
 SHAPES = {"up": (6, 3), "bias": (6,), "down": (4, 6), "out": (2, 4)}
@@ -103,6 +110,96 @@ def test_all_but_the_first_may_go() -> None:
         "a": [[False, True, True]], "b": [[False, True, True, True]],
     }  # fmt: skip
     assert ledger.removed == lost({"a": {1, 2}, "b": {1, 2, 3}})
+
+
+# --- prices and sublayers ------------------------------------------------------------------------
+
+
+def priced(budget: float = 0.0, base: float = 5.0) -> Ledger:
+    """Parameters of up and its bias cost half, and the first layer may go with 5 more."""
+    layer = Sublayer("layer", frozenset({"up", "bias", "extra"}), base)
+    prices = {"up": 0.5, "bias": 0.5, "down": 1.0, "out": 1.0}
+    first = made("a", 3, (along("up", 0, 0, 0, 1, 1, 2, 2), along("bias", 0, 0, 0, 1, 1, 2, 2)))
+    ledger = Ledger(program(), [first, neurons()[1]], prices, [layer])
+    ledger.limit = budget
+    return ledger
+
+
+def test_prices_of_one_change_nothing() -> None:
+    ones = dict.fromkeys(SHAPES, 1.0)
+    for fill in (False, True):
+        plain, same = Ledger(program(), neurons()), Ledger(program(), neurons(), ones)
+        scores = {"a": torch.tensor([[3.0, 1, 2]]), "b": torch.tensor([[4.0, 2, 1, 9]])}
+        assert plain.remove(scores, 30, fill=fill) == same.remove(scores, 30, fill=fill)
+        assert plain.removed == same.removed
+        assert all(torch.equal(gone, same.gone[name]) for name, gone in plain.gone.items())
+
+
+def test_a_sublayer_costs_what_it_still_has() -> None:
+    scores = {"a": torch.tensor([[1.0, 8, 8]]), "b": torch.full((1, 4), 1e9)}
+    ledger = priced(17)
+    assert ledger.total == 24 * 0.5 + 24 + 8 + 5
+    # The first unit, 4 for a score of 1; then the sublayer, 8 + 5 for 16; a unit would be 4 for 8.
+    assert ledger.remove(scores, 4)
+    assert ledger.gone["a"].tolist() == [[True, False, False]]
+    assert not ledger.remove(scores, 16.9)
+    assert ledger.remove(scores, 17)
+    assert ledger.dropped == ["layer"]
+    assert ledger.removed == 17 == ledger.lost(SHAPES) + 5
+    masks = ledger.masks({**program().tensors, "extra": torch.ones(2)})
+    assert masks.keys() == {"up", "bias", "extra"}
+    assert not any(mask.any() for mask in masks.values())
+    # What is left of its units is nobody's to cut.
+    assert ledger.keep() == {}
+    assert ledger.left(ledger.units["a"]) == 0
+    again = priced(17)
+    again.load(ledger.gone, ledger.dropped)
+    assert again.removed == ledger.removed
+
+
+def test_a_sublayer_that_costs_too_much_in_the_end_is_not_waited_for() -> None:
+    scores = {"a": torch.full((1, 3), 1.0), "b": torch.full((1, 4), 1e9)}
+    waiting, going = priced(17, base=50), priced(62, base=50)
+    assert waiting.remove(scores, 8)
+    assert waiting.gone["a"].sum() == 2
+    assert not going.remove(scores, 8)
+    assert going.remove(scores, 62)
+    assert going.dropped == ["layer"]
+
+
+def test_what_must_go_goes_at_once() -> None:
+    least = priced(base=20).drain()
+    assert least.removed == 2 * 4 + 3 * 8
+    assert least.required(32) == []
+    assert least.required(33) == ["layer"]
+    ledger = priced(33, base=20)
+    ledger.must = ["layer"]
+    scores = {"a": torch.tensor([[1.0, 2, 3]]), "b": torch.tensor([[7.0, 1, 6, 5]])}
+    assert not ledger.remove(scores, 0)
+    assert ledger.remove(scores, 1)
+    assert ledger.dropped == ["layer"]
+    assert ledger.removed == 32
+    assert not ledger.gone["a"].any()
+
+
+def test_the_last_one_is_the_weakest_that_is_enough() -> None:
+    scores = {"a": torch.tensor([[2.0, 3, 4]]), "b": torch.tensor([[7.0, 1, 6, 5]])}
+    ledger = priced(3)
+    assert not ledger.remove(scores, 3, fill=True)
+    assert ledger.meet(scores, 3)
+    # Of "b" a unit costs 8, of "a" one costs 4: both are enough.
+    assert ledger.gone["b"].tolist() == [[False, True, False, False]]
+    assert not ledger.meet(scores, 3)
+    assert ledger.meet(scores, 12)
+    assert ledger.gone["a"].tolist() == [[True, False, False]]
+
+
+def test_units_that_cost_nothing_stay() -> None:
+    ledger = Ledger(program(), neurons(), {"out": 1.0})
+    scores = {"a": torch.zeros(1, 3), "b": torch.ones(1, 4)}
+    assert ledger.remove(scores, 100, fill=True)
+    assert not ledger.gone["a"].any()
+    assert ledger.gone["b"].sum() == 3
 
 
 # --- dims of heads -----------------------------------------------------------------------------

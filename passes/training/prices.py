@@ -1,0 +1,321 @@
+"""Prices: what a budget counts in while a model trains, from a table of measured levels.
+
+    cost = outside + Σ price · parameters that live + Σ base of branches that are left
+
+1. What an item costs is a straight line in the units that it keeps (least squares over its levels,
+   without the one where it is gone). The line's slope is shared out over the parameters of its
+   units: their price, whichever axis they go with. A tensor of several items has the mean.
+2. What a branch costs beside its parameters goes only with the whole branch: its base.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from graphprune.axes import AxisGroups
+from graphprune.axes.branches import Branch
+from graphprune.errors import RecipeError, UnsupportedError, VerificationError
+from graphprune.ir.program import JSON, Program
+from graphprune.passes.budget.budget import Budget
+from graphprune.passes.budget.choose import OFF, Work, amount_text, sized_for
+from graphprune.passes.budget.items import Item
+from graphprune.passes.budget.table import Sized, Table
+from graphprune.passes.training.units import Ledger, Sublayer, Units
+from graphprune.passes.training.zeros import compare_zeroed
+from graphprune.pipeline.base import Context
+from graphprune.report.budget import BudgetReport, Choice
+from graphprune.rewrite.drop import closed, gated
+from graphprune.training.distributed import Workers
+from graphprune.training.loop import required
+
+log = logging.getLogger(__name__)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """What a resource is spent on.
+
+    Attributes:
+        parameter: by tensor, what one of its parameters costs.
+        base: by branch, what it costs beside its units' parameters.
+    """
+
+    parameter: Mapping[str, float]
+    base: Mapping[str, float]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Account:
+    """What a budget comes to for a model on a device; plain numbers, which a checkpoint keeps.
+
+    Attributes:
+        resource: what is counted: "ms" or "flops".
+        limit: how much of it may be left.
+        whole: by resource, what the dense model costs.
+        dense_ms: of the dense float model, which a speed-up is of.
+        prices: by resource, of milliseconds and of what is counted.
+        items: by item, milliseconds of what is dense.
+    """
+
+    resource: str
+    limit: float
+    whole: Mapping[str, float]
+    dense_ms: float
+    prices: Mapping[str, Prices]
+    items: Mapping[str, float]
+
+    def to_tensor(self) -> Tensor:
+        """As bytes of JSON, which keeps every bit of a number."""
+        return torch.tensor(list(json.dumps(asdict(self)).encode()), dtype=torch.uint8)
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Account:
+        """Read it back."""
+        data = json.loads(bytes(tensor.tolist()))
+        prices = {name: Prices(**part) for name, part in data.pop("prices").items()}
+        return cls(**data, prices=prices)
+
+
+def fitted(table: Table, sized: Sized, resource: str, counts: Mapping[str, int]) -> Prices:
+    """Prices by which all that competes costs what the table says.
+
+    Args:
+        table: of the sized program.
+        resource: "ms" or "flops".
+        counts: by tensor, how many of its parameters belong to units that compete.
+    """
+    rows = list(zip(sized.items, table.amounts[resource], strict=True))
+    found: dict[str, list[float]] = {}
+    for item, row in rows:
+        mine = _parameters(sized.groups, item)
+        for name in mine:
+            found.setdefault(name, []).append(_slope(item, row) / sum(mine.values()))
+    parameter = {name: sum(each) / len(each) for name, each in found.items()}
+    base = {}
+    for item, row in rows:
+        if item.branch is not None:
+            names = sorted(item.branch.tensors & counts.keys())
+            priced = sum(parameter.get(name, 0.0) * counts[name] for name in names)
+            base[item.branch.id] = max(row[-1] - priced, 0.0)
+    return Prices(parameter, base)
+
+
+def _slope(item: Item, row: Sequence[float]) -> float:
+    """What all units of an item cost by the line through its levels."""
+    whole = sum(group.size for group in item.groups)
+    levels = [
+        (sum(level) / whole, cost)
+        for level, cost in zip(item.levels, row, strict=True)
+        if level is not None and whole
+    ]
+    if len(levels) < 2:
+        return 0.0
+    slope = max(float(np.polyfit(*zip(*levels, strict=True), 1)[0]), 0.0)
+    return slope if item.branch is None else min(slope, row[-1])
+
+
+def _parameters(groups: AxisGroups, item: Item) -> dict[str, int]:
+    """By tensor, how many parameters belong to units of an item."""
+    left: dict[str, list[Tensor]] = {}
+    for group in item.groups:
+        for place in group.occurrences:
+            if place.tensor in groups.program.parameters:
+                shape = groups.program.tensors[place.tensor].shape
+                dims = left.setdefault(
+                    place.tensor, [torch.ones(size, dtype=torch.bool) for size in shape]
+                )
+                dims[place.dim] &= groups.units(group, place.tensor, place.dim) < 0
+    rest = {name: np.prod([int(dim.sum()) for dim in dims]) for name, dims in left.items()}
+    return {name: groups.program.tensors[name].numel() - int(n) for name, n in rest.items()}
+
+
+@final
+class Budgeted:
+    """A budget while a model trains: the account, the sublayers that may go, the report.
+
+    The first of several processes measures, and all count with its numbers.
+
+    Raises:
+        UnsupportedError: the budget cannot be reached; the least that can be left is named.
+
+    Attributes:
+        account: replaced by the one of a checkpoint that is resumed.
+        skipped: by branch, why it stays.
+    """
+
+    def __init__(
+        self, options: Budget, program: Program, units: Sequence[Units], ctx: Context
+    ) -> None:
+        self.options, self.program, self.units, self.ctx = options, program, units, ctx
+        self._workers = Workers(required(ctx.training, ctx).device)
+        self.skipped: dict[str, str] = {}
+        self._sized = sized_for(options, program, ctx.quantization)
+        self._branches = self._droppable()
+        self._work: Work | None = None
+        self.account = self._workers.told(self._measured)
+        self._check_reachable()
+
+    def _droppable(self) -> list[Branch]:
+        """Branches that may go, and give zero once their tensors are."""
+        found = [i.branch for i in self._sized.items if i.branch and i.levels[0] is None]
+        plain = [Sublayer(branch.id, branch.tensors, 0.0) for branch in found]
+        ledger = Ledger(self.program, self.units, {}, plain)
+        scored = [b for b, s in zip(found, plain, strict=True) if ledger.counted(s)]
+        self.skipped |= {
+            b.id: "no unit of it competes, so that it has no score"
+            for b in found
+            if b not in scored
+        }
+        if not scored or self._gives_zero(scored):
+            return scored
+        alone = [branch for branch in scored if self._gives_zero([branch])]
+        self.skipped |= {
+            b.id: "it gives something even when all its weights are zero"
+            for b in scored
+            if b not in alone
+        }
+        return alone
+
+    def _gives_zero(self, found: Sequence[Branch]) -> bool:
+        names = sorted(frozenset[str]().union(*(branch.tensors for branch in found)))
+        tensors = self.program.tensors
+        dead = self.program.with_tensors({n: torch.zeros_like(tensors[n]) for n in names})
+        behind, gates = gated(self.program, found)
+        try:
+            compare_zeroed(dead, closed(behind, gates.values()))
+        except VerificationError:
+            return False
+        return True
+
+    def _measured(self) -> Account:
+        work = self._work = Work(self.options, self.program, self.ctx)
+        ((resource, limit),) = work.limits(self.options.asked).items()
+        counts = Ledger(self.program, self.units).counts
+        return Account(
+            resource,
+            limit,
+            work.table.whole,
+            work.dense_ms,
+            {r: fitted(work.table, work.sized, r, counts) for r in dict.fromkeys([resource, "ms"])},
+            {
+                item.id: row[-1]
+                for item, row in zip(work.items, work.table.amounts["ms"], strict=True)
+            },
+        )
+
+    def _check_reachable(self) -> None:
+        """Refuse, before training, what cannot be reached."""
+        account, ledger = self.account, self.ledger().drain()
+        ledger.load({}, list(ledger.sublayers))
+        whole = account.whole[account.resource]
+        least = whole - ledger.removed
+        if ledger.removed < ledger.limit:
+            limit, left, dense = (
+                amount_text(account.resource, amount, account.dense_ms)
+                for amount in (account.limit, least, whole)
+            )
+            raise UnsupportedError(
+                f"{limit} cannot be reached: with all gone that may go while training, {left} of "
+                f"{dense} are left; ask for less"
+                + ("" if self.options.drop else ", or let sublayers go with drop=True")
+            )
+
+    def ledger(self, resource: str | None = None) -> Ledger:
+        """A new ledger that counts in the account's resource, or another one of it."""
+        account = self.account
+        prices = account.prices[resource or account.resource]
+        found = [Sublayer(b.id, b.tensors, prices.base[b.id]) for b in self._branches]
+        ledger, least = (
+            Ledger(self.program, self.units, prices.parameter, found) for _ in range(2)
+        )
+        ledger.limit = max(account.whole[account.resource] - account.limit, 0.0)
+        ledger.must = least.drain().required(ledger.limit)
+        return ledger
+
+    def report(self, result: Program, ledger: Ledger) -> dict[str, JSON]:
+        """What was asked, predicted and measured, as a run of Budget reports it.
+
+        Args:
+            result: the trained program.
+            ledger: of what is gone.
+        """
+        return self._workers.told(lambda: self._report(result, ledger).to_json())
+
+    def _report(self, result: Program, ledger: Ledger) -> BudgetReport:
+        assert self._work is not None
+        work, account = self._work, self.account
+        times = self.ledger("ms")
+        times.load(ledger.gone, ledger.dropped)
+        predicted = account.whole["ms"] - times.removed
+        cost = work.beside(result) if work.device.can_measure else None
+        # The account of a checkpoint is in milliseconds of another run.
+        scale = account.whole["ms"] / work.table.whole["ms"]
+        measured = None if cost is None else cost.ms * scale
+        limit = work.limits(self.options.asked).get("ms", 0.0) * scale
+        dense_bytes = account.whole["bytes"]
+        shrunk = dense_bytes * result.nbytes() / self.program.nbytes()
+        warnings = []
+        if not ledger.limit:
+            warnings.append("the model is within the budget as it is")
+        elif limit and measured and abs(measured / limit - 1) > OFF:
+            warnings.append(
+                f"measured {measured:.3g} ms where {limit:.3g} were asked for and {predicted:.3g} "
+                "predicted: train again with a budget that is corrected by that ratio, or measure "
+                "again if the machine was busy"
+            )
+            log.warning("%s", warnings[-1])
+        return BudgetReport(
+            asked=dict(self.options.asked),
+            dense_ms=work.dense_ms * scale,
+            predicted_ms=predicted,
+            measured_ms=measured,
+            dense_mb=dense_bytes / 1e6,
+            mb=(shrunk if cost is None else cost.bytes) / 1e6,
+            device=work.device.name,
+            threads=self.options.threads,
+            batch="x".join(map(str, self._sized.sizes())),
+            scheme=None if self.ctx.quantization is None else self.ctx.quantization.scheme,
+            choices=tuple(self._choice(item, times) for item in self._sized.items),
+            warnings=tuple(warnings),
+        )
+
+    def _choice(self, item: Item, times: Ledger) -> Choice:
+        dense = self.account.items[item.id]
+        dropped = item.id in times.dropped
+        left = {unit.id: times.left(unit) for unit in times.units.values()}
+        tensors = {name for group in item.groups for name in group.tensors}
+        return Choice(
+            item.id,
+            item.kind,
+            0 if dropped else sum(left.get(group.id, group.size) for group in item.groups),
+            sum(group.size for group in item.groups),
+            dropped,
+            0.0 if dropped else max(dense - times.lost(sorted(tensors)), 0.0),
+            dense,
+        )
+
+
+def check_budget(budget: object) -> None:
+    """Raise RecipeError for what is no budget that training can keep."""
+    if not isinstance(budget, Budget):
+        raise RecipeError(f"budget is a Budget, such as Budget(speedup=3), got {budget!r}")
+    asked = budget.asked
+    if other := sorted(asked.keys() - {"speedup", "ms", "flops"}):
+        raise RecipeError(
+            f"a budget to train to is speedup, ms or flops, and {other[0]} is not: leave it out, "
+            "or use the pass budget itself"
+        )
+    if "flops" in asked and len(asked) > 1:
+        raise RecipeError(
+            "a budget to train to counts in time or in FLOPs: give flops alone, or leave it out"
+        )
