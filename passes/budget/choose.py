@@ -292,7 +292,7 @@ class Work:
         whole = self.sized.program
         models = {"dense": whole, "chosen": replace(program, quantization=whole.quantization)}
         if whole.quantization is not None:
-            models["float"] = self.sized.float()
+            models["float"] = self.sized.in_float()
         inputs = {name: self.sized.inputs(model) for name, model in models.items()}
         found = self.device.measure(models, inputs=inputs, fresh=True)
         times = {name: cost.ms for name, cost in found.items()}

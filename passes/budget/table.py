@@ -98,7 +98,7 @@ class Sized:
         entry = program.entries[program.deployed]
         return tuple(sized_inputs(entry, self.batch)) if self.batch else entry.example
 
-    def float(self) -> Program:
+    def in_float(self) -> Program:
         """The dense model without a mark of quantization."""
         return (
             replace(self.program, quantization=None) if self.program.quantization else self.program
@@ -121,7 +121,7 @@ class Sized:
         """
         found: dict[tuple[str, Level], Program] = {
             (WHOLE, None): self.program,
-            (FLOAT, None): self.float(),
+            (FLOAT, None): self.in_float(),
         }
         built: dict[tuple[object, Level], Program] = {}
         for item in self.items:
