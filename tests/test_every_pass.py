@@ -17,6 +17,7 @@ from graphprune.errors import UnsupportedError
 from graphprune.ir.program import Program
 from graphprune.passes import (
     L1,
+    Budget,
     Distill,
     DropSublayers,
     Finetune,
@@ -50,11 +51,16 @@ from graphprune.training.losses import logits_of
 from graphprune.training.spec import Training
 from graphprune.verify.equivalence import verify_rewrite
 from graphprune.verify.invariants import fingerprint
+from tests.passes.budget.test_budget import Clock
 
 Captured = Callable[[str], Program]
 
 # One or more ways to configure each pass.
 EXAMPLES: dict[str, list[Pass]] = {
+    "budget": [
+        Budget(flops=0.8, evaluations=4, samples=4, round_to=8),
+        Budget(flops=0.8, evaluations=4, samples=4, target="output", drop=False),
+    ],
     "distill": [Distill(epochs=1), Distill(hidden=False, alpha=0)],
     "drop-sublayers": [
         DropSublayers(0.25),
@@ -167,7 +173,7 @@ def _training(program: Program) -> Training:
 
 def _run(step: Pass, program: Program, *, verify: bool = True) -> Any:
     """The pass; None where it declines the model with a reason."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"devices": lambda file, threads, progress: Clock()}
     if step.needs_calibration:
         options["calibration"] = _batches(program)
     if step.needs_training:

@@ -111,24 +111,25 @@ class Asked:
             raise RecipeError("--data is what --max-drop decides by: give --max-drop 0.01 with it")
         if self.anything:
             # The task itself needs the model's tokenizer.
-            Budget(**self._budgets(), task=None if self.max_drop is None else self.check)
+            Budget(
+                self.faster,
+                self.ms,
+                self.mb,
+                max_drop=self.max_drop,
+                task=None if self.max_drop is None else self.check,
+            )
         if self.device is not None:
             open_device(str(self.device), threads)
-
-    def _budgets(self) -> dict[str, float | None]:
-        return {
-            "speedup": self.faster,
-            "ms": self.ms,
-            "size_mb": self.mb,
-            "max_drop": self.max_drop,
-        }
 
     def options(self, program: Program, sizes: tuple[int, ...], threads: int) -> dict[str, Any]:
         """The options of the pass, but for the task."""
         from graphprune.cli.sizes import timed_sizes
 
         return {
-            **self._budgets(),
+            "speedup": self.faster,
+            "ms": self.ms,
+            "size_mb": self.mb,
+            "max_drop": self.max_drop,
             "batch": timed_sizes(program, sizes),
             "threads": threads,
             "device": "" if self.device is None else str(self.device),

@@ -11,9 +11,10 @@ from typing import Any
 from graphprune.errors import ExportError, GraphPruneError
 from graphprune.ir.decoding import is_past
 from graphprune.models.hub.card import model_card
+from graphprune.models.hub.consumers.base import LAYERS
 from graphprune.models.hub.exported import EXPORT, exported
 from graphprune.models.hub.genai import FILE, genai_config
-from graphprune.models.hub.source import CONFIG, GENERATION, LAYERS, OWN_KEY
+from graphprune.models.hub.source import CONFIG, GENERATION, OWN_KEY
 from graphprune.models.hub.tokenizer import CONFIG as TOKENIZER_CONFIG
 from graphprune.models.hub.tokenizer import completed
 from graphprune.report.report import Report

@@ -16,8 +16,6 @@ from graphprune.models.zoo.sentence import SentenceEncoder
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
-# Where a configuration has the number of layers.
-LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_transformer_layers")
 OWN_KEY = "graphprune"  # of config.json: readers of the usual keys pass over it
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -74,9 +74,9 @@ def find_items(
         mine = tuple(g for g in ordered if owner[g.id] is branch)
         if mine or branch.id in droppable:
             gone: list[Level] = [None] if branch.id in droppable else []
-            levels = gone + _levels(mine, round_to)
+            choice = (*gone, *_levels(mine, round_to))
             last = float(place[mine[0].id]) if mine else last + 1e-6
-            found.append((last, Item(branch.id, branch.kind, mine, branch, tuple(levels))))
+            found.append((last, Item(branch.id, branch.kind, mine, branch, choice)))
     for g in ordered:
         if owner[g.id] is None:
             levels = tuple(_levels((g,), round_to))

@@ -184,8 +184,9 @@ def _cut(program: Program, groups: Sequence[AxisGroup], level: Level) -> Program
 
 def _same(groups: AxisGroups, group: AxisGroup) -> AxisGroup:
     """A group of the whole model, in a part of it."""
-    if group.id in groups and groups[group.id].size == group.size:
-        return groups[group.id]
+    for own in groups:
+        if (own.id, own.size) == (group.id, group.size):
+            return own
     places = set(group.occurrences)
     found = [g for g in groups if g.size == group.size and places & set(g.occurrences)]
     if len(found) != 1:

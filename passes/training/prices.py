@@ -120,7 +120,8 @@ def _slope(item: Item, row: Sequence[float]) -> float:
     ]
     if len(levels) < 2:
         return 0.0
-    slope = max(float(np.polyfit(*zip(*levels, strict=True), 1)[0]), 0.0)
+    kept, costs = np.array(levels).T
+    slope = max(float(np.polyfit(kept, costs, 1)[0]), 0.0)
     return slope if item.branch is None else min(slope, row[-1])
 
 

@@ -57,7 +57,9 @@ def test_unknown_names_are_answered_with_near_matches(wrong: str) -> None:
 
 
 def test_a_name_near_nothing_is_answered_with_all_names() -> None:
-    with pytest.raises(RecipeError, match=r"there are \['distill', .*'fold-batch-norm', "):
+    with pytest.raises(
+        RecipeError, match=r"there are \['budget', 'distill', .*'fold-batch-norm', "
+    ):
         lookup("zzzzzz")
 
 

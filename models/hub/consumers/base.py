@@ -14,6 +14,10 @@ FileRule = Callable[[HubFolder], str]
 GraphRule = Callable[[HubFolder, Graph], str]
 
 
+# Where a configuration has the number of layers.
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_transformer_layers")
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     """What keeps one consumer from loading a folder, and what to know where nothing does.

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
-from graphprune.models.hub.consumers.base import Consumer
+from graphprune.models.hub.consumers.base import LAYERS, Consumer
 from graphprune.models.hub.consumers.folder import HubFolder
 from graphprune.models.hub.consumers.graph import Graph, floor
 from graphprune.models.hub.consumers.rules import (
@@ -26,7 +26,6 @@ from graphprune.models.hub.consumers.rules import (
     usual,
     weights,
 )
-from graphprune.models.hub.source import LAYERS
 
 # transformers.js
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -270,7 +270,7 @@ def test_max_drop_says_so_where_nothing_may_go(captured: Captured) -> None:
 
 
 @pytest.fixture
-def interrupted() -> Iterator[Callable[[Any], None]]:
+def interrupted() -> Callable[[Any], None]:
     def stop(event: Any) -> None:
         if getattr(event, "unit", "") == "models":
             raise KeyboardInterrupt

@@ -49,8 +49,9 @@ def test_passes_say_whether_they_need_data() -> None:
 def test_a_pass_without_its_data_is_refused_before_the_model_is_touched() -> None:
     with pytest.raises(RecipeError, match=r"prune-neurons .*calibration=batches.*--calibration"):
         gp.compile(Explodes(), [PruneNeurons(0.5, score="obs")], example_inputs=(torch.ones(2),))
+    both = [PruneHeads(0.5, score="obs"), PruneNeurons(0.5, score="obs")]
     with pytest.raises(RecipeError, match="prune-heads and prune-neurons"):
-        gp.compile(Explodes(), "edge", example_inputs=(torch.ones(2),))
+        gp.compile(Explodes(), both, example_inputs=(torch.ones(2),))
 
 
 @pytest.mark.parametrize(
