@@ -192,6 +192,7 @@ def test_the_cpu_has_a_name() -> None:
     assert isinstance(cpu()["instructions"], list)
 
 
+@pytest.mark.slow
 def test_models_converted_together_are_those_converted_alone(
     parts: Mapping[str, Program], captured: Captured, tmp_path: Path
 ) -> None:

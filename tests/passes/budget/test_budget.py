@@ -296,7 +296,7 @@ def test_compile_times_on_onnx_runtime(
     captured: Captured, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GRAPHPRUNE_CACHE", str(tmp_path))
-    program = captured("tiny-bert")
+    program = captured("tiny-mlp")
     step = small(size_mb=0.8 * program.nbytes() / 1e6)
     compiled = gp.compile(program, [step], calibration=batches(program))
     found = BudgetReport.of(compiled.report.passes[0].details)
