@@ -45,8 +45,10 @@ def test_is_repeatable_and_keeps_to_its_evaluations() -> None:
         calls.append(levels)
         return 1.0
 
-    search(solve, counted, np.ones(ITEMS), np.random.default_rng(0), 7)
-    assert len(calls) == len(set(calls)) <= 7
+    for most in (1, 7):
+        calls.clear()
+        search(solve, counted, MATTERS, np.random.default_rng(0), most)
+        assert len(calls) == len(set(calls)) <= most
 
 
 def test_curve_falls_and_ranks_are_in_order() -> None:
