@@ -180,12 +180,7 @@ def _layers(report: Report) -> dict[str, Any]:
 
 def _dropped(report: Report) -> list[str]:
     """Ids of the residual branches that are gone."""
-    return [
-        name
-        for _, details in report.steps()
-        for sublayer in details.get("dropped") or ()
-        for name in sublayer["branches"]
-    ]
+    return [name for _, details in report.steps() for name in details.get("dropped") or ()]
 
 
 def _cached_layers(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, int]:

@@ -185,7 +185,9 @@ class DroppedSublayers:
         """The report of the pass."""
         data: dict[str, JSON] = {
             "summary": self.summary,
-            "dropped": [sublayer.to_json() for sublayer in self.dropped],
+            # As other passes that drop branches report them.
+            "dropped": [name for sublayer in self.dropped for name in sublayer.branches],
+            "sublayers": [sublayer.to_json() for sublayer in self.dropped],
             "left": [sublayer.to_json() for sublayer in self.left],
             "skipped": dict(self.skipped),
             "parameters_before": self.parameters_before,

@@ -189,7 +189,9 @@ def test_a_phone_gets_one_file_that_computes_the_same(made: Artifact, tmp_path: 
 def test_config_counts_the_layers_that_still_have_a_cache() -> None:
     size = ModelSize(10, 40, 0)
     sublayer = {"branches": ["layers.0.attention", "layers.0"]}
-    done = PassReport("drop-sublayers", "", True, "", None, None, 0.0, (), {"dropped": [sublayer]})
+    done = PassReport(
+        "drop-sublayers", "", True, "", None, None, 0.0, (), {"dropped": sublayer["branches"]}
+    )
     pasts = [f"past_key_values.{i}.{part}" for i in range(2) for part in ("key", "value")]
     manifest = {
         "inputs": [{"name": name} for name in ("input_ids", *pasts)],

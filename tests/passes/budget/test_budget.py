@@ -15,11 +15,13 @@ from graphprune.axes import axis_groups
 from graphprune.errors import RecipeError, UnsupportedError
 from graphprune.ir.cost import flops
 from graphprune.ir.program import Program
+from graphprune.models.hub.folder import _dropped
 from graphprune.passes import Budget, Quantize
 from graphprune.pipeline.base import Context
 from graphprune.pipeline.device import Cost
 from graphprune.pipeline.pipeline import Pipeline
 from graphprune.report.budget import BudgetReport
+from graphprune.report.report import ModelSize, PassReport, Report
 from graphprune.storage.kept import Kept
 from graphprune.training.outcome import MeanOutcome
 
@@ -304,6 +306,17 @@ def test_compile_times_on_onnx_runtime(
     assert found.device
     assert found.measured_ms is not None
     assert compiled.program.nbytes() < program.nbytes()
+
+
+def test_a_folder_says_which_branches_are_gone(captured: Captured, tmp_path: Any) -> None:
+    """A text model's folder has them beside its configuration."""
+    program = captured("tiny-bert")
+    result, report, details = run(program, small(flops=0.05))
+    passed = PassReport("budget", "", True, "", None, None, 0.0, (), details)
+    whole = Report("m", ModelSize.of(program), ModelSize.of(result), 0.0).extended(
+        ModelSize.of(result), [passed], 1.0
+    )
+    assert _dropped(whole) == [c.id for c in report.choices if c.dropped] != []
 
 
 def test_decoders_keep_a_cache(ragged_decoder: Program) -> None:

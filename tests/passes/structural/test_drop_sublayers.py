@@ -53,7 +53,7 @@ def run(program: Program, step: DropSublayers, batches: list[Any]) -> tuple[Prog
 
 
 def scores(report: Mapping[str, Any]) -> dict[str, float]:
-    return {s["id"]: s["score"] for key in ("dropped", "left") for s in report[key]}
+    return {s["id"]: s["score"] for key in ("sublayers", "left") for s in report[key]}
 
 
 def test_similarity_is_what_hooks_on_the_model_measure() -> None:
@@ -85,7 +85,7 @@ def test_similarity_is_what_hooks_on_the_model_measure() -> None:
             model(**batch)
     expected = {name: float(torch.cat(rows).mean()) for name, rows in seen.items()}
     assert scores(report) == pytest.approx(expected, rel=1e-4)
-    assert report["dropped"][0]["id"] == min(expected, key=expected.__getitem__)
+    assert report["sublayers"][0]["id"] == min(expected, key=expected.__getitem__)
 
 
 def greedy(program: Program, batches: list[Any], count: int, kind: str) -> list[str]:
@@ -117,7 +117,7 @@ def test_loss_is_the_greedy_search_with_all_scored_again(kind: str, count: int) 
     batches = texts()
     program = capture(model, batches[0])
     _, report = run(program, DropSublayers(count=count, kind=kind, score="loss"), batches)
-    assert [s["id"] for s in report["dropped"]] == greedy(program, batches, count, kind)
+    assert [s["id"] for s in report["sublayers"]] == greedy(program, batches, count, kind)
 
 
 def test_a_block_is_scored_and_dropped_as_a_whole() -> None:
@@ -127,7 +127,7 @@ def test_a_block_is_scored_and_dropped_as_a_whole() -> None:
     for score in ("loss", "similarity"):
         step = DropSublayers(0.5, kind="block", score=score)
         dropped, report = run(program, step, batches)
-        (gone,), (left,) = report["dropped"], report["left"]
+        (gone,), (left,) = report["sublayers"], report["left"]
         assert len(gone["branches"]) == 2
         assert gone["score"] <= left["score"]
         assert [b.id for b in branches(dropped)] == left["branches"]
@@ -190,7 +190,7 @@ def test_patterns_choose(captured: Captured) -> None:
     example = dict(zip(program.forward.input_names, program.forward.example, strict=True))
     step = DropSublayers(count=1, targets=("encoder.layer.1",), ignore=("*.attention",))
     _, report = run(program, step, [example])
-    assert [s["id"] for s in report["dropped"]] == ["encoder.layer.1"]
+    assert [s["id"] for s in report["sublayers"]] == ["encoder.layer.1"]
     assert report["skipped"] == dict.fromkeys(
         ("encoder.layer.0.attention", "encoder.layer.1.attention"), "ignored on request"
     )
@@ -262,7 +262,9 @@ def test_it_goes_with_other_passes_and_shows_in_the_reports(
         [drop, PruneHeads(0.5), PruneNeurons(0.5), LeastSquares()],
     ):
         compiled = gp.compile(program, steps, calibration=[example])
-        (gone,) = next(p for p in compiled.report.passes if p.name == drop.name).details["dropped"]
+        (gone,) = next(p for p in compiled.report.passes if p.name == drop.name).details[
+            "sublayers"
+        ]
         assert not any(n.startswith(f"{gone['id']}.self") for n in compiled.program.tensors)
         fits = compiled.report.passes[-1].details["sites"]
         left = [n for n in compiled.program.tensors if n.endswith("dense.weight")]
@@ -299,7 +301,7 @@ def test_a_decoder_generates_what_torch_does_without_the_sublayers(
         program, [DropSublayers(count=1), DropSublayers(count=2, kind="attention")],
         calibration=texts(),
     )  # fmt: skip
-    gone = [s["id"] for p in compiled.report.passes for s in p.details["dropped"]]
+    gone = [s["id"] for p in compiled.report.passes for s in p.details["sublayers"]]
     artifact = export(compiled.program, tmp_path / "out")
     session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx")
     pasts = [i.name for i in session.get_inputs() if i.name.startswith("past")]
