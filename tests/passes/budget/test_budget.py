@@ -313,9 +313,9 @@ def test_a_folder_says_which_branches_are_gone(captured: Captured, tmp_path: Any
     program = captured("tiny-bert")
     result, report, details = run(program, small(flops=0.05))
     passed = PassReport("budget", "", True, "", None, None, 0.0, (), details)
-    whole = Report("m", ModelSize.of(program), ModelSize.of(result), 0.0).extended(
-        ModelSize.of(result), [passed], 1.0
-    )
+    before, after = ModelSize.of(program), ModelSize.of(result)
+    whole = Report("m", before=before, after=after, capture_seconds=0.0)
+    whole = whole.extended(after, [passed], 1.0)
     assert _dropped(whole) == [c.id for c in report.choices if c.dropped] != []
 
 
