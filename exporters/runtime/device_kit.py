@@ -55,7 +55,7 @@ def write_kit(
         models: what to time, each as its mark says; those of one signature are written once.
         folder: where to.
         inputs: flat inputs by name, of those that are not timed on their example inputs.
-        threads: that the script takes unless it is told otherwise.
+        threads: that the script takes without --threads.
         progress: called with how many are done, of how many, of what.
 
     Returns:

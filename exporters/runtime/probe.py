@@ -76,7 +76,7 @@ def until_stable(
 
     Args:
         one: runs all models once and gives the milliseconds of each.
-        progress: told after each round how many there were, and the most that there can be.
+        progress: called after each round with how many there were, and the most that there can be.
         seconds: after which no round begins, once there were `LEAST`.
 
     Returns:

@@ -149,6 +149,18 @@ def ratio_of(text: str) -> float:
     return number / 100 if text.endswith("%") else number
 
 
+def parse_ratio(text: str) -> float:
+    """`ratio_of` for an option.
+
+    Raises:
+        typer.BadParameter: it is no number.
+    """
+    try:
+        return ratio_of(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no number: write 0.5, or 50%") from None
+
+
 def listed(names: str) -> tuple[str, ...]:
     """Names with commas between them."""
     return tuple(name.strip() for name in names.split(",") if name.strip())

@@ -16,8 +16,8 @@ from graphprune.cli.app import (
     Model,
     Pickle,
     Threads,
+    parse_ratio,
     print_json,
-    ratio_of,
     stdout_console,
 )
 from graphprune.errors import GraphPruneError, RecipeError
@@ -42,20 +42,11 @@ Milliseconds = Annotated[
     float | None, typer.Option("--ms", help="Budget: milliseconds of one run.")
 ]
 Megabytes = Annotated[float | None, typer.Option("--mb", help="Budget: megabytes of the file.")]
-
-
-def _part(text: str) -> float:
-    try:
-        return ratio_of(text)
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is no number: write 0.01, or 1%") from None
-
-
 MaxDrop = Annotated[
     float | None,
     typer.Option(
         metavar="DROP",
-        parser=_part,
+        parser=parse_ratio,
         help="Budget: the fastest model that loses at most so much on --task with --data.",
     ),
 ]
@@ -226,6 +217,7 @@ def front_command(
     from graphprune.cli.sizes import parse_batch
     from graphprune.cli.subject import opened
     from graphprune.models.tasks import TASKS, unknown_task
+    from graphprune.passes import Quantize
     from graphprune.report.budget import FRONT
     from graphprune.report.page import front_page
 
@@ -234,8 +226,12 @@ def front_command(
     check_calibration([], calibration)
     if task and task not in TASKS:
         raise unknown_task(task)
-    for speedup in speedups:
-        check_output(out / f"{speedup:g}x")
+    if task and TASKS[task].file:
+        TASKS[task].find_data(data)
+    if quantize:
+        Quantize(quantize)
+    for name in ("dense-int8", *(f"{speedup:g}x" for speedup in speedups)):
+        check_output(out / name)
     options = Options(
         sizes=sizes, threads=threads, seed=seed, calibration=calibration, bundled=True
     )

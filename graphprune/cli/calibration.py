@@ -89,6 +89,6 @@ def python_text(lines: int) -> list[str]:
     """Sentences of Python's help topics, without those that "neighbors" is evaluated on."""
     from graphprune.models.tasks.neighbors import SENTENCES, python_sentences
 
-    judged = set(python_sentences(SENTENCES))
-    found = [s for s in python_sentences(SENTENCES + 2 * lines) if s not in judged]
+    evaluated = set(python_sentences(SENTENCES))
+    found = [s for s in python_sentences(SENTENCES + 2 * lines) if s not in evaluated]
     return found[:lines]

@@ -20,7 +20,7 @@ from graphprune.cli.app import (
     TextColumn,
     Threads,
     listed,
-    ratio_of,
+    parse_ratio,
 )
 from graphprune.cli.budget import (
     Asked,
@@ -75,13 +75,6 @@ class Options:
     bundled: bool = False  # without calibration, text that every Python has
 
 
-def _ratio(text: str) -> float:
-    try:
-        return ratio_of(text)
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is no number: write 0.5, or 50%") from None
-
-
 def compile_command(
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
@@ -101,11 +94,15 @@ def compile_command(
     device: Device = None,
     heads: Annotated[
         float | None,
-        typer.Option(metavar="RATIO", parser=_ratio, help="Part of the attention heads to remove."),
+        typer.Option(
+            metavar="RATIO", parser=parse_ratio, help="Part of the attention heads to remove."
+        ),
     ] = None,
     neurons: Annotated[
         float | None,
-        typer.Option(metavar="RATIO", parser=_ratio, help="Part of the hidden neurons to remove."),
+        typer.Option(
+            metavar="RATIO", parser=parse_ratio, help="Part of the hidden neurons to remove."
+        ),
     ] = None,
     score: Annotated[
         str, typer.Option(help="For --heads and --neurons; default obs where there are data.")

@@ -24,12 +24,12 @@ def overlap(calibration: Iterable[Batch], evaluation: Iterable[Batch]) -> int:
         calibration: inputs by name, [rows, ...]; padding is where attention_mask is 0.
         evaluation: likewise, tokenized by the same tokenizer.
     """
-    known, judged = list(calibration), list(evaluation)
-    if not known or not judged:
+    known, evaluated = list(calibration), list(evaluation)
+    if not known or not evaluated:
         return 0
-    names = sorted(set(known[0]) & set(judged[0]))
+    names = sorted(set(known[0]) & set(evaluated[0]))
     seen = {piece for row in _rows(known, names) for piece in _pieces(row, names)}
-    rows = {tuple(row) for row in _rows(judged, names)}
+    rows = {tuple(row) for row in _rows(evaluated, names)}
     return sum(any(piece in seen for piece in _pieces(row, names)) for row in rows)
 
 

@@ -110,7 +110,8 @@ def _of_group(
     """Statistics of a group as tensors: "order", "errors", and those of snapshots by weight."""
     try:
         parts = gather(stream, program, groups, group, ctx)
-    except UnsupportedError:
+    except UnsupportedError:  # what reads the units is no product with a weight
+        few.add(group.id, "its units go by the size of their weights and are not compensated")
         return _by_size(program, group, ctx)
     for part in parts:
         few.add(part.site.name, part.gram.shortage())

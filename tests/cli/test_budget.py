@@ -107,6 +107,8 @@ COMPILE = ("compile", "tiny-mlp", "-o", "out")
         (("front", "tiny-mlp", "-o", "f", "--faster", "1"), "above 1"),
         (("front", "tiny-mlp", "-o", "f", "--task", "stss"), "'sts'"),
         (("front", "tiny-mlp", "-o", "f"), "no task of its own"),
+        (("front", "tiny-mlp", "-o", "f", "--task", "sts", "--data", "none.tsv"), "no file"),
+        (("front", "tiny-mlp", "-o", "f", "--quantize", "int9"), "int8"),
         (("device-kit", "tiny-mlp", "-o", "foreign"), "did not write it"),
     ],
     ids=str,

@@ -77,7 +77,7 @@ def test_similarity_is_what_hooks_on_the_model_measure() -> None:
     for i in range(2):
         layer = model.get_submodule(f"encoder.layer.{i}")
         name = f"encoder.layer.{i}"
-        layer.attention.output.register_forward_hook(hook(f"{name}.attention"))  # type: ignore
+        layer.attention.output.register_forward_hook(hook(f"{name}.attention"))  # type: ignore[union-attr]
         layer.output.register_forward_hook(hook(name))  # type: ignore[union-attr]
     for batch in batches:
         masks.append(batch["attention_mask"])
