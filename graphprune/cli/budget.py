@@ -358,9 +358,12 @@ def device_kit_command(
     from graphprune.cli.sizes import parse_batch
     from graphprune.cli.subject import opened
     from graphprune.exporters.runtime.device_kit import is_kit
+    from graphprune.passes import Quantize
     from graphprune.storage.folders import check_target
 
     check_target(out.expanduser(), is_kit)
+    if quantize:
+        Quantize(quantize)
     sizes = parse_batch(batch)
     with opened(model, allow_pickle) as (subject, display):
         with display.step("capture"):

@@ -110,6 +110,7 @@ COMPILE = ("compile", "tiny-mlp", "-o", "out")
         (("front", "tiny-mlp", "-o", "f", "--task", "sts", "--data", "none.tsv"), "no file"),
         (("front", "tiny-mlp", "-o", "f", "--quantize", "int9"), "int8"),
         (("device-kit", "tiny-mlp", "-o", "foreign"), "did not write it"),
+        (("device-kit", "no/model", "-o", "f", "--quantize", "int9"), "int8"),
     ],
     ids=str,
 )
