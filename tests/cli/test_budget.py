@@ -29,7 +29,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def samples(tmp_path: Path) -> str:
     """Calibration of the tiny multi-layer perceptron."""
     file = tmp_path / "samples.npz"
-    x = np.random.default_rng(0).normal(size=(128, 16)).astype(np.float32)
+    x = np.random.default_rng(0).normal(size=(128, 12)).astype(np.float32)
     np.savez(file, x=x)
     return file.name
 
