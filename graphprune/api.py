@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor, nn
 
-from graphprune.calibration.stream import check_not_empty
+from graphprune.calibration.stream import check_not_empty, flat_batch
 from graphprune.errors import (
     ArtifactError,
     ExportError,
@@ -235,6 +235,7 @@ def compile(
         TrainingError: the data do not fit the model, or the loss is no number any more.
         CaptureError: there are no example inputs, torch.export refuses the model, or it has no
             cache that grows by keys and values.
+        GraphPruneError: a calibration batch does not fit the captured model.
         UnsupportedError: a pass declines, for instance because an axis is frozen.
         VerificationError: a pass did not do what it claims; an error of ours.
     """
@@ -246,6 +247,8 @@ def compile(
     batches = calibration_for(steps, calibration)
     check_training(steps, training)
     program, dense, captured = _begin(model, example_inputs, dynamic_shapes, cache)
+    for number, batch in enumerate(batches or ()):
+        flat_batch(program.forward, batch, number)
     files = _files_of(model)
     capture_seconds = time.perf_counter() - start if captured else 0.0
     report = _report_of(program, capture_seconds)

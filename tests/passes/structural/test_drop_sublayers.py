@@ -240,8 +240,9 @@ def test_options_and_names_are_checked_before_work(captured: Captured) -> None:
         with pytest.raises(RecipeError, match=line):
             DropSublayers(**options)
     program = captured("tiny-bert")
+    example = dict(zip(program.forward.input_names, program.forward.example, strict=True))
     with pytest.raises(RecipeError, match="matches nothing"):
-        gp.compile(program, [DropSublayers(0.5, targets=("nowhere",))], calibration=[1])
+        gp.compile(program, [DropSublayers(0.5, targets=("nowhere",))], calibration=[example])
     with pytest.raises(RecipeError, match="needs calibration batches"):
         gp.compile(program, [DropSublayers(0.5)])
 
