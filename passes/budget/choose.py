@@ -266,16 +266,40 @@ class Work:
             lambda done, total: self.ctx.progress(done, total, "models"),
         )
 
+    def correct(self, asked: Mapping[str, float]) -> None:
+        """Correct the table at levels that keep this budget, alike for all items."""
+        limits = self.limits(asked)
+        if "ms" in limits and not self._within(self._dense, limits):
+            self._close(asked, self._alike(limits))
+
+    def _alike(self, limits: Mapping[str, float]) -> Levels:
+        """The most of every item, by the same fraction, that is within the limits; or the least."""
+        for step in range(100, 0, -1):
+            levels = tuple(
+                next(
+                    j
+                    for j, level in enumerate(item.levels)
+                    if level is not None and 100 * _units(level) >= step * _units(item.levels[-1])
+                )
+                for item in self.items
+            )
+            if self._within(levels, limits):
+                return levels
+        return levels
+
     def _close(self, asked: Mapping[str, float], levels: Levels) -> bool:
         """Measure a choice beside the dense model; correct the table where it is off."""
         if not self.device.can_measure:
             return True
+        limits = self.limits(asked)
         self.measured = self.beside(self.sized.at(levels)).ms
-        if abs(self.measured / self.table.total("ms", levels) - 1) <= CLOSE:
+        predicted = self.table.total("ms", levels)
+        if abs(self.measured / predicted - 1) > CLOSE:
+            self.table = self.table.corrected(levels, self.measured)
+        elif "ms" not in limits or abs(self.limits(asked)["ms"] / limits["ms"] - 1) <= CLOSE:
             return True
-        self.table = self.table.corrected(levels, self.measured)
         # FLOPs and bytes alone are no matter of time.
-        return "ms" not in self.limits(asked)
+        return "ms" not in limits
 
     def _warn_if_off(self, asked: Mapping[str, float]) -> None:
         limit = self.limits(asked).get("ms")

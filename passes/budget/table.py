@@ -65,14 +65,12 @@ class Table:
     def corrected(self, levels: Sequence[int], ms: float) -> Table:
         """The table whose time of these levels is the one that was measured.
 
-        All that is saved was misjudged by one factor, so every saving is scaled by it.
+        All items were misjudged by one factor, so every amount is scaled by it; the whole model's
+        stays.
         """
         whole, predicted = self.whole["ms"], self.total("ms", levels)
         factor = (whole - ms) / (whole - predicted) if predicted < whole else 1.0
-        rows = tuple(
-            tuple(row[-1] - factor * (row[-1] - amount) for amount in row)
-            for row in self.amounts["ms"]
-        )
+        rows = tuple(tuple(factor * amount for amount in row) for row in self.amounts["ms"])
         return replace(self, amounts={**self.amounts, "ms": rows})
 
 

@@ -200,6 +200,8 @@ class Budgeted:
 
     def _measured(self) -> Account:
         work = self._work = Work(self.options, self.program, self.ctx)
+        # What training reaches is not known yet; the prices hold for models of about that size.
+        work.correct(self.options.asked)
         ((resource, limit),) = work.limits(self.options.asked).items()
         counts = Ledger(self.program, self.units).counts
         return Account(

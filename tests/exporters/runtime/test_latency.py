@@ -120,6 +120,23 @@ def test_equal_layers_are_measured_once_and_kept(
     assert len(timed) == 4
 
 
+def test_what_is_new_is_in_milliseconds_of_what_is_known(
+    parts: Mapping[str, Program], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    slower = 1.0
+
+    def measured(self: OnnxRuntimeDevice, models: Mapping[str, Any]) -> dict[str, Cost]:
+        return {k: replace(COST, ms=slower * run[0].num_parameters()) for k, run in models.items()}
+
+    monkeypatch.setattr(OnnxRuntimeDevice, "_measured", measured)
+    known = device(tmp_path).measure({"first": parts["first"]})
+    slower = 3.0  # the machine is busy
+    found = device(tmp_path).measure(parts)
+    assert found["first"] == known["first"]
+    for name, program in parts.items():
+        assert found[name].ms == pytest.approx(program.num_parameters())
+
+
 ENVIRONMENT = {"cpu": "X", "threads": 1}
 
 

@@ -190,9 +190,33 @@ def test_flops_are_met_too(captured: Captured) -> None:
     assert report.predicted_ms == pytest.approx(flops(result) / 1e6, rel=1e-2)
 
 
-def test_what_is_off_is_said(captured: Captured) -> None:
+def test_prices_are_corrected_before_training(captured: Captured) -> None:
+    class Fast(Machine):
+        """Branches alone seem to take less than inside of the model."""
+
+        def _cost(self, name: str, program: Program) -> Cost:
+            cost = Machine._cost(self, name, program)
+            return replace(cost, ms=cost.ms * 0.7) if " at " in name else cost
+
     program = captured("tiny-bert")
-    ctx = context(program, Machine(slower=1.2))
+    ctx = context(program, Fast())
+    _, report, _ = run(program, step(Budget(speedup=1.7), roles=("head", "neuron")), ctx)
+    assert report.measured_ms == pytest.approx(report.dense_ms / 1.7, rel=0.05)
+    assert not report.warnings
+
+
+def test_what_is_off_is_said(captured: Captured) -> None:
+    class Slowing(Machine):
+        """Slower from the second look at a smaller model on."""
+
+        def measure(self, models: Mapping[str, Program], **options: Any) -> dict[str, Cost]:
+            found = Machine.measure(self, models, **options)
+            if "chosen" in models:
+                self.slower = 1.2
+            return found
+
+    program = captured("tiny-bert")
+    ctx = context(program, Slowing())
     _, report, _ = run(program, step(Budget(speedup=1.5), epochs=1, end=0), ctx)
     assert report.measured_ms == pytest.approx(1.2 * report.predicted_ms, rel=1e-3)
     (warning,) = report.warnings
