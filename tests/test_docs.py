@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ast
-import importlib.util
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,9 @@ import typer
 
 import graphprune as gp
 from graphprune.cli.app import app
+from graphprune.ir.cost import flops
 from graphprune.models.zoo.tiny import tiny
+from graphprune.pipeline.device import Cost
 from graphprune.pipeline.recipe import loads
 
 ROOT = Path(__file__).parent.parent
@@ -24,8 +24,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 _FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
 _SITE = "https://github.com/graphprune/graphprune/blob/main/"
-# Run by tests/consumers, where what they need is installed.
-_ELSEWHERE = {"fastembed", "onnxruntime", "transformers"}
+_FOREIGN = re.compile(r"^(from|import) (fastembed|onnxruntime|transformers)", re.MULTILINE)
 
 
 def blocks(language: str) -> Iterator[Any]:
@@ -38,50 +37,67 @@ def blocks(language: str) -> Iterator[Any]:
                 yield pytest.param(match[3], id=f"{page.name}:{line}")
 
 
-def imported(code: str) -> set[str]:
-    """Names of packages that code imports."""
-    found = set()
-    for node in ast.walk(ast.parse(code)):
-        if isinstance(node, ast.Import):
-            found |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module.partition(".")[0])
-    return found
+def _snippets(page: Path) -> list[str]:
+    """Python blocks of a page that need nothing but this project; tests/consumers runs the rest."""
+    found = [m[3] for m in _FENCE.finditer(page.read_text(encoding="utf-8")) if m[2] == "python"]
+    return [code for code in found if not _FOREIGN.search(code)]
 
 
-@pytest.fixture(scope="module")
-def names() -> dict[str, Any]:
+class Flops:
+    """A device whose milliseconds are FLOPs: the models here are too small to be timed."""
+
+    name, threads, can_measure = "flops", 1, True
+
+    def measure(self, models: Mapping[str, gp.Program], **options: Any) -> dict[str, Cost]:
+        found = {name: flops(p, p.deployed) / 1e6 for name, p in models.items()}
+        return {name: Cost(ms, models[name].nbytes(), ms, ms) for name, ms in found.items()}
+
+
+def tokenizer(folder: Path) -> Any:
+    """A tokenizer of some words, also as files in a folder."""
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {"[PAD]": 0, "[UNK]": 1, "a": 2, "man": 3, "eats": 4}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.save(str(folder / "tokenizer.json"))
+    return made
+
+
+@pytest.fixture
+def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What snippets take for granted, on tiny models."""
     pytest.importorskip("transformers")
-    model, batch = tiny("tiny-bert")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("graphprune.api._device", lambda file, threads, progress: Flops())
+    model, batch = tiny("tiny-encoder")
     llm, ids = tiny("tiny-llama")
-    labeled = [{**batch, "labels": torch.zeros(len(batch["input_ids"]), dtype=torch.long)}] * 2
+    labels = torch.arange(len(batch["input_ids"])) % 2
+    Path("dev.tsv").write_text("sentence1\tsentence2\tscore\na man\ta man\t5\na\teats\t0\n")
     return {
         "gp": gp,
         "model": model,
         "batch": batch,
         "batches": [batch] * 4,
+        "tok": tokenizer(tmp_path),
+        "tokenizer_dir": tmp_path,
+        "dev": tmp_path / "dev.tsv",
         "llm": llm,
         "ids": ids,
         "token_batches": [ids] * 2,
-        "loader": labeled,
-        "dev_batches": labeled,
+        "loader": [{**batch, "labels": labels}] * 2,
+        "dev_batches": [{**batch, "labels": labels}],
     }
 
 
+SNIPPETS = [page for page in PAGES if page.stem != "CONTRIBUTING" and _snippets(page)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("code", [*blocks("python")])
-def test_snippet_runs(
-    code: str, names: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    needed = imported(code)
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    if missing:
-        pytest.skip(f"{', '.join(missing)} is not installed")
-    if needed & _ELSEWHERE:
-        pytest.skip("run by tests/consumers")
-    monkeypatch.chdir(tmp_path)
-    exec(compile(code, "snippet", "exec"), dict(names))
+@pytest.mark.parametrize("page", SNIPPETS, ids=lambda page: page.name)
+def test_snippets_run(page: Path, names: dict[str, Any]) -> None:
+    # One after another, as a reader would: a page's later snippets go on from its earlier ones.
+    for code in _snippets(page):
+        exec(compile(code, page.name, "exec"), names)
 
 
 @pytest.mark.parametrize("text", [*blocks("yaml")])
