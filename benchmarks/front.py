@@ -63,7 +63,7 @@ INT8 = Quantize("int8-dynamic")
 
 
 class Bench:
-    """The dense model, its calibration batches, and what judges every point."""
+    """The dense model, its calibration batches, and how every point is evaluated."""
 
     def __init__(self, settings: Settings, folder: Path) -> None:
         loaded = load_model("minilm")
@@ -77,15 +77,15 @@ class Bench:
         self.task = "neighbors" if self.data is None else "sts"
         lines = LINES // 4 if settings.quick else LINES
         self.batches: list[Any] = list(self._calibration(lines))
-        self.twin = self.dense.export(self.folder / "dense").session(1)
+        self.session = self.dense.export(self.folder / "dense").session(1)
         self.timed: dict[Any, Row] = {}
 
     def _calibration(self, lines: int) -> Sequence[dict[str, Tensor]]:
         names = list(self.inputs)
         if self.data is not None:
             return calibration_batches(self.data / "train.tsv", names, self.tokenizer, lines)
-        judged = set(python_sentences(SENTENCES))
-        found = [s for s in python_sentences(SENTENCES + 2 * lines) if s not in judged]
+        evaluated = set(python_sentences(SENTENCES))
+        found = [s for s in python_sentences(SENTENCES + 2 * lines) if s not in evaluated]
         return text_batches(found[:lines], names, self.tokenizer)
 
     def compiled(self, passes: Sequence[Pass]) -> Compiled:
@@ -101,7 +101,7 @@ class Bench:
             model = artifact.session(1)
             self.timed[widths] = self._timing(artifact)
         result = evaluate(
-            self.task, model, tokenizer_dir=self.tokenizer, dense=self.twin, data=self.data
+            self.task, model, tokenizer_dir=self.tokenizer, dense=self.session, data=self.data
         )
         return {
             "removed": name,

@@ -1,6 +1,6 @@
-"""MiniLM-L6, FFN neurons and heads removed, in ONNX Runtime fp32 against its dense twin.
+"""MiniLM-L6, FFN neurons and heads removed, in ONNX Runtime fp32 against the dense model.
 
-The twin is the strongest dense export there is here (`python -m benchmarks.attention`). Timed in
+The dense model is the strongest export there is here (`python -m benchmarks.attention`). Timed in
 turns; with one thread the clock is that thread's CPU time, so that other programs do not count,
 with more it is the wall's. The ratio's spread is the quartiles over rounds.
 

@@ -57,7 +57,7 @@ from graphprune.ir.program import Program
 from graphprune.models import load_model
 from graphprune.models.data.batches import Batches, table_batches
 from graphprune.models.data.tables import Schema
-from graphprune.models.tasks.labeled import judge
+from graphprune.models.tasks.labeled import evaluate_labeled
 from graphprune.models.zoo.heads import with_head
 from graphprune.passes import (
     L1,
@@ -198,10 +198,10 @@ class Bench:
         """On the test sentences; of a quantized program in ONNX Runtime."""
         file = self.data / ("dev.tsv" if self.quick else "test.tsv")
         if program.quantization is None:
-            return judge(program, self.tokenizer, file, self.schema).value
+            return evaluate_labeled(program, self.tokenizer, file, self.schema).value
         with tempfile.TemporaryDirectory() as folder:
             session = export(program, Path(folder) / "artifact").session()
-            return judge(session, self.tokenizer, file, self.schema).value
+            return evaluate_labeled(session, self.tokenizer, file, self.schema).value
 
     def _captured(self) -> Program:
         return graphprune.compile(self.model.module, [], example_inputs=self.inputs).program

@@ -94,7 +94,7 @@ def _scored(logits: Tensor, wanted: Tensor) -> Scored:
     if bool(chosen.isnan().any()):
         raise GraphPruneError(
             "the model's logits are NaN for some tokens of the task's data, so there is nothing to "
-            "judge: look for an overflow (float16) or a broken weight"
+            "evaluate: look for an overflow (float16) or a broken weight"
         )
     return Scored(float(chosen.double().sum()), bool((logits.argmax(dim=-1) == wanted).all()))
 

@@ -1,4 +1,4 @@
-"""Structured optimal brain surgeon: which columns of a weight to remove, and how to mend the rest.
+"""Structured optimal brain surgeon: which columns of a weight to remove, with compensation.
 
 For a weight W [out, in] with inputs of Gram matrix H [in, in], removing the columns G of a unit
 costs least when the others are updated with the inverse Hessian (ZipLM, arXiv 2302.04089):

@@ -312,7 +312,7 @@ def _pairs(
     skipped: dict[str, str],
     ctx: Context,
 ) -> list[_Pair]:
-    """Every place of these sites with its twin in the dense model; others go to `skipped`."""
+    """Every place of these sites with the same one in the dense model; others go to `skipped`."""
     wanted = [site.name for site in sites]
     here, there = (_places(p, ctx) for p in (program, dense))
     tables = _tables(program)
@@ -345,12 +345,12 @@ def _pairs(
     for site in linear_sites(ctx.get(axis_groups, program)):
         if site.name not in wanted or site.name in reasons:
             continue
-        twin = there[site.name].pop(0)
-        if len(here[site.name]) == 1 and number[twin.node] < reached:
+        former = there[site.name].pop(0)
+        if len(here[site.name]) == 1 and number[former.node] < reached:
             reasons[site.name] = "it comes earlier in the dense model"
             continue
-        reached = max(reached, number[twin.node])
-        pairs.append(_Pair(site, twin, rows.get(site.name)))
+        reached = max(reached, number[former.node])
+        pairs.append(_Pair(site, former, rows.get(site.name)))
     skipped |= reasons
     return pairs
 

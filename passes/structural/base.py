@@ -29,7 +29,7 @@ from graphprune.passes.structural.statistics import (
 from graphprune.pipeline.base import Context, Invariant, Pass, PassResult
 from graphprune.validate import check_number, check_whole
 
-OF = ("now", "dense")
+OF = ("current", "dense")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +52,8 @@ class StructuralPass(Pass):
         targets: name patterns; only groups that reach such a tensor. Globs for a name or a module,
             or "re:" and a regular expression.
         ignore: name patterns to leave alone.
-        of: what ratio is a part of: the units there are "now", or those of the "dense" model, of
-            which some may be gone already.
+        of: what ratio is a fraction of: the units of the "current" program, or those of the
+            "dense" model, of which some may be gone already.
     """
 
     preserves: ClassVar[Invariant] = Invariant.INTERFACE
@@ -69,7 +69,7 @@ class StructuralPass(Pass):
     floor: float = 0.0
     targets: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
-    of: str = "now"
+    of: str = "current"
 
     def __post_init__(self) -> None:
         check_number("ratio", self.ratio, "the part to remove, at least 0 and below 1",
@@ -80,7 +80,11 @@ class StructuralPass(Pass):
             "floor", self.floor, "the part of each group that stays, 0 to 1", low=0, high=1
         )
         if self.of not in OF:
-            raise RecipeError(f"ratio is a part of the units 'now' or 'dense', got of={self.of!r}")
+            was = "; 'now' is called 'current'" if self.of == "now" else ""
+            raise RecipeError(
+                f"of is 'current' or 'dense': ratio is a fraction of the program's units or of the "
+                f"dense model's, got {self.of!r}{was}"
+            )
         score_named(self.score)
         allocation_named(self.allocation)
         check_compensation(self.compensate)
@@ -232,7 +236,7 @@ class StructuralPass(Pass):
         if former is None or former.size < group.size:
             raise UnsupportedError(
                 f"pass {ctx.running!r} counts units of the dense model, which has no "
-                f"{group.role} axis {group.id!r} of as many; take of='now'"
+                f"{group.role} axis {group.id!r} of as many; take of='current'"
             )
         # Another factor of the same channels may be smaller by now.
         before, after = (

@@ -56,7 +56,7 @@ class GradualMagnitude(PatternPass, GradualPass):
     schedule: str = "cubic"
     initial: float = 0.0
     every: int = 10
-    pattern: str = "single"
+    pattern: str = "unstructured"
     _: KW_ONLY
     epochs: int = 3
 
@@ -107,15 +107,15 @@ class GradualMagnitude(PatternPass, GradualPass):
             },
         )
         result = with_zeroed(fitted.program, sites)
-        told = trained_report(fitted)
+        trained = trained_report(fitted)
         part = _sparsity(result, sites)
         epochs = [
             {**record, "sparsity": sparsity}
-            for record, sparsity in zip(told["epochs"], masking.reached, strict=True)
+            for record, sparsity in zip(trained["epochs"], masking.reached, strict=True)
         ]
         report = {
-            **told,
-            "summary": f"{part:.1%} of the weights in {len(sites)} matrices, {told['summary']}",
+            **trained,
+            "summary": f"{part:.1%} of the weights in {len(sites)} matrices, {trained['summary']}",
             "epochs": epochs,
             "sparsity": part,
             # Not under "sites": a page of matrices wants more of each than there is to say here.
@@ -127,7 +127,7 @@ class GradualMagnitude(PatternPass, GradualPass):
                 }
                 for site in sites
             ],
-            "skipped": {**told.get("skipped", {}), **skipped},
+            "skipped": {**trained.get("skipped", {}), **skipped},
         }
         return PassResult(result, True, report)
 

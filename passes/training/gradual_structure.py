@@ -173,7 +173,7 @@ class GradualStructure(GradualPass):
         skipped: Mapping[str, str],
         ctx: Context,
     ) -> dict[str, JSON]:
-        ledger, told = state.ledger, trained_report(fitted)
+        ledger, trained = state.ledger, trained_report(fitted)
         summary = f"density {ledger.density:.1%} of {len(ledger.units)} axes"
         reached: dict[str, JSON] = {}
         if state.budgeted is not None:
@@ -181,12 +181,12 @@ class GradualStructure(GradualPass):
             reached["dropped"] = [name for name in ledger.sublayers if name in ledger.dropped]
             summary = reached.pop("summary")
         return {
-            **told,
+            **trained,
             **reached,
-            "summary": f"{summary}, {told['summary']}",
+            "summary": f"{summary}, {trained['summary']}",
             "epochs": [
                 {**record, "density": density}
-                for record, density in zip(told["epochs"], state.reached, strict=True)
+                for record, density in zip(trained["epochs"], state.reached, strict=True)
             ],
             "density": ledger.density,
             "groups": [
@@ -196,7 +196,7 @@ class GradualStructure(GradualPass):
             # Not of dims that each head has its own of.
             "kept": kept_indices(fitted.program.history[len(program.history) :]),
             "scores": state.summary(),
-            "skipped": {**told.get("skipped", {}), **skipped},
+            "skipped": {**trained.get("skipped", {}), **skipped},
             "frozen": [f.to_json() for f in frozen_parameters(ctx.get(axis_groups, program))],
             "parameters_before": program.num_parameters(),
             "parameters_after": fitted.program.num_parameters(),

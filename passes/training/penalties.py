@@ -60,7 +60,7 @@ class Parts:
 
     Attributes:
         expanding: weights that make neurons; units are neurons.
-        contracting: weights that read neurons; units are outputs, or neurons if so wished.
+        contracting: weights that read neurons; units are outputs, or neurons if asked for.
         attention: for each input of an attention, the parts that read it; units are its features.
     """
 
