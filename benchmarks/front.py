@@ -4,7 +4,7 @@ Quality is Spearman's rank correlation on the STS Benchmark's test pairs, calibr
 sentences of its training part; $GRAPHPRUNE_DATA names the folder that holds stsb/. Without it:
 agreement of ten nearest neighbors with the dense model on sentences of Python's own help topics,
 calibrated on others of them. Milliseconds are CPU time of one thread for one sentence of 128
-tokens, dense float and the model in turns; "faster" is the median ratio to dense float.
+tokens, dense float and the model interleaved; "faster" is the median ratio to dense float.
 
 A point is on the front when no other is both faster and better. --plot draws it. Float points of
 equal widths are one graph to ONNX Runtime and share one measurement.
@@ -40,7 +40,7 @@ from graphprune.pipeline.base import Pass
 from graphprune.report.page import points_page
 
 TOKENS = 128
-# (name, part of the FFN neurons removed, part of the 12 heads removed)
+# (name, fraction of the FFN neurons removed, fraction of the 12 heads removed)
 CUTS = (
     ("FFN 50 %", 0.5, 0.0),
     ("FFN 75 %", 0.75, 0.0),

@@ -24,7 +24,7 @@ from graphprune.models import load_model
 from graphprune.passes import PruneHeads, PruneNeurons
 
 TOKENS = 128
-# name -> (part of the FFN neurons removed, part of the 12 heads removed, speed-up to reach)
+# name -> (fraction of the FFN neurons removed, fraction of the 12 heads removed, speed-up to reach)
 CUTS = {
     "FFN 50 %, 8 of 12 heads": (0.5, 4 / 12, 1.55),
     "FFN 25 %, 6 of 12 heads": (0.75, 6 / 12, 2.3),

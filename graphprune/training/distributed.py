@@ -80,7 +80,7 @@ class Workers:
         return result
 
     def share_gradients(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Give every process the sum of all gradients; who had none in all processes, has none."""
+        """Sum gradients over processes; a parameter without one in every process keeps none."""
         if self.count == 1:
             return
         by_type: dict[torch.dtype, list[nn.Parameter]] = {}

@@ -62,7 +62,8 @@ class Masking(Protocol):
         """By tensor name, true where weights may live; None where nothing is new.
 
         Called before each optimizer step, `step` from 0 of `total`, with the scored terms'
-        gradients, summed over processes, in `.grad`. It must not draw lots: every process calls it.
+        gradients, summed over processes, in `.grad`. It must not draw random numbers: every
+        process calls it.
         """
 
     def settled(self, step: int, total: int) -> bool:

@@ -110,7 +110,7 @@ def continuations(
     """What a model thinks of the second of each two texts, after the first.
 
     As lm-evaluation-harness does it: the two are tokenized together, without special tokens, and
-    what comes behind the number of tokens that the first has alone is the second's.
+    what comes after the number of tokens that the first has alone is the second's.
 
     Args:
         model: as for `scorer`.

@@ -118,7 +118,7 @@ class PruneRecover(Pass):
 
 
 def _share(step: Pass, part: float) -> Pass:
-    """The pass with a part of its total."""
+    """The pass with a fraction of its total."""
     known: Any = step
     names = {option.name for option in options(type(step))}
     if {"ratio", "of"} <= names:

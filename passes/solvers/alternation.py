@@ -92,7 +92,7 @@ class Alternation:
         return total
 
     def energy(self) -> float:
-        """Σ|y - its bias|²: what the error is a part of."""
+        """Σ|y - its bias|²: what the error is relative to."""
         return float((self.y - self._bias(self.block.down)).square().sum(dtype=torch.float64))
 
     def fit_up(self, up: LinearSite, inputs: Inputs) -> Tensor:

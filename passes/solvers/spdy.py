@@ -18,7 +18,7 @@ import numpy.typing as npt
 Levels = tuple[int, ...]
 Sensitivities = npt.NDArray[np.float64]
 
-RANDOM = 0.4  # part of the evaluations that go to random sensitivities
+RANDOM = 0.4  # fraction of the evaluations that go to random sensitivities
 
 
 @final

@@ -63,7 +63,7 @@ class LeastSquares(SitePass):
     5. Experts are left alone: the dense model may route other rows to them.
 
     Attributes:
-        damping: how strongly weights hold on to what they are: λ, as a part of the mean squared
+        damping: how strongly weights hold on to what they are: λ, as a fraction of the mean squared
             input.
     """
 

@@ -103,7 +103,7 @@ def removed_mask(scores: Tensor, sparsity: float, pattern: Pattern, per_row: boo
 
     Args:
         scores: [out, in], higher is more important.
-        sparsity: part of the units to remove; an n:m pattern has its own.
+        sparsity: fraction of the units to remove; an n:m pattern has its own.
         pattern: what goes together; it must fit the shape.
         per_row: choose the same number in every row of units, instead of over the whole matrix;
             not where a row is one unit, which leaves nothing to choose.

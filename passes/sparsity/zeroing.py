@@ -119,8 +119,8 @@ class ZeroingPass(PatternPass):
         if self.sparsity is None and pattern.sparsity is None:
             raise RecipeError(f"pattern {self.pattern!r} needs a sparsity, such as 0.5")
         if self.sparsity is not None:
-            check_number("sparsity", self.sparsity, "the part of the weights to zero, at least 0 "
-                         "and below 1", low=0, high=1, open_high=True)  # fmt: skip
+            check_number("sparsity", self.sparsity, "the fraction of the weights to zero, at least "
+                         "0 and below 1", low=0, high=1, open_high=True)  # fmt: skip
             own = pattern.sparsity
             if own is not None and abs(self.sparsity - own) > 1e-6:
                 raise RecipeError(

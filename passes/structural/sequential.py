@@ -109,7 +109,7 @@ def cut_groups(
         score: which units go first.
         ctx: the batches and the progress.
         method: how kept weights compensate for removed ones.
-        damping: part of the mean squared input added to a Gram matrix's diagonal.
+        damping: fraction of the mean squared input added to a Gram matrix's diagonal.
         target: what least squares fits to; by default each weight's own output.
     """
     batches = list(ctx.batches())

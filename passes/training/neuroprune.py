@@ -35,12 +35,12 @@ CONTRACTING = ("rows", "columns")
 @final
 @dataclass(frozen=True, slots=True)
 class NeuroPrune(PenaltyPass):
-    """Train with penalties that wire the network sparsely, and merge heads that do alike.
+    """Train with penalties that wire the network sparsely, and merge heads that do the same.
 
     loss = task + alpha · feed-forward + beta · attention         (arXiv 2404.01306)
 
     1. Feed-forward: l1 weighted by preferential attachment. Each unit's weights are divided by the
-       part of its connections that is alive, so that poor units die whole.
+       fraction of its connections that is alive, so that poor units die whole.
     2. Attention: the square root of each input feature's l1 norm over query, key and value.
     3. After every epoch, heads whose incoming weights differ by at most theta from another's are
        merged into it: their outgoing weights are added, and they are removed, verified. The last

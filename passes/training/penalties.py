@@ -1,11 +1,11 @@
 """Penalties that make weights go to zero where zeros become structure, and where they act.
 
-    feed-forward   Σ_u v_u Σ_j |w_uj|,  v_u = 1 / (part of u's weights that are alive)
+    feed-forward   Σ_u v_u Σ_j |w_uj|,  v_u = 1 / (fraction of u's weights that is alive)
     attention      Σ_i (Σ |w| over all of q, k, v that reads input feature i)^½
 
-The first is preferential attachment (NeuroPrune, arXiv 2404.01306): who has few connections pays
-more for each, so rows die whole. The second is a group penalty on input features. Both are found
-from axis groups and linear sites: fused, transposed and gated weights alike.
+The first is preferential attachment (NeuroPrune, arXiv 2404.01306): a unit with few connections
+pays more for each, so rows die whole. The second is a group penalty on input features. Both are
+found from axis groups and linear sites: fused, transposed and gated weights alike.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def find_parts(groups: AxisGroups, columns: bool = False) -> Parts:
 
 
 def connectivity(weight: Tensor, threshold: float) -> Tensor:
-    """The part of each unit's connections that is alive, at least one of them; [..., units]."""
+    """The fraction of each unit's connections that is alive, at least one of them; [..., units]."""
     count = weight.shape[-1]
     alive = (weight.detach().abs() >= threshold).sum(-1).to(weight.dtype)
     return (alive / count).clamp_min(1 / count)

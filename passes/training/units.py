@@ -225,7 +225,7 @@ class Ledger:
 
     @property
     def density(self) -> float:
-        """The part of what all units cost that is left."""
+        """The fraction of the cost of all units that is left."""
         return 1 - self.removed / self.total
 
     def drain(self) -> Ledger:

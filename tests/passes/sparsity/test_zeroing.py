@@ -455,11 +455,11 @@ CLASSES: list[Any] = [Magnitude, Wanda, SparseGPT, SparseLLM]
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sparsity": 1.0}, r"sparsity must be the part .* below 1, got 1.0"),
-        ({"sparsity": -0.1}, "sparsity must be the part"),
-        ({"sparsity": float("nan")}, "sparsity must be the part"),
-        ({"sparsity": "half"}, "sparsity must be the part .*got 'half'"),
-        ({"sparsity": True}, "sparsity must be the part"),
+        ({"sparsity": 1.0}, r"sparsity must be the fraction .* below 1, got 1.0"),
+        ({"sparsity": -0.1}, "sparsity must be the fraction"),
+        ({"sparsity": float("nan")}, "sparsity must be the fraction"),
+        ({"sparsity": "half"}, "sparsity must be the fraction .*got 'half'"),
+        ({"sparsity": True}, "sparsity must be the fraction"),
         ({}, "pattern 'unstructured' needs a sparsity, such as 0.5"),
         ({"pattern": "columns"}, "pattern 'columns' needs a sparsity"),
         ({"pattern": "2:4", "sparsity": 0.6}, "which is a sparsity of 0.5, not 0.6: leave"),

@@ -240,7 +240,7 @@ def test_distilling_brings_it_nearer_to_the_dense_model(captured: Captured) -> N
     ("options", "says"),
     [
         ({}, "needs a final sparsity, such as final=0.8"),
-        ({"final": 1.0}, "final must be the part of the weights"),
+        ({"final": 1.0}, "final must be the final fraction"),
         ({"final": 0.8, "pattern": "2:4"}, "not 0.8: leave final out"),
         ({"final": 0.8, "schedule": "cubik"}, "did you mean 'cubic'"),
         ({"final": 0.8, "lr_schedule": "cubic"}, "there is no schedule 'cubic'"),

@@ -619,7 +619,7 @@ def test_the_cached_form_is_cut_alike() -> None:
 
 def test_refusals(captured: Captured) -> None:
     cases: tuple[tuple[dict[str, Any], str], ...] = (
-        ({"density": 0}, "density must be a part above 0, at most 1"),
+        ({"density": 0}, "density must be a fraction above 0, at most 1"),
         ({"density": 1.5}, "density must be"),
         ({"score": "tailor"}, "did you mean 'taylor'"),
         ({"smoothing": 1}, "smoothing must be below 1"),

@@ -419,7 +419,7 @@ def test_refusals(captured: Captured) -> None:
         ({"theta": -0.1}, "theta must be 0 or more, or null"),
         ({"threshold": 0}, "threshold must be a number above 0"),
         ({"zero_below": -1}, "zero_below must be 0 or more"),
-        ({"sparsity": 1.5}, "sparsity must be a part of all weights"),
+        ({"sparsity": 1.5}, "sparsity must be a fraction of all weights"),
         ({"contracting": "colums"}, "did you mean 'columns'"),
         ({"epochs": 0}, "epochs must be"),
     ):
