@@ -5,7 +5,8 @@
 
 The first is preferential attachment (NeuroPrune, arXiv 2404.01306): a unit with few connections
 pays more for each, so rows die whole. The second is a group penalty on input features. Both are
-found from axis groups and linear sites: fused, transposed and gated weights alike.
+found from axis groups and linear sites, in fused, transposed and gated weights too. Their gradients
+are v_u sign(w) and sign(w) / (2 (s_i + δ)^½), s_i the sum under the root.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Part:
 @final
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What is regularized in a program.
+    """The weights of a program that are regularized.
 
     Attributes:
         expanding: weights that make neurons; units are neurons.
@@ -121,18 +122,18 @@ def connectivity(weight: Tensor, threshold: float) -> Tensor:
 
 
 def attachment_penalty(weight: Tensor, threshold: float) -> Tensor:
-    """Σ_u v_u Σ_j |w_uj| of [..., units, others]; v is a constant for the gradient."""
+    """Return Σ_u v_u Σ_j |w_uj| of [..., units, others]; v is a constant for the gradient."""
     return (weight.abs().sum(-1) / connectivity(weight, threshold)).sum()
 
 
 def group_penalty(weights: Sequence[Tensor]) -> Tensor:
-    """Σ_i (Σ |w| of unit i in all weights)^½; each [..., units, others]."""
+    """Return Σ_i (Σ |w| of unit i in all weights)^½, weights [..., units, others], equal units."""
     sums = torch.stack([w.abs().sum(-1) for w in weights]).sum(0)
     return (sums + DELTA).sqrt().sum()
 
 
 def l1_penalty(weights: Sequence[Tensor]) -> Tensor:
-    """Σ |w|."""
+    """Return Σ |w| over all weights."""
     return torch.stack([w.abs().sum() for w in weights]).sum()
 
 
