@@ -34,7 +34,7 @@ def check_cost(cost: Cost) -> None:
 
 @final
 class Costs:
-    """A folder of costs. What is damaged is measured again; a warning says so, once."""
+    """A folder of costs. What is damaged is measured again, with one warning."""
 
     def __init__(self, folder: Path, environment: Mapping[str, Any]) -> None:
         """Costs of one environment.

@@ -71,11 +71,11 @@ class Stream:
         """Run every batch up to the last of these sites, and show each site its input rows.
 
         Afterwards the weights of these sites, and of anything later, may change; what lies before
-        the first of them has been left behind. Sites must be visited in execution order.
+        the first of them has been passed. Sites must be visited in execution order.
 
         Args:
             program: the tensors to run with.
-            sites: of this entry, none of them before a place that was left behind.
+            sites: of this entry, none of them before a place that was passed.
             observe: called with a site and its input rows [n, in], padding dropped.
 
         Raises:
@@ -168,7 +168,7 @@ class Stream:
         node = self.nodes[j]
 
         def value(source: fx.Node) -> Any:
-            # Tensors are read anew each time: the pass may have replaced them since.
+            # Tensors are read again each time: the pass may have replaced them since.
             return (
                 program.tensors[str(source.target)] if source.op == "get_attr" else values[source]
             )

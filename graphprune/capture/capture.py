@@ -351,7 +351,7 @@ def _check_operators(model: nn.Module, graph: fx.Graph) -> None:
 def _check_known(model: nn.Module, graph: fx.Graph) -> None:
     """Refuse ATen operators that no saved program may call; those of other libraries only freeze.
 
-    They are kernels behind public operators, and operators on sparse, nested or quantized tensors.
+    They are kernels of public operators, and operators on sparse, nested or quantized tensors.
     """
     for node in graph.nodes:
         target = node.target

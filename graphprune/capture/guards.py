@@ -3,8 +3,8 @@
 torch.export follows one path through forward. Where the path depends on a size, it notes a guard:
 `s27 <= 16` for `if x.shape[1] > 16`, `Eq(Mod(s27, 4), 0)` for a length that must be padded. The
 graph is right where all guards hold. Most guards do not come from the model, though, but from torch
-working out strides and layouts; those hold nothing that the operators of the graph would not find
-out anew, and they forbid sizes at random (a length of 3 beside a slice of 3), so they are left out.
+working out strides and layouts. These say nothing that the operators of the graph do not check
+themselves, and forbid sizes at random (a length of 3 beside a slice of 3), so they are left out.
 """
 
 from __future__ import annotations
@@ -185,8 +185,7 @@ def _from_torch(guard: ShapeGuard) -> bool:
 def _decides(guard: ShapeGuard) -> bool:
     """Whether a comparison of torch's own chooses what is computed.
 
-    Sizes that differ, and sizes of several inputs, are about broadcasting: it is done anew on each
-    call.
+    Sizes that differ, and sizes of several inputs, are about broadcasting, which every call does itself.
     """
     frame: Any = guard.sloc.framework_loc
     place = f"{Path(frame.filename).relative_to(_TORCH).as_posix()}:{frame.name}"

@@ -111,7 +111,7 @@ class Memory:
         return now
 
     def _now(self, node: fx.Node) -> _Held:
-        """What a value is read as here; a view of what has changed since is made anew."""
+        """What a value is read as here; a view of what has changed since is recomputed."""
         node = self._own(node)
         held = self._held.get(node, node)
         if node not in self._base:

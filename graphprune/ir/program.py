@@ -52,7 +52,7 @@ class Argument:
         """Refuse a call without this argument where its default is not what was captured.
 
         Raises:
-            GraphPruneError: so it is; both values are named.
+            GraphPruneError: it is another value; both are named.
         """
         if self.default is not None:
             values = [leaf.value for leaf in self.leaves if isinstance(leaf, Constant)]

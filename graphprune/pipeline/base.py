@@ -141,7 +141,7 @@ class Context:
 
     @property
     def generator(self) -> torch.Generator:
-        """The source of randomness; the pipeline seeds it anew before every pass."""
+        """The source of randomness; the pipeline seeds it before every pass."""
         return self._generator
 
     def batches(self) -> Iterable[Any]:

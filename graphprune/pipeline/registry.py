@@ -37,7 +37,7 @@ def register(cls: P) -> P:
     if inspect.isabstract(cls):
         missing = sorted(cls.__abstractmethods__)
         raise RecipeError(f"pass {where} is abstract; define {missing}")
-    # `params` exists only on dataclasses; slots=True makes the class anew, so it is looked up here.
+    # `params` exists only on dataclasses; slots=True creates another class, so look it up here.
     params = getattr(cls, "__dataclass_params__", None)
     if params is None or not params.frozen:
         raise RecipeError(f"pass {where} must be a @dataclass(frozen=True, slots=True)")

@@ -135,7 +135,7 @@ def _masked(
 
 
 def filled(graph: fx.Graph, value: fx.Node, name: str, where: Tensor) -> fx.Node:
-    """A value with zeros where a bool tensor of this name says so, whatever is there.
+    """Zero a value where the bool tensor of this name is true, infinity and NaN too.
 
     Shapes stay, so metadata is known without propagating the whole graph again.
     """

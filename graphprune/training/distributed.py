@@ -158,7 +158,7 @@ class Feed:
                     raise TrainingError(
                         f"the training data end after {number} of {self.batches} batches in epoch "
                         f"{epoch + 1}: give what can be read again every epoch (a list, a "
-                        "DataLoader, a class with __iter__ that begins anew)"
+                        "DataLoader, a class whose __iter__ starts again)"
                     )
                 if number - start == self.workers.rank:
                     mine = batch

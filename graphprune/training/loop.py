@@ -390,7 +390,7 @@ class _Run:
         return TrainingError(
             f"pass {self.ctx.running!r}: {what} at step {place.step + 1}, in epoch "
             f"{place.epoch + 1}; training stopped before that step, and the weights {kept} "
-            "are kept: look at that batch, or train anew with a lower lr or a longer warmup"
+            "are kept: look at that batch, or train again with a lower lr or a longer warmup"
             + (", and another folder for checkpoints" if self.folder is not None else ""),
             self._as_given(self.good),
         )

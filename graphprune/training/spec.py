@@ -31,7 +31,8 @@ class Training:
 
     Attributes:
         data: batches, to be read once an epoch: a list, a torch DataLoader, anything that can be
-            iterated anew. Randomness of torch in it (shuffling) is seeded by `compile(seed=...)`.
+            iterated several times. Randomness of torch in it (shuffling) is seeded by
+            `compile(seed=...)`.
         loss: "classification" (labels int64), "regression" (labels float), "causal-lm" (labels are
             the token ids, -100 where they do not count), or a function of (outputs, batch) that
             returns a tensor with one number, the batch's mean.
@@ -92,7 +93,7 @@ class Training:
 
 
 def run_eval(evaluate: Callable[[Program], object], program: Program) -> float:
-    """Call an eval function, and return the number that it gives for a program.
+    """Call an eval function on a program.
 
     Raises:
         TrainingError: it raised something, or gave no finite number.
@@ -141,10 +142,10 @@ def _check_data(name: str, data: object) -> None:
 
 
 def check_batch(batch: object, where: str) -> None:
-    """Whether something is a mapping of names to tensors.
+    """Refuse a batch that is no mapping of names to tensors.
 
     Raises:
-        TrainingError: so it is not.
+        TrainingError: it has no keys; `where` is named.
     """
     if not hasattr(batch, "keys"):
         raise TrainingError(

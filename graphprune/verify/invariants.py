@@ -46,7 +46,7 @@ def verify_change(
     1. The pass wrote neither to the graphs nor to the tensors of its input.
     2. `modified` tells the truth about object identity.
     3. Every graph is well formed (`graph.lint`).
-    4. Shapes computed anew from the tensors agree with the stored metadata.
+    4. Shapes recomputed from the tensors agree with the stored metadata.
     5. INTERFACE and SHAPES, where preserved.
     6. NUMERICS where preserved; who resized tensors must have verified masked == shrunk instead.
 

@@ -21,7 +21,7 @@ from graphprune.report.report import Report
 
 # Inputs that most runtimes feed, and some do not: zero where they are not fed.
 OPTIONAL = ("token_type_ids",)
-# Written anew for each artifact.
+# Written for each artifact.
 MADE = ("README.md", EXPORT, FILE)
 
 _log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def check_tokenizer(files: Files, table: int | None) -> None:
         largest = max([*ids, *added], default=-1)
     except (ValueError, KeyError, TypeError) as e:
         raise GraphPruneError(
-            f"tokenizer.json cannot be read ({type(e).__name__}: {e}); save the tokenizer anew"
+            f"tokenizer.json cannot be read ({type(e).__name__}: {e}); save the tokenizer again"
         ) from e
     if largest >= table:
         raise GraphPruneError(

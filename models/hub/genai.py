@@ -17,7 +17,7 @@ from graphprune.ir.decoding import IDS, MASK, PAST, PRESENT
 FILE = "genai_config.json"
 # What model.type may be where onnxruntime-genai 0.18 runs one graph whose cache is keys and values.
 # Not gpt2, whose keys and values it wants in one tensor; lfm2 and qwen3_5_text, which have another
-# cache beside; phi3, phi3small and phimoe, whose texts it reads anew after 4,096 tokens or 8,192.
+# cache beside; phi3, phi3small and phimoe, whose texts it recomputes after 4,096 tokens or 8,192.
 # All of these are "decoder".
 _TYPES = (
     "chatglm", "decoder", "ernie4_5", "gemma", "gemma2", "gemma3_text", "gemma4_text", "gptoss",

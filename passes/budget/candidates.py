@@ -275,7 +275,7 @@ class Candidates:
     def _is_plain(self, group: AxisGroup) -> bool:
         """Whether units may go from tensors alone: the graph of a smaller model is the same one.
 
-        It is tried once for groups that are alike.
+        It is tried once for groups of one role, size and cost.
         """
         key = group.role, group.size, group.cost, len(group.occurrences)
         if key not in self._plain:

@@ -52,7 +52,7 @@ def sensitivity(
     Args:
         program: the model; it is not changed.
         calibration: batches like its example inputs.
-        ratios: parts of the units to remove, each above 0 and below 1.
+        ratios: fractions of the units to remove, each above 0 and below 1.
         score: as the pruning passes take it.
         roles: which groups; by default heads, key/value groups and neurons, those that there are.
         clock: times a role's cut against the dense program; None leaves times out.

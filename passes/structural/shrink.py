@@ -130,7 +130,7 @@ class _Findings:
         return self.program.with_tensors(biases)
 
     def unread(self) -> list[Unread]:
-        """Input features that none of the weights behind one value reads, but others do."""
+        """Input features that none of the weights of one value reads, but others do."""
         at_value: dict[tuple[str, str], list[LinearSite]] = {}
         for entry in self.program.entries:
             for site in linear_sites(self.groups, entry):

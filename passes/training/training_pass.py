@@ -22,7 +22,7 @@ class TrainingPass(Pass):
     """A pass that trains on what `compile(..., training=...)` was given.
 
     Options are given by keyword; a subclass that takes one by position declares it again.
-    Subclasses that are made anew by `slots=True` call `TrainingPass.__post_init__(self)`: super()
+    Subclasses that `slots=True` recreates call `TrainingPass.__post_init__(self)`: super()
     would look for the class before that.
 
     Attributes:

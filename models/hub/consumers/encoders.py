@@ -436,7 +436,7 @@ def _modules(folder: HubFolder) -> str:
 def _assumes_mean(folder: HubFolder, graph: Graph) -> str:
     if folder.has("modules.json"):
         return ""
-    return "without modules.json it pools by the mean and says so"
+    return "without modules.json it pools by the mean, with a warning"
 
 
 def _not_installable(folder: HubFolder, graph: Graph) -> str:

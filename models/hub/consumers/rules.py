@@ -47,7 +47,7 @@ def key(file: str, kind: type, *names: str) -> FileRule:
 
     def rule(folder: HubFolder) -> str:
         if folder.unreadable(file):
-            return ""  # its own rule says so
+            return ""  # its own rule reports it
         found = folder.json(file)
         if any(_is(found.get(name), kind) for name in names):
             return ""
