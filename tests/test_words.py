@@ -46,7 +46,7 @@ RULES = (
     Rule(r"\b(un)?prov(e|es|en|ed|ing)\b", "verify, verified", "proven equal"),
     Rule(r"\btwins?\b", "baseline, or dense model", "the dense twin"),
     Rule(r"\btold\b", "reported", "as it was told"),
-    Rule(r"\bjudg(e|es|ed|ing|e?ments?)\b", "evaluate, evaluated", "judged by a task"),
+    Rule(r"\b(mis)?judg(e|es|ed|ing|e?ments?)\b", "evaluate, evaluated", "judged by a task"),
     Rule(r"\bmend(s|ed|ing)?\b", "compensate, or repair", "mend the rest"),
     Rule(r"\bmak(e|es|ing) up\b(?! (a|the|its)\b)|\bmade up for\b",
          "compensate, error compensation", "the others make up for it"),

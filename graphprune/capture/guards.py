@@ -185,7 +185,8 @@ def _from_torch(guard: ShapeGuard) -> bool:
 def _decides(guard: ShapeGuard) -> bool:
     """Whether a comparison of torch's own chooses what is computed.
 
-    Sizes that differ, and sizes of several inputs, are about broadcasting, which every call does itself.
+    Sizes that differ, and sizes of several inputs, are about broadcasting, which is part of each
+    call.
     """
     frame: Any = guard.sloc.framework_loc
     place = f"{Path(frame.filename).relative_to(_TORCH).as_posix()}:{frame.name}"

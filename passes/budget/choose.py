@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 ROLES = ("head", "kv_group", "neuron")
 CLOSE = 0.02  # a choice whose time is further from the table's is solved again
 CORRECTIONS = 3
-OFF = 0.05  # of what was asked: more is warned of
+OFF = 0.05  # of the budget: a larger difference is a warning
 MOST = 64.0  # times faster, that is tried for max_drop
 SHOWN = 5  # runners-up in the report
 
@@ -140,7 +140,7 @@ class Work:
         return Reached(program, cuts, dropped, report)
 
     def limits(self, asked: Mapping[str, float]) -> dict[str, float]:
-        """How much of each resource there may be, by resource."""
+        """The limit of each resource."""
         found: dict[str, float] = {}
         times = [asked["ms"]] if "ms" in asked else []
         if "speedup" in asked:
@@ -267,7 +267,7 @@ class Work:
         )
 
     def correct(self, asked: Mapping[str, float]) -> None:
-        """Correct the table at levels that keep this budget, alike for all items."""
+        """Correct the table at levels that keep this budget, with one fraction for all items."""
         limits = self.limits(asked)
         if "ms" in limits and not self._within(self._dense, limits):
             self._close(asked, self._alike(limits))

@@ -58,7 +58,7 @@ class Evidence:
 
 
 class Score(abc.ABC):
-    """A way to say how much units matter.
+    """A measure of how much units matter.
 
     Attributes:
         name: its name in recipes.
@@ -178,7 +178,7 @@ class Activation(Score):
 
 
 def _summed(seen: Evidence, of: Callable[[Consumer, Tensor], Tensor]) -> Tensor:
-    """What `of` says of each input feature, summed over a unit's; float64 [size]."""
+    """Sum a quantity of each input feature over the features of each unit; float64 [size]."""
     total = torch.zeros(seen.group.size, dtype=torch.float64)
     for part in seen.parts:
         values = of(part, part.site.matrix(seen.program).to("cpu", torch.float64))

@@ -78,7 +78,7 @@ class Shrink(Pass):
         }
         if not checks:
             return PassResult(program, False, report)
-        # What goes here is needless: that no output moves is the point, and no blindness.
+        # What goes has no effect, so outputs that do not move when it is masked are no warning.
         last = {k: v for k, v in checks[-1].items() if k not in ("moved", "observable")}
         errors = [check["max_error"] for check in checks if "max_error" in check]
         report["verification"] = {**last, **({"max_error": max(errors)} if errors else {})}

@@ -1,4 +1,4 @@
-"""What sparse training does around its loop: zeros for good, and how the network is wired then."""
+"""Around the loop of sparse training: permanent zeros, and the connections that remain."""
 
 from __future__ import annotations
 
