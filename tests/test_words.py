@@ -52,7 +52,7 @@ RULES = (
          "compensate, error compensation", "the others make up for it"),
     Rule(r"\b(wish|lesson)(es|ed|s)?\b|\btaught\b", "options, labeled data, with_head",
          "if wished"),
-    Rule(r"\b(leav(e|es|ing)|left)( (it|them|that|this))? away\b", "omit", "or leave it away"),
+    Rule(r"\b(leav(e|es|ing)|left)( \S+){0,2} away\b", "omit", "or leave it away"),
     Rule(r"\b(fault|error|bug|mistake)s? of ours\b", "internal error", "an error of ours"),
     Rule(r"\b(in|by) turns\b", "interleaved, or alternately", "timed in turns"),
     Rule(r"(?<!left )(?<!leave )(?<!leaves )\bbehind\b", "after, or following",

@@ -48,7 +48,7 @@ def check_cache(target: str, entry: Entry) -> None:
     """Refuse, before any work, a cache that the operator does not take.
 
     Args:
-        target: who asks for the operator.
+        target: the target that needs the operator.
         entry: what is exported.
 
     Raises:

@@ -123,8 +123,8 @@ class KitDevice:
     def __init__(self, path: Path, threads: int | None = None) -> None:
         """Read the file.
 
-        Another ONNX Runtime here than there is only warned of: a phone's or a board's is seldom the
-        one that is installed here, and the times are true for the one that will run the model.
+        Another version of ONNX Runtime there is only a warning: a phone's or a board's is seldom
+        the one that is installed here, and the times hold for the one that will run the model.
 
         Args:
             path: what the script wrote.
@@ -210,7 +210,7 @@ def _read(path: Path) -> dict[str, Any]:
     """What the script wrote, with `Cost`s.
 
     Raises:
-        GraphPruneError: it did not write this.
+        GraphPruneError: the script did not write it, or it cannot be read.
     """
     try:
         return _parsed(json.loads(path.read_text(encoding="utf-8")))

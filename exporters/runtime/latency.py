@@ -64,7 +64,7 @@ class OnnxRuntimeDevice:
             progress: called with how many are done, of how many, of what.
 
         Raises:
-            GraphPruneError: this machine has not so many threads.
+            GraphPruneError: this machine does not have so many threads.
         """
         check_threads(threads)
         self.threads, self._progress = threads, progress
@@ -139,7 +139,7 @@ def open_device(
     """This machine, or the one that the JSON file of a device kit describes.
 
     Raises:
-        GraphPruneError: the file is none of a kit, or this machine has not so many threads.
+        GraphPruneError: no kit wrote the file, or this machine does not have so many threads.
     """
     if file:
         from graphprune.exporters.runtime.device_kit import KitDevice

@@ -72,7 +72,7 @@ def until_stable(
     *,
     seconds: float = 120.0,
 ) -> list[list[float]]:
-    """Go round until every model's median is known within 1 %, at most `MOST` times.
+    """Repeat rounds until every model's median is known within 1 %, at most `MOST` times.
 
     Args:
         one: runs all models once and gives the milliseconds of each.

@@ -130,7 +130,7 @@ def _alive(entry: Entry, removed: Mapping[fx.Node, fx.Node]) -> set[fx.Node]:
     return seen - removed.keys()
 
 
-_Key = tuple[frozenset[str], int]  # parameters that a branch reads; its number among those alike
+_Key = tuple[frozenset[str], int]  # parameters that a branch reads; its number among equal ones
 
 
 def _found(axes: Axes, name: str) -> dict[_Key, tuple[Place, str]]:

@@ -32,8 +32,7 @@ class Occurrence:
 class Channels:
     """A dimension, or a segment of one, that several groups of one role are the factors of.
 
-    A grouped convolution sees 16 channels as 4 groups of 4: whoever says "half of the channels"
-    means half of 16.
+    A grouped convolution sees 16 channels as 4 groups of 4: half of the channels are half of 16.
 
     Attributes:
         id: where it occurs first, "tensor[dim]"; with ".k" for the k-th segment that is one.

@@ -129,7 +129,7 @@ def exported_program(
         CaptureError: torch.export refuses; the model's own line and a remedy are named.
     """
     try:
-        # torch logs graphs and tracebacks beside what it raises; ours is one sentence.
+        # torch logs graphs and tracebacks beside what it raises; the error is one sentence.
         logging.disable(logging.ERROR)
         with (
             warnings.catch_warnings(),
@@ -363,7 +363,7 @@ def _check_known(model: nn.Module, graph: fx.Graph) -> None:
 
 
 def _own_operators(graph: fx.Graph) -> None:
-    """Replace operators that only one library registers by ours of the same meaning."""
+    """Replace operators that only one library registers by graphprune's of the same meaning."""
     import graphprune.ir.operators  # noqa: F401  (registers graphprune::grouped_mm)
 
     for node in graph.nodes:

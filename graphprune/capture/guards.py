@@ -92,7 +92,7 @@ def assumptions(
         if env.replace(symbol).is_number
     }
     bounds: dict[str, tuple[int, int | None]] = {}
-    # One symbol for two sizes: whoever asked for it said that they are the same.
+    # One symbol for two sizes: the user asked for equal ones.
     relations = {
         f"{first} {other}": Relation("a == b", {"a": first, "b": other})
         for first, *others in places.values()
@@ -146,7 +146,7 @@ def culprit(program: Program, entry: Entry, place: Place) -> str:
             ran.append(n)
             return super().run_node(n)
 
-    # Whatever it raises, it raises at the operator that is sought.
+    # Any exception comes from the operator that is sought.
     with contextlib.suppress(Exception), mode, torch.no_grad():
         Watch(torch.nn.Module(), garbage_collect_values=False, graph=entry.graph).run(*fakes)
     return _operator_text(ran[-1]) if ran[-1].op == "call_function" else ""

@@ -59,7 +59,7 @@ class Memory:
         self._seen: dict[fx.Node, _Held] = {}  # a view -> the base of which it holds a part
 
     def enter(self, node: fx.Node) -> None:
-        """Go on to a node, the next one: it reads what its arguments hold by now.
+        """Go on to a node, the next one: it reads what its arguments hold there.
 
         Raises:
             CaptureError: one of them was written to through a view that cannot be followed back.
@@ -84,7 +84,7 @@ class Memory:
         return node
 
     def write(self, call: fx.Node, target: fx.Node, new: fx.Node) -> None:
-        """Let an in-place call be done: its target holds `new`, and so do all that see it.
+        """Record an in-place call: its target holds `new`, and so do all that see it.
 
         Raises:
             CaptureError: the target holds some elements several times, which the call changes as

@@ -1,4 +1,4 @@
-"""Typed helpers over torch.fx graphs: the one place that knows fx's loose ends."""
+"""Typed helpers over torch.fx graphs: the one place that knows fx's quirks."""
 
 from __future__ import annotations
 

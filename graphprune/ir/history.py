@@ -1,4 +1,4 @@
-"""What the history of a program says of units that are gone."""
+"""What the history of a program records of removed units."""
 
 from __future__ import annotations
 

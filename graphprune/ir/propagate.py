@@ -74,7 +74,7 @@ class _Fakes:
 
 
 class _DependsOnValues(Exception):
-    """A size is one of the values of a tensor, so tensors of one shape are not alike."""
+    """A size is one of the values of a tensor, so tensors of one shape differ."""
 
 
 class _Propagator(fx.Interpreter):

@@ -191,7 +191,7 @@ def limits_from_json(data: Mapping[str, Any]) -> dict[str, Any]:
     """What `limits_to_json` wrote, by keyword; a key that is missing stands for no limits.
 
     Raises:
-        ValueError, TypeError: it did not write this.
+        ValueError, TypeError: it is something else.
     """
     return {
         "bounds": {

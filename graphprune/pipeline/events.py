@@ -75,7 +75,7 @@ _logger = logging.getLogger(__name__)
 
 
 def emit(observers: Iterable[Observer], event: Event) -> None:
-    """Tell every observer. One that fails is logged and cannot stop the pipeline."""
+    """Send an event to every observer. One that fails is logged and cannot stop the pipeline."""
     for observer in observers:
         try:
             observer(event)

@@ -43,8 +43,8 @@ class Training:
         resume: go on from the checkpoints that are there.
         patience: stop after so many epochs without a better `eval`, and keep the best epoch's
             weights; None trains to the end and keeps the last.
-        device: "cpu" or "cuda"; by default what there is. Which GPU is said by CUDA_VISIBLE_DEVICES
-            or `accelerate launch`.
+        device: "cpu" or "cuda"; by default what there is. Which GPU is chosen by
+            CUDA_VISIBLE_DEVICES or `accelerate launch`.
     """
 
     data: Iterable[Batch]
@@ -96,7 +96,7 @@ def run_eval(evaluate: Callable[[Program], object], program: Program) -> float:
     """Call an eval function on a program.
 
     Raises:
-        TrainingError: it raised something, or gave no finite number.
+        TrainingError: the function raised something, or returned no finite number.
     """
     with named_function("eval"):
         value = evaluate(program)
@@ -104,10 +104,10 @@ def run_eval(evaluate: Callable[[Program], object], program: Program) -> float:
 
 
 def check_metric(value: Any) -> float:
-    """What eval gave, as a number.
+    """Check and convert what eval returned.
 
     Raises:
-        TrainingError: it is none, or NaN or infinite.
+        TrainingError: it is no number, or NaN or infinite.
     """
     try:
         number = float(value)

@@ -102,7 +102,7 @@ def as_given(
     *,
     half: bool,
 ) -> Program:
-    """A trained program as the caller's: its device, its types, and shared what is the same.
+    """A trained program with the caller's device and types, sharing tensors that are the same.
 
     Args:
         program: in float32, wherever it trained.

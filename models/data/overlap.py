@@ -1,4 +1,4 @@
-"""Overlap: is what a model is evaluated on what calibrated it?"""
+"""Overlap: whether evaluation data was used for calibration."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ class Table:
         """The labels as numbers.
 
         Raises:
-            GraphPruneError: one is none, NaN or infinite; its line is named.
+            GraphPruneError: one is no number, NaN or infinite; its line is named.
         """
         found = []
         for row, label in enumerate(self.labels):

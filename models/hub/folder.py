@@ -102,7 +102,7 @@ def _tokenizer(
         tokenizer = json.loads(content(files["tokenizer.json"]))
         tokenizer["model"]["vocab"]
     except (ValueError, KeyError, TypeError):
-        return {}  # none that could be completed; whoever uses it says what is wrong with it
+        return {}  # none that could be completed; its reader reports what is wrong
     described = None
     if TOKENIZER_CONFIG in files:
         described = json.loads(content(files[TOKENIZER_CONFIG]))

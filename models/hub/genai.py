@@ -154,7 +154,7 @@ def _layers(inputs: _Shapes, outputs: _Shapes) -> list[Sequence[Any]]:
     """The shape of each layer's keys, [batch, heads, past, width]; refuse what cannot be driven."""
     for name in (IDS, MASK):
         if name not in inputs:
-            raise ExportError(f"onnxruntime-genai feeds {name!r}, which the graph has not")
+            raise ExportError(f"onnxruntime-genai feeds {name!r}, which the graph does not have")
     if not isinstance(outputs.get("logits", [None])[-1], int):
         raise ExportError(
             f"onnxruntime-genai reads 'logits' over a vocabulary, the graph gives {list(outputs)}: "
@@ -163,7 +163,7 @@ def _layers(inputs: _Shapes, outputs: _Shapes) -> list[Sequence[Any]]:
     pasts = {name: shape for name, shape in inputs.items() if name.startswith(f"{PAST}.")}
     if not pasts:
         raise ExportError(
-            "onnxruntime-genai needs a key/value cache, which the graph has not: compile it with "
+            "onnxruntime-genai needs a key/value cache, which the graph lacks: compile it with "
             "cache=True, on the command line with --cache"
         )
     known = {IDS, MASK, "position_ids", *pasts}

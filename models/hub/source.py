@@ -138,7 +138,7 @@ def _config(
         module if getattr(module, "config", None) is config else getattr(module, "encoder", module)
     )
     data["architectures"] = [type(inner).__name__]
-    if schema is not None and inner is not module:  # a head of ours on an encoder
+    if schema is not None and inner is not module:  # a head that graphprune put on an encoder
         family = type(inner).__name__.removesuffix("Model")
         data["architectures"] = [f"{family}ForSequenceClassification"]
     if schema is not None:

@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 def silent(done: int, total: int) -> None:
-    """Progress that nobody watches."""
+    """Ignore progress."""
 
 
 @final
@@ -102,7 +102,7 @@ class Task:
         run: evaluates a model; its defaults are those of the function that it calls.
         higher_is_better: False for a perplexity.
         file: "folder/file" of its data under $GRAPHPRUNE_DATA; empty where it needs none.
-        source: whose these data are.
+        source: where the data come from.
         options: names of its own options.
         reads_text: whether it needs the model's tokenizer.
         compares: whether it needs the dense model too.

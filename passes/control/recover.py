@@ -57,9 +57,9 @@ class PruneRecover(Pass):
             check_number("tolerance", self.tolerance, "0 or more, or null", low=0)
         if all(_scaled(step, 0.5) == step for step in self.passes):
             raise RecipeError(
-                "prune-recover splits a ratio or sparsity over rounds, and none of its passes has one "
-                f"above 0: {[step.name for step in self.passes]}; to run passes again and again "
-                "there is repeat"
+                "prune-recover splits a ratio or sparsity over rounds, and none of its passes has "
+                f"one above 0: {[step.name for step in self.passes]}; to run passes again and "
+                "again there is repeat"
             )
 
     @property
