@@ -58,7 +58,7 @@ class Artifact:
 
     @property
     def digest(self) -> str:
-        """What `graphprune.load(..., expect=)` takes: "sha256:…", over all files of the folder."""
+        """The hash that `graphprune.load(..., expect=)` takes: "sha256:…", over all files."""
         return digest(self.path)
 
     @property

@@ -110,7 +110,7 @@ def _reader(past: ir.Value) -> ir.Node:
 
 
 class _Sizes:
-    """What has been read and what is new, off ids and mask; computed once, at the graph's start.
+    """Lengths of past and new tokens, from ids and mask; computed once, at the graph's start.
 
     Attributes:
         seqlens_k: int32 [batch], past + new - 1.

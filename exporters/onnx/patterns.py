@@ -1,4 +1,4 @@
-"""What an attention's surroundings in a graph mean: heads split, joined, repeated, or left alone.
+"""Patterns around an attention in a graph: heads split, joined, repeated, or left alone.
 
 All of it reads shapes from fresh metadata.
 """

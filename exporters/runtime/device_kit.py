@@ -170,7 +170,7 @@ class KitDevice:
         inputs: Mapping[str, Sequence[Tensor]] | None = None,
         fresh: bool = False,
     ) -> dict[str, Cost]:
-        """What the file says that programs cost; see `Device`.
+        """Look the costs of programs up in the file; see `Device`.
 
         Raises:
             GraphPruneError: the file does not hold one of them.
@@ -207,7 +207,7 @@ def _quantized(scheme: str | None) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What the script wrote, with `Cost`s.
+    """Read what the script wrote, with `Cost`s.
 
     Raises:
         GraphPruneError: the script did not write it, or it cannot be read.

@@ -73,7 +73,7 @@ class OnnxRuntimeDevice:
         self._costs = Costs(cache or cache_dir() / "latency", self.environment())
 
     def environment(self) -> dict[str, Any]:
-        """What a time depends on beside the program: machine, options and versions."""
+        """Everything that a time depends on beside the program: machine, options, versions."""
         packages = ("onnxruntime", "torch", "onnxscript")
         return {
             "cpu": self._cpu,
@@ -90,7 +90,7 @@ class OnnxRuntimeDevice:
         inputs: Mapping[str, Sequence[Tensor]] | None = None,
         fresh: bool = False,
     ) -> dict[str, Cost]:
-        """What programs cost here, by the names given; see `Device`.
+        """Measure programs here, by the names given; see `Device`.
 
         Raises:
             ExportError: a program cannot be written as ONNX.

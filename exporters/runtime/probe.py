@@ -146,7 +146,7 @@ def _cpu_name() -> str:
 
 @final
 class Probe:
-    """What the process answers, a method a request.
+    """Answers requests, one method for each.
 
     Attributes:
         at: the file that is worked on.

@@ -267,7 +267,7 @@ def _groups(axes: Axes) -> list[AxisGroup]:
 
 
 def names_after(before: AxisGroups, keep: Mapping[Axis, Tensor], after: Program) -> dict[str, str]:
-    """What to call the groups of a program that lost units or tensors, so that each keeps its name.
+    """Name the groups of a program that lost units or tensors, so that each keeps its name.
 
     An axis that is down to one unit is none any more, and those beside it in a dimension would be
     counted again: "w[0].1" would become "w[0]". One whose first tensor is gone would be named after

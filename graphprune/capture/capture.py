@@ -213,7 +213,7 @@ def program_of(
     asked: Sequence[str] = (),
     declared: bool = False,
 ) -> Program:
-    """What torch.export traced, as a Program of the entry `forward`, its second batch not tried.
+    """Turn an export into a Program of the entry `forward`; its second batch is not tried.
 
     Dimensions that torch.export was asked to keep dynamic and made constant are `fixed` in it.
 

@@ -1,4 +1,4 @@
-"""What torch.export assumed about sizes while it traced: bounds, relations, and fixed dimensions.
+"""Assumptions of torch.export about sizes: bounds, relations, and fixed dimensions.
 
 torch.export follows one path through forward. Where the path depends on a size, it notes a guard:
 `s27 <= 16` for `if x.shape[1] > 16`, `Eq(Mod(s27, 4), 0)` for a length that must be padded. The
@@ -47,7 +47,7 @@ _SAMPLES = (*range(1, 513), *(2**k + d for k in range(10, 21) for d in (-1, 0, 1
 
 @dataclass(frozen=True, slots=True)
 class Assumptions:
-    """What a graph takes for granted about the sizes of its inputs.
+    """Assumptions of a graph about the sizes of its inputs.
 
     Attributes:
         bounds: symbol name -> smallest and largest size.
@@ -234,7 +234,7 @@ def _as_limit(
     relations: Sequence[Relation],
     dynamic: Mapping[str, Mapping[int, str]],
 ) -> tuple[str, int | None, int | None] | None:
-    """What a relation of one size adds to what is known, as a limit; None where that is no limit.
+    """Express a relation of one size as a limit, given known bounds; None where it is no limit.
 
     Nothing, or a smallest size, for nearly all that torch compares: found by trying sizes.
     """

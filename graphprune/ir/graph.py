@@ -68,7 +68,7 @@ def output_node(graph: fx.Graph) -> fx.Node:
 
 
 def flat_outputs(graph: fx.Graph) -> tuple[Any, ...]:
-    """What the graph returns: nodes, and plain values such as None."""
+    """The flat outputs of a graph: nodes, and plain values such as None."""
     values: Any = output_node(graph).args[0]
     return tuple(values)
 

@@ -1,4 +1,4 @@
-"""What every node of a graph computes: one run on fake tensors with symbolic sizes."""
+"""Shape propagation: one run of a graph on fake tensors with symbolic sizes."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ Keep = Mapping[str, Sequence[int] | Tensor]
 
 @dataclass(frozen=True, slots=True)
 class PassResult:
-    """What a pass returns.
+    """The result of a pass.
 
     Attributes:
         program: the new program; the very object that was given when nothing was modified.
@@ -45,7 +45,7 @@ class PassResult:
 
 @final
 class Run:
-    """What the pipeline keeps while its passes run.
+    """The state of a pipeline while its passes run.
 
     Attributes:
         verify: whether passes are verified.
@@ -81,7 +81,7 @@ class Run:
 
 
 class Context:
-    """What a pass is given beside the program.
+    """Everything that a pass is given beside the program.
 
     Attributes:
         calibration: batches for passes that need activations, or None.
@@ -158,7 +158,7 @@ class Context:
         return self.calibration
 
     def device(self, file: str, threads: int) -> Device:
-        """What measures how long models take.
+        """Open the device that measures how long models take.
 
         Args:
             file: JSON of a device kit; "" for this machine.

@@ -1,4 +1,4 @@
-"""What observers of a pipeline receive: frozen facts, in the order in which they happen.
+"""Events that observers of a pipeline receive: frozen facts, in the order in which they happen.
 
 An observer watches (a progress bar, a log, a timing); it can neither skip nor alter anything.
 """

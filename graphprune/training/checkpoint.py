@@ -52,7 +52,7 @@ class Checkpoint:
 @final
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What a checkpoint is of: the program that the training began with.
+    """The program that a checkpoint's training began with.
 
     Attributes:
         structure: a hash of the graphs, every tensor's name, shape and type, and the zeros.

@@ -1,4 +1,4 @@
-"""What training refuses before it begins: folders, batches, and graphs that cannot train."""
+"""Checks before training: folders, batches, and graphs that cannot train."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def _check_norms(entry: Entry, sizes: Sequence[torch.Size]) -> None:
 
 
 def notes(program: Program) -> list[str]:
-    """What a user should know about the graph in training."""
+    """Notes for the user about the graph in training."""
     nodes = list(program.forward.graph.nodes)
     notes = []
     if frozen := program.frozen & program.parameters:

@@ -79,7 +79,7 @@ class Masking(Protocol):
 @final
 @dataclass(frozen=True, slots=True)
 class Hooks:
-    """What a pass does while its program trains.
+    """Functions that a pass adds to the training of its program.
 
     Attributes:
         penalty: of the parameters by name, added to the loss.
@@ -104,7 +104,7 @@ class Hooks:
 @final
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """What training gives: the program with other weights, and how it went."""
+    """The result of training: the program with other weights, and the record."""
 
     program: Program
     record: TrainingReport
@@ -153,7 +153,7 @@ def fit(
 
 
 def required(training: Training | None, ctx: Context) -> Training:
-    """What to train on.
+    """Return the training data and loss.
 
     Raises:
         RecipeError: nothing was given.

@@ -21,7 +21,7 @@ from graphprune.training.losses import (
 
 
 def metric_name(loss: Loss) -> str:
-    """What an evaluation on batches measures."""
+    """Name the metric of an evaluation on batches."""
     return LOSSES[loss] if isinstance(loss, str) else "negative loss"
 
 

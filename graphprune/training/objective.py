@@ -1,4 +1,4 @@
-"""What training minimizes: the loss on labels, and the distance to a teacher."""
+"""The objective of training: the loss on labels, and the distance to a teacher."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class Objective:
         return ProgramModule(program, record=self.nodes)
 
     def report(self) -> dict[str, JSON]:
-        """What is minimized, as JSON."""
+        """The terms of the objective, as JSON."""
         if self.distillation is None:
             return {"terms": self.weights}
         assert self.teacher_program is not None
@@ -238,7 +238,7 @@ def residual_values(program: Program) -> list[fx.Node]:
 
 
 def _warnings(teacher: Program | None) -> list[str]:
-    """What a user should know about the teacher."""
+    """Warnings about the teacher."""
     report = None if teacher is None else teacher.report
     if teacher is None or report is None:
         return []

@@ -44,7 +44,7 @@ class Epoch:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingReport:
-    """What a training did.
+    """The record of a training.
 
     Attributes:
         epochs: in order.

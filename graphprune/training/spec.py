@@ -25,7 +25,7 @@ Evaluation = Callable[[Program], float] | Iterable[Batch]
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Training:
-    """What `compile(..., training=...)` takes: batches, a loss, and how to evaluate.
+    """Batches, a loss and an evaluation, for `compile(..., training=...)`.
 
     A batch is a mapping of tensors: the model's inputs by name, and `labels`.
 

@@ -45,7 +45,7 @@ class Place:
 @final
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What a checkpoint holds beside the weights.
+    """The tensors of a checkpoint beside the weights.
 
     Attributes:
         optimizer: "exp_avg/NAME" and so on.

@@ -111,7 +111,7 @@ def combined(reports: Iterable[Mapping[str, JSON]]) -> dict[str, JSON]:
 @final
 @dataclass(slots=True)
 class _Found:
-    """What a comparison saw.
+    """The result of a comparison.
 
     Attributes:
         error: the largest, of outputs and nodes.

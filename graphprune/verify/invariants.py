@@ -1,4 +1,4 @@
-"""What a pass claims to leave unchanged, and the checks of these claims."""
+"""Invariants that a pass claims to preserve, and the checks of these claims."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from graphprune.verify.equivalence import verify_rewrite
 
 
 class Invariant(enum.Flag):
-    """What stays true across a pass, beyond the program being well formed."""
+    """Properties that hold across a pass, beyond the program being well formed."""
 
     NONE = 0
     INTERFACE = enum.auto()

@@ -1,4 +1,4 @@
-"""What of a hub folder depends on what was made of the model: config.json and the model card."""
+"""Files of a hub folder that depend on the pruned model: config.json and the model card."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def is_hub_model(files: Files, inputs: Collection[str]) -> bool:
 
 
 def source_of(files: Files) -> Mapping[str, Any]:
-    """What is known of the model that it was made from: "name", "license", ONNX "metadata"."""
+    """Read what is known of the source model: "name", "license", ONNX "metadata"."""
     if CONFIG not in files:
         return {}
     return (json.loads(content(files[CONFIG])).get(OWN_KEY) or {}).get("source") or {}
@@ -95,7 +95,7 @@ def finished(files: Files, manifest: Mapping[str, Any], report: Report) -> dict[
 def _tokenizer(
     files: Files, config: Mapping[str, Any], manifest: Mapping[str, Any]
 ) -> dict[str, bytes]:
-    """What is missing of a tokenizer's files, and its length where it has none."""
+    """Complete a tokenizer's files: those that are missing, and its length where it has none."""
     if "tokenizer.json" not in files:
         return {}
     try:

@@ -1,4 +1,4 @@
-"""What all tasks share: running any kind of model, and embedding sentences with it."""
+"""Shared by all tasks: running any kind of model, and embedding sentences with it."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class TaskResult:
 @final
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a task is asked to evaluate.
+    """A request to evaluate a model by a task.
 
     Attributes:
         model: a torch module, a Program or an onnxruntime session.

@@ -1,4 +1,4 @@
-"""What the tasks for language models share: the log-probability of tokens under a model."""
+"""Shared by tasks for language models: the log-probability of tokens under a model."""
 
 from __future__ import annotations
 

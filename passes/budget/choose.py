@@ -67,7 +67,7 @@ class Reached:
 
 @final
 class Work:
-    """What all budgets of a model share: its table, its statistics, what was tried.
+    """State that all budgets of a model share: its table, its statistics, what was tried.
 
     Attributes:
         program: the dense one.
@@ -94,7 +94,7 @@ class Work:
         return self.result(self.choose(asked))
 
     def result(self, reached: Reached, more: Sequence[str] = ()) -> PassResult:
-        """What the pass returns of a model."""
+        """Make the pass's result of a model."""
         report = {
             **reached.cuts.to_json(),
             "dropped": list(reached.dropped),
@@ -105,7 +105,7 @@ class Work:
         )
 
     def unchanged(self, asked: Mapping[str, float], notes: Sequence[str]) -> PassResult:
-        """What the pass returns where the model stays as it is."""
+        """Make the pass's result where the model stays as it is."""
         self.warnings += notes
         report = self._report(asked, self._dense, None, None)
         return PassResult(self.program, False, report.to_json())

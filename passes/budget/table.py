@@ -112,7 +112,7 @@ class Sized:
         return tuple(found[symbol] for symbol in wanted if symbol in found)
 
     def models(self) -> dict[tuple[str, Level], Program]:
-        """What to measure, by item and level: branches alone, whole models, WHOLE and FLOAT.
+        """Programs to measure, by item and level: branches alone, whole models, WHOLE and FLOAT.
 
         Branches of one structure are one model.
         """
@@ -197,7 +197,7 @@ def _few(levels: Sequence[Level]) -> list[Level]:
 
 
 def named_models(sized: Sized) -> tuple[dict[str, Program], dict[str, tuple[Tensor, ...]]]:
-    """What a device measures, by name, and on which inputs."""
+    """Programs that a device measures, by name, and their inputs."""
     models = sized.models()
     # Parts of a graph have static sizes, and examples of them.
     whole = {

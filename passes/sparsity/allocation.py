@@ -23,7 +23,7 @@ ALLOCATIONS = ("uniform", "owl", "global")
 @final
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What to remove from one site: the fraction, and what goes together."""
+    """The fraction to remove from one site, and what goes together."""
 
     sparsity: float
     pattern: Pattern
@@ -159,7 +159,7 @@ def outlier_ratio(scores: Sequence[Tensor], threshold: float) -> float:
 def owl_offsets(
     ratios: Mapping[str, float], sizes: Mapping[str, int], spread: float
 ) -> dict[str, float]:
-    """What each block's density is above the mean (OWL, arXiv 2310.05175).
+    """How far each block's density is above the mean (OWL, arXiv 2310.05175).
 
     2 · spread · (D - min D) / (max D - min D), less its mean weighted by size, so that the whole
     keeps the density asked for. All zero where every block has the same ratio.

@@ -133,7 +133,7 @@ class _Pair:
 @final
 @dataclass(slots=True)
 class _Sums:
-    """What least squares needs of a weight: Σ residual xᵀ, Σ |residual|², Σ |dense output|²."""
+    """Sums that least squares needs: Σ residual xᵀ, Σ |residual|², Σ |dense output|²."""
 
     slope: Tensor
     before: float = 0.0

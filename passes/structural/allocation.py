@@ -66,7 +66,7 @@ class Wanted:
     steps: Mapping[str, int] = field(default_factory=dict)
 
     def step(self, group: str) -> int:
-        """What a group's kept count rounds up to a multiple of."""
+        """Return what a group's kept count rounds up to a multiple of."""
         return self.steps.get(group, self.round_to)
 
     def kept(self, group: str, size: int) -> int:

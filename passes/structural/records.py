@@ -1,4 +1,4 @@
-"""What passes that remove units report, as records; `to_json` makes the report of a PassResult."""
+"""Records of passes that remove units; `to_json` makes the report of a PassResult."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Unread:
 
 @dataclass(frozen=True, slots=True)
 class Calibrated:
-    """What calibration measured.
+    """Measurements on calibration batches.
 
     Attributes:
         output_error: group id -> Σ|ΔW x|² / Σ|W x|² of what reads it, after compensation.
@@ -99,7 +99,7 @@ class Calibrated:
 
 @dataclass(frozen=True, slots=True)
 class Cuts:
-    """What a StructuralPass did.
+    """The record of a StructuralPass.
 
     Attributes:
         groups: those that lost units.
@@ -161,7 +161,7 @@ class Sublayer:
 
 @dataclass(frozen=True, slots=True)
 class DroppedSublayers:
-    """What DropSublayers did.
+    """The record of DropSublayers.
 
     Attributes:
         dropped: in the order of removal.

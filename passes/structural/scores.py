@@ -29,7 +29,7 @@ _PROJECTIONS = 2  # random directions of the output a batch
 
 
 class Needs(enum.Enum):
-    """What a score looks at."""
+    """The data that a score needs."""
 
     WEIGHTS = enum.auto()
     MOMENTS = enum.auto()
@@ -40,7 +40,7 @@ class Needs(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What the units of one group are scored by.
+    """The evidence that the units of one group are scored by.
 
     Attributes:
         program: the program, in which groups before this one may have been compensated already.
@@ -76,7 +76,7 @@ class Score(abc.ABC):
 
     @abc.abstractmethod
     def score(self, seen: Evidence) -> Tensor:
-        """What each unit is worth, comparable between groups; float64 [size]."""
+        """Score each unit, comparable between groups; float64 [size]."""
 
     def order(self, seen: Evidence, count: int) -> tuple[Tensor, Tensor]:
         """The units in the order in which they go, at least `count` of them, and their scores.

@@ -144,7 +144,7 @@ class _Bench:
         self.score = score_named(score).begin(program, groups, chosen, self.ctx)
 
     def costs(self, group: AxisGroup, steps: Sequence[PruneAxis]) -> Iterator[Cost]:
-        """What each step does to the outputs when it hits this group alone."""
+        """Measure the output error of each step when it cuts this group alone."""
         for step, keep, outputs in self._variants(group, steps):
             error = self._error(outputs)
             yield Cost(group.id, group.role, group.size, len(keep), step.ratio, error)

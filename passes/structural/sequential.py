@@ -81,7 +81,7 @@ class CutGroups:
     _refitted: set[str] = field(default_factory=set)
 
     def calibrated(self) -> Calibrated:
-        """What calibration measured; updates the program's record of zeros."""
+        """Return the measurements; updates the program's record of zeros."""
         warnings = self._few.warn(log)
         self.program = _without_zeros(self.program, self._refitted, warnings)
         return Calibrated(self.errors, self.curves, warnings)

@@ -86,7 +86,7 @@ class Shrink(Pass):
 
 
 class _Findings:
-    """What is needless in a program.
+    """The needless units of a program.
 
     Attributes:
         needless: group id -> units that can go, bool [size]; only groups with some.
@@ -247,7 +247,7 @@ class _Findings:
 
 
 def _other_factor(contraction: Contraction) -> tuple[fx.Node, int] | None:
-    """What a summed dimension is multiplied with there, and the dimension of that; else None."""
+    """The other factor of a summed dimension, and that factor's dimension; None for none."""
     node, bound = contraction.node, bound_arguments(contraction.node)
     if is_op(node, "scaled_dot_product_attention"):
         other, from_end = bound["key"], 1

@@ -51,7 +51,7 @@ class TrainingPass(Pass):
     @property
     @abc.abstractmethod
     def rate_schedule(self) -> str:
-        """What the learning rate does after the warmup."""
+        """The schedule of the learning rate after the warmup."""
 
     @property
     def needs_training(self) -> bool:
@@ -150,7 +150,7 @@ class GradualPass(DistillingPass):
 
 
 def trained_report(fitted: Fitted) -> dict[str, JSON]:
-    """What training reports, with a sentence for the table and what was checked."""
+    """The report of a training, with a sentence for the table and what was checked."""
     record = fitted.record
     checked = f"nothing to compare: weights were trained; {record.masked_weights:,} stayed zero"
     verification = {"checked": checked, **_verification(record.cuts)}

@@ -44,11 +44,11 @@ class PenaltyPass(PlainTrainingPass):
             check_number("sparsity", self.sparsity, rule, low=0, high=1)
 
     def parts(self, program: Program) -> Parts:
-        """What is under penalty."""
+        """Return the weights under penalty."""
         return find_parts(axis_groups(program))
 
     def some_parts(self, program: Program, ctx: Context) -> Parts:
-        """What is under penalty.
+        """Return the weights under penalty.
 
         Raises:
             UnsupportedError: nothing is.

@@ -20,7 +20,7 @@ LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_transfo
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What keeps one consumer from loading a folder, and what to know where nothing does.
+    """The obstacles to one consumer's loading a folder, and notes where there is none.
 
     Attributes:
         opens: the .onnx files that it opens.

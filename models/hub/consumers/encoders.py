@@ -82,7 +82,7 @@ def _vocabulary(folder: HubFolder) -> set[str]:
 
 
 def _fastembed_call(folder: HubFolder, graph: Graph) -> str:
-    """What to say in add_custom_model."""
+    """The call of add_custom_model."""
     first = next(iter(graph.outputs.values()))
     cls = folder.json("1_Pooling/config.json").get("pooling_mode_cls_token") is True
     pooling = "DISABLED" if first.rank == 2 else "CLS" if cls else "MEAN"
