@@ -315,7 +315,7 @@ def _lines(program: Program) -> list[str]:
 
 
 def _cuts(case: _Case, number: int, thorough: bool) -> Iterator[Kept]:
-    """Random cuts of free axes: several at once and one alone, by turns; the simplest first."""
+    """Random cuts of free axes: several at once and one alone, alternately; the simplest first."""
     free = [g for g in case.groups if not g.frozen and not g.normalized]
     rng = random.Random(case.graph.seed)
     if not free:
