@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 WHERE = (
-    "graphprune", "passes", "exporters", "models", "benchmarks", "examples", "README.md", "docs",
+    "graphprune", "passes", "exporters", "models", "benchmarks", "examples", "README.md",
+    "CONTRIBUTING.md", "docs",
 )  # fmt: skip
 ENDINGS = (".py", ".md", ".yaml", ".toml", ".html", ".j2", ".css", ".js")
 # Still to be cleaned; empty when it is done.
