@@ -20,8 +20,6 @@ EXCLUDED: tuple[str, ...] = (
     "graphprune/cli",
     "graphprune/report",
     "graphprune/api.py",
-    "README.md",
-    "docs",
 )
 
 
