@@ -10,7 +10,7 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 WORKERS ?= 2
 ARGS ?=
 
-.PHONY: help venv test test-slow consumers check format demo bench clean
+.PHONY: help venv test test-slow consumers check docs format demo bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make consumers  installs what loads exported folders, 2 GB, and tests that it does"
 	@echo "make check   formatting, lint, types"
 	@echo "make bench   the numbers of the README (ARGS=--quick for a short run)"
+	@echo "make docs    run the examples as notebooks, and write docs/examples/"
 	@echo "make format  reformat and apply safe fixes"
 	@echo "make venv    only create .venv; every target above does that when it is missing"
 
@@ -66,6 +67,16 @@ format: $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/graphprune demo $(ARGS)
+
+# Where each runs, because it writes its artifact beside it.
+PAGES ?= encoder cnn small_llm own_module own_pass
+docs: $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	mkdir -p build/examples docs/examples
+	for name in $(PAGES); do \
+		(cd build/examples && $(abspath $(BIN))/jupytext -q --to ipynb --execute --set-kernel python3 --output $$name.ipynb ../../examples/$$name.py) && \
+		$(BIN)/jupyter nbconvert --log-level WARN --to markdown --output-dir docs/examples build/examples/$$name.ipynb || exit 1; \
+	done
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -1,6 +1,6 @@
 """Which dense export of MiniLM-L6 ONNX Runtime runs fastest: what the baseline is made from.
 
-All are the same weights at 1 x 128 tokens on one thread, timed in turns by CPU time:
+All are the same weights at 1 x 128 tokens on one thread, timed interleaved by CPU time:
 
 - ours: Attention of opset 23 over undivided heads, one bias for all layers;
 - MultiHeadAttention, Attention (com.microsoft): the same file with ORT's own operators instead;
@@ -128,7 +128,7 @@ def _optimized(path: Path, folder: Path) -> Path:
 
 
 def _attentions(model: onnx.ModelProto) -> list[tuple[onnx.NodeProto, int, float]]:
-    """(node, heads, scale) of every Attention; the nodes are removed by whoever replaces them."""
+    """(node, heads, scale) of every Attention; the caller removes the nodes that it replaces."""
     found = []
     for node in model.graph.node:
         if node.op_type == "Attention":

@@ -1,13 +1,10 @@
-"""A module of your own: no class, name or attribute in it is known to graphprune.
+# %% [markdown]
+# # A module of your own
+#
+# No class, name or attribute in it is known to graphprune: what belongs together follows from the
+# operators of the captured graph.
 
-python examples/own_module.py [FOLDER]
-"""
-
-from __future__ import annotations
-
-import sys
-from pathlib import Path
-
+# %%
 import torch
 from torch import Tensor, nn
 
@@ -32,29 +29,27 @@ class Recommender(nn.Module):
         return self.score(torch.sigmoid(self.gate(person)) * item).squeeze(-1)
 
 
-def main(folder: Path) -> None:
-    torch.manual_seed(0)
-    model = Recommender().eval()
-    batch = (torch.randint(0, 1000, (4, 12)), torch.randn(4, 20))
+torch.manual_seed(0)
+model = Recommender().eval()
+batch = (torch.randint(0, 1000, (4, 12)), torch.randn(4, 20))
 
-    groups = gp.inspect(model, example_inputs=batch)
-    print(groups)  # the towers' neurons, and the width that item tower, gate and score share
+# %% [markdown]
+# The groups: the towers' neurons, and the width that item tower, gate and score share.
 
-    compiled = gp.compile(
-        model,
-        [
-            PruneNeurons(0.5, round_to=8),
-            # The axis through item tower, gate and score, by the name that inspect gives it.
-            PruneAxis(0.25, groups=("item_tower.2.weight[0]",)),
-        ],
-        example_inputs=batch,
-    )
-    print(f"\n{compiled.report}")
-    artifact = compiled.export(folder)
-    print(
-        f"\nwritten to {artifact.path}; inputs: {[i['name'] for i in artifact.manifest['inputs']]}"
-    )
+# %%
+print(gp.inspect(model, example_inputs=batch))
 
+# %% [markdown]
+# `PruneAxis` takes a group by the name that `inspect` gives it.
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "own-module"))
+# %%
+passes = [
+    PruneNeurons(0.5, round_to=8),
+    PruneAxis(0.25, groups=("item_tower.2.weight[0]",)),
+]
+compiled = gp.compile(model, passes, example_inputs=batch)
+print(compiled.report)
+
+# %%
+artifact = compiled.export("own-module")
+print(f"written to {artifact.path}; inputs: {[i['name'] for i in artifact.manifest['inputs']]}")

