@@ -125,10 +125,10 @@ def cases() -> list[Case]:
     found.append(Case("budget", "dense", "int8", ((INT8,),)))
     for speedup in (6.5, 13.0):
         budget = Budget(speedup=speedup, batch=(1, TOKENS))
-        gradual = GradualStructure(budget=budget, roles=("head", "neuron"), score="taylor",
-                                   epochs=4, lr=1e-4)  # fmt: skip
+        timed = GradualStructure(budget=budget, roles=("head", "neuron"), score="taylor",
+                                 epochs=4, lr=1e-4)  # fmt: skip
         found.append(
-            Case("budget", "taylor + distillation", f"{speedup:g}x int8", ((gradual, INT8),))
+            Case("budget", "taylor + distillation", f"{speedup:g}x int8", ((timed, INT8),))
         )
     for theta in (0.15, 0.2, 0.25):
         step = NeuroPrune(ALPHA, BETA, theta, zero_below=0, epochs=3, lr=LR, schedule="constant")
