@@ -28,7 +28,7 @@ class Rule:
     """A former word.
 
     Attributes:
-        pattern: what is found, in any case.
+        pattern: what is found, in lower case; texts count in any case.
         better: what to write instead.
         example: a phrase that it finds.
     """
@@ -39,7 +39,7 @@ class Rule:
 
     def found(self, text: str) -> Iterator[re.Match[str]]:
         """Where the rule applies in a text."""
-        return re.finditer(self.pattern, text, re.IGNORECASE)
+        return re.finditer(self.pattern, text.lower())  # faster than re.IGNORECASE
 
 
 RULES = (
