@@ -1,4 +1,4 @@
-"""export: write a Program as an artifact, proven equal and measured."""
+"""export: write a Program as an artifact, verified and measured."""
 
 from __future__ import annotations
 
@@ -111,8 +111,9 @@ def export(
     have four bits), which is what the artifact then opens.
 
     Raises:
-        ExportError: the folder is not ours or cannot be written, the graph has no ONNX form, ONNX
-            Runtime disagrees with the program, or the target cannot run the quantized operators.
+        ExportError: graphprune did not write the folder, or it cannot be written; the graph has no
+            ONNX form; ONNX Runtime disagrees with the program; or the target cannot run the
+            quantized operators.
     """
     check_opset(opset, cached=program.deployed != "forward")
     mark = program.quantization
@@ -415,8 +416,8 @@ def _versions() -> dict[str, str]:
 
 
 def _check_extra(extra: Mapping[str, Path | bytes], layout: Layout) -> None:
-    twins = {low_bit_baseline(scheme) for scheme in SCHEMES}
-    own = {MODEL, BASELINE, MANIFEST, MARKDOWN, PAGE, "program", *twins}
+    baselines = {low_bit_baseline(scheme) for scheme in SCHEMES}
+    own = {MODEL, BASELINE, MANIFEST, MARKDOWN, PAGE, "program", *baselines}
     reserved = {layout.own.rstrip("/"), layout.onnx.rstrip("/")} if layout is HUB else own
     for name, source in extra.items():
         parts = Path(name).parts

@@ -34,7 +34,7 @@ def add_results(
     results: Mapping[str, Any],
     finish: Finish = lambda manifest: {},
 ) -> Artifact:
-    """Note measurements in the manifest, under "results", and write both reports anew.
+    """Note measurements in the manifest, under "results", and write both reports again.
 
     Args:
         artifact: what was measured.

@@ -1,4 +1,4 @@
-"""The other end of `child.py`: a process that opens ONNX files and runs them in turns.
+"""The other end of `child.py`: a process that opens ONNX files and runs them interleaved.
 
 Run as a script, it imports neither torch nor graphprune, so that it starts fast. Each line of stdin
 is a request, and each line of stdout the answer, in JSON.
@@ -80,7 +80,7 @@ def until_stable(
     *,
     seconds: float = 120.0,
 ) -> list[list[float]]:
-    """Go round until every model's median is known within 1 %, at most `MOST` times.
+    """Repeat rounds until every model's median is known within 1 %, at most `MOST` times.
 
     Args:
         one: runs all models once and gives the milliseconds of each.
@@ -154,7 +154,7 @@ def _cpu_name() -> str:
 
 @final
 class Probe:
-    """What the process answers, a method a request.
+    """Answers requests, one method for each.
 
     Attributes:
         at: the file that is worked on.

@@ -34,14 +34,14 @@ class Timing:
 @final
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two models measured in turns.
+    """Two models measured interleaved.
 
     Attributes:
         model: the model in question.
         against: what it is compared with.
         ratio: how many times faster the model is, median over rounds.
         ratio_low: lower quartile of the rounds' ratios; `ratio_high` the upper.
-        rounds: how often the turn went round; `runs` is how often a model ran in each round.
+        rounds: number of rounds; `runs` is how often a model ran in each round.
         threads: within operators.
         clock: "wall", or "cpu" for the CPU time of one thread.
         shapes: of the inputs.
@@ -78,7 +78,7 @@ def compare(
     runs: int = 3,
     clock: Clock | None = None,
 ) -> Comparison:
-    """Time two sessions in turns, A B A B …, so that what slows the machine slows both.
+    """Time two sessions interleaved, A B A B …, so that what slows the machine slows both.
 
     Args:
         model: the session in question.
@@ -127,7 +127,7 @@ def compare_files(
     runs: int = 3,
     clock: Clock | None = None,
 ) -> Comparison:
-    """Like `compare_all`, for ONNX files, in two processes of their own that take turns as well.
+    """Like `compare_all`, for ONNX files, in two processes of their own, interleaved too.
 
     In one, sessions have the options that docs/deploy.md names; in the other ONNX Runtime's own,
     which is what the result's `default` compares.

@@ -28,14 +28,14 @@ _CALL = re.compile(r"`(?P<op>\w+)` at .*$")
 
 @dataclass(frozen=True, slots=True)
 class Frozen:
-    """What one operator freezes, for one reason.
+    """The axes that one operator freezes, for one reason.
 
     Attributes:
         op: the operator.
         reason: why, with the operator and without the place.
         groups: ids of the axis groups.
         parameters: parameters of the program in slices along these groups, each counted once.
-        share: the part of all parameters that this is.
+        share: their fraction of all parameters.
         text: all of it as a sentence.
     """
 
@@ -52,9 +52,9 @@ class Frozen:
 
 
 def frozen_parameters(groups: AxisGroups) -> list[Frozen]:
-    """What operators freeze of the axes between weights, the most parameters first.
+    """Find the axes between weights that operators freeze, the most parameters first.
 
-    Only what holds a real part of the program's parameters.
+    Only what holds a relevant fraction of the program's parameters.
     """
     candidates = [group for group in groups if _could_go(groups, group)]
     if not candidates:

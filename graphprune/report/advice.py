@@ -67,7 +67,7 @@ def _quality(report: Report, found: Measured) -> Iterator[Advice]:
         )
     yield Advice(
         "See which layers are sensitive, and get a recipe that spares them.",
-        "graphprune sensitivity MODEL --calibration FILE --recipe gentle.yaml",
+        "graphprune sensitivity MODEL --calibration FILE --recipe spared.yaml",
     )
 
 

@@ -17,9 +17,9 @@ _SMALLER = (1.2, 1.0)
 _KEPT = (0.99, 0.95)
 THRESHOLDS = (
     f"Green: at least {_FASTER[0]:g} times faster, and faster in three of four rounds; at least "
-    f"{_SMALLER[0]:g} times smaller; at least {_KEPT[0]:.0%} of the dense model's quality kept. "
-    f"Yellow: not slower, not larger, at least {_KEPT[1]:.0%} kept. Red: worse than that. Gray: "
-    "not measured."
+    f"{_SMALLER[0]:g} times smaller; at least {100 * _KEPT[0]:g} % of the dense model's quality "
+    f"kept. Yellow: not slower, not larger, at least {100 * _KEPT[1]:g} % kept. Red: worse than "
+    "that. Gray: not measured."
 )
 _DEPLOYED, _BASELINE = "model.onnx", "baseline.onnx"
 

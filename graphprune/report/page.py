@@ -123,6 +123,9 @@ def sensitivity_page(found: Sensitivity, name: str) -> str:
             f"score {found.score}, compensation {found.compensation}, outputs compared on "
             f"{found.samples:,} samples"
         ),
+        conclusion=found.conclusion(),
+        recipe=sensitivity_recipe(found),
+        expected=found.recipe()[1],
         error_charts=charts.sensitivity_charts(found.costs),
         errors=[(group, *values) for group, values in errors.items()],
         error_header=["group", *(f"{ratio} removed" for ratio in ratios)],
@@ -139,6 +142,13 @@ def sensitivity_page(found: Sensitivity, name: str) -> str:
         skipped=[f"{group}: {reason}" for group, reason in found.skipped.items()],
         footer=_footer({}),
     )
+
+
+def sensitivity_recipe(found: Sensitivity) -> str:
+    """The recipe that an analysis suggests, as YAML."""
+    import yaml
+
+    return yaml.safe_dump({"passes": found.recipe()[0]}, sort_keys=False, default_flow_style=None)
 
 
 def points_page(

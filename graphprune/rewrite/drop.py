@@ -1,6 +1,6 @@
-"""Whole residual branches: behind gates that close them, or removed for good.
+"""Whole residual branches: with gates that close them, or removed for good.
 
-    x + f(x)   behind a gate   x + masked_fill(f(x), gate, 0)
+    x + f(x)   with a gate     x + masked_fill(f(x), gate, 0)
     x + f(x)   dropped         x
 
 A closed gate gives x + 0, which is x: both compute the same, bit for bit.
@@ -61,7 +61,7 @@ def drop(program: Program, branches: Iterable[Branch]) -> Program:
 
     1. What nothing reads any more is removed: nodes, tensors and their tied names.
     2. A layer whose attention is gone has no cache: its keys and values are neither inputs nor
-       outputs, and the layers behind it move up. Placeholders keep their names.
+       outputs, and the layers after it move up. Placeholders keep their names.
     3. Axis groups keep their names.
 
     Args:

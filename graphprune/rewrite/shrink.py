@@ -37,7 +37,7 @@ def shrink(program: Program, kept: Mapping[str, Any]) -> Program:
 
     Raises:
         UnsupportedError: a group is unknown or frozen, or the indices are not units of it.
-        VerificationError: the rewritten graph does not fit its tensors; an error of ours.
+        VerificationError: the rewritten graph does not fit its tensors; an internal error.
     """
     fork = program.fork()
     groups = axis_groups(program).on(fork)
@@ -101,7 +101,7 @@ def _cut_cache(groups: AxisGroups, name: str, entry: Entry, keep: Mapping[Axis, 
 
 
 def removed_since(before: Program, after: Program) -> dict[str, JSON]:
-    """What a pass that removed units, in one go or in several, says of it in its report.
+    """The report of the units that a pass removed, by one cut or several.
 
     Returns:
         "groups": id, role and size before and after of each; "kept": the original indices left.

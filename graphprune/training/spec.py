@@ -25,25 +25,26 @@ Evaluation = Callable[[Program], float] | Iterable[Batch]
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Training:
-    """What `compile(..., training=...)` takes: batches, a loss, and how to judge.
+    """Batches, a loss and an evaluation, for `compile(..., training=...)`.
 
     A batch is a mapping of tensors: the model's inputs by name, and `labels`.
 
     Attributes:
         data: batches, to be read once an epoch: a list, a torch DataLoader, anything that can be
-            iterated anew. Randomness of torch in it (shuffling) is seeded by `compile(seed=...)`.
+            iterated several times. Randomness of torch in it (shuffling) is seeded by
+            `compile(seed=...)`.
         loss: "classification" (labels int64), "regression" (labels float), "causal-lm" (labels are
             the token ids, -100 where they do not count), or a function of (outputs, batch) that
             returns a tensor with one number, the batch's mean.
-        eval: a function of a Program that returns a number, higher is better; or batches, judged by
+        eval: a function of a Program that returns a number, higher is better; or batches, scored by
             accuracy, Spearman, or the negative loss. Without it nothing is measured.
         checkpoints: a folder for checkpoints, one in it for each pass that trains.
         every: write one every so many steps; 0 for the ends of epochs only.
         resume: go on from the checkpoints that are there.
         patience: stop after so many epochs without a better `eval`, and keep the best epoch's
             weights; None trains to the end and keeps the last.
-        device: "cpu" or "cuda"; by default what there is. Which GPU is said by CUDA_VISIBLE_DEVICES
-            or `accelerate launch`.
+        device: "cpu" or "cuda"; by default what there is. Which GPU is chosen by
+            CUDA_VISIBLE_DEVICES or `accelerate launch`.
     """
 
     data: Iterable[Batch]
@@ -91,22 +92,22 @@ class Training:
         return None if self.checkpoints is None else Path(self.checkpoints) / name
 
 
-def judged(judge: Callable[[Program], object], program: Program) -> float:
-    """What an eval function says of a program.
+def run_eval(evaluate: Callable[[Program], object], program: Program) -> float:
+    """Call an eval function on a program.
 
     Raises:
-        TrainingError: it raised something, or gave no finite number.
+        TrainingError: the function raised something, or returned no finite number.
     """
     with named_function("eval"):
-        value = judge(program)
+        value = evaluate(program)
     return check_metric(value)
 
 
 def check_metric(value: Any) -> float:
-    """What eval gave, as a number.
+    """Check and convert what eval returned.
 
     Raises:
-        TrainingError: it is none, or NaN or infinite.
+        TrainingError: it is no number, or NaN or infinite.
     """
     try:
         number = float(value)
@@ -141,10 +142,10 @@ def _check_data(name: str, data: object) -> None:
 
 
 def check_batch(batch: object, where: str) -> None:
-    """Whether something is a mapping of names to tensors.
+    """Refuse a batch that is no mapping of names to tensors.
 
     Raises:
-        TrainingError: so it is not.
+        TrainingError: it has no keys; `where` is named.
     """
     if not hasattr(batch, "keys"):
         raise TrainingError(

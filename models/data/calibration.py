@@ -180,7 +180,7 @@ def token_batches(
 def predicts_tokens(program: Program) -> bool:
     """Whether a program's first output is logits [batch, tokens, vocabulary] over its input_ids.
 
-    It is told by the width: as many logits as the table that input_ids look up has rows.
+    It is recognized by the width: as many logits as the table that input_ids look up has rows.
     """
     graph = program.forward.graph
     outputs = next(iter(reversed(graph.nodes))).args[0]
@@ -222,7 +222,7 @@ def _unpadded(ids: Tensor) -> dict[str, Tensor]:
 
 
 def _chosen(made: Mapping[str, Tensor], inputs: Sequence[str]) -> dict[str, Tensor]:
-    """What a tokenizer made, of it what the model takes."""
+    """Choose the inputs that the model takes from those that a tokenizer made."""
     missing = [name for name in inputs if name not in made]
     if missing:
         raise GraphPruneError(

@@ -1,4 +1,4 @@
-"""What all tasks share: running any kind of model, and embedding sentences with it."""
+"""Shared by all tasks: running any kind of model, and embedding sentences with it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 def silent(done: int, total: int) -> None:
-    """Progress that nobody watches."""
+    """Ignore progress."""
 
 
 @final
@@ -41,11 +41,11 @@ class TaskResult:
     Attributes:
         task: its name in TASKS.
         metric: what `value` is.
-        value: the figure that the model is judged by, that of all items of the outcome.
+        value: the figure that the task reports, that of all items of the outcome.
         count: of how many things: pairs, images, questions, predicted tokens.
         outcome: what the model did on each item, for comparing it with another model.
         higher_is_better: False for a perplexity.
-        standard_error: one standard error of `value`, from drawing the things judged; else None.
+        standard_error: one standard error of `value`, from drawing the items evaluated; else None.
         details: how it was measured, where that can vary: window, part of the data.
         more: other figures of the same run by their metric.
         guess: what a model gets that gives every item the same answer; None where that is unknown.
@@ -75,7 +75,7 @@ class TaskResult:
 @final
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a task is asked to evaluate.
+    """A request to evaluate a model by a task.
 
     Attributes:
         model: a torch module, a Program or an onnxruntime session.
@@ -110,7 +110,7 @@ class Task:
         run: evaluates a model; its defaults are those of the function that it calls.
         higher_is_better: False for a perplexity.
         file: "folder/file" of its data under $GRAPHPRUNE_DATA; empty where it needs none.
-        source: whose these data are.
+        source: where the data come from.
         options: names of its own options.
         reads_text: whether it needs the model's tokenizer.
         compares: whether it needs the dense model too.

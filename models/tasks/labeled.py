@@ -28,14 +28,14 @@ from graphprune.training.outcome import MeanOutcome, RankOutcome
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
-def judge(
+def evaluate_labeled(
     model: Any,
     tokenizer_dir: Path,
     file: Path,
     schema: Schema,
     progress: Progress = silent,
 ) -> TaskResult:
-    """Judge scores by a file's labels.
+    """Evaluate scores against a file's labels.
 
     1. "classification": accuracy, with one standard error sqrt(p (1 - p) / n).
     2. "regression": Spearman's rank correlation; `more` has Pearson's. Both are 0 where the
@@ -67,8 +67,8 @@ def judge(
         more = {"Pearson": pearson(scores, wanted)}
         return REGRESSION.result(RankOutcome(scores, wanted), more=more, guess=0.0)
     outcome = MeanOutcome(scores.argmax(dim=-1) == wanted)
-    share = outcome.value()
-    error = math.sqrt(share * (1 - share) / outcome.count)
+    right = outcome.value()
+    error = math.sqrt(right * (1 - right) / outcome.count)
     return CLASSIFICATION.result(outcome, standard_error=error, guess=majority(wanted))
 
 
@@ -101,7 +101,7 @@ def _check(scores: Tensor, labels: Tensor, schema: Schema) -> None:
     if not bool(best.isfinite().all()):
         raise GraphPruneError(
             "the model's scores are NaN or infinite for some of the texts, so there is nothing to "
-            "judge: a layer before overflows, or its weights are broken"
+            "evaluate: a layer before overflows, or its weights are broken"
         )
 
 
@@ -111,7 +111,7 @@ CLASSIFICATION: Task = Task(
     metric="accuracy",
     meaning="the fraction of texts whose label the model names",
     items="texts",
-    run=lambda r: judge(
+    run=lambda r: evaluate_labeled(
         r.model, r.tokenizer_dir, CLASSIFICATION.find_data(r.data), r.schema, r.progress
     ),
     file="sst2/test.tsv",
@@ -125,7 +125,7 @@ REGRESSION: Task = Task(
     meaning="how well the order of the scores follows the order of the labels: 1 is the same "
     "order, 0 is chance",
     items="texts",
-    run=lambda r: judge(
+    run=lambda r: evaluate_labeled(
         r.model, r.tokenizer_dir, REGRESSION.find_data(r.data), r.schema, r.progress
     ),
     file="stsb/test.tsv",

@@ -29,7 +29,7 @@ def agreement(
     count: int = SENTENCES,
     progress: Progress = silent,
 ) -> TaskResult:
-    """Mean share of each sentence's ten nearest neighbors that both models name."""
+    """Mean fraction of each sentence's ten nearest neighbors that both models name."""
     sentences = python_sentences(count)
     ours = embed(
         model, tokenizer_dir, sentences, progress=lambda done, total: progress(done, 2 * total)
@@ -44,7 +44,7 @@ def agreement(
 
 
 def common_neighbors(ours: Tensor, theirs: Tensor, neighbors: int) -> Tensor:
-    """Share of each row's nearest neighbors that two embeddings [n, width] have in common; [n]."""
+    """Fraction of each row's nearest neighbors that two embeddings [n, width] share; [n]."""
     lists = []
     for embeddings in (ours, theirs):
         similarity = embeddings @ embeddings.T
@@ -82,7 +82,7 @@ def python_sentences(count: int) -> Sequence[str]:
 
 TASK = Task(
     name="neighbors",
-    purpose="share of nearest neighbors that dense and pruned models agree on",
+    purpose="fraction of nearest neighbors that dense and pruned models agree on",
     metric=f"agreement of {NEIGHBORS} nearest",
     meaning="the fraction of each sentence's nearest neighbors that the dense and the pruned model "
     "agree on; it needs no labels, and says nothing about how good the dense model is",

@@ -9,7 +9,7 @@ import torch
 
 from graphprune.errors import GraphPruneError
 from graphprune.models.tasks.base import Progress, Task, TaskResult, majority, silent
-from graphprune.models.tasks.language import continuations, read_rows, share
+from graphprune.models.tasks.language import continuations, fraction, read_rows
 from graphprune.training.outcome import MeanOutcome
 
 
@@ -62,10 +62,10 @@ def piqa(
         normalized.append((second > first) == bool(row["label"]))
     return TASK.result(
         MeanOutcome(torch.tensor(normalized)),
-        standard_error=share(normalized)[1],
+        standard_error=fraction(normalized)[1],
         guess=majority(torch.tensor([int(str(row["label"])) for row in rows])),
         details=part,
-        more={"accuracy, log-probability (acc)": share(plain)[0]},
+        more={"accuracy, log-probability (acc)": fraction(plain)[0]},
     )
 
 

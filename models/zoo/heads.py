@@ -23,7 +23,7 @@ class TextHead(nn.Module):
 
     A pair of sentences is read as one text of two segments, so the encoder compares them word by
     word; there is one pass and one score. (An encoder that was trained for the cosine of two
-    embeddings is judged as that by the task "sts".)
+    embeddings is evaluated as that by the task "sts".)
 
     1. pooling "mean": the mean over the tokens that the mask keeps.
     2. pooling "cls": the first token.
@@ -102,7 +102,7 @@ def _fits(own: tuple[str, ...], classes: tuple[str, ...]) -> bool:
 
 
 def _encoder(module: Any) -> tuple[Any, str]:
-    """What gives one vector a token, and how a sentence is made of them."""
+    """Return the module with one vector a token, and how a sentence is pooled from them."""
     if isinstance(module, SentenceEncoder):
         return module.encoder, module.pooling
     return getattr(module, "base_model", module), "mean"

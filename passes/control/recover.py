@@ -10,14 +10,14 @@ import torch
 from graphprune.errors import RecipeError
 from graphprune.ir.module import ProgramModule
 from graphprune.ir.program import Program
-from graphprune.passes.control.repeat import inner_passes, inner_proof, run_round
+from graphprune.passes.control.repeat import inner_passes, inner_verification, run_round
 from graphprune.pipeline.base import Context, Invariant, Pass, PassResult
 from graphprune.pipeline.events import JSON
 from graphprune.pipeline.registry import options, register
 from graphprune.training.distributed import Workers
 from graphprune.training.metrics import Metric
 from graphprune.training.objective import inputs_of
-from graphprune.training.spec import Training, check_metric, judged
+from graphprune.training.spec import Training, check_metric, run_eval
 from graphprune.validate import check_number, check_whole
 
 
@@ -25,7 +25,7 @@ from graphprune.validate import check_number, check_whole
 @final
 @dataclass(frozen=True, slots=True)
 class PruneRecover(Pass):
-    """Run passes in order, in several rounds, each of which removes an equal share of the total.
+    """Run passes in order, in several rounds, each of which removes an equal fraction of the total.
 
         PruneRecover((PruneNeurons(0.5), Finetune()), rounds=4)      12.5, 25, 37.5, 50 %
 
@@ -33,8 +33,8 @@ class PruneRecover(Pass):
        counted in units of the dense model; after the last round its ratio is met exactly.
     2. A pass with a `sparsity` zeroes until r / n of it is zero. n:m patterns do not grow.
     3. All other passes run in every round as they are: training, least squares.
-    4. With `tolerance`, rounds end as soon as `eval` is worse by more than that than the dense
-       model's, and the last round that was not is given back; the program as it was if none was.
+    4. With `tolerance`, rounds end as soon as `eval` falls by more than that below the dense
+       model's, and the last round within the tolerance is returned; the program unchanged if none.
 
     Attributes:
         passes: what a round does, in order; each is verified like any other.
@@ -55,11 +55,11 @@ class PruneRecover(Pass):
         check_whole("rounds", self.rounds)
         if self.tolerance is not None:
             check_number("tolerance", self.tolerance, "0 or more, or null", low=0)
-        if all(_share(step, 0.5) == step for step in self.passes):
+        if all(_scaled(step, 0.5) == step for step in self.passes):
             raise RecipeError(
-                "prune-recover shares out a ratio or a sparsity, and none of its passes has one "
-                f"above 0: {[step.name for step in self.passes]}; to run passes again and again "
-                "there is repeat"
+                "prune-recover splits a ratio or sparsity over rounds, and none of its passes has "
+                f"one above 0: {[step.name for step in self.passes]}; to run passes again and "
+                "again there is repeat"
             )
 
     @property
@@ -75,22 +75,26 @@ class PruneRecover(Pass):
         return self.tolerance is not None or any(step.needs_training for step in self.passes)
 
     def run(self, program: Program, ctx: Context) -> PassResult:
-        judge = ctx.training if ctx.training is not None and ctx.training.eval is not None else None
-        if self.tolerance is not None and judge is None:
+        training = ctx.training
+        if training is not None and training.eval is None:
+            training = None
+        if self.tolerance is not None and training is None:
             raise RecipeError(
                 "prune-recover with a tolerance stops by eval, and there is none: give "
                 "compile(..., training=Training(batches, eval=...))"
             )
-        dense = None if judge is None else _metric(ctx.reference or program, judge)
+        dense = None if training is None else _metric(ctx.reference or program, training)
         current = good = program
         rounds: list[dict[str, JSON]] = []
         stopped = False
         while len(rounds) < self.rounds and not stopped:
             part = (len(rounds) + 1) / self.rounds
-            current, told = run_round([_share(step, part) for step in self.passes], current, ctx)
-            record: dict[str, JSON] = {"part": part, "passes": told}
-            if judge is not None and dense is not None:
-                record["metric"] = metric = _metric(current, judge)
+            current, reports = run_round(
+                [_scaled(step, part) for step in self.passes], current, ctx
+            )
+            record: dict[str, JSON] = {"part": part, "passes": reports}
+            if training is not None and dense is not None:
+                record["metric"] = metric = _metric(current, training)
                 stopped = self.tolerance is not None and metric < dense - self.tolerance
             rounds.append(record)
             good = good if stopped else current
@@ -109,12 +113,14 @@ class PruneRecover(Pass):
             "taken": len(taken),
             "stopped": stopped,
             "metric_dense": dense,
-            "verification": inner_proof([t for record in taken for t in record["passes"]], ctx),
+            "verification": inner_verification(
+                [t for record in taken for t in record["passes"]], ctx
+            ),
         }
 
 
-def _share(step: Pass, part: float) -> Pass:
-    """The pass with a part of its total."""
+def _scaled(step: Pass, part: float) -> Pass:
+    """The pass with a fraction of its total."""
     known: Any = step
     names = {option.name for option in options(type(step))}
     if {"ratio", "of"} <= names:
@@ -125,17 +131,17 @@ def _share(step: Pass, part: float) -> Pass:
 
 
 def _grows(step: Any) -> bool:
-    """Whether the sparsity is free: an n:m pattern has its own, and may say it."""
+    """Whether the sparsity can vary: an n:m pattern fixes it."""
     return ":" not in getattr(step, "pattern", "")
 
 
 def _metric(program: Program, training: Training) -> float:
-    """What `eval` says of a program; one process measures, all go by it."""
+    """Evaluate a program by `eval` in the main process, for all processes."""
     workers = Workers(training.device)
 
     def measured() -> float:
         if callable(training.eval):
-            return judged(training.eval, program)
+            return run_eval(training.eval, program)
         score = Metric(training.loss)
         module = ProgramModule(program)
         with torch.no_grad():
@@ -143,4 +149,4 @@ def _metric(program: Program, training: Training) -> float:
                 score.add(module(**inputs_of(program, batch)), batch)
         return check_metric(score.value())
 
-    return workers.told(measured)
+    return workers.run_on_main(measured)

@@ -66,7 +66,9 @@ class Repeat(Pass):
             "summary": f"{len(rounds)} rounds" + ("" if settled else ", not settled"),
             "rounds": rounds,
             "settled": settled,
-            "verification": inner_proof([told for reports in rounds for told in reports], ctx),
+            "verification": inner_verification(
+                [report for reports in rounds for report in reports], ctx
+            ),
         }
         return PassResult(current, current is not program, report)
 
@@ -87,7 +89,7 @@ def inner_passes(name: str, passes: Any) -> tuple[Pass, ...]:
 def run_round(
     passes: Sequence[Pass], program: Program, ctx: Context
 ) -> tuple[Program, list[dict[str, JSON]]]:
-    """Run passes inside another one, each verified like any other; what each of them reports."""
+    """Run passes inside another one, each verified like any other; return their reports too."""
     reports: list[dict[str, JSON]] = []
     for index, step in enumerate(passes):
         program, finished = run_pass(step, program, ctx, passes, index, record=False)
@@ -95,9 +97,9 @@ def run_round(
     return program, reports
 
 
-def inner_proof(reports: Sequence[Mapping[str, JSON]], ctx: Context) -> dict[str, JSON]:
-    """What a pass that runs others says of verification, from the reports of those."""
+def inner_verification(reports: Sequence[Mapping[str, JSON]], ctx: Context) -> dict[str, JSON]:
+    """Combine the verification of inner passes, from their reports."""
     if not ctx.verify:
         return {"skipped": "verification was switched off"}
-    checks = [told.get("verification", {}) for told in reports]
+    checks = [report.get("verification", {}) for report in reports]
     return {"checked": "after each inner pass", **combined(checks)}

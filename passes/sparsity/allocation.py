@@ -23,7 +23,7 @@ ALLOCATIONS = ("uniform", "owl", "global")
 @final
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What one site is asked for: the fraction to remove, and what goes together."""
+    """The fraction to remove from one site, and what goes together."""
 
     sparsity: float
     pattern: Pattern
@@ -45,7 +45,7 @@ def global_shares(
     asked: Share,
     norms: Mapping[str, Tensor] | None,
 ) -> dict[str, Share]:
-    """Share out a sparsity by one ranking of all sites' units, by |w| or by |w| · ‖x‖.
+    """Distribute a sparsity by one ranking of all sites' units, by |w| or by |w| · ‖x‖.
 
     Args:
         norms: site name -> L2 norm of each input feature, [in]; None to rank by |w|.
@@ -74,7 +74,7 @@ def owl_shares(
     threshold: float,
     spread: float,
 ) -> dict[str, Share]:
-    """Share out a sparsity so that blocks with many outliers lose less (OWL).
+    """Distribute a sparsity so that blocks with many outliers lose less (OWL).
 
     Args:
         norms: site name -> L2 norm of each input feature, [in].
@@ -159,7 +159,7 @@ def outlier_ratio(scores: Sequence[Tensor], threshold: float) -> float:
 def owl_offsets(
     ratios: Mapping[str, float], sizes: Mapping[str, int], spread: float
 ) -> dict[str, float]:
-    """What each block's density is above the mean (OWL, arXiv 2310.05175).
+    """How far each block's density is above the mean (OWL, arXiv 2310.05175).
 
     2 · spread · (D - min D) / (max D - min D), less its mean weighted by size, so that the whole
     keeps the density asked for. All zero where every block has the same ratio.
@@ -180,7 +180,7 @@ def owl_offsets(
 def within_bounds(
     parts: Mapping[str, float], sizes: Mapping[str, int], mean: float
 ) -> dict[str, float]:
-    """Parts clamped to [0.01, 0.99], all shifted alike until their mean by size is as asked."""
+    """Fractions in [0.01, 0.99], shifted by one amount until their mean by size is as asked."""
     low, high = min(0.01, mean), max(0.99, mean)
     total = sum(sizes.values())
 
@@ -198,11 +198,11 @@ def within_bounds(
 
 
 def global_sparsities(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, float]:
-    """What part of each matrix lies among the lowest `sparsity` of all scores.
+    """The fraction of each matrix that lies among the lowest `sparsity` of all scores.
 
     Args:
         scores: of each matrix's units, any shape; comparable with each other.
-        sparsity: part of all units to remove.
+        sparsity: fraction of all units to remove.
     """
     flats = {name: s.flatten().to(torch.float32, copy=True) for name, s in scores.items()}
     for values in flats.values():

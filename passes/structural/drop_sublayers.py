@@ -36,9 +36,9 @@ SCORES = ("similarity", "loss")
 class DropSublayers(Pass):
     """Remove whole sublayers: of x + f(x) only x is left, and the addition goes too.
 
-    Needs calibration batches, no labels. A norm behind the sum (post-LN) stays, one before it that
+    Needs calibration batches, no labels. A norm after the sum (post-LN) stays, one before it that
     nothing else reads goes. A decoder's layer without attention has no cache: its keys and values
-    are no inputs or outputs any more, and the layers behind it move up.
+    are no inputs or outputs any more, and the layers after it move up.
 
     1. A sublayer is a residual branch that the graph shows: attention ("attention"), products with
        matrices without attention ("ffn"), convolutions (with kind "any" alone).
@@ -172,7 +172,7 @@ class DropSublayers(Pass):
 @final
 @dataclass(frozen=True, slots=True)
 class _Unit:
-    """What goes as a whole: a residual branch, or a block of them in execution order."""
+    """A residual branch that goes as a whole, or a block of them in execution order."""
 
     branches: tuple[Branch, ...]
 
@@ -189,7 +189,7 @@ class _Unit:
         )
 
     def record(self, scores: Mapping[str, float]) -> Sublayer:
-        """What the report says of it."""
+        """Its record for the report."""
         ids = tuple(branch.id for branch in self.branches)
         return Sublayer(self.id, ids, self.branches[0].kind, scores.get(self.id))
 
@@ -197,7 +197,7 @@ class _Unit:
 @final
 @dataclass(frozen=True, slots=True)
 class _Choice:
-    """What may go.
+    """The sublayers that may go.
 
     Attributes:
         units: those that targets and ignore leave, in execution order.

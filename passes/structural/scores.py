@@ -29,7 +29,7 @@ _PROJECTIONS = 2  # random directions of the output a batch
 
 
 class Needs(enum.Enum):
-    """What a score looks at."""
+    """The data that a score needs."""
 
     WEIGHTS = enum.auto()
     MOMENTS = enum.auto()
@@ -40,14 +40,14 @@ class Needs(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What the units of one group are scored by.
+    """The evidence that the units of one group are scored by.
 
     Attributes:
         program: the program, in which groups before this one may have been compensated already.
         group: whose units.
         ctx: the randomness and the analyses.
         parts: the weights that read the units, with moments; empty where nothing needs them.
-        damping: part of the mean squared input added to a Gram matrix's diagonal.
+        damping: fraction of the mean squared input added to a Gram matrix's diagonal.
     """
 
     program: Program
@@ -58,7 +58,7 @@ class Evidence:
 
 
 class Score(abc.ABC):
-    """A way to say how much units matter.
+    """A measure of how much units matter.
 
     Attributes:
         name: its name in recipes.
@@ -76,7 +76,7 @@ class Score(abc.ABC):
 
     @abc.abstractmethod
     def score(self, seen: Evidence) -> Tensor:
-        """What each unit is worth, comparable between groups; float64 [size]."""
+        """Score each unit, comparable between groups; float64 [size]."""
 
     def order(self, seen: Evidence, count: int) -> tuple[Tensor, Tensor]:
         """The units in the order in which they go, at least `count` of them, and their scores.
@@ -178,7 +178,7 @@ class Activation(Score):
 
 
 def _summed(seen: Evidence, of: Callable[[Consumer, Tensor], Tensor]) -> Tensor:
-    """What `of` says of each input feature, summed over a unit's; float64 [size]."""
+    """Sum a quantity of each input feature over the features of each unit; float64 [size]."""
     total = torch.zeros(seen.group.size, dtype=torch.float64)
     for part in seen.parts:
         values = of(part, part.site.matrix(seen.program).to("cpu", torch.float64))
@@ -204,9 +204,9 @@ class Obs(Score):
         return torch.tensor(order, dtype=torch.int64), torch.tensor(costs, dtype=torch.float64)
 
     def score(self, seen: Evidence) -> Tensor:
-        """What each unit costs when OBS comes to it, as a part of the consumers' output; [size].
+        """Cost of each unit when OBS removes it, as a fraction of the consumers' output; [size].
 
-        A part of its own layer's output says nothing of how much that layer matters to the model's.
+        How much that layer matters to the model's output is not in it.
 
         Costs only rise along the order of removal: a unit that gets cheaper once another is gone
         would otherwise be counted before it. The last unit, which always stays, costs as much as

@@ -14,7 +14,7 @@ from graphprune.passes.name_patterns import TensorNames, matches, refuse_unmatch
 
 @dataclass(frozen=True, slots=True)
 class Selector:
-    """What to take and what to leave; every condition must hold.
+    """Conditions on axis groups; all must hold.
 
     Attributes:
         roles: roles of the groups; empty takes every role.
@@ -43,8 +43,9 @@ def select(program: Program, groups: AxisGroups, wanted: Selector) -> Selection:
     """The groups that a selector takes and that can be cut.
 
     Of several groups of one role that are factors of one dimension, 16 = 4 × 4 channels, one is
-    taken, so that a ratio is a part of the dimension: the one with the most units, for counts that
-    come nearest to the ratio, and of equal ones the outer one. Groups named by id are all taken.
+    taken, so that a ratio is a fraction of the dimension: the one with the most units, for counts
+    that come nearest to the ratio, and of equal ones the outer one. Groups named by id are all
+    taken.
 
     Raises:
         RecipeError: a pattern of targets, ignore or groups matches nothing.
@@ -154,7 +155,7 @@ def _asked(wanted: Selector) -> str:
 
 
 def _overview(groups: AxisGroups) -> str:
-    """What could be pruned instead: "it has neuron (6), residual (1)"."""
+    """Describe what could be pruned instead: "free are neuron (6), residual (1)"."""
     counts = Counter(g.role for g in groups if not g.frozen)
     if not counts:
         why = [frozen.text for frozen in frozen_parameters(groups)[:1]]

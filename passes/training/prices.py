@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 @final
 @dataclass(frozen=True, slots=True)
 class Prices:
-    """What a resource is spent on.
+    """Prices of a resource.
 
     Attributes:
         parameter: by tensor, what one of its parameters costs.
@@ -56,7 +56,7 @@ class Prices:
 @final
 @dataclass(frozen=True, slots=True)
 class Account:
-    """What a budget comes to for a model on a device; plain numbers, which a checkpoint keeps.
+    """A budget for a model on a device, in plain numbers, which a checkpoint keeps.
 
     Attributes:
         resource: what is counted: "ms" or "flops".
@@ -111,7 +111,7 @@ def fitted(table: Table, sized: Sized, resource: str, counts: Mapping[str, int])
 
 
 def _slope(item: Item, row: Sequence[float]) -> float:
-    """What all units of an item cost by the line through its levels."""
+    """The cost of all units of an item by the line through its levels."""
     whole = sum(group.size for group in item.groups)
     levels = [
         (sum(level) / whole, cost)
@@ -163,7 +163,7 @@ class Budgeted:
         self._sized = sized_for(options, program, ctx.quantization)
         self._branches = self._droppable()
         self._work: Work | None = None
-        self.account = self._workers.told(self._measured)
+        self.account = self._workers.run_on_main(self._measured)
         self._check_reachable()
 
     def _droppable(self) -> list[Branch]:
@@ -191,9 +191,9 @@ class Budgeted:
         names = sorted(frozenset[str]().union(*(branch.tensors for branch in found)))
         tensors = self.program.tensors
         dead = self.program.with_tensors({n: torch.zeros_like(tensors[n]) for n in names})
-        behind, gates = gated(self.program, found)
+        gates_open, gates = gated(self.program, found)
         try:
-            compare_zeroed(dead, closed(behind, gates.values()))
+            compare_zeroed(dead, closed(gates_open, gates.values()))
         except VerificationError:
             return False
         return True
@@ -246,13 +246,13 @@ class Budgeted:
         return ledger
 
     def report(self, result: Program, ledger: Ledger) -> dict[str, JSON]:
-        """What was asked, predicted and measured, as a run of Budget reports it.
+        """Report what was asked, predicted and measured, as a run of Budget does.
 
         Args:
             result: the trained program.
             ledger: of what is gone.
         """
-        return self._workers.told(lambda: self._report(result, ledger).to_json())
+        return self._workers.run_on_main(lambda: self._report(result, ledger).to_json())
 
     def _report(self, result: Program, ledger: Ledger) -> BudgetReport:
         assert self._work is not None
