@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -124,10 +124,15 @@ _BAR = 16  # characters of all units
 
 def comparison_table(found: Measured, report: Report) -> Table:
     """Before and after: sizes, times and quality, a row each."""
+    return texts_table(found.header(), found.rows(report.size_rows(found)))
+
+
+def texts_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Rows of texts, the first column to the left and figures to the right."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for i, column in enumerate(found.header()):
-        table.add_column(column, justify="right" if i else "left")
-    for row in found.rows(report.size_rows(found)):
+    for i, column in enumerate(header):
+        table.add_column(column, justify="right" if i else "left", overflow="fold")
+    for row in rows:
         table.add_row(*map(Text, row))
     return table
 

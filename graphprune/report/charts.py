@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from graphprune.report.budget import Front
+    from graphprune.report.compare import Overview
     from graphprune.report.report import Report
     from graphprune.report.sensitivity import Cost, Sensitivity
 
@@ -262,6 +263,26 @@ def front_charts(front: Front) -> list[Chart]:
     )
 
 
+def compare_charts(found: Overview) -> list[Chart]:
+    """Quality by speed and by size, of the models that were evaluated alike; else size by speed."""
+    alike = [e for e in found.entrants if e.quality is not None and e.evaluated_by == found.metric]
+    by_speed = {e.name: [(e.faster, e.quality, e.name)] for e in alike if e.faster is not None}
+    by_size = {e.name: [(e.mb, e.quality, e.name)] for e in alike if e.mb is not None}
+    quality = found.metric.partition(", ")[0]
+    if alike:
+        speed = "times faster than dense"
+        return [
+            *scatter(f"{quality} by speed", by_speed, x_title=speed, y_title=quality),
+            *scatter(f"{quality} by size", by_size, x_title="MB", y_title=quality),
+        ]
+    sizes = {
+        e.name: [(e.faster, e.mb, e.name)]
+        for e in found.entrants
+        if e.faster is not None and e.mb is not None
+    }
+    return scatter("Size by speed", sizes, x_title="times faster than dense", y_title="MB")
+
+
 def scatter(
     caption: str,
     series: Mapping[str, Sequence[tuple[float, float, str]]],
@@ -270,7 +291,7 @@ def scatter(
     y_title: str,
 ) -> list[Chart]:
     """Points (x, y, name) of several series, those of one series joined by a line."""
-    if not charts_available():
+    if not series or not charts_available():
         return []
     axes = {"x_title": x_title, "y_title": y_title}
     chart = _pygal().XY(**{**_options(460), **_WIDE, **axes}, dots_size=5)

@@ -23,6 +23,7 @@ from graphprune.report.measured import (
 from graphprune.report.report import ERRORS, HEADER, Report, quantized_text
 
 if TYPE_CHECKING:
+    from graphprune.report.compare import Overview
     from graphprune.report.sensitivity import Sensitivity
 
 Rows = list[Sequence[str]]
@@ -105,6 +106,21 @@ def front_page(front: Front) -> str:
         charts=charts.front_charts(front),
         rows=front.rows(),
         header=[*FRONT, front.metric],
+        footer=_footer({}),
+    )
+
+
+def compare_page(found: Overview) -> str:
+    """Several artifacts side by side as one HTML page."""
+    return _render(
+        "compare.html.j2",
+        title="Artifacts compared",
+        metric=found.metric,
+        header=found.header(),
+        rows=found.rows(),
+        places=found.places,
+        notes=found.notes,
+        charts=charts.compare_charts(found),
         footer=_footer({}),
     )
 
