@@ -68,12 +68,12 @@ class Summary:
 
     def trained_first(self) -> str:
         """The dense model's training in words: "2 epochs, accuracy 0.505 -> 0.855"; or nothing."""
-        told = self.trained
-        if told is None:
+        trained = self.trained
+        if trained is None:
             return ""
-        epochs = told["epochs"]
-        name, figures = told["metric"], [told["metric_before"], told["metric_after"]]
-        if told["metric_after"] is None:
+        epochs = trained["epochs"]
+        name, figures = trained["metric"], [trained["metric_before"], trained["metric_after"]]
+        if trained["metric_after"] is None:
             name = "loss"
             figures = [epochs[i]["loss"] for i in sorted({0, len(epochs) - 1})]
         words = " -> ".join(f"{figure:.3f}" for figure in figures)

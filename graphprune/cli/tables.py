@@ -76,7 +76,7 @@ def _starred(group_id: str) -> str:
 
 
 def _state(group: AxisGroup) -> Text:
-    """What stands behind a group's name: nothing when it is simply free."""
+    """What is written after a group's name: nothing where it is free."""
     if group.frozen:
         more = f" (and {len(group.frozen) - 1} more)" if len(group.frozen) > 1 else ""
         return Text(f"\n  frozen: {_starred_numbers(group.frozen[0])}{more}", style="yellow")

@@ -308,7 +308,7 @@ _WIDE = {"width": 760, "include_x_axis": False}
 
 
 def _pygal() -> Any:
-    """The library, without the import hook that it leaves behind.
+    """The library, without the import hook that it installs.
 
     The hook is for its map plug-ins and of a kind that Python 3.12 no longer knows; while it is
     there, every later import in the process warns.

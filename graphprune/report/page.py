@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Rows = list[Sequence[str]]
 
 # Groups with at most so many units are drawn unit by unit; as a bar wider ones, and those of which
-# it is not told what stayed.
+# nothing says what stayed.
 _DRAWN = 64
 _ALL = 1000  # rows of a table of operators
 
@@ -335,8 +335,8 @@ def _roles(report: Report) -> list[dict[str, Any]]:
             layer = layers.setdefault(str(group["role"]), {}).setdefault(
                 str(group["id"]), _whole(int(group["before"]))
             )
-            told = (details.get("kept") or {}).get(group["id"])
-            layer["kept"] = _composed(layer["kept"], told, group)
+            kept = (details.get("kept") or {}).get(group["id"])
+            layer["kept"] = _composed(layer["kept"], kept, group)
             layer["left"], layer["cut"] = int(group["after"]), True
         for group in _entries(details.get("skipped")):
             if group.get("size"):
@@ -359,14 +359,14 @@ def _entries(groups: JSON) -> list[Mapping[str, Any]]:
     return [g for g in groups or () if isinstance(g, Mapping) and "id" in g and "role" in g]
 
 
-def _composed(before: list[int] | None, told: Any, group: Mapping[str, Any]) -> list[int] | None:
+def _composed(before: list[int] | None, kept: Any, group: Mapping[str, Any]) -> list[int] | None:
     """Original indices that are left, after a pass that kept these of those before it.
 
     None where no record says which ones: each head may have lost others.
     """
-    if told is None:
+    if kept is None:
         return before if group["after"] == group["before"] else None
-    return None if before is None else [before[i] for i in told]
+    return None if before is None else [before[i] for i in kept]
 
 
 def _drawn(groups: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -446,8 +446,8 @@ def _without_number(name: str) -> tuple[str, int | None]:
 
 def _trained_first(manifest: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     """The training of the dense model, where it was no pass: before all of them."""
-    told = (manifest.get("results") or {}).get("dense_training")
-    return [("the dense model", told)] if told else []
+    trained = (manifest.get("results") or {}).get("dense_training")
+    return [("the dense model", trained)] if trained else []
 
 
 def _trainings(steps: Sequence[tuple[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
@@ -468,22 +468,22 @@ def _trainings(steps: Sequence[tuple[str, Mapping[str, Any]]]) -> list[dict[str,
         if len(epochs) > 1:
             drawn += charts.lines(f"{title}: loss by epoch", lines, x_title="epoch", y_title="loss")
             metric = [(e["epoch"], e["metric"]) for e in epochs if "metric" in e]
-            told = details.get("metric")
+            metric_name = str(details.get("metric"))
             drawn += charts.lines(
-                f"{title}: {told} by epoch",
-                {str(told): metric} if metric else {},
+                f"{title}: {metric_name} by epoch",
+                {metric_name: metric} if metric else {},
                 x_title="epoch",
-                y_title=str(told),
+                y_title=metric_name,
             )
         degrees = details.get("degrees") or {}
         wirings = _wirings(degrees)
         for name, (before, after) in wirings.items():
             drawn += charts.degree_chart(f"{name}: units by living connections", before, after)
         spread = [
-            (f"{name}, {when}", f"{told['units']:,}", f"{told['dead']:,}",
-             f"{told['mean']:.1f}", f"{told['sd']:.2f}")
+            (f"{name}, {when}", f"{wired['units']:,}", f"{wired['dead']:,}",
+             f"{wired['mean']:.1f}", f"{wired['sd']:.2f}")
             for name, (before, after) in wirings.items()
-            for when, told in (("before", before), ("after", after))
+            for when, wired in (("before", before), ("after", after))
         ]  # fmt: skip
         found.append(
             {
@@ -568,7 +568,7 @@ def _footer(manifest: Mapping[str, Any]) -> str:
     from graphprune import __version__
 
     versions = manifest.get("versions") or {}
-    told = [f"{name} {versions[name]}" for name in ("torch", "onnxruntime") if name in versions]
+    known = [f"{name} {versions[name]}" for name in ("torch", "onnxruntime") if name in versions]
     created = [str(manifest["created"])] if "created" in manifest else []
     missing = [] if charts.charts_available() else ["charts: pip install 'graphprune[report]'"]
-    return "; ".join([f"graphprune {__version__}", *told, *created, *missing])
+    return "; ".join([f"graphprune {__version__}", *known, *created, *missing])

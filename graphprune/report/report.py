@@ -63,10 +63,10 @@ class PassReport:
         details = dict(finished.report)
         check = details.get("verification")
         error = check.get("max_error") if isinstance(check, Mapping) else None
-        told = details if "parameters_before" in details else record or {}
+        counted = details if "parameters_before" in details else record or {}
         sizes = None
-        if finished.modified and "parameters_before" in told:
-            sizes = (int(told["parameters_before"]), int(told["parameters_after"]))
+        if finished.modified and "parameters_before" in counted:
+            sizes = (int(counted["parameters_before"]), int(counted["parameters_after"]))
         return cls(
             name=finished.name,
             step=step,
@@ -120,7 +120,7 @@ class Report:
     limits: tuple[str, ...] = ()
 
     def extended(self, after: ModelSize, passes: Sequence[PassReport], seconds: float) -> Report:
-        """This report with more passes behind it."""
+        """This report with more passes after its own."""
         return replace(
             self, after=after, passes=(*self.passes, *passes), seconds=self.seconds + seconds
         )
@@ -260,11 +260,11 @@ class Report:
         return [_pass_row(p, Measured({}) if found is None else found) for p in self.passes]
 
     def verification(self) -> str:
-        """What was proven, in words."""
+        """What was verified, in words."""
         error = self.max_error
         if error is not None:
-            unproven = [p.name for p in self.passes if p.modified and p.max_error is None]
-            but = f"; not compared: {', '.join(unproven)}" if unproven else ""
+            unverified = [p.name for p in self.passes if p.modified and p.max_error is None]
+            but = f"; not compared: {', '.join(unverified)}" if unverified else ""
             size = f"largest difference {error:.1e} of a row's scale{but}"
             if blind := [p.name for p in self.passes if p.check.get("observable") is False]:
                 return (
@@ -278,17 +278,19 @@ class Report:
         if not any(p.modified for p in self.passes):
             return "nothing was changed"
         changed = [p for p in self.passes if p.modified]
-        told = [
+        reports = [
             details
             for p in changed
             for _, details in p.steps()
             if "rounds" not in details and details.get("modified", True)
         ]
         if not any(p.resized for p in changed) and all(
-            "sites" in details or "epochs" in details for details in told
+            "sites" in details or "epochs" in details for details in reports
         ):
-            return "no shape was changed, only values: nothing to prove"
-        drifts = [check["drift"] for d in told if "drift" in (check := d.get("verification", {}))]
+            return "no shape was changed, only values: nothing to verify"
+        drifts = [
+            check["drift"] for d in reports if "drift" in (check := d.get("verification", {}))
+        ]
         if drifts:
             return (
                 "a norm is over units that went, which equals no masking; largest drift "
@@ -441,10 +443,10 @@ def _inner(details: Mapping[str, JSON]) -> Iterator[tuple[str, Mapping[str, JSON
     """Title and report of the passes that one ran in rounds; not of a round that was given up."""
     rounds = details.get("rounds") or ()
     for number, done in enumerate(rounds[: details.get("taken", len(rounds))], 1):
-        for told in done["passes"] if isinstance(done, Mapping) else done:
-            title = f"round {number}: {told['pass']}"
-            yield title, told
-            yield from ((f"{title}, {deeper}", inner) for deeper, inner in _inner(told))
+        for inner in done["passes"] if isinstance(done, Mapping) else done:
+            title = f"round {number}: {inner['pass']}"
+            yield title, inner
+            yield from ((f"{title}, {deeper}", more) for deeper, more in _inner(inner))
 
 
 def _all_skipped(details: Mapping[str, JSON]) -> tuple[str, ...]:

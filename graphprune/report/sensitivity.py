@@ -131,7 +131,7 @@ class Sensitivity:
     def recipe(self) -> tuple[list[JSON], str]:
         """Passes for a recipe, and in a sentence what they are expected to do to the outputs.
 
-        Where no cut stays below the limit, the mildest one is taken and the sentence says so.
+        Where no cut stays below the limit, the mildest one is taken, and the sentence says it.
         """
         chosen = self._chosen()
         error = self._together(chosen)
