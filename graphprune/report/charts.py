@@ -260,6 +260,7 @@ def front_charts(front: Front) -> list[Chart]:
         },
         x_title="times faster than dense",
         y_title=front.metric,
+        wide=True,
     )
 
 
@@ -289,12 +290,13 @@ def scatter(
     *,
     x_title: str,
     y_title: str,
+    wide: bool = False,
 ) -> list[Chart]:
     """Points (x, y, name) of several series, those of one series joined by a line."""
     if not series or not charts_available():
         return []
-    axes = {"x_title": x_title, "y_title": y_title}
-    chart = _pygal().XY(**{**_options(460), **_WIDE, **axes}, dots_size=5)
+    options = {**_options(460), **_WIDE} if wide else {**_options(360), "include_x_axis": False}
+    chart = _pygal().XY(**options, x_title=x_title, y_title=y_title, dots_size=5)
     for name, marks in series.items():
         dots = [
             {"value": (x, y), "label": f"{label}: {x_title} {x:.4g}, {y_title} {y:.4g}"}

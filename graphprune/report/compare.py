@@ -141,7 +141,7 @@ class Overview:
 
     def header(self) -> tuple[str, ...]:
         """The columns of `rows`."""
-        return (*COMPARED, self.metric or "quality", "worth it")
+        return (*COMPARED, self.metric.rpartition(", ")[0] or "quality", "on the front")
 
     def rows(self) -> list[tuple[str, ...]]:
         """One a model, as texts."""
@@ -155,7 +155,7 @@ class Overview:
                 "" if e.mb is None else megabytes_text(1e6 * e.mb),
                 "" if e.smaller is None else f"{e.smaller:.2f}x",
                 self._quality(e),
-                "on the front" if e in front else "",
+                "yes" if e in front else "",
             )
             for e in self.entrants
         ]

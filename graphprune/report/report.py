@@ -207,14 +207,19 @@ class Report:
         """Title and record of every pass that ran to a budget."""
         return list(budgets(self.steps()))
 
-    def headline(self) -> str:
-        """Parameters, FLOPs and, of a float model, megabytes, before and after, in one line."""
+    def headline(self, found: Measured | None = None) -> str:
+        """Parameters, FLOPs and megabytes of weights, before and after, in one line.
+
+        Megabytes only of a float model whose file `found` does not know.
+        """
         a, b = self.before, self.after
         size = f", {megabytes_text(a.bytes)} -> {megabytes_text(b.bytes)} MB of weights"
+        if self.quantized or (found is not None and found.bytes is not None):
+            size = ""
         return (
             f"{a.parameters:,} -> {b.parameters:,} parameters"
             f" ({change_text(a.parameters, b.parameters)})"
-            f"{'' if self.quantized else size}"
+            f"{size}"
             f", {count_text(a.flops)} -> {count_text(b.flops)} FLOPs"
             f" ({a.flops / max(b.flops, 1):.2f}x fewer)"
         )

@@ -44,9 +44,10 @@ def test_the_front_is_what_nothing_beats_in_all_three() -> None:
     assert [e.name for e in found.entrants] == ["dense", "good", "beaten", "quick"]
     assert [e.name for e in found.front()] == ["dense", "good", "quick"]
     assert found.notes == ()
+    assert found.header()[-2:] == ("sts: Spearman", "on the front")
     rows = {row[0]: row for row in found.rows()}
     assert rows["quick"][1:] == (
-        "3.00x", "3.33", "A", "40.0", "2.25x", "0.7000", "on the front"
+        "3.00x", "3.33", "A", "40.0", "2.25x", "0.7000", "yes"
     )  # fmt: skip
     assert rows["beaten"][-1] == ""
     assert json.loads(json.dumps(found.to_json()))["models"][1]["front"] is True
