@@ -24,7 +24,7 @@ def compare_command(
     ] = Path("compare.html"),
     as_json: Json = False,
 ) -> None:
-    """Show the speed, size and quality of several artifacts, and which of them are worth it.
+    """Show several artifacts side by side: their speed, size and quality.
 
     Nothing is measured: the figures are those that `compile` and `bench --note` recorded, and where
     they come from different machines it is said.
