@@ -405,7 +405,8 @@ def compiled_and_measured(
             layout=options.layout,
             weights=options.weights,
         )
-    timing = operators = None
+    timing: Mapping[str, JSON] | None = None
+    operators: Mapping[str, JSON] | None = None
     if options.measure and artifact.has_baseline:
         with step("measure"):
             opponents = opponents_of(artifact)

@@ -14,7 +14,8 @@ PLACES = (
     "of yours."
 )
 _MOST = 5
-_TRAINABLE = ("classification", "regression")
+# Tasks that a model can be trained on, with what their data are given by.
+_TRAINABLE = {"classification": "--train FILE ", "regression": "--train FILE ", "digits": ""}
 _BY_AGREEMENT = "neighbors"
 
 
@@ -40,10 +41,11 @@ def _quality(report: Report, found: Measured) -> Iterator[Advice]:
         )
         return
     task = str(pruned["task"])
+    data = _TRAINABLE.get(task, "--train FILE ")
     if found.guessing():
         yield Advice(
             "Train the dense model longer, or at another rate, before anything is cut.",
-            f"graphprune compile MODEL -o OUT2 --task {task} --train FILE --epochs 5 --lr 2e-5",
+            f"graphprune compile MODEL -o OUT2 --task {task} {data}--epochs 5",
         )
         return
     if found.tiles()[2].color == GOOD:
@@ -58,9 +60,9 @@ def _quality(report: Report, found: Measured) -> Iterator[Advice]:
         yield Advice(
             "Training toward the dense model recovers much of what a cut loses.",
             f"graphprune compile MODEL -o OUT2 --heads 0.25 --neurons 0.25 --task {task} "
-            "--train FILE --distill 3",
+            f"{data}--distill 3",
         )
-    elif task not in (_BY_AGREEMENT, "digits"):
+    elif task != _BY_AGREEMENT:
         yield Advice(
             "Ask for the fastest model that loses little, instead of for a size.",
             f"graphprune compile MODEL -o OUT2 --max-drop 0.01 --task {task} --data FILE",

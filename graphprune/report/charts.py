@@ -267,8 +267,16 @@ def front_charts(front: Front) -> list[Chart]:
 def compare_charts(found: Overview) -> list[Chart]:
     """Quality by speed and by size, of the models that were evaluated alike; else size by speed."""
     alike = [e for e in found.entrants if e.quality is not None and e.evaluated_by == found.metric]
-    by_speed = {e.name: [(e.faster, e.quality, e.name)] for e in alike if e.faster is not None}
-    by_size = {e.name: [(e.mb, e.quality, e.name)] for e in alike if e.mb is not None}
+    by_speed = {
+        e.name: [(e.faster, e.quality, e.name)]
+        for e in alike
+        if e.faster is not None and e.quality is not None
+    }
+    by_size = {
+        e.name: [(e.mb, e.quality, e.name)]
+        for e in alike
+        if e.mb is not None and e.quality is not None
+    }
     quality = found.metric.partition(", ")[0]
     if alike:
         speed = "times faster than dense"

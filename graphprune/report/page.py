@@ -41,7 +41,7 @@ def report_page(report: Report, manifest: Mapping[str, Any]) -> str:
         report: what the compilation did.
         manifest: the artifact's manifest, or as much of it as there is: sizes, measurements,
             parity, inputs and outputs, versions, and under "results" what was noted later:
-            "timing", "quality", "dense_training".
+            "timing", "operators", "quality", "dense_training".
     """
     found = Measured(manifest)
     errors = _output_errors(report)
@@ -71,7 +71,7 @@ def report_page(report: Report, manifest: Mapping[str, Any]) -> str:
         advice=next_steps(report, found),
         places=PLACES,
         runs=_run_lines(report, found, bool(matrices)),
-        budgets=[_budget(title, found) for title, found in report.budgets()],
+        budgets=[_budget(title, budget) for title, budget in report.budgets()],
         roles=_roles(report),
         errors=[(name, f"{error:.4f}") for name, error in errors.items()],
         error_charts=charts.error_charts(report, errors),
