@@ -180,10 +180,10 @@ class Overview:
 
 
 def _evaluated_by(found: Measured) -> str:
-    pruned = found.quality.get("pruned")
-    if pruned is None:
+    """Task, metric and items of a figure, in words; empty without one."""
+    if "pruned" not in found.quality:
         return ""
-    return f"{found.quality_title()}, {pruned['count']:,} {pruned.get('items') or 'items'}"
+    return f"{found.quality_title()}, {found.items or 'items not noted'}"
 
 
 def _where(found: Measured) -> str:

@@ -209,6 +209,12 @@ class Measured:
         above, below = values[::-1] if pruned.get("higher_is_better", True) else values
         return above / below if below > 0 and math.isfinite(above / below) else None
 
+    @property
+    def items(self) -> str:
+        """What quality was evaluated on: "1,379 sentence pairs"; empty where that was not noted."""
+        pruned = self.quality.get("pruned") or {}
+        return f"{pruned['count']:,} {pruned.get('items') or 'items'}" if "count" in pruned else ""
+
     def quality_title(self) -> str:
         """Task and metric, and which way is better."""
         pruned = self.quality["pruned"]
@@ -220,10 +226,10 @@ class Measured:
         pruned = self.quality.get("pruned")
         if pruned is None:
             return ""
-        items = f"{pruned['count']:,} {pruned.get('items') or 'items'}"
         of = f" ({pruned['details']})" if pruned.get("details") else ""
         meaning = f": {pruned['meaning']}" if pruned.get("meaning") else ""
-        return f"{capital(pruned['metric'])}{meaning}. Evaluated on {items}{of}."
+        evaluated = f" Evaluated on {self.items}{of}." if self.items else ""
+        return f"{capital(pruned['metric'])}{meaning}.{evaluated}"
 
     def guessing(self) -> str:
         """That the dense model is no better than a guess, in a sentence; empty where it is."""
@@ -287,10 +293,10 @@ class Measured:
         pruned, dense = self.quality.get("pruned"), self.quality.get("dense")
         if pruned is None:
             return Tile(title, "not measured", "no task evaluated this model", UNKNOWN)
-        on = f"on {pruned['count']:,} {pruned.get('items') or 'items'}"
+        on = f" on {self.items}" if self.items else ""
         if dense is None:
-            return Tile(title, f"{pruned['value']:.3f}", f"{pruned['metric']} {on}", UNKNOWN)
-        note = f"{pruned['metric']} {dense['value']:.3f} → {pruned['value']:.3f} {on}"
+            return Tile(title, f"{pruned['value']:.3f}", f"{pruned['metric']}{on}", UNKNOWN)
+        note = f"{pruned['metric']} {dense['value']:.3f} → {pruned['value']:.3f}{on}"
         kept = self.kept
         if self.guessing():
             return Tile(title, "none to keep", f"the dense model guesses: {note}", POOR)

@@ -169,6 +169,8 @@ def test_what_older_artifacts_lack_is_unknown() -> None:
     found = Measured(manifest(timing=old, quality=both))
     assert found.measured_on().startswith("unknown CPU, 1 thread")
     assert "1,379 items" in found.quality_meaning()
+    del both["pruned"]["count"]
+    assert found.quality_meaning() == "Spearman."
     assert found.operators == {}
     assert found.weights == {}
     json.dumps([found.tiles()[0].value])
