@@ -13,6 +13,7 @@ from graphprune.errors import ArtifactError, ExportError, GraphPruneError
 from graphprune.exporters.quantize.quantize import quantize
 from graphprune.exporters.runtime.footprint import Footprint, footprint
 from graphprune.exporters.runtime.kv_cache import Shapes, filled, shapes_of
+from graphprune.exporters.runtime.profile import operator_times
 from graphprune.exporters.runtime.session import Feeds, feeds_of, open_session
 from graphprune.exporters.runtime.timing import Clock, Comparison, compare_files
 from graphprune.ir.decoding import PAST, is_past
@@ -227,6 +228,20 @@ class Artifact:
                 repeats=repeats,
                 clock=clock,
             )
+
+    def operators(self, batch: Any, *, threads: int = 1) -> dict[str, dict[str, float]]:
+        """Milliseconds of a run by operator type, of "dense", where it is there, and "pruned".
+
+        Args:
+            batch: inputs as the model takes them.
+            threads: ORT's threads within operators.
+
+        Raises:
+            GraphPruneError: a batch that does not fit.
+        """
+        dense = {DENSE: self.baseline_path} if self.has_baseline else {}
+        files = {**dense, "pruned": self.model_path}
+        return operator_times(files, self.feeds(batch), threads=threads)
 
     def check_opponents(self, against: str) -> None:
         """Refuse, before anything is loaded, names that this artifact cannot be measured against.

@@ -29,7 +29,8 @@ from graphprune.exporters.artifact.artifact import (
     open_artifact,
     quantized_name,
 )
-from graphprune.exporters.artifact.results import PAGE, Finish, write_page
+from graphprune.exporters.artifact.results import MARKDOWN, PAGE, Finish, write_reports
+from graphprune.exporters.artifact.weights import bytes_by_role, tensor_roles
 from graphprune.exporters.onnx.convert import check_opset, to_onnx
 from graphprune.exporters.onnx.files import (
     WEIGHTS,
@@ -44,6 +45,7 @@ from graphprune.exporters.onnx.names import input_names, limits_by_input
 from graphprune.exporters.quantize.quantize import quantize
 from graphprune.exporters.runtime.kv_cache import filled, shapes_of
 from graphprune.exporters.runtime.parity import check_parity, grouped_inputs
+from graphprune.exporters.runtime.probe import cpu
 from graphprune.exporters.runtime.session import Feeds, feeds_of, open_session
 from graphprune.exporters.runtime.timing import compare, default_clock, interleaved
 from graphprune.ir.batches import second_inputs
@@ -72,7 +74,6 @@ def export(
     *,
     target: str = "onnxruntime",
     baseline: Program | Path | None = None,
-    report: str | None = None,
     extra: Mapping[str, Path | bytes] | None = None,
     calibration: Iterable[Any] | None = None,
     opset: int | None = None,
@@ -92,7 +93,6 @@ def export(
             top of a past for one sample at a time.
         baseline: the dense program, written as baseline.onnx by the same exporter; or the
             baseline.onnx of an artifact that this program comes from, which is copied.
-        report: text of report.md; by default from the program's own report or history.
         extra: more files by name (tokenizer, labels), as paths to copy or bytes.
         calibration: batches like the example inputs; quantization "int8-static" needs them, and
             measures its drift on the first of them.
@@ -146,15 +146,17 @@ def export(
         kept = mark is None or "float" in files
         shared = weights_of(folder, files.get("float", files["model"])) if kept else None
         save_files(program, folder / layout.program, shared)
-        text = report or _report(program)
-        (folder / f"{layout.own}report.md").write_text(text, encoding="utf-8")
+        notes["weights"] = _weights(program, baseline, folder, files)
         _copy_extra(extra or {}, folder, layout)
         manifest = _manifest(program, target, model, notes, layout, files)
         manifest["beside"] = [n for n in files.values() if data_file(folder / n).is_file()]
         _copy_extra(finish(manifest), folder, layout)
+        if program.report is None:
+            text = f"# {program.model or 'model'}\n\n{program.num_parameters():,} parameters.\n"
+            (folder / layout.own / MARKDOWN).write_text(text, encoding="utf-8")
         manifest["sha256"] = _hashes(folder)
         if program.report is not None:
-            write_page(Report.from_json(program.report), manifest, folder, layout)
+            write_reports(Report.from_json(program.report), manifest, folder, layout)
         text = json.dumps(manifest, indent=1, allow_nan=False)
         (folder / layout.manifest).write_text(text, encoding="utf-8")
     return open_artifact(path)
@@ -340,7 +342,22 @@ def _measurements(
     sessions = [open_session(folder / files[part], 1) for part in ("model", "baseline")]
     example = _examples(program, program.deployed, grouped)[0]
     comparison = compare(sessions[0], sessions[1], example, repeats=5)
-    return [comparison.to_json()]
+    return [{**comparison.to_json(), "cpu": cpu()["name"]}]
+
+
+def _weights(
+    program: Program,
+    baseline: Program | Path | None,
+    folder: Path,
+    files: Mapping[str, str],
+) -> dict[str, dict[str, int]]:
+    """Bytes of the model and its baseline by what they are for."""
+    roles = tensor_roles(program)
+    if isinstance(baseline, Program) and baseline is not program:
+        # It has the tensors that went as a whole too.
+        roles = {**tensor_roles(baseline), **roles}
+    found = [folder / files[part] for part in ("model", "baseline") if part in files]
+    return {file.name: bytes_by_role(file, roles) for file in found}
 
 
 def _manifest(
@@ -398,15 +415,9 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), "platform": platform.platform(), **found}
 
 
-def _report(program: Program) -> str:
-    if program.report is not None:
-        return Report.from_json(program.report).to_markdown()
-    return f"# {program.model or 'model'}\n\n{program.num_parameters():,} parameters.\n"
-
-
 def _check_extra(extra: Mapping[str, Path | bytes], layout: Layout) -> None:
     baselines = {low_bit_baseline(scheme) for scheme in SCHEMES}
-    own = {MODEL, BASELINE, MANIFEST, "report.md", PAGE, "program", *baselines}
+    own = {MODEL, BASELINE, MANIFEST, MARKDOWN, PAGE, "program", *baselines}
     reserved = {layout.own.rstrip("/"), layout.onnx.rstrip("/")} if layout is HUB else own
     for name, source in extra.items():
         parts = Path(name).parts

@@ -1,4 +1,4 @@
-"""report.html in an artifact, and what was measured of the artifact afterwards."""
+"""report.html and report.md in an artifact, and what was measured of it afterwards."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from graphprune.report.page import report_page
 from graphprune.report.report import Report
 from graphprune.storage.layout import FLAT, Layout
 
-PAGE = "report.html"
+PAGE, MARKDOWN = "report.html", "report.md"
 # From a manifest to files that show what it says, such as a model card.
 Finish = Callable[[Mapping[str, Any]], Mapping[str, bytes]]
 
 
-def write_page(
+def write_reports(
     report: Report, manifest: dict[str, Any], folder: Path, layout: Layout = FLAT
 ) -> None:
-    """Write report.html for a manifest into an artifact's folder, its hash into that manifest."""
-    _replace(folder / layout.own / PAGE, _noted_page(report, manifest, layout))
+    """Write both reports into an artifact's folder, and their hashes into its manifest."""
+    for name, content in _noted_reports(report, manifest, layout).items():
+        _replace(folder / name, content)
 
 
 def add_results(
@@ -33,14 +34,15 @@ def add_results(
     results: Mapping[str, Any],
     finish: Finish = lambda manifest: {},
 ) -> Artifact:
-    """Note measurements in the manifest, under "results", and draw report.html again.
+    """Note measurements in the manifest, under "results", and write both reports again.
 
     Args:
         artifact: what was measured.
         report: of the program in it.
-        results: those that there are of "timing", a benchmark as one flat row, "quality", task
-            results of "pruned" and "dense", and "dense_training", what the training of the dense
-            model reports; they replace earlier ones of the same name.
+        results: those that there are of "timing", a benchmark as one flat row, "operators", the
+            milliseconds of "dense" and "pruned" by operator type, "quality", task results of
+            "pruned" and "dense", and "dense_training", what the training of the dense model
+            reports; they replace earlier ones of the same name.
         finish: as for `export`: given the new manifest, returns files that show these results.
 
     Returns:
@@ -53,7 +55,7 @@ def add_results(
     manifest["results"] = {**(manifest.get("results") or {}), **results}
     manifest["sha256"] = dict(manifest["sha256"])
     # All of it before anything is written: a page whose hash is not noted is a corrupt artifact.
-    page = _noted_page(report, manifest, artifact.layout)
+    reports = _noted_reports(report, manifest, artifact.layout)
     files = finish(manifest)
     for name, content in files.items():
         manifest["sha256"][name] = hashlib.sha256(content).hexdigest()
@@ -64,18 +66,19 @@ def add_results(
             f"the results cannot be noted in {str(artifact.path)!r}: {e}; give finite numbers and "
             "text, the artifact is as it was"
         ) from e
-    _replace(artifact.path / artifact.layout.own / PAGE, page)
-    for name, content in files.items():
+    for name, content in {**reports, **files}.items():
         _replace(artifact.path / name, content)
     _replace(artifact.path / artifact.layout.manifest, text.encode())
     return open_artifact(artifact.path)
 
 
-def _noted_page(report: Report, manifest: dict[str, Any], layout: Layout) -> bytes:
-    """report.html for a manifest, its hash noted in that manifest."""
-    page = report_page(report, manifest).encode()
-    manifest["sha256"][layout.own + PAGE] = hashlib.sha256(page).hexdigest()
-    return page
+def _noted_reports(report: Report, manifest: dict[str, Any], layout: Layout) -> dict[str, bytes]:
+    """Both reports by their place in the folder, their hashes noted in the manifest."""
+    texts = {PAGE: report_page(report, manifest), MARKDOWN: report.to_markdown(manifest)}
+    files = {layout.own + name: text.encode() for name, text in texts.items()}
+    for name, content in files.items():
+        manifest["sha256"][name] = hashlib.sha256(content).hexdigest()
+    return files
 
 
 def _replace(file: Path, content: bytes) -> None:

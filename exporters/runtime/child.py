@@ -21,13 +21,16 @@ from graphprune.exporters.runtime.session import check_threads
 
 
 @contextmanager
-def child(paths: Sequence[Path], threads: int, config: Mapping[str, str]) -> Iterator[Child]:
+def child(
+    paths: Sequence[Path], threads: int, config: Mapping[str, str], *, profile: bool = False
+) -> Iterator[Child]:
     """A process that has ONNX files open while inside.
 
     Args:
         paths: the files.
         threads: ORT's threads within operators.
         config: entries of every session's configuration, by key.
+        profile: whether operators are timed one by one, which `Child.operators` sums up.
 
     Raises:
         GraphPruneError: a file does not load there.
@@ -43,7 +46,7 @@ def child(paths: Sequence[Path], threads: int, config: Mapping[str, str]) -> Ite
         ) as process,
     ):
         try:
-            yield Child(process, Path(folder), paths, threads, config)
+            yield Child(process, Path(folder), paths, threads, config, profile=profile)
         finally:
             process.kill()
 
@@ -65,10 +68,18 @@ class Child:
         paths: Sequence[Path],
         threads: int,
         config: Mapping[str, str],
+        *,
+        profile: bool = False,
     ) -> None:
         self._process, self._folder = process, folder
         self._paths = [str(path.absolute()) for path in paths]
-        answer = self._ask("open", paths=self._paths, threads=threads, config=dict(config))
+        answer = self._ask(
+            "open",
+            paths=self._paths,
+            threads=threads,
+            config=dict(config),
+            profile=str(folder) if profile else "",
+        )
         self.inputs: list[Shapes] = answer["inputs"]
         self.load_ms: float = answer["load_ms"]
         self.peak_before: int | None = answer["peak"]
@@ -101,6 +112,14 @@ class Child:
         """Milliseconds of each file's fastest run, of so many in a row."""
         times: list[float] = self._ask("round", runs=runs, clock=clock)
         return times
+
+    def operators(self) -> list[dict[str, float]]:
+        """Milliseconds of a run by operator type, of each file, over the rounds so far.
+
+        The process must have been opened with `profile`, whose end this is.
+        """
+        found: list[dict[str, float]] = self._ask("operators")
+        return found
 
     def _ask(self, do: str, **request: Any) -> Any:
         assert self._process.stdin is not None

@@ -25,15 +25,20 @@ CLOCKS: dict[str, Callable[[], int]] = {
 
 
 def new_session(
-    path: str, threads: int | None, config: Mapping[str, str], *, profile: bool = False
+    path: str, threads: int | None, config: Mapping[str, str], *, profile: str = ""
 ) -> Any:
-    """Open an onnxruntime.InferenceSession on the CPU, with configuration entries by key."""
+    """Open an onnxruntime.InferenceSession on the CPU, with configuration entries by key.
+
+    With `profile`, which its file's name begins with, it writes ONNX Runtime's profile.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    options.enable_profiling = profile
+    if profile:
+        options.enable_profiling = True
+        options.profile_file_prefix = profile
     if threads is not None:
         options.intra_op_num_threads = threads
     for key, value in config.items():
@@ -43,8 +48,11 @@ def new_session(
 
 def warm_up(session: Any, feeds: Mapping[str, Any]) -> None:
     """Run a session twice."""
-    for _ in range(2):
+    for _ in range(WARM_UPS):
         session.run(None, feeds)
+
+
+WARM_UPS = 2
 
 
 def one_round(
@@ -158,13 +166,19 @@ class Probe:
         self._sessions: list[Any] = []
         self._feeds: list[dict[str, Any]] = []
 
-    def open(self, paths: Sequence[str], threads: int, config: Mapping[str, str]) -> dict[str, Any]:
-        """Open files; peak memory before, the milliseconds it took, and what each takes."""
+    def open(
+        self, paths: Sequence[str], threads: int, config: Mapping[str, str], profile: str = ""
+    ) -> dict[str, Any]:
+        """Open files; peak memory before, the milliseconds it took, and what each takes.
+
+        With `profile`, a folder, the sessions write what `operators` reads.
+        """
         self._paths = paths
         peak, start = _peak(), time.perf_counter()
-        for path in paths:
+        for number, path in enumerate(paths):
             self.at = path
-            self._sessions.append(new_session(path, threads, config))
+            prefix = os.path.join(profile, str(number)) if profile else ""
+            self._sessions.append(new_session(path, threads, config, profile=prefix))
         return {
             "load_ms": 1e3 * (time.perf_counter() - start),
             "peak": peak,
@@ -187,6 +201,49 @@ class Probe:
     def round(self, runs: int, clock: str) -> list[float]:
         """Milliseconds of each file in one round."""
         return one_round(self._sessions, self._feeds, runs, CLOCKS[clock])
+
+    def operators(self) -> list[dict[str, float]]:
+        """Milliseconds of a run by operator type, of each file; the profiles end with it.
+
+        The runs of `warm_up` do not count.
+        """
+        found = []
+        for path, session in zip(self._paths, self._sessions, strict=True):
+            self.at = path
+            with open(session.end_profiling(), encoding="utf-8") as profile:
+                found.append(by_operator(json.load(profile), WARM_UPS))
+        return found
+
+
+def by_operator(events: Sequence[Mapping[str, Any]], skipped: int = 0) -> dict[str, float]:
+    """Milliseconds of a run by operator type, the longest first: the median over runs.
+
+    Args:
+        events: of ONNX Runtime's profile; times in microseconds.
+        skipped: runs from the start that do not count.
+    """
+    runs = sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e.get("name") == "model_run")[
+        skipped:
+    ]
+    # An If or Loop lasts as long as what is inside it, whose nodes are events themselves.
+    nodes = [
+        e
+        for e in events
+        if e.get("cat") == "Node"
+        and e["name"].endswith("_kernel_time")
+        and e["args"]["op_name"] not in _CONTAINERS
+    ]
+    kinds = dict.fromkeys(e["args"]["op_name"] for e in nodes)
+    sums = {kind: [0] * len(runs) for kind in kinds}
+    for event in nodes:
+        for number, (start, end) in enumerate(runs):
+            if start <= event["ts"] < end:
+                sums[event["args"]["op_name"]][number] += event["dur"]
+    medians = {kind: float(np.median(us)) / 1e3 if us else 0.0 for kind, us in sums.items()}
+    return dict(sorted(medians.items(), key=lambda item: -item[1]))
+
+
+_CONTAINERS = {"If", "Loop", "Scan"}
 
 
 def _peak() -> int | None:

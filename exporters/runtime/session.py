@@ -28,7 +28,7 @@ TUNED = {**UNFUSED, "session.set_denormal_as_zero": "1"}
 DEFAULT: Mapping[str, str] = {}
 
 
-def open_session(path: Path, threads: int | None = None, *, profile: bool = False) -> Any:
+def open_session(path: Path, threads: int | None = None) -> Any:
     """An onnxruntime.InferenceSession on the CPU with pinned thread counts.
 
     It has the options `TUNED`, without the flag for denormals.
@@ -36,14 +36,13 @@ def open_session(path: Path, threads: int | None = None, *, profile: bool = Fals
     Args:
         path: the ONNX file.
         threads: within operators; None leaves the choice to ORT. Between operators always one.
-        profile: write ORT's profile, see `InferenceSession.end_profiling`.
 
     Raises:
         ArtifactError: ORT refuses the file.
     """
     check_threads(threads)
     try:
-        return new_session(str(path), threads, UNFUSED, profile=profile)
+        return new_session(str(path), threads, UNFUSED)
     except Exception as e:
         raise ArtifactError(f"ONNX Runtime cannot load {str(path)!r}: {e}") from e
 

@@ -9,6 +9,7 @@ from graphprune.cli import app
 from graphprune.cli.budget import device_kit_command, front_command
 from graphprune.cli.catalog import models_command, passes_command, recipes_command
 from graphprune.cli.check import check_command
+from graphprune.cli.compare import compare_command
 from graphprune.cli.compile import compile_command
 from graphprune.cli.demo import demo_command
 from graphprune.cli.evaluate import eval_command
@@ -24,6 +25,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "front": front_command,
     "device-kit": device_kit_command,
     "bench": bench_command,
+    "compare": compare_command,
     "generate": generate_command,
     "eval": eval_command,
     "sensitivity": sensitivity_command,

@@ -34,7 +34,7 @@ from graphprune.cli.budget import (
 from graphprune.cli.evaluate import NO_COLUMNS, evaluate_subject
 from graphprune.cli.sizes import input_names, parse_batch, timed_inputs
 from graphprune.cli.subject import Exported, Subject, opened
-from graphprune.cli.timing import timing_of
+from graphprune.cli.timing import opponents_of, timing_of
 from graphprune.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -405,14 +405,22 @@ def compiled_and_measured(
             layout=options.layout,
             weights=options.weights,
         )
-    timing = None
+    timing: Mapping[str, JSON] | None = None
+    operators: Mapping[str, JSON] | None = None
     if options.measure and artifact.has_baseline:
         with step("measure"):
-            timing = timing_of(artifact, start.program, inputs, options.threads, "dense")
+            opponents = opponents_of(artifact)
+            timing = timing_of(artifact, start.program, inputs, options.threads, opponents)
+            operators = artifact.operators(inputs, threads=options.threads)
     quality: Mapping[str, JSON] = {}
     if options.quality:
         quality = _quality(artifact, subject, options, step)
-    results = {"timing": timing, "quality": quality, "dense_training": first}
+    results = {
+        "timing": timing,
+        "operators": operators,
+        "quality": quality,
+        "dense_training": first,
+    }
     if noted := {key: value for key, value in results.items() if value}:
         artifact = add_results(artifact, compiled.report, noted, compiled.described)
     return Summary(
@@ -426,6 +434,7 @@ def compiled_and_measured(
         calibration=None if batches is None else count_tokens(batches),
         bundled=options.bundled and options.calibration is None and training is None,
         trained=first,
+        manifest=artifact.manifest,
     )
 
 

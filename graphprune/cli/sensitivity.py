@@ -38,7 +38,7 @@ class Analysis:
     """What is analyzed, and how; the command line's options.
 
     Attributes:
-        ratios: parts of each group's units to remove.
+        ratios: fractions of each group's units to remove.
         score: which units go.
         roles: of the groups; all where empty.
         measure: whether the cuts are timed too.
@@ -63,7 +63,7 @@ class Analysis:
 def sensitivity_command(
     model: Model,
     ratios: Annotated[
-        str, typer.Option(help="Parts of each group's units to remove.")
+        str, typer.Option(help="Fractions of each group's units to remove.")
     ] = "0.25,0.5,0.75",
     score: Annotated[
         str, typer.Option(help="obs, fluctuation, activation, magnitude or random.")
@@ -84,6 +84,10 @@ def sensitivity_command(
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE.html", help="Write the figures as a page too.")
     ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.yaml", help="Write a recipe that cuts what costs least."),
+    ] = None,
     batch: Batch = "",
     threads: Threads = 1,
     seed: Annotated[int, typer.Option(help="For score random.")] = 0,
@@ -103,6 +107,7 @@ def sensitivity_command(
     check_options(fractions, score, role or [])
     check_calibration([], calibration)
     check_plot(plot)
+    check_recipe(recipe)
     analysis = Analysis(
         ratios=fractions,
         score=score,
@@ -120,8 +125,10 @@ def sensitivity_command(
         from graphprune.report.page import sensitivity_page
 
         plot.write_text(sensitivity_page(found, model), encoding="utf-8")
+    if recipe is not None:
+        recipe.write_text(recipe_text(found, model), encoding="utf-8")
     if as_json:
-        print_json({"model": model, **found.to_json()})
+        print_json({"model": model, **found.to_json(), "conclusion": found.conclusion()})
         return
     console = stdout_console()
     for title, table in sensitivity_tables(found):
@@ -129,10 +136,29 @@ def sensitivity_command(
         console.print(table)
     for group, reason in found.skipped.items():
         console.print(f"  skipped  {group}: {reason}", style="dim", markup=False, soft_wrap=True)
+    for line in found.conclusion():
+        console.print(line, markup=False, soft_wrap=True)
     if calibration is None:
         console.print("compared on the example inputs only; --calibration FILE says more")
-    if plot is not None:
-        console.print(f"written to {plot}", soft_wrap=True, markup=False)
+    for path in (plot, recipe):
+        if path is not None:
+            console.print(f"written to {path}", soft_wrap=True, markup=False)
+    if recipe is not None:
+        console.print(
+            f"graphprune compile {model} --recipe {recipe} -o out"
+            + (f" --calibration {calibration}" if calibration is not None else ""),
+            soft_wrap=True,
+            markup=False,
+        )
+
+
+def recipe_text(found: Sensitivity, model: str) -> str:
+    """The recipe that an analysis suggests, with what it is by and the conclusion as comments."""
+    from graphprune.report.page import sensitivity_recipe
+
+    lines = [f"By `graphprune sensitivity {model}`, {found.samples:,} samples."]
+    lines += [*found.conclusion(), found.recipe()[1]]
+    return "".join(f"# {line}\n" for line in lines) + sensitivity_recipe(found)
 
 
 def parse_ratios(text: str) -> list[float]:
@@ -154,17 +180,33 @@ def parse_ratios(text: str) -> list[float]:
 
 
 def check_plot(path: Path | None) -> None:
-    """Refuse, before any work, a page that cannot be written, or that would replace another file.
+    """Refuse, before any work, a page that cannot be written.
 
     Raises:
         GraphPruneError: the name does not end in .html, the folder is missing or not writable.
     """
+    check_file(path, "--plot writes an HTML page", (".html",))
+
+
+def check_recipe(path: Path | None) -> None:
+    """Refuse, before any work, a recipe that cannot be written.
+
+    Raises:
+        GraphPruneError: the name is none of YAML, the folder is missing or not writable.
+    """
+    check_file(path, "--recipe writes a recipe", (".yaml", ".yml"))
+
+
+def check_file(path: Path | None, what: str, endings: tuple[str, ...]) -> None:
+    """Refuse, before any work, a file of another kind or in a place that takes none.
+
+    Raises:
+        GraphPruneError: the name has none of the endings, or the folder is missing or not writable.
+    """
     if path is None:
         return
-    if path.suffix != ".html":
-        raise GraphPruneError(
-            f"--plot writes an HTML page: give a name in .html, not {str(path)!r}"
-        )
+    if path.suffix not in endings:
+        raise GraphPruneError(f"{what}: give a name in {endings[0]}, not {str(path)!r}")
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise GraphPruneError(f"{str(path)!r} cannot be written: there is no such folder for it")
     check_writable(path)
@@ -173,7 +215,7 @@ def check_plot(path: Path | None) -> None:
 def analyzed(subject: Subject, analysis: Analysis, step: Step) -> Sensitivity:
     """A sensitivity analysis on the file's batches, or on the model's example inputs without one.
 
-    Times are of one sample, or of the sizes asked for, each cut beside the dense model in turns.
+    Times are of one sample, or of the sizes asked for, each cut and the dense model interleaved.
     """
     from graphprune.cli.calibration import calibration
     from graphprune.passes.structural.sensitivity import sensitivity
@@ -202,7 +244,7 @@ def analyzed(subject: Subject, analysis: Analysis, step: Step) -> Sensitivity:
 def _clock(
     inputs: Mapping[str, Any], threads: int
 ) -> Callable[[Program, Program], tuple[float, float]]:
-    """Milliseconds of a program and of the dense one, in turns; the dense one is exported once."""
+    """Milliseconds of a program and the dense one, interleaved; the dense one is exported once."""
     from graphprune.exporters import to_onnx
     from graphprune.exporters.onnx.files import save_onnx
     from graphprune.exporters.runtime.session import feeds_of, open_session

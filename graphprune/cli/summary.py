@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 from graphprune.cli.app import print_json, stdout_console
 from graphprune.cli.tables import comparison_table, levels_table, passes_table
 from graphprune.pipeline.events import JSON
-from graphprune.report.report import Report, change_text
+from graphprune.report.measured import Measured, megabytes_text, plural
+from graphprune.report.report import Report
 
 
 @final
@@ -29,6 +30,7 @@ class Summary:
         calibration: "samples" and, for text, "tokens" of what calibrated it; None without.
         bundled: whether that was text that every Python has.
         trained: what the training of the dense model reports, where its head was fresh.
+        manifest: the artifact's, with what was measured of it.
     """
 
     model: str
@@ -41,6 +43,7 @@ class Summary:
     calibration: Mapping[str, int] | None = None
     bundled: bool = False
     trained: Mapping[str, JSON] | None = None
+    manifest: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> JSON:
         """Plain data."""
@@ -65,34 +68,35 @@ class Summary:
 
     def trained_first(self) -> str:
         """The dense model's training in words: "2 epochs, accuracy 0.505 -> 0.855"; or nothing."""
-        told = self.trained
-        if told is None:
+        trained = self.trained
+        if trained is None:
             return ""
-        epochs = told["epochs"]
-        name, figures = told["metric"], [told["metric_before"], told["metric_after"]]
-        if told["metric_after"] is None:
+        epochs = trained["epochs"]
+        name, figures = trained["metric"], [trained["metric_before"], trained["metric_after"]]
+        if trained["metric_after"] is None:
             name = "loss"
             figures = [epochs[i]["loss"] for i in sorted({0, len(epochs) - 1})]
         words = " -> ".join(f"{figure:.3f}" for figure in figures)
-        return f"{_plural(len(epochs), 'epoch')}, {name} {words}"
+        return f"{plural(len(epochs), 'epoch')}, {name} {words}"
 
-    def rows(self) -> list[tuple[str, str, str, str]]:
-        """(what, dense, pruned, change) for a table."""
-        parameters, _, flops = self.report.size_rows()
-        pruned, dense = self.megabytes["pruned"], self.megabytes.get("dense")
-        rows = [
-            parameters,
-            ("FLOPs on the example inputs", *flops[1:]),
-            (
-                "MB on disk (ONNX)",
-                "" if dense is None else _megabytes_text(dense),
-                _megabytes_text(pruned),
-                "" if dense is None else change_text(dense, pruned),
-            ),
-        ]
-        if self.timing is not None:
-            rows += _timing_rows(self.timing)
-        return rows + _quality_rows(self.quality)
+    @property
+    def measured(self) -> Measured:
+        """What the artifact's manifest says of time, size and quality."""
+        return Measured(self.manifest)
+
+    def warnings(self) -> list[str]:
+        """What should be known before a figure is believed."""
+        return [line for line in (self.measured.guessing(),) if line]
+
+    def written(self) -> str:
+        """Where it is, and how large what is shipped is."""
+        found, size = self.measured, f"{megabytes_text(1e6 * self.upload)} MB"
+        if not found.quantized or found.bytes is None:
+            return f"written to {self.path}/ ({size} without the baseline)"
+        deployed = self.manifest["files"]["model"]
+        return (
+            f"written to {self.path}/; {deployed} is what to run ({megabytes_text(found.bytes)} MB)"
+        )
 
 
 def present(summary: Summary, as_json: bool) -> None:
@@ -103,52 +107,22 @@ def present(summary: Summary, as_json: bool) -> None:
     console = stdout_console()
     if summary.trained_first():
         console.print(f"dense model trained first: {summary.trained_first()}", markup=False)
+    found = summary.measured
     if summary.report.passes:
-        console.print(passes_table(summary.report))
-    for _, found in summary.report.budgets():
-        console.print(levels_table(found))
-    for line in summary.report.skipped_lines():
-        console.print(f"  skipped  {line}", style="dim", markup=False, soft_wrap=True)
-    console.print(comparison_table(summary.rows()))
+        console.print(passes_table(summary.report, found))
+    for _, budget in summary.report.budgets():
+        console.print(levels_table(budget))
+    for word, lines in (
+        ("skipped", summary.report.skipped_lines()),
+        ("frozen", summary.report.frozen_lines()),
+    ):
+        for line in lines:
+            console.print(f"  {word}  {line}", style="dim", markup=False, soft_wrap=True)
+    console.print(comparison_table(found, summary.report))
+    if where := found.measured_on():
+        console.print(f"measured on {where}", style="dim", markup=False, soft_wrap=True)
+    for line in summary.warnings():
+        console.print(f"warning: {line}", style="yellow", markup=False, soft_wrap=True)
     if summary.calibrated_on():
         console.print(f"calibrated on {summary.calibrated_on()}")
-    size = _megabytes_text(summary.upload)
-    console.print(
-        f"written to {summary.path}/ ({size} MB without the baseline)", soft_wrap=True, markup=False
-    )
-
-
-def _timing_rows(timing: Mapping[str, JSON]) -> list[tuple[str, str, str, str]]:
-    what = f"ms, batch {timing['batch']}, {_plural(timing['threads'], 'thread')}"
-    rows = ((what, timing), (f"{what}, default session options", timing.get("default")))
-    return [
-        (what, f"{r['dense_ms']:.2f}", f"{r['pruned_ms']:.2f}", f"{r['speedup']:.2f}x faster")
-        for what, r in rows
-        if r is not None
-    ]
-
-
-def _quality_rows(quality: Mapping[str, JSON]) -> list[tuple[str, str, str, str]]:
-    pruned, dense = quality.get("pruned"), quality.get("dense")
-    if pruned is None:
-        return []
-    change = "" if dense is None else f"{pruned['value'] - dense['value']:+.3f}"
-    left = "" if dense is None else _value_text(dense)
-    title = f"{pruned['task']}: {pruned['metric']}"
-    if not pruned.get("higher_is_better", True):
-        title += ", lower is better"
-    return [(title, left, _value_text(pruned), change)]
-
-
-def _value_text(result: Mapping[str, JSON]) -> str:
-    """A task's figure, with one standard error where it has one."""
-    error = result.get("standard_error")
-    return f"{result['value']:.3f}" + ("" if error is None else f" ± {error:.3f}")
-
-
-def _megabytes_text(megabytes: float) -> str:
-    return f"{megabytes:.1f}" if megabytes >= 1 else f"{megabytes:.3f}"
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
+    console.print(summary.written(), soft_wrap=True, markup=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -11,10 +11,12 @@ from rich.table import Table
 from rich.text import Text
 
 from graphprune.pipeline.events import JSON
+from graphprune.report.measured import short
 
 if TYPE_CHECKING:
     from graphprune.axes import AxisGroup, AxisGroups
     from graphprune.report.budget import BudgetReport
+    from graphprune.report.measured import Measured
     from graphprune.report.report import Report
     from graphprune.report.sensitivity import Cost, Sensitivity
 
@@ -74,7 +76,7 @@ def _starred(group_id: str) -> str:
 
 
 def _state(group: AxisGroup) -> Text:
-    """What stands behind a group's name: nothing when it is simply free."""
+    """What is written after a group's name: nothing where it is free."""
     if group.frozen:
         more = f" (and {len(group.frozen) - 1} more)" if len(group.frozen) > 1 else ""
         return Text(f"\n  frozen: {_starred_numbers(group.frozen[0])}{more}", style="yellow")
@@ -88,20 +90,18 @@ def _starred_numbers(reason: str) -> str:
     return re.sub(r"(?<=\.)\d+\b|(?<=_)\d+\b", "*", reason)
 
 
-def passes_table(report: Report) -> Table:
-    """One row a pass: what it removed, and by how much masked and shrunk differ."""
+def passes_table(report: Report, found: Measured | None = None) -> Table:
+    """One row a pass: what it did, and by how much masked and shrunk, or float and int8, differ."""
+    from graphprune.report.report import HEADER
+
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("pass", "removed"):
-        table.add_column(title, no_wrap=title == "pass")
-    for title in ("parameters", "error", "seconds"):
-        table.add_column(title, justify="right")
-    for step in report.passes:
-        cut = ""
-        if step.parameters:
-            before, after = step.parameters
-            cut = f"{100 * (after - before) / max(before, 1):+.1f} %"
-        error = "" if step.max_error is None else f"{step.max_error:.1e}"
-        table.add_row(step.name, step.removed, cut, error, f"{step.seconds:.1f}")
+    for i, title in enumerate(HEADER):
+        if i < 2:
+            table.add_column(title, no_wrap=i == 0)
+        else:
+            table.add_column(title, justify="right")
+    for row in report.rows(found):
+        table.add_row(*map(Text, row))
     return table
 
 
@@ -122,14 +122,31 @@ def levels_table(found: BudgetReport) -> Table:
 _BAR = 16  # characters of all units
 
 
-def comparison_table(rows: Sequence[tuple[str, str, str, str]]) -> Table:
-    """Before and after: (what, dense, pruned, change) a row."""
+def comparison_table(found: Measured, report: Report) -> Table:
+    """Before and after: sizes, times and quality, a row each."""
+    return texts_table(found.header(), found.rows(report.size_rows(found)))
+
+
+def texts_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Rows of texts, the first column to the left and figures to the right."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("")
-    for column in ("dense", "pruned", "change"):
-        table.add_column(column, justify="right")
+    for i, column in enumerate(header):
+        table.add_column(column, justify="right" if i else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
+    return table
+
+
+def operators_table(operators: Mapping[str, Mapping[str, float]], most: int = 8) -> Table:
+    """Milliseconds of a run by operator type, the largest first, the small ones together."""
+    from graphprune.report.charts import largest_first
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("operator")
+    for which in operators:
+        table.add_column(f"{which}, ms", justify="right")
+    for name, values in largest_first(operators, most):
+        table.add_row(Text(name), *("" if v is None else short(v) for v in values))
     return table
 
 
@@ -165,7 +182,7 @@ def _add_times(table: Table, timing: Mapping[str, JSON], options: str) -> None:
             low, high = (row[key.replace(stem, f"{stem}_{q}")] for q in ("low", "high"))
             unit = "x" if key == "speedup" else " ms"
             table.add_row(
-                title + options, f"{_short(row[key])}{unit}", f"{_short(low)} to {_short(high)}"
+                title + options, f"{short(row[key])}{unit}", f"{short(low)} to {short(high)}"
             )
 
 
@@ -177,15 +194,9 @@ def memory_table(memory: Mapping[str, Mapping[str, JSON]]) -> Table:
         table.add_column(title, justify="right")
     for name, found in memory.items():
         sizes = (found["peak_bytes"], found["private_bytes"])
-        texts = ("" if size is None else f"{_short(size / 1e6)} MB" for size in sizes)
-        table.add_row(name, f"{_short(found['load_ms'])} ms", *texts)
+        texts = ("" if size is None else f"{short(size / 1e6)} MB" for size in sizes)
+        table.add_row(name, f"{short(found['load_ms'])} ms", *texts)
     return table
-
-
-def _short(value: float) -> str:
-    """Three significant digits, without an exponent: 0.0123, 12.3, 1,230."""
-    rounded = float(f"{value:.3g}")
-    return f"{rounded:,.0f}" if rounded >= 100 else f"{rounded:.3g}"
 
 
 def sensitivity_tables(found: Sensitivity) -> list[tuple[str, Table]]:
@@ -208,7 +219,7 @@ def sensitivity_tables(found: Sensitivity) -> list[tuple[str, Table]]:
         times.add_column(title, justify="right")
     for t in found.times:
         faster = f"{t.dense_ms / t.ms:.2f}x"
-        times.add_row(t.role, f"{100 * t.ratio:g} %", _short(t.ms), _short(t.dense_ms), faster)
+        times.add_row(t.role, f"{100 * t.ratio:g} %", short(t.ms), short(t.dense_ms), faster)
     titled = [
         (
             f"output error of each group cut alone; score {found.score}, compensation "

@@ -19,6 +19,7 @@ from graphprune.cli.app import (
 )
 from graphprune.cli.sizes import batch_text, parse_batch, timed_inputs
 from graphprune.cli.subject import Subject, check_opponents, opened
+from graphprune.errors import GraphPruneError
 
 if TYPE_CHECKING:
     from graphprune.exporters import Artifact, Comparison
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from graphprune.pipeline.events import JSON
 
 # Of a model that is not compared: its two sessions are the same, so one row says it all.
-_ALONE = ("batch", "threads", "clock", "rounds", "dense_ms", "dense_low_ms", "dense_high_ms")
+_ALONE = ("batch", "threads", "cpu", "clock", "rounds", "dense_ms", "dense_low_ms", "dense_high_ms")
 
 
 def bench_command(
@@ -40,6 +41,9 @@ def bench_command(
     ] = "dense",
     batch: Batch = "",
     threads: Threads = 1,
+    note: Annotated[
+        bool, typer.Option("--note", help="Write the result into the artifact's reports.")
+    ] = False,
     as_json: Json = False,
     allow_pickle: Pickle = False,
 ) -> None:
@@ -48,27 +52,58 @@ def bench_command(
     Times are CPU time of one thread; with --threads above 1, of the wall clock. They are taken with
     the session options of docs/deploy.md, and again with ONNX Runtime's default ones.
     """
-    from graphprune.cli.tables import memory_table, timing_table
+    from graphprune.cli.tables import memory_table, operators_table, timing_table
 
     sizes = parse_batch(batch)
     check_opponents(model, against)
+    check_note(note, against)
     with opened(model, allow_pickle) as (subject, display), display.step("measure"):
-        timing = bench(subject, sizes, threads, against)
+        timing = bench(subject, sizes, threads, against, note=note)
     if as_json:
         print_json({"model": model, **timing})
     else:
         console = stdout_console()
         console.print(timing_table(timing))
+        console.print(operators_table(timing["operators"]))
         console.print(memory_table(timing["memory"]))
+        if note:
+            console.print(f"noted in the reports of {model}", soft_wrap=True, markup=False)
 
 
-def bench(subject: Subject, sizes: tuple[int, ...], threads: int, against: str) -> dict[str, JSON]:
-    """Time an artifact against its baseline or another one, or a model as it is; with its memory.
+def check_note(note: bool, against: str) -> None:
+    """Refuse, before any work, to note a comparison with something else than the dense model.
 
     Raises:
-        GraphPruneError: there is nothing to measure against, or the sizes do not fit.
+        GraphPruneError: the first of the names is not the dense model.
+    """
+    if note and against.partition(",")[0].strip() != "dense":
+        raise GraphPruneError(
+            "the reports compare with the dense model: with --note, --against begins with dense, "
+            f"such as dense,int8, got {against!r}"
+        )
+
+
+def bench(
+    subject: Subject,
+    sizes: tuple[int, ...],
+    threads: int,
+    against: str,
+    *,
+    note: bool = False,
+) -> dict[str, JSON]:
+    """Time an artifact against its baseline or another one, or a model as it is; with its memory.
+
+    With `note` the times are written into the artifact's manifest and reports.
+
+    Raises:
+        GraphPruneError: there is nothing to measure against, the sizes do not fit, or there is no
+            artifact to note anything in.
     """
     subject.check_opponents(against)
+    if note and not subject.compared:
+        raise GraphPruneError("--note writes into an artifact; compile the model first")
+    from graphprune.exporters.artifact.results import add_results
+
     compiled = subject.captured()
     inputs = timed_inputs(compiled.program, sizes)
     with subject.exported(compiled, baseline=True) as artifact:
@@ -78,11 +113,22 @@ def bench(subject: Subject, sizes: tuple[int, ...], threads: int, against: str) 
             form: asdict(artifact.footprint(inputs, dense=form == "dense", threads=threads))
             for form in forms
         }
+        operators = artifact.operators(inputs, threads=threads)
+        if note:
+            noted = {"timing": timing, "operators": operators}
+            add_results(artifact, compiled.report, noted, compiled.described)
     if not subject.compared:
         default = timing["default"]
         timing = {key: value for key, value in timing.items() if key in _ALONE}
         timing["default"] = {key: value for key, value in default.items() if key in _ALONE}
-    return {**timing, "memory": memory}
+        operators = {"dense": operators["dense"]}
+    return {**timing, "memory": memory, "operators": operators}
+
+
+def opponents_of(artifact: Artifact) -> str:
+    """What a fresh artifact is timed against: dense, and dense in few bits where that is there."""
+    scheme = artifact.manifest["precision"]["onnx"].partition("-")[0]
+    return "dense" if "baseline_quantized" not in artifact.manifest["files"] else f"dense,{scheme}"
 
 
 def timing_of(
@@ -92,11 +138,14 @@ def timing_of(
 
     Under "default" the same with ONNX Runtime's default session options.
     """
+    from graphprune.exporters.runtime.probe import cpu
+
     found = artifact.benchmark(dict(inputs), against, threads=threads)
     first = against.partition(",")[0]
     shared = {
         "batch": batch_text(program, inputs),
         "threads": threads,
+        "cpu": cpu()["name"],
         "clock": found.clock,
         "rounds": found.rounds,
     }

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from graphprune.report.budget import Front
+    from graphprune.report.compare import Overview
     from graphprune.report.report import Report
     from graphprune.report.sensitivity import Cost, Sensitivity
 
@@ -59,7 +60,7 @@ def error_charts(report: Report, errors: Mapping[str, float]) -> list[Chart]:
             names = short_names(list(mine))
             ordered = sorted(mine, key=lambda name: natural(name))
             values = {"error": [errors[name] for name in ordered]}
-            charts += bars(title, [names[name] for name in ordered], values)
+            charts += bars(title, [names[name] for name in ordered], values, y_title="output error")
         costs = details.get("score_curves")
         if isinstance(costs, Mapping) and costs:
             charts += curves(f"{title}: cost of the units, in order of removal", costs)
@@ -74,21 +75,33 @@ def degree_chart(caption: str, before: Mapping[str, Any], after: Mapping[str, An
     bins = len(old["counts"])
     step = (old["to"] - old["from"]) / bins
     labels = [f"{old['from'] + i * step:.0f}" for i in range(bins)]
-    return bars(caption, labels, {"before": old["counts"], "after": new["counts"]})
+    return bars(
+        caption,
+        labels,
+        {"before": old["counts"], "after": new["counts"]},
+        x_title="living connections of a unit",
+        y_title="units",
+    )
 
 
 def sensitivity_charts(costs: Sequence[Cost]) -> list[Chart]:
-    """Output error of each group by ratio, a chart a role."""
+    """Output error of each group by ratio, a chart a role; all of them have one scale."""
     charts: list[Chart] = []
+    largest = max((c.error for c in costs), default=0.0)
     for role in dict.fromkeys(c.role for c in costs):
         mine = [c for c in costs if c.role == role]
         names = short_names(list(dict.fromkeys(c.group for c in mine)))
         series = {
-            f"{100 * ratio:g} %": [c.error for c in mine if c.ratio == ratio]
+            f"{100 * ratio:g} % removed": [c.error for c in mine if c.ratio == ratio]
             for ratio in dict.fromkeys(c.ratio for c in mine)
         }
-        title = TITLES.get(role, role)
-        charts += bars(f"{title}: output error", list(names.values()), series)
+        charts += bars(
+            f"{TITLES.get(role, role)}: output error, each group cut alone",
+            list(names.values()),
+            series,
+            y_title="output error",
+            top=largest,
+        )
     return charts
 
 
@@ -98,15 +111,50 @@ def time_charts(found: Sensitivity) -> list[Chart]:
         return []
     ratios = list(dict.fromkeys(t.ratio for t in found.times))
     series = {
-        role: [t.dense_ms / t.ms for t in found.times if t.role == role]
+        TITLES.get(role, role): [t.dense_ms / t.ms for t in found.times if t.role == role]
         for role in dict.fromkeys(t.role for t in found.times)
     }
-    return bars("times faster than dense, by part removed", [f"{r:.0%}" for r in ratios], series)
+    return bars(
+        "Times faster than dense, all groups of a role cut",
+        [f"{r:.0%}" for r in ratios],
+        series,
+        x_title="units removed",
+        y_title="times faster",
+    )
 
 
-def pair(caption: str, values: Mapping[str, float]) -> list[Chart]:
+def largest_first(
+    values: Mapping[str, Mapping[str, float]], most: int
+) -> list[tuple[str, list[float | None]]]:
+    """(key, value of each side or None), the largest first, and all but `most` keys as "others"."""
+    keys = list(dict.fromkeys(key for side in values.values() for key in side))
+    keys.sort(key=lambda key: -max(side.get(key, 0.0) for side in values.values()))
+    rows = [(key, [side.get(key) for side in values.values()]) for key in keys[:most]]
+    if rest := keys[most:]:
+        sums: list[float | None] = [sum(s.get(k, 0.0) for k in rest) for s in values.values()]
+        rows.append(("others", sums))
+    return rows
+
+
+def operator_charts(operators: Mapping[str, Mapping[str, float]], most: int = 8) -> list[Chart]:
+    """Milliseconds by operator type, dense beside pruned."""
+    rows = largest_first(operators, most)
+    series = {which: [values[i] or 0.0 for _, values in rows] for i, which in enumerate(operators)}
+    labels = [name for name, _ in rows]
+    return bars("Milliseconds of a run by operator", labels, series, y_title="ms a run")
+
+
+def weight_charts(weights: Mapping[str, Mapping[str, int]]) -> list[Chart]:
+    """Megabytes of the file by what they are for, dense beside pruned."""
+    roles = list(dict.fromkeys(role for sizes in weights.values() for role in sizes))
+    series = {which: [sizes.get(r, 0) / 1e6 for r in roles] for which, sizes in weights.items()}
+    return bars("Megabytes of the file by what they are for", roles, series, y_title="MB")
+
+
+def pair(caption: str, values: Mapping[str, float], unit: str) -> list[Chart]:
     """A few values to compare, with their figures."""
-    return bars(caption, list(values), {"": list(values.values())}, print_values=True, height=220)
+    series = {"": list(values.values())}
+    return bars(caption, list(values), series, print_values=True, height=220, y_title=unit)
 
 
 def bars(
@@ -115,19 +163,42 @@ def bars(
     series: Mapping[str, Sequence[float]],
     *,
     print_values: bool = False,
-    height: int = 280,
+    height: int = 300,
+    x_title: str = "",
+    y_title: str = "",
+    top: float | None = None,
 ) -> list[Chart]:
-    """A bar chart, or nothing where it cannot be drawn."""
+    """A bar chart, or nothing where it cannot be drawn.
+
+    Args:
+        caption: what stands below.
+        labels: of the places on the x axis.
+        series: heights of the bars by the name of what they are of.
+        print_values: whether the figures stand on the bars.
+        height: pixels, of a width of 560.
+        x_title, y_title: names of the axes, with units.
+        top: end of the y axis, for charts that are to be compared; by default the data's.
+    """
     if not charts_available():
         return []
+    upright = len(labels) <= 6 and max(map(len, labels), default=0) <= 12
     chart = _pygal().Bar(
-        **_options(len(series) > 1, height),
+        **_options(height),
         print_values=print_values,
-        x_label_rotation=0 if len(labels) <= 6 else 30,
+        x_label_rotation=0 if upright else 30,
+        x_title=x_title or None,
+        y_title=y_title or None,
+        **({} if top is None else {"range": (0, top)}),
     )
     chart.x_labels = list(labels)
     for name, values in series.items():
-        chart.add(name, list(values))
+        chart.add(
+            name,
+            [
+                {"value": value, "label": f"{' '.join((label, name)).strip()}: {value:.4g}"}
+                for label, value in zip(labels, values, strict=True)
+            ],
+        )
     return [_chart(chart, caption)]
 
 
@@ -140,14 +211,27 @@ def curves(caption: str, curves: Mapping[str, Sequence[float]]) -> list[Chart]:
             names[group]: [(i / max(len(values) - 1, 1), v) for i, v in enumerate(values)]
             for group, values in curves.items()
         },
+        x_title="fraction of the units removed",
+        y_title="cost",
     )
 
 
-def lines(caption: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> list[Chart]:
+def lines(
+    caption: str,
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    x_title: str = "",
+    y_title: str = "",
+) -> list[Chart]:
     """Points (x, y) joined to a line each."""
     if not series or not charts_available():
         return []
-    chart = _pygal().XY(**_options(len(series) > 1, 280), show_dots=False)
+    chart = _pygal().XY(
+        **_options(300),
+        dots_size=2,
+        x_title=x_title or None,
+        y_title=y_title or None,
+    )
     for name, values in series.items():
         chart.add(name, list(values))
     return [_chart(chart, caption)]
@@ -159,8 +243,7 @@ def points(
     """Points (x, y) of several series; the one called `line` is drawn as a line."""
     if not charts_available():
         return []
-    size = {"width": 1000, "include_x_axis": False}
-    chart = _pygal().XY(**{**_options(True, 480), **size}, stroke=False, dots_size=4)
+    chart = _pygal().XY(**{**_options(460), **_WIDE}, stroke=False, dots_size=4)
     for name, values in series.items():
         chart.add(name, list(values), stroke=name == line, show_dots=name != line)
     return [_chart(chart, caption)]
@@ -168,21 +251,74 @@ def points(
 
 def front_charts(front: Front) -> list[Chart]:
     """Speed against quality: the family as a curve with a dot a model, the others as dots."""
-    if not charts_available():
-        return []
-    size = {"width": 1000, "include_x_axis": False}
-    axes = {"x_title": "times faster than dense", "y_title": front.metric}
-    chart = _pygal().XY(**{**_options(True, 480), **size, **axes}, dots_size=5)
-    family = sorted((p.faster, p.quality) for p in front.family)
-    chart.add(front.model, family)
-    for point in front.others:
-        chart.add(point.name, [(point.faster, point.quality)], stroke=False)
     better = "higher" if front.higher_is_better else "lower"
-    return [_chart(chart, f"{front.metric}, {better} is better, by speed on {front.where}")]
+    return scatter(
+        f"{front.metric}, {better} is better, by speed on {front.where}",
+        {
+            front.model: sorted((p.faster, p.quality, p.name) for p in front.family),
+            **{p.name: [(p.faster, p.quality, p.name)] for p in front.others},
+        },
+        x_title="times faster than dense",
+        y_title=front.metric,
+        wide=True,
+    )
+
+
+def compare_charts(found: Overview) -> list[Chart]:
+    """Quality by speed and by size, of the models that were evaluated alike; else size by speed."""
+    alike = [e for e in found.entrants if e.quality is not None and e.evaluated_by == found.metric]
+    by_speed = {
+        e.name: [(e.faster, e.quality, e.name)]
+        for e in alike
+        if e.faster is not None and e.quality is not None
+    }
+    by_size = {
+        e.name: [(e.mb, e.quality, e.name)]
+        for e in alike
+        if e.mb is not None and e.quality is not None
+    }
+    quality = found.metric.partition(", ")[0]
+    if alike:
+        speed = "times faster than dense"
+        return [
+            *scatter(f"{quality} by speed", by_speed, x_title=speed, y_title=quality),
+            *scatter(f"{quality} by size", by_size, x_title="MB", y_title=quality),
+        ]
+    sizes = {
+        e.name: [(e.faster, e.mb, e.name)]
+        for e in found.entrants
+        if e.faster is not None and e.mb is not None
+    }
+    return scatter("Size by speed", sizes, x_title="times faster than dense", y_title="MB")
+
+
+def scatter(
+    caption: str,
+    series: Mapping[str, Sequence[tuple[float, float, str]]],
+    *,
+    x_title: str,
+    y_title: str,
+    wide: bool = False,
+) -> list[Chart]:
+    """Points (x, y, name) of several series, those of one series joined by a line."""
+    if not series or not charts_available():
+        return []
+    options = {**_options(460), **_WIDE} if wide else {**_options(360), "include_x_axis": False}
+    chart = _pygal().XY(**options, x_title=x_title, y_title=y_title, dots_size=5)
+    for name, marks in series.items():
+        dots = [
+            {"value": (x, y), "label": f"{label}: {x_title} {x:.4g}, {y_title} {y:.4g}"}
+            for x, y, label in marks
+        ]
+        chart.add(name, dots, stroke=len(dots) > 1)
+    return [_chart(chart, caption)]
+
+
+_WIDE = {"width": 760, "include_x_axis": False}
 
 
 def _pygal() -> Any:
-    """The library, without the import hook that it leaves behind.
+    """The library, without the import hook that it installs.
 
     The hook is for its map plug-ins and of a kind that Python 3.12 no longer knows; while it is
     there, every later import in the process warns.
@@ -196,21 +332,21 @@ def _pygal() -> Any:
     return pygal
 
 
-def _options(legend: bool, height: int) -> dict[str, Any]:
+def _options(height: int) -> dict[str, Any]:
     style = _pygal().style.Style(
         background="transparent",
         plot_background="transparent",
-        foreground="#687585",
-        foreground_strong="#1d2733",
-        foreground_subtle="#dde3ea",
+        # The page's own colors, which are others in the dark.
+        foreground="var(--dim)",
+        foreground_strong="var(--ink)",
+        foreground_subtle="var(--line)",
         font_family="system-ui, sans-serif",
-        guide_stroke_color="#dde3ea",
-        major_guide_stroke_color="#c9d2dc",
+        guide_stroke_color="var(--line)",
+        major_guide_stroke_color="var(--line)",
         guide_stroke_dasharray="none",
         major_guide_stroke_dasharray="none",
         label_font_size=12,
         major_label_font_size=12,
-        legend_font_size=12,
         value_font_size=13,
         value_colors=("#fff",) * len(_COLORS),
         opacity=1,
@@ -224,10 +360,9 @@ def _options(legend: bool, height: int) -> dict[str, Any]:
         "height": height,
         "margin": 8,
         "style": style,
-        "show_legend": legend,
+        # The page has one of its own, which wraps where it is narrow.
+        "show_legend": False,
         "truncate_label": -1,
-        "truncate_legend": -1,
-        "legend_box_size": 11,
         "include_x_axis": True,
         "value_formatter": lambda value: f"{value:.4g}",
     }
@@ -239,4 +374,18 @@ def _chart(chart: Any, caption: str) -> Chart:
     svg = str(chart.render(is_unicode=True))
     # Script and comments of the library: the page works without, and names no server.
     svg = re.sub(r"<script.*?</script>|<!--.*?-->", "", svg, flags=re.DOTALL)
-    return {"svg": markupsafe.Markup(svg), "caption": caption}
+    svg = _titled(svg)
+    names = [str(more["title"]) for _, more in chart.raw_series]
+    legend = [(name, _COLORS[i % len(_COLORS)]) for i, name in enumerate(names) if len(names) > 1]
+    return {"svg": markupsafe.Markup(svg), "caption": caption, "legend": legend}
+
+
+def _titled(svg: str) -> str:
+    """Values that browsers show where the mouse is: a mark's label, else its value.
+
+    The library has them as descriptions, for its script, and beside them where to put its tooltip.
+    """
+    svg = re.sub(r'<title>Pygal</title>|<desc class="(x|y)[^"]*">.*?</desc>', "", svg)
+    described = r'<desc class="label">(.*?)</desc>(?:<desc class="value">.*?</desc>)?'
+    svg = re.sub(described, r"<title>\1</title>", svg)
+    return re.sub(r'<desc class="value">(.*?)</desc>', r"<title>\1</title>", svg)

@@ -11,18 +11,27 @@ from typing import TYPE_CHECKING, Any
 
 from graphprune.pipeline.events import JSON
 from graphprune.report import charts
+from graphprune.report.advice import PLACES, next_steps
 from graphprune.report.budget import CANDIDATES, FRONT, BudgetReport, Front
 from graphprune.report.charts import Chart
-from graphprune.report.report import HEADER, Report, change_text, megabytes_text
+from graphprune.report.measured import (
+    THRESHOLDS,
+    Measured,
+    short,
+    times_text,
+)
+from graphprune.report.report import ERRORS, HEADER, Report, quantized_text
 
 if TYPE_CHECKING:
+    from graphprune.report.compare import Overview
     from graphprune.report.sensitivity import Sensitivity
 
 Rows = list[Sequence[str]]
 
 # Groups with at most so many units are drawn unit by unit; as a bar wider ones, and those of which
-# it is not told what stayed.
+# nothing says what stayed.
 _DRAWN = 64
+_ALL = 1000  # rows of a table of operators
 
 
 def report_page(report: Report, manifest: Mapping[str, Any]) -> str:
@@ -32,26 +41,45 @@ def report_page(report: Report, manifest: Mapping[str, Any]) -> str:
         report: what the compilation did.
         manifest: the artifact's manifest, or as much of it as there is: sizes, measurements,
             parity, inputs and outputs, versions, and under "results" what was noted later:
-            "timing", "quality", "dense_training".
+            "timing", "operators", "quality", "dense_training".
     """
-    measured, drawn = _measured(manifest)
+    found = Measured(manifest)
     errors = _output_errors(report)
+    matrices = _matrices(report)
     return _render(
         "report.html.j2",
         title=f"{report.model}: graphprune report",
         name=report.model,
-        headline=report.headline(),
-        sizes=[*report.size_rows(), *_file_rows(manifest)],
-        measured=measured,
-        measured_charts=drawn,
-        budgets=[_budget(title, found) for title, found in report.budgets()],
+        headline=report.headline(found),
+        tiles=found.tiles(),
+        thresholds=THRESHOLDS,
+        measured_on=found.measured_on(),
+        command=found.command,
+        is_glance=found.is_glance,
+        guessing=found.guessing(),
+        header=found.header(),
+        rows=found.rows(report.size_rows(found)),
+        meaning=found.quality_meaning(),
+        measured_charts=_measured_charts(found),
+        against_int8=_against_int8(found),
+        operators=_operator_rows(found),
+        operator_header=_sides(found.operators, "ms"),
+        operator_charts=charts.operator_charts(found.operators) if found.operators else [],
+        weights=_weight_rows(found),
+        weight_header=_sides(found.weights, "MB"),
+        weight_charts=charts.weight_charts(found.weights) if found.weights else [],
+        advice=next_steps(report, found),
+        places=PLACES,
+        runs=_run_lines(report, found, bool(matrices)),
+        budgets=[_budget(title, budget) for title, budget in report.budgets()],
         roles=_roles(report),
         errors=[(name, f"{error:.4f}") for name, error in errors.items()],
         error_charts=charts.error_charts(report, errors),
-        matrices=_matrices(report),
+        matrices=matrices,
         trainings=_trainings([*_trained_first(manifest), *report.steps()]),
         pass_header=HEADER,
-        passes=report.rows(),
+        passes=report.rows(found),
+        errors_meaning=ERRORS,
         skipped=report.skipped_lines(),
         frozen=report.frozen_lines(),
         warnings=list(
@@ -61,7 +89,7 @@ def report_page(report: Report, manifest: Mapping[str, Any]) -> str:
         verification=[
             report.verification() + ".",
             *_parity_lines(manifest),
-            *_low_bit_lines(manifest),
+            *_low_bit_lines(manifest, found),
         ],
         inputs=_interface(manifest),
         limits=report.limits,
@@ -82,6 +110,21 @@ def front_page(front: Front) -> str:
     )
 
 
+def compare_page(found: Overview) -> str:
+    """Several artifacts side by side as one HTML page."""
+    return _render(
+        "compare.html.j2",
+        title="Artifacts compared",
+        metric=found.metric,
+        header=found.header(),
+        rows=found.rows(),
+        places=found.places,
+        notes=found.notes,
+        charts=charts.compare_charts(found),
+        footer=_footer({}),
+    )
+
+
 def sensitivity_page(found: Sensitivity, name: str) -> str:
     """A sensitivity analysis as one HTML page."""
     ratios = [f"{100 * ratio:g} %" for ratio in found.ratios]
@@ -96,6 +139,9 @@ def sensitivity_page(found: Sensitivity, name: str) -> str:
             f"score {found.score}, compensation {found.compensation}, outputs compared on "
             f"{found.samples:,} samples"
         ),
+        conclusion=found.conclusion(),
+        recipe=sensitivity_recipe(found),
+        expected=found.recipe()[1],
         error_charts=charts.sensitivity_charts(found.costs),
         errors=[(group, *values) for group, values in errors.items()],
         error_header=["group", *(f"{ratio} removed" for ratio in ratios)],
@@ -112,6 +158,13 @@ def sensitivity_page(found: Sensitivity, name: str) -> str:
         skipped=[f"{group}: {reason}" for group, reason in found.skipped.items()],
         footer=_footer({}),
     )
+
+
+def sensitivity_recipe(found: Sensitivity) -> str:
+    """The recipe that an analysis suggests, as YAML."""
+    import yaml
+
+    return yaml.safe_dump({"passes": found.recipe()[0]}, sort_keys=False, default_flow_style=None)
 
 
 def points_page(
@@ -151,58 +204,87 @@ def _render(template: str, **values: Any) -> str:
 # --- what was measured -------------------------------------------------------------------------
 
 
-def _file_rows(manifest: Mapping[str, Any]) -> Rows:
-    sizes = manifest.get("sizes") or {}
-    deployed = (manifest.get("files") or {}).get("model", "model.onnx").rpartition("/")[2]
-    pruned, dense = sizes.get(deployed), sizes.get("baseline.onnx")
-    if pruned is None:
-        return []
-    change = "" if dense is None else change_text(dense, pruned)
-    left = "" if dense is None else megabytes_text(dense)
-    return [("MB on disk (ONNX)", left, megabytes_text(pruned), change)]
-
-
-def _measured(manifest: Mapping[str, Any]) -> tuple[Rows, list[Chart]]:
-    """Rows and charts of time and quality, those that were measured."""
-    rows: Rows = []
+def _measured_charts(found: Measured) -> list[Chart]:
+    """Time and quality of each model that was measured, as bars with their figures."""
     drawn: list[Chart] = []
-    times = _timings(manifest)
-    for what, dense, pruned, speedup in times:
-        rows.append((what, f"{dense:.2f}", f"{pruned:.2f}", f"{speedup:.2f}x faster"))
-    for _, dense, pruned, _ in times[:1]:
-        drawn += charts.pair("Milliseconds, less is better", {"dense": dense, "pruned": pruned})
-    quality = (manifest.get("results") or {}).get("quality") or {}
-    if "pruned" in quality:
-        ours, theirs = quality["pruned"], quality.get("dense")
-        title = f"{ours['task']}: {ours['metric']}"
-        value = ours["value"]
-        pair = {"pruned": value}
-        left = change = ""
-        if theirs is not None:
-            pair = {"dense": theirs["value"], **pair}
-            left, change = f"{theirs['value']:.4f}", f"{value - theirs['value']:+.4f}"
-        rows.append((title, left, f"{value:.4f}", change))
-        better = "more" if ours.get("higher_is_better", True) else "less"
-        drawn += charts.pair(f"{title}, {better} is better", pair)
-    return rows, drawn
+    for times in found.times()[:1]:
+        others = {f"dense {name}": ms for name, ms in times.others.items()}
+        values = {"dense": times.dense_ms, **others, "pruned": times.pruned_ms}
+        drawn += charts.pair(f"{times.what}, less is better", values, "ms a run")
+    if (pruned := found.quality.get("pruned")) is not None:
+        dense = found.quality.get("dense")
+        values = {} if dense is None else {"dense": dense["value"]}
+        values["pruned"] = pruned["value"]
+        better = "more" if pruned.get("higher_is_better", True) else "less"
+        title = f"{pruned['task']}: {pruned['metric']}, {better} is better"
+        drawn += charts.pair(title, values, pruned["metric"])
+    return drawn
 
 
-def _timings(manifest: Mapping[str, Any]) -> list[tuple[str, float, float, float]]:
-    """What was timed, dense and pruned milliseconds, their ratio; else the exporter's glance."""
-    timing = (manifest.get("results") or {}).get("timing")
-    if timing:
-        what = f"ms, batch {timing['batch']}, {timing['threads']} thread(s)"
-        rows = ((what, timing), (f"{what}, default session options", timing.get("default")))
-        return [(what, r["dense_ms"], r["pruned_ms"], r["speedup"]) for what, r in rows if r]
-    return [
-        (
-            f"ms on the example inputs, {found['threads']} thread(s)",
-            found["against"]["ms"],
-            found["model"]["ms"],
-            found["ratio"],
+def _against_int8(found: Measured) -> str:
+    """How the dense model in few bits compares, in a sentence; empty where it was not measured."""
+    times = found.times()
+    beside = times[0].others if times else {}
+    if not beside:
+        return ""
+    name, ms = next(iter(beside.items()))
+    in_float = times_text(times[0].dense_ms / ms, "faster", "slower")
+    return (
+        f"The dense model in {name} takes {short(ms)} ms, {in_float} than in float; the pruned "
+        f"model is {times_text(ms / times[0].pruned_ms, 'faster', 'slower')} than that."
+    )
+
+
+def _sides(values: Mapping[str, Any], unit: str) -> list[str]:
+    """The columns of `_side_rows`."""
+    return ["", *(f"{which}, {what}" for which in values for what in (unit, "share"))]
+
+
+def _side_rows(values: Mapping[str, Mapping[str, float]]) -> Rows:
+    """One row a key, the largest first: each side's value and its share in percent."""
+    totals = [sum(side.values()) for side in values.values()]
+    rows: Rows = []
+    for key, sides in charts.largest_first(values, _ALL):
+        pairs = (
+            ("", "") if v is None else (short(v), f"{100 * v / (total or 1.0):.1f} %")
+            for v, total in zip(sides, totals, strict=True)
         )
-        for found in (manifest.get("measurements") or ())[:1]
-    ]
+        rows.append((key, *(text for pair in pairs for text in pair)))
+    return [*rows, ("all", *(text for total in totals for text in (short(total), "100 %")))]
+
+
+def _operator_rows(found: Measured) -> Rows:
+    return _side_rows(found.operators) if found.operators else []
+
+
+def _weight_rows(found: Measured) -> Rows:
+    sizes = {
+        which: {role: size / 1e6 for role, size in roles.items()}
+        for which, roles in found.weights.items()
+    }
+    return _side_rows(sizes) if sizes else []
+
+
+def _run_lines(report: Report, found: Measured, zeroed: bool) -> list[str]:
+    """What runs the file, and what zeros are worth, in sentences."""
+    lines = []
+    if any(p.resized for p in report.passes):
+        lines.append(
+            "The units are gone from the weights themselves. The file is plain ONNX that needs no "
+            "special runtime, so none can drop the speed-up, and no optimum (Hugging Face's "
+            "export package) to load it: onnxruntime alone runs it."
+        )
+    elif found.manifest.get("files"):
+        lines.append(
+            "The file is plain ONNX: onnxruntime alone runs it, without a special runtime and "
+            "without optimum (Hugging Face's export package)."
+        )
+    if zeroed:
+        lines.append(
+            "Weights that were set to zero are stored and multiplied like others: ONNX Runtime "
+            "gains no time by them, and the file no space."
+        )
+    return lines
 
 
 # --- budgets ------------------------------------------------------------------------------------
@@ -228,7 +310,12 @@ def _budget(title: str, found: BudgetReport) -> dict[str, Any]:
         ],
         "candidate_header": CANDIDATES,
         "candidates": found.candidate_rows(),
-        "charts": charts.lines(f"{title}: lowest loss so far, by evaluation", best),
+        "charts": charts.lines(
+            f"{title}: lowest loss so far, by evaluation",
+            best,
+            x_title="evaluation",
+            y_title="loss",
+        ),
         "progress": found.progress_rows(),
         "notes": found.notes(),
     }
@@ -245,8 +332,8 @@ def _roles(report: Report) -> list[dict[str, Any]]:
             layer = layers.setdefault(str(group["role"]), {}).setdefault(
                 str(group["id"]), _whole(int(group["before"]))
             )
-            told = (details.get("kept") or {}).get(group["id"])
-            layer["kept"] = _composed(layer["kept"], told, group)
+            kept = (details.get("kept") or {}).get(group["id"])
+            layer["kept"] = _composed(layer["kept"], kept, group)
             layer["left"], layer["cut"] = int(group["after"]), True
         for group in _entries(details.get("skipped")):
             if group.get("size"):
@@ -269,14 +356,14 @@ def _entries(groups: JSON) -> list[Mapping[str, Any]]:
     return [g for g in groups or () if isinstance(g, Mapping) and "id" in g and "role" in g]
 
 
-def _composed(before: list[int] | None, told: Any, group: Mapping[str, Any]) -> list[int] | None:
+def _composed(before: list[int] | None, kept: Any, group: Mapping[str, Any]) -> list[int] | None:
     """Original indices that are left, after a pass that kept these of those before it.
 
     None where no record says which ones: each head may have lost others.
     """
-    if told is None:
+    if kept is None:
         return before if group["after"] == group["before"] else None
-    return None if before is None else [before[i] for i in told]
+    return None if before is None else [before[i] for i in kept]
 
 
 def _drawn(groups: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -335,7 +422,12 @@ def _matrices(report: Report) -> list[dict[str, Any]]:
             kind, layer = _without_number(s["name"])
             if "error" in s:
                 layers.setdefault(kind, []).append((i if layer is None else layer, s["error"]))
-        drawn = charts.lines(f"{title}: output error of each matrix, by layer", layers)
+        drawn = charts.lines(
+            f"{title}: output error of each matrix, by layer",
+            layers,
+            x_title="layer",
+            y_title="output error",
+        )
         found.append({"title": title, "rows": rows, "charts": drawn})
     return found
 
@@ -351,8 +443,8 @@ def _without_number(name: str) -> tuple[str, int | None]:
 
 def _trained_first(manifest: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     """The training of the dense model, where it was no pass: before all of them."""
-    told = (manifest.get("results") or {}).get("dense_training")
-    return [("the dense model", told)] if told else []
+    trained = (manifest.get("results") or {}).get("dense_training")
+    return [("the dense model", trained)] if trained else []
 
 
 def _trainings(steps: Sequence[tuple[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
@@ -371,21 +463,24 @@ def _trainings(steps: Sequence[tuple[str, Mapping[str, Any]]]) -> list[dict[str,
         }
         drawn: list[Chart] = []
         if len(epochs) > 1:
-            drawn += charts.lines(f"{title}: loss by epoch", lines)
+            drawn += charts.lines(f"{title}: loss by epoch", lines, x_title="epoch", y_title="loss")
             metric = [(e["epoch"], e["metric"]) for e in epochs if "metric" in e]
-            told = details.get("metric")
+            metric_name = str(details.get("metric"))
             drawn += charts.lines(
-                f"{title}: {told} by epoch", {str(told): metric} if metric else {}
+                f"{title}: {metric_name} by epoch",
+                {metric_name: metric} if metric else {},
+                x_title="epoch",
+                y_title=metric_name,
             )
         degrees = details.get("degrees") or {}
         wirings = _wirings(degrees)
         for name, (before, after) in wirings.items():
             drawn += charts.degree_chart(f"{name}: units by living connections", before, after)
         spread = [
-            (f"{name}, {when}", f"{told['units']:,}", f"{told['dead']:,}",
-             f"{told['mean']:.1f}", f"{told['sd']:.2f}")
+            (f"{name}, {when}", f"{wired['units']:,}", f"{wired['dead']:,}",
+             f"{wired['mean']:.1f}", f"{wired['sd']:.2f}")
             for name, (before, after) in wirings.items()
-            for when, told in (("before", before), ("after", after))
+            for when, wired in (("before", before), ("after", after))
         ]  # fmt: skip
         found.append(
             {
@@ -444,15 +539,16 @@ def _parity_lines(manifest: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _low_bit_lines(manifest: Mapping[str, Any]) -> list[str]:
+def _low_bit_lines(manifest: Mapping[str, Any], found: Measured) -> list[str]:
+    """What was quantized in each file, the deployed one first, and how far it drifts."""
     lines = []
-    for file, notes in (manifest.get("quantization") or {}).items():
-        drift = notes.get("drift") or ()
+    files = manifest.get("quantization") or {}
+    for file in sorted(files, key=lambda name: name != found.file):
+        drift = files[file].get("drift") or ()
         worst, row = (max((d[key] for d in drift), default=0.0) for key in ("error", "largest"))
-        drifted = f"; outputs drift by {worst:.1e} of the float ones, {row:.1e} of a row's scale"
         lines.append(
-            f"{file}: {notes['scheme']}, {notes['products']} products and {notes['tables']} tables "
-            f"quantized, {len(notes.get('float') or ())} left in float{drifted}."
+            f"{file}: {quantized_text(files[file])}; outputs drift by {worst:.1e} of the float "
+            f"ones, {row:.1e} of a row's scale."
         )
     return lines
 
@@ -469,7 +565,7 @@ def _footer(manifest: Mapping[str, Any]) -> str:
     from graphprune import __version__
 
     versions = manifest.get("versions") or {}
-    told = [f"{name} {versions[name]}" for name in ("torch", "onnxruntime") if name in versions]
+    known = [f"{name} {versions[name]}" for name in ("torch", "onnxruntime") if name in versions]
     created = [str(manifest["created"])] if "created" in manifest else []
     missing = [] if charts.charts_available() else ["charts: pip install 'graphprune[report]'"]
-    return "; ".join([f"graphprune {__version__}", *told, *created, *missing])
+    return "; ".join([f"graphprune {__version__}", *known, *created, *missing])

@@ -9,6 +9,7 @@ from typing import Any, final
 from graphprune.ir.program import Program
 from graphprune.pipeline.events import JSON, PassFinished
 from graphprune.report.budget import CANDIDATES, LEVELS, BudgetReport, budgets
+from graphprune.report.measured import THRESHOLDS, Measured, change_text, megabytes_text, plural
 
 
 @final
@@ -62,10 +63,10 @@ class PassReport:
         details = dict(finished.report)
         check = details.get("verification")
         error = check.get("max_error") if isinstance(check, Mapping) else None
-        told = details if "parameters_before" in details else record or {}
+        counted = details if "parameters_before" in details else record or {}
         sizes = None
-        if finished.modified and "parameters_before" in told:
-            sizes = (int(told["parameters_before"]), int(told["parameters_after"]))
+        if finished.modified and "parameters_before" in counted:
+            sizes = (int(counted["parameters_before"]), int(counted["parameters_after"]))
         return cls(
             name=finished.name,
             step=step,
@@ -119,7 +120,7 @@ class Report:
     limits: tuple[str, ...] = ()
 
     def extended(self, after: ModelSize, passes: Sequence[PassReport], seconds: float) -> Report:
-        """This report with more passes behind it."""
+        """This report with more passes after its own."""
         return replace(
             self, after=after, passes=(*self.passes, *passes), seconds=self.seconds + seconds
         )
@@ -174,80 +175,101 @@ class Report:
             lines += ["", "frozen:", *(f"  {line}" for line in frozen)]
         return "\n".join(lines)
 
-    def to_markdown(self) -> str:
-        """The report as a Markdown page."""
-        lines = [
-            f"# {self.model}, pruned",
-            "",
-            "| | before | after | |",
-            "|---|---:|---:|---:|",
-            *("| " + " | ".join(row) + " |" for row in self.size_rows()),
+    def to_markdown(self, manifest: Mapping[str, Any] | None = None) -> str:
+        """The report as a Markdown page.
+
+        Args:
+            manifest: the artifact's, whose measurements of time, size and quality are on it too.
+        """
+        found = Measured(manifest or {})
+        table = _markdown(found.header(), found.rows(self.size_rows(found)), left=1)
+        lines = [f"# {self.model}, pruned", "", *_tile_lines(found), *table, ""]
+        lines += [f"- {note}" for note in _measurement_notes(found)]
+        lines += [
             "",
             f"Verification: {self.verification()}.",
             f"Compiled in {self.seconds:.1f} s, of these {self.capture_seconds:.1f} s for capture.",
         ]
         if self.passes:
-            lines += ["", *_markdown(HEADER, self.rows(), left=2)]
-        for title, found in self.budgets():
-            lines += ["", *_budget_markdown(title, found)]
-        if self.limits:
-            lines += ["", "## Sizes of inputs", "", *(f"- {line}" for line in self.limits)]
-        skipped = self.skipped_lines()
-        if skipped:
-            lines += ["", "## Skipped", "", *(f"- {line}" for line in skipped)]
-        frozen = self.frozen_lines()
-        if frozen:
-            lines += ["", "## Frozen", "", *(f"- {line}" for line in frozen)]
+            lines += ["", *_markdown(HEADER, self.rows(found), left=2)]
+        for title, budget in self.budgets():
+            lines += ["", *_budget_markdown(title, budget)]
+        sections = {
+            "Sizes of inputs": self.limits,
+            "Skipped": self.skipped_lines(),
+            "Frozen": self.frozen_lines(),
+        }
+        for title, items in sections.items():
+            lines += ["", f"## {title}", "", *(f"- {item}" for item in items)] if items else []
         return "\n".join(lines) + "\n"
 
     def budgets(self) -> list[tuple[str, BudgetReport]]:
         """Title and record of every pass that ran to a budget."""
         return list(budgets(self.steps()))
 
-    def headline(self) -> str:
-        """Parameters, bytes and FLOPs, before and after, in one line."""
+    def headline(self, found: Measured | None = None) -> str:
+        """Parameters, FLOPs and megabytes of weights, before and after, in one line.
+
+        Megabytes only of a float model whose file `found` does not know.
+        """
         a, b = self.before, self.after
+        size = f", {megabytes_text(a.bytes)} -> {megabytes_text(b.bytes)} MB of weights"
+        if self.quantized or (found is not None and found.bytes is not None):
+            size = ""
         return (
             f"{a.parameters:,} -> {b.parameters:,} parameters"
             f" ({change_text(a.parameters, b.parameters)})"
-            f", {megabytes_text(a.bytes)} -> {megabytes_text(b.bytes)} MB"
+            f"{size}"
             f", {count_text(a.flops)} -> {count_text(b.flops)} FLOPs"
             f" ({a.flops / max(b.flops, 1):.2f}x fewer)"
         )
 
-    def size_rows(self) -> list[tuple[str, str, str, str]]:
-        """(what, before, after, change) for a table."""
+    @property
+    def quantized(self) -> bool:
+        """Whether a pass marked the program, whose file is smaller then than its weights."""
+        return any("scheme" in details for _, details in self.steps())
+
+    def size_rows(self, found: Measured | None = None) -> list[tuple[str, str, str, str]]:
+        """(what, before, after, change) for a table.
+
+        Megabytes are those of the weights in float, and among the rows only where `found` knows no
+        file and no pass quantizes: what is shipped has one size.
+        """
         a, b = self.before, self.after
-        return [
+        rows = [
             (
                 "parameters",
                 f"{a.parameters:,}",
                 f"{b.parameters:,}",
                 change_text(a.parameters, b.parameters),
             ),
-            ("MB", megabytes_text(a.bytes), megabytes_text(b.bytes), change_text(a.bytes, b.bytes)),
-            ("FLOPs", count_text(a.flops), count_text(b.flops), change_text(a.flops, b.flops)),
-        ]
-
-    def rows(self) -> list[tuple[str, ...]]:
-        """One row a pass, under HEADER."""
-        return [
             (
-                p.name,
-                p.removed,
-                change_text(*p.parameters) if p.parameters else "",
-                "" if p.max_error is None else f"{p.max_error:.1e}",
-                f"{p.seconds:.1f}",
-            )
-            for p in self.passes
+                "FLOPs on the example inputs",
+                count_text(a.flops),
+                count_text(b.flops),
+                change_text(a.flops, b.flops),
+            ),
         ]
+        if self.quantized or (found is not None and found.bytes is not None):
+            return rows
+        sizes = (megabytes_text(a.bytes), megabytes_text(b.bytes))
+        return [*rows, ("MB of weights", *sizes, change_text(a.bytes, b.bytes))]
+
+    def rows(self, found: Measured | None = None) -> list[tuple[str, ...]]:
+        """One row a pass, under HEADER.
+
+        Args:
+            found: measurements of an artifact; of what was quantized there the row says how much,
+                and how far the outputs drift.
+        """
+        return [_pass_row(p, Measured({}) if found is None else found) for p in self.passes]
 
     def verification(self) -> str:
-        """What was proven, in words."""
+        """What was verified, in words."""
         error = self.max_error
         if error is not None:
-            unproven = [p.name for p in self.passes if p.modified and p.max_error is None]
-            but = f"; not compared: {', '.join(unproven)}" if unproven else ""
+            unverified = [p.name for p in self.passes if p.modified and p.max_error is None]
+            but = f"; not compared: {', '.join(unverified)}" if unverified else ""
             size = f"largest difference {error:.1e} of a row's scale{but}"
             if blind := [p.name for p in self.passes if p.check.get("observable") is False]:
                 return (
@@ -261,17 +283,19 @@ class Report:
         if not any(p.modified for p in self.passes):
             return "nothing was changed"
         changed = [p for p in self.passes if p.modified]
-        told = [
+        reports = [
             details
             for p in changed
             for _, details in p.steps()
             if "rounds" not in details and details.get("modified", True)
         ]
         if not any(p.resized for p in changed) and all(
-            "sites" in details or "epochs" in details for details in told
+            "sites" in details or "epochs" in details for details in reports
         ):
-            return "no shape was changed, only values: nothing to prove"
-        drifts = [check["drift"] for d in told if "drift" in (check := d.get("verification", {}))]
+            return "no shape was changed, only values: nothing to verify"
+        drifts = [
+            check["drift"] for d in reports if "drift" in (check := d.get("verification", {}))
+        ]
         if drifts:
             return (
                 "a norm is over units that went, which equals no masking; largest drift "
@@ -300,7 +324,53 @@ class Report:
 
 _FROZEN_LINES = 8  # in words; all of them are in each pass's own report
 
-HEADER = ("pass", "removed", "parameters", "error", "seconds")
+HEADER = ("pass", "what it did", "parameters", "error", "seconds")
+ERRORS = (
+    "Error: how far removing units is from masking them, as a fraction of an output row's scale. "
+    "Drift: how far the quantized outputs are from the float ones, ||quantized - float|| / "
+    "||float||, on the inputs that the export tried."
+)
+
+
+def _pass_row(done: PassReport, found: Measured) -> tuple[str, ...]:
+    removed, error = done.removed, "" if done.max_error is None else f"{done.max_error:.1e}"
+    if "scheme" in done.details:
+        # The pass only marks the program; what came of it is known after the export.
+        error = "" if found.drift is None else f"drift {found.drift:.1e}"
+        removed = quantized_text(found.quantized) or removed
+    return (
+        done.name,
+        removed,
+        change_text(*done.parameters) if done.resized and done.parameters else "",
+        error,
+        f"{done.seconds:.1f}",
+    )
+
+
+def quantized_text(notes: Mapping[str, Any]) -> str:
+    """What was quantized by which scheme, in words; empty without notes."""
+    if not notes:
+        return ""
+    left = len(notes.get("float") or ())
+    return (
+        f"{plural(notes['products'], 'product')} and {plural(notes['tables'], 'table')} in "
+        f"{notes['scheme']}, {left} left in float"
+    )
+
+
+def _tile_lines(found: Measured) -> list[str]:
+    """The three figures of the page as a table and the colors in words; nothing without any."""
+    if not found.manifest:
+        return []
+    rows = [(t.title, t.value, t.note, t.color) for t in found.tiles()]
+    return [*_markdown(("", "", "", ""), rows, left=4), "", THRESHOLDS, ""]
+
+
+def _measurement_notes(found: Measured) -> list[str]:
+    """What times were measured on, how to measure again, and what the quality means."""
+    where = found.measured_on()
+    lines = [f"Times: {where}. Again: `{found.command}`"] if where else []
+    return [line for line in (*lines, found.quality_meaning(), found.guessing()) if line]
 
 
 def _removed(details: Mapping[str, JSON], modified: bool) -> str:
@@ -320,7 +390,8 @@ def _removed(details: Mapping[str, JSON], modified: bool) -> str:
         for key in ("nodes", "tensors")
         if key in details and _length(details[key])
     ]
-    return ", ".join(units or cleaned) or "see its report"
+    marked = [f"to be exported in {details['scheme']}"] if "scheme" in details else []
+    return ", ".join(units or cleaned or marked) or "see its report"
 
 
 _UNITS = {
@@ -377,10 +448,10 @@ def _inner(details: Mapping[str, JSON]) -> Iterator[tuple[str, Mapping[str, JSON
     """Title and report of the passes that one ran in rounds; not of a round that was given up."""
     rounds = details.get("rounds") or ()
     for number, done in enumerate(rounds[: details.get("taken", len(rounds))], 1):
-        for told in done["passes"] if isinstance(done, Mapping) else done:
-            title = f"round {number}: {told['pass']}"
-            yield title, told
-            yield from ((f"{title}, {deeper}", inner) for deeper, inner in _inner(told))
+        for inner in done["passes"] if isinstance(done, Mapping) else done:
+            title = f"round {number}: {inner['pass']}"
+            yield title, inner
+            yield from ((f"{title}, {deeper}", more) for deeper, more in _inner(inner))
 
 
 def _all_skipped(details: Mapping[str, JSON]) -> tuple[str, ...]:
@@ -437,16 +508,6 @@ def _aligned(rows: Sequence[Sequence[str]]) -> Iterable[str]:
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         yield "  ".join(cells).rstrip()
-
-
-def change_text(before: float, after: float) -> str:
-    """The change in percent."""
-    return f"{100 * (after - before) / before:+.1f} %" if before else "0 %"
-
-
-def megabytes_text(count: int) -> str:
-    """Bytes in megabytes."""
-    return f"{count / 1e6:.1f}" if count >= 1e5 else f"{count / 1e6:.3f}"
 
 
 def count_text(count: int) -> str:

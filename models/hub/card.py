@@ -6,7 +6,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from graphprune.report.report import Report, change_text
+from graphprune.report.measured import change_text
+from graphprune.report.report import Report
 
 
 def model_card(
@@ -63,7 +64,7 @@ def _task(outputs: list[str], manifest: Mapping[str, Any]) -> str:
 
 def _rows(manifest: Mapping[str, Any], report: Report) -> list[tuple[str, str, str, str]]:
     """(what, before, after, change): sizes, and what was measured of time and quality."""
-    rows = [row for row in report.size_rows() if row[0] != "MB"]
+    rows = [row for row in report.size_rows() if not row[0].startswith("MB")]
     sizes = manifest["sizes"]
     size = sizes[Path(manifest["files"]["model"]).name]
     dense = sizes.get("baseline.onnx")

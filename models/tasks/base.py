@@ -48,6 +48,9 @@ class TaskResult:
         standard_error: one standard error of `value`, from drawing the items evaluated; else None.
         details: how it was measured, where that can vary: window, part of the data.
         more: other figures of the same run by their metric.
+        guess: what a model gets that gives every item the same answer; None where that is unknown.
+        meaning: what the figure says, in a sentence.
+        items: what the things counted are called.
     """
 
     task: str
@@ -59,6 +62,9 @@ class TaskResult:
     standard_error: float | None = None
     details: str = ""
     more: Mapping[str, float] = field(default_factory=dict)
+    guess: float | None = None
+    meaning: str = ""
+    items: str = "items"
 
     def to_json(self) -> dict[str, JSON]:
         """Plain data: the figures, without the outcome."""
@@ -99,6 +105,8 @@ class Task:
         name: how the command line calls it.
         purpose: what it is for, in one line.
         metric: what its figure is.
+        meaning: what the figure says, in a sentence.
+        items: what the things counted are called: "pairs", "texts".
         run: evaluates a model; its defaults are those of the function that it calls.
         higher_is_better: False for a perplexity.
         file: "folder/file" of its data under $GRAPHPRUNE_DATA; empty where it needs none.
@@ -114,6 +122,8 @@ class Task:
     name: str
     purpose: str
     metric: str
+    meaning: str
+    items: str
     run: Callable[[Request], TaskResult]
     higher_is_better: bool = True
     file: str = ""
@@ -137,6 +147,8 @@ class Task:
             count or outcome.count,
             outcome,
             higher_is_better=self.higher_is_better,
+            meaning=self.meaning,
+            items=self.items,
             **more,
         )
 
@@ -294,6 +306,11 @@ def scored(
         check(parts[-1], labels[-1])
         progress(done, len(batches))
     return torch.cat(parts), torch.cat(labels)
+
+
+def majority(labels: Tensor) -> float:
+    """Accuracy of naming the most frequent of labels [n] for every item."""
+    return int(labels.unique(return_counts=True)[1].max()) / len(labels)
 
 
 def by_length(

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from graphprune.models.data.batches import Batches
-from graphprune.models.tasks.base import Progress, Task, TaskResult, scored, silent
+from graphprune.models.tasks.base import Progress, Task, TaskResult, majority, scored, silent
 from graphprune.models.zoo.digits import digits
 from graphprune.training.outcome import MeanOutcome
 
@@ -24,13 +24,15 @@ def accuracy(model: Any, progress: Progress = silent) -> TaskResult:
     """Accuracy of a classifier of pixel_values [n, 1, 8, 8] on the 360 test digits."""
     batches = Batches(*examples("test"), _BATCH, shuffle=False)
     scores, labels = scored(model, batches, progress)
-    return TASK.result(MeanOutcome(scores.argmax(dim=-1) == labels))
+    return TASK.result(MeanOutcome(scores.argmax(dim=-1) == labels), guess=majority(labels))
 
 
 TASK = Task(
     name="digits",
     purpose="accuracy on the 360 held-out handwritten digits of scikit-learn",
     metric="accuracy",
+    meaning="the fraction of images whose digit the model names",
+    items="images",
     run=lambda r: accuracy(r.model, r.progress),
     reads_text=False,
     examples=examples,

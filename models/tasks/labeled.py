@@ -12,7 +12,15 @@ from torch import Tensor
 from graphprune.errors import GraphPruneError
 from graphprune.models.data.batches import table_batches
 from graphprune.models.data.tables import Schema, Table
-from graphprune.models.tasks.base import Progress, Task, TaskResult, longest, scored, silent
+from graphprune.models.tasks.base import (
+    Progress,
+    Task,
+    TaskResult,
+    longest,
+    majority,
+    scored,
+    silent,
+)
 from graphprune.training.metrics import pearson
 from graphprune.training.outcome import MeanOutcome, RankOutcome
 
@@ -57,11 +65,11 @@ def evaluate_labeled(
     if schema.task == "regression":
         scores, wanted = scores.flatten().double(), wanted.double()
         more = {"Pearson": pearson(scores, wanted)}
-        return REGRESSION.result(RankOutcome(scores, wanted), more=more)
+        return REGRESSION.result(RankOutcome(scores, wanted), more=more, guess=0.0)
     outcome = MeanOutcome(scores.argmax(dim=-1) == wanted)
     right = outcome.value()
     error = math.sqrt(right * (1 - right) / outcome.count)
-    return CLASSIFICATION.result(outcome, standard_error=error)
+    return CLASSIFICATION.result(outcome, standard_error=error, guess=majority(wanted))
 
 
 def _integers(table: Table) -> tuple[str, ...]:
@@ -101,6 +109,8 @@ CLASSIFICATION: Task = Task(
     name="classification",
     purpose="accuracy of a classifier of text on a labeled file (needs --data)",
     metric="accuracy",
+    meaning="the fraction of texts whose label the model names",
+    items="texts",
     run=lambda r: evaluate_labeled(
         r.model, r.tokenizer_dir, CLASSIFICATION.find_data(r.data), r.schema, r.progress
     ),
@@ -112,6 +122,9 @@ REGRESSION: Task = Task(
     name="regression",
     purpose="Spearman of one score a text and the labels of a file (needs --data)",
     metric="Spearman",
+    meaning="how well the order of the scores follows the order of the labels: 1 is the same "
+    "order, 0 is chance",
+    items="texts",
     run=lambda r: evaluate_labeled(
         r.model, r.tokenizer_dir, REGRESSION.find_data(r.data), r.schema, r.progress
     ),

@@ -67,6 +67,8 @@ TASK = Task(
     name="lambada",
     purpose="last-word accuracy of a language model on LAMBADA (needs --data)",
     metric="accuracy of the last word",
+    meaning="the fraction of passages whose last word the model predicts",
+    items="passages",
     run=lambda r: lambada(r.model, r.tokenizer_dir, r.data, progress=r.progress, **r.options),
     file="lambada/test.jsonl",
     source="LAMBADA",

@@ -84,6 +84,9 @@ TASK = Task(
     name="neighbors",
     purpose="fraction of nearest neighbors that dense and pruned models agree on",
     metric=f"agreement of {NEIGHBORS} nearest",
+    meaning="the fraction of each sentence's nearest neighbors that the dense and the pruned model "
+    "agree on; it needs no labels, and says nothing about how good the dense model is",
+    items="sentences",
     run=lambda r: agreement(r.model, r.dense, r.tokenizer_dir, progress=r.progress),
     compares=True,
 )

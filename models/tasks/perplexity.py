@@ -113,6 +113,8 @@ TASK = Task(
     name="perplexity",
     purpose="of a language model on a text, in windows (WikiText-2; needs --data)",
     metric="perplexity",
+    meaning="among how many next tokens the model hesitates, on average",
+    items="predicted tokens",
     run=lambda r: perplexity(r.model, r.tokenizer_dir, r.data, progress=r.progress, **r.options),
     higher_is_better=False,
     file="wikitext2/test.raw.txt",

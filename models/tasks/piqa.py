@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from graphprune.errors import GraphPruneError
-from graphprune.models.tasks.base import Progress, Task, TaskResult, silent
+from graphprune.models.tasks.base import Progress, Task, TaskResult, majority, silent
 from graphprune.models.tasks.language import continuations, fraction, read_rows
 from graphprune.training.outcome import MeanOutcome
 
@@ -63,6 +63,7 @@ def piqa(
     return TASK.result(
         MeanOutcome(torch.tensor(normalized)),
         standard_error=fraction(normalized)[1],
+        guess=majority(torch.tensor([int(str(row["label"])) for row in rows])),
         details=part,
         more={"accuracy, log-probability (acc)": fraction(plain)[0]},
     )
@@ -72,6 +73,9 @@ TASK = Task(
     name="piqa",
     purpose="zero-shot accuracy of a language model on PIQA (needs --data)",
     metric="accuracy, log-probability a character (acc_norm)",
+    meaning="the fraction of questions for which the model finds the right one of two solutions "
+    "likelier",
+    items="questions",
     run=lambda r: piqa(r.model, r.tokenizer_dir, r.data, progress=r.progress, **r.options),
     file="piqa/valid.jsonl",
     source="PIQA",

@@ -25,7 +25,7 @@ def spearman_of_cosine(
     embeddings = embed(model, tokenizer_dir, list(unique), progress=progress)
     left = embeddings[[unique[s] for s in first]]
     right = embeddings[[unique[s] for s in second]]
-    return TASK.result(RankOutcome((left * right).sum(dim=1), torch.tensor(scores)))
+    return TASK.result(RankOutcome((left * right).sum(dim=1), torch.tensor(scores)), guess=0.0)
 
 
 def read_pairs(file: Path) -> tuple[list[str], list[str], list[float]]:
@@ -43,6 +43,9 @@ TASK = Task(
     name="sts",
     purpose="Spearman of cosine similarity and human scores (STS Benchmark; needs --data)",
     metric="Spearman",
+    meaning="how well the order of the cosine similarities follows the order of human scores: 1 is "
+    "the same order, 0 is chance",
+    items="sentence pairs",
     run=lambda r: spearman_of_cosine(r.model, r.tokenizer_dir, r.data, r.progress),
     file="stsb/test.tsv",
     source="the STS Benchmark",

@@ -25,8 +25,9 @@ def test_bench_measures_an_artifact_and_a_model(run: Run, artifact: Path) -> Non
     for text in ("faster than dense, default session options", "private memory", "MB"):
         assert text in shown
     alone = json.loads(run("bench", "tiny-mlp", "--json").stdout)
-    assert alone["default"].keys() == alone.keys() - {"model", "default", "memory"}
-    assert alone["memory"].keys() == {"dense"}
+    parts = {"model", "default", "memory", "operators"}
+    assert alone["default"].keys() == alone.keys() - parts
+    assert alone["memory"].keys() == alone["operators"].keys() == {"dense"}
 
 
 def test_bench_takes_several_opponents(run: Run, artifact: Path) -> None:

@@ -42,7 +42,7 @@ HERE = Path(__file__).parent / "expected"
 TOLERANCE = 2e-3
 COMMANDS = (
     "inspect", "compile", "bench", "generate", "eval", "sensitivity", "passes", "recipes",
-    "models", "demo", "check", "front", "device-kit",
+    "models", "demo", "check", "front", "device-kit", "compare",
 )  # fmt: skip
 TIMES = re.compile("second|time|date|version|cpu|machine|threads", re.IGNORECASE)
 CLEAN = "[remove-no-ops, fold-constants, remove-dead-nodes]"

@@ -177,7 +177,14 @@ def test_what_was_not_done_is_not_shown() -> None:
     )
     for shown in (report(bare).to_markdown(), text_of(report_page(report(bare), {}))):
         assert "layer 0 attention" in shown
-        for word in ("measured", "candidate", "corrected", "Warning", "What came close", "Search"):
+        for word in (
+            "ms, measured",
+            "candidate",
+            "corrected",
+            "Warning",
+            "What came close",
+            "Search",
+        ):
             assert word not in shown
 
 

@@ -295,3 +295,69 @@ def test_points(charts: bool) -> None:
 def test_a_report_survives_json_with_a_page() -> None:
     again = Report.from_json(json.loads(json.dumps(report(output_error={"g": 0.5}).to_json())))
     assert "0.5000" in html.report_page(again, {}) or drawing.charts_available()
+
+
+def sensitivity(errors: dict[str, list[float]], *times: Time) -> Sensitivity:
+    """Errors at ratios 0.25 and 0.5 by "role.layer"."""
+    costs = [
+        Cost(
+            f"layer.{name.split('.')[1]}.{name.split('.')[0]}.w[0]", name.split(".")[0], 8, 4, r, e
+        )
+        for name, both in errors.items()
+        for r, e in zip((0.25, 0.5), both, strict=True)
+    ]
+    return Sensitivity("obs", "least-squares", 9, tuple(costs), times, {})
+
+
+def test_a_sensitivity_analysis_concludes_and_spares() -> None:
+    found = sensitivity(
+        {
+            **{f"neuron.{i}": [0.01, 0.02] for i in (0, 1, 2)},
+            "neuron.4": [0.1, 0.3],
+            **{f"head.{i}": [0.09, 0.12] for i in (0, 1, 2)},
+        }
+    )
+    lines = found.conclusion()
+    assert lines[0].startswith("Cut neurons first: at 50 % removed")
+    assert lines[1].startswith("Then attention heads")
+    assert "spare layer 4 (0.300)" in lines[2]
+    assert "no layer stands out" in lines[3]
+    steps, said = found.recipe()
+    assert steps == [
+        {"prune-neurons": {"ratio": 0.5, "score": "obs", "ignore": ["layer.4.neuron.w"]}},
+        {"prune-heads": {"ratio": 0.25, "score": "obs"}},
+    ]
+    assert "about 0.16" in said
+    assert "spare layer 4" in html.sensitivity_page(found, "m")
+
+
+def test_time_decides_what_to_cut_first_and_too_much_is_said() -> None:
+    errors = {"neuron.0": [0.5, 0.9], "head.0": [0.6, 0.9]}
+    slow = [Time("neuron", r, 9.9, 10) for r in (0.25, 0.5)]
+    fast = [Time("head", r, 5.0, 10) for r in (0.25, 0.5)]
+    found = sensitivity(errors, *slow, *fast)
+    assert found.conclusion()[0].startswith("Cut attention heads first")
+    assert "save 50 % of the time" in found.conclusion()[0]
+    steps, said = found.recipe()
+    assert steps == [{"prune-neurons": {"ratio": 0.25, "score": "obs"}}]
+    assert "more than 0.2: add --distill" in said
+
+
+def test_sensitivity_charts_have_one_scale() -> None:
+    _need_charts()
+    found = sensitivity({"neuron.0": [0.01, 0.02], "head.0": [0.5, 0.75]})
+    small, large = drawing.sensitivity_charts(found.costs)
+    marks = [re.findall(r'class="axis y.*?</g></g>', c["svg"], re.DOTALL) for c in (small, large)]
+    labels = [re.findall(r">([\d.]+)</text>", "".join(m)) for m in marks]
+    assert labels[0] == labels[1] != []
+
+
+def test_charts_have_values_where_the_mouse_is_and_named_axes() -> None:
+    _need_charts()
+    (chart,) = drawing.bars("c", ["a"], {"dense": [2.5]}, x_title="operator", y_title="ms a run")
+    assert "<title>a dense: 2.5</title>" in chart["svg"]
+    assert ">ms a run</text>" in chart["svg"]
+    assert ">operator</text>" in chart["svg"]
+    assert "Pygal" not in chart["svg"]
+    (chart,) = drawing.scatter("c", {"m": [(1, 2, "x")]}, x_title="speed", y_title="quality")
+    assert "<title>x: speed 1, quality 2</title>" in chart["svg"]

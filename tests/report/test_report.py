@@ -9,14 +9,8 @@ from typing import Any
 import pytest
 
 from graphprune.pipeline.events import PassFinished
-from graphprune.report.report import (
-    ModelSize,
-    PassReport,
-    Report,
-    change_text,
-    count_text,
-    megabytes_text,
-)
+from graphprune.report.measured import change_text, megabytes_text
+from graphprune.report.report import ModelSize, PassReport, Report, count_text
 
 BEFORE, AFTER = ModelSize(1000, 4_000_000, 2_000_000), ModelSize(750, 3_000_000, 1_000_000)
 
@@ -126,7 +120,8 @@ def test_what_was_verified_is_said(passes: list[PassReport], says: str) -> None:
 def test_text_and_markdown_hold_sizes_and_one_row_a_pass() -> None:
     full = report(checked(max_error=1e-7), passed(modified=False))
     assert full.headline() == (
-        "1,000 -> 750 parameters (-25.0 %), 4.0 -> 3.0 MB, 2 M -> 1 M FLOPs (2.00x fewer)"
+        "1,000 -> 750 parameters (-25.0 %), 4.0 -> 3.0 MB of weights, 2 M -> 1 M FLOPs (2.00x "
+        "fewer)"
     )
     assert full.rows()[0] == ("prune-neurons", "see its report", "-55.6 %", "1.0e-07", "1.5")
     for row in [*full.rows(), *full.size_rows()]:
@@ -137,5 +132,5 @@ def test_text_and_markdown_hold_sizes_and_one_row_a_pass() -> None:
 def test_numbers_are_written_short() -> None:
     texts = [count_text(n) for n in (0, 999, 1000, 864_321, 1_380_000_000, 10**13)]
     assert texts == ["0", "999", "1 k", "864 k", "1.38 G", "10 T"]
-    assert [megabytes_text(n) for n in (99_999, 100_000)] == ["0.100", "0.1"]
+    assert [megabytes_text(n) for n in (999_999, 1_000_000)] == ["1.000", "1.0"]
     assert [change_text(*c) for c in ((4, 3), (3, 4), (0, 5))] == ["-25.0 %", "+33.3 %", "0 %"]

@@ -16,7 +16,7 @@ from torch import fx
 import graphprune as gp
 from graphprune.errors import ArtifactError
 from graphprune.exporters import Artifact, export, open_artifact
-from graphprune.exporters.artifact.results import add_results, write_page
+from graphprune.exporters.artifact.results import add_results, write_reports
 from graphprune.ir.program import Program
 from graphprune.passes import PruneNeurons
 from graphprune.report.report import ModelSize, Report
@@ -62,6 +62,9 @@ def test_results_of_one_name_replace_earlier_ones_and_others_stay(artifact: Arti
     page = (artifact.path / "report.html").read_bytes()
     assert b"0.7500" in page
     assert b"0.5000" not in page
+    markdown = (artifact.path / "report.md").read_text()
+    assert "0.7500" in markdown
+    assert "0.5000" not in markdown
     assert again.manifest["sha256"]["report.html"] == hashlib.sha256(page).hexdigest()
     assert open_artifact(artifact.path).manifest == again.manifest
     assert list(artifact.path.glob(".*")) == []
@@ -70,9 +73,10 @@ def test_results_of_one_name_replace_earlier_ones_and_others_stay(artifact: Arti
     assert "report.html" not in artifact.manifest["sha256"]
 
 
-def test_a_page_is_written_with_its_hash(tmp_path: Path) -> None:
+def test_reports_are_written_with_their_hashes(tmp_path: Path) -> None:
     manifest: dict[str, Any] = {"sha256": {"other": "1"}}
-    write_page(REPORT, manifest, tmp_path)
-    page = (tmp_path / "report.html").read_bytes()
-    assert manifest["sha256"] == {"other": "1", "report.html": hashlib.sha256(page).hexdigest()}
-    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+    write_reports(REPORT, manifest, tmp_path)
+    names = ["report.html", "report.md"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
+    hashes = {n: hashlib.sha256((tmp_path / n).read_bytes()).hexdigest() for n in names}
+    assert manifest["sha256"] == {"other": "1", **hashes}

@@ -57,7 +57,7 @@ IN_A_FRESH_PROCESS = """
 import json, runpy, sys
 import numpy as np
 path, probe, config = sys.argv[1:]
-session = runpy.run_path(probe)["new_session"](path, 1, json.loads(config), profile=True)
+session = runpy.run_path(probe)["new_session"](path, 1, json.loads(config), profile="p")
 y, _ = session.run(None, {"x": np.full((2, 3, 16), 1e-40, np.float32)})
 operators = {e["args"].get("op_name") for e in json.load(open(session.end_profiling()))}
 heavy = [name for name in ("torch", "graphprune") if name in sys.modules]
@@ -82,6 +82,34 @@ def test_the_options_do_what_they_are_called(
     y, fused, heavy = json.loads(done.stdout)
     assert (y == 0, fused) == (flushes, fuses)
     assert heavy == []
+
+
+def test_a_profile_is_of_operators_and_counts_no_warm_up(file: Path) -> None:
+    with child([file, file], 1, TUNED, profile=True) as process:
+        process.warm_up(FEEDS)
+        process.round(3, "wall")
+        for found in process.operators():
+            assert set(found) == {"Mul", "Add", "LayerNormalization"}
+            assert list(found.values()) == sorted(found.values(), reverse=True)
+            assert 0 < sum(found.values()) < 100
+
+
+def test_a_profile_is_summed_by_operator_and_run() -> None:
+    def run(start: int, length: int) -> dict[str, Any]:
+        return {"cat": "Session", "name": "model_run", "ts": start, "dur": length}
+
+    def node(kind: str, start: int, length: int, suffix: str = "_kernel_time") -> dict[str, Any]:
+        args = {"op_name": kind}
+        return {"cat": "Node", "name": f"n{suffix}", "ts": start, "dur": length, "args": args}
+
+    events = [node("Add", 1, 900), run(0, 1000)]
+    for start, more in ((1000, 0), (2000, 500), (3000, 100)):
+        events += [node("MatMul", start + 1, 100 + more), node("MatMul", start + 300, 100)]
+        events += [node("Add", start + 700, 50), node("Add", start + 699, 1, "_fence_before")]
+        # What is inside an If has events of its own.
+        events += [node("If", start + 1, 900), run(start, 1000)]
+    assert probe.by_operator(events, 1) == {"MatMul": 0.3, "Add": 0.05}
+    assert probe.by_operator(events[:2], 1) == {"Add": 0.0}
 
 
 def test_denormals_stay_what_they_are_here(file: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from graphprune.errors import GraphPruneError
 from graphprune.models.data.calibration import text_batches
 from graphprune.models.tasks import TASKS, evaluate, task_evaluation
-from graphprune.models.tasks.base import Watched, runner
+from graphprune.models.tasks.base import Watched, majority, runner
 from graphprune.training.outcome import paired_drop
 
 ROWS = [f"{'w1 ' * (i % 7)}w{i} w{i + 1}" for i in range(40)]
@@ -117,6 +117,14 @@ def test_all_items_of_an_outcome_are_the_figure(task: str, words: Path, tmp_path
     assert outcome.value(some) != outcome.value(others)
     assert "outcome" not in json.dumps(found.to_json())
     assert found.to_json()["value"] == found.value
+    assert found.meaning
+    assert found.items != "items"
+    assert (found.guess is None) == (task in {"perplexity", "lambada", "neighbors"})
+
+
+def test_the_majority_is_what_a_constant_answer_gets() -> None:
+    assert majority(torch.tensor([0, 1, 1, 2])) == 0.5
+    assert majority(torch.tensor([3, 3])) == 1.0
 
 
 def test_two_models_are_compared_by_their_outcomes(words: Path, tmp_path: Path) -> None:

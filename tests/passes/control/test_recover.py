@@ -280,7 +280,7 @@ def test_what_was_proven_is_looked_for_in_the_rounds(
     program = captured("tiny-mlp")
     values = wrap((Magnitude(0.5), Finetune(1)))
     verification = _verification(program, values, verify=verify)
-    assert verification == "no shape was changed, only values: nothing to prove"
+    assert verification == "no shape was changed, only values: nothing to verify"
     verification = _verification(program, wrap((PruneNeurons(0.5), Finetune(1))), verify=verify)
     assert verification.startswith("removing the units equals masking them") is verify
     assert (verification == "not done (verify=False)") is not verify

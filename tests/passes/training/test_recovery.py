@@ -189,7 +189,7 @@ def test_finetuning_through_compile_reaches_the_export(tmp_path: Path) -> None:
     (output,) = session.run(None, {"x": x[:5].numpy()})
     np.testing.assert_allclose(output, compiled.program(x[:5]).numpy(), rtol=1e-4, atol=1e-5)
     only = gp.compile(model, [Finetune(1)], example_inputs=inputs, training=training)
-    assert only.report.verification().endswith("only values: nothing to prove")
+    assert only.report.verification().endswith("only values: nothing to verify")
     # And goes on: another round from what there is.
     more = gp.compile(compiled, [Finetune(epochs=1)], training=training)
     assert [p.name for p in more.report.passes] == ["prune-neurons", "finetune", "finetune"]
