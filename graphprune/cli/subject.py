@@ -112,11 +112,16 @@ class Model(Subject):
     def captured(self, cache: bool = False, dynamic: Sequence[str] = ()) -> Compiled:
         from graphprune.api import compile
 
+        if dynamic and self.loaded.dynamic != "auto":
+            raise GraphPruneError(
+                f"{self.name!r} says itself which sizes are dynamic: omit --dynamic, or return "
+                "(module, example_inputs) alone"
+            )
         compiled = compile(
             self.loaded.module,
             [],
             example_inputs=dict(self.loaded.example_inputs),
-            dynamic_shapes=tuple(dynamic) or "auto",
+            dynamic_shapes=tuple(dynamic) or self.loaded.dynamic,
             cache=cache,
         )
         compiled.files = self.loaded.files()
