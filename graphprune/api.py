@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
@@ -33,6 +34,7 @@ from graphprune.report.report import ModelSize, PassReport, Report
 from graphprune.storage.folders import cache_dir, check_writable
 from graphprune.storage.kept import Kept
 from graphprune.storage.layout import layout_of
+from graphprune.suggest import suggesting
 from graphprune.training.spec import Training
 
 if TYPE_CHECKING:
@@ -213,8 +215,9 @@ def compile(
     verify: bool = True,
     seed: int = 0,
     observers: Sequence[Observer] = (),
+    progress: bool = False,
 ) -> Compiled:
-    """Capture a model, run passes over it, and prove each of them.
+    """Capture a model, run passes over it, and verify each of them.
 
     Args:
         model: any module, which is never changed; or a Program or Compiled to go on from.
@@ -226,9 +229,10 @@ def compile(
         training: batches, a loss and an evaluation, for passes that train.
         cache: also capture a decoder's form with a key/value cache, which is what is exported then:
             one ONNX file that reads prompts and goes on token by token.
-        verify: prove after every pass that removing equals masking.
+        verify: check after every pass that removing equals masking.
         seed: everything random comes from it.
         observers: called with events (graphprune.pipeline.events) while passes run.
+        progress: show how far it is: bars in a terminal or a notebook, else a line now and then.
 
     Raises:
         RecipeError: a pass, an option or a recipe is not valid; raised before any work.
@@ -239,6 +243,8 @@ def compile(
         UnsupportedError: a pass declines, for instance because an axis is frozen.
         VerificationError: a pass did not do what it claims; an error of ours.
     """
+    from graphprune.progress import shown
+
     start = time.perf_counter()
     steps = _steps(passes)
     check_order(steps)
@@ -246,26 +252,32 @@ def compile(
         calibration = model.calibration
     batches = calibration_for(steps, calibration)
     check_training(steps, training)
-    program, dense, captured = _begin(model, example_inputs, dynamic_shapes, cache)
-    for number, batch in enumerate(batches or ()):
-        flat_batch(program.forward, batch, number)
-    files = _files_of(model)
-    capture_seconds = time.perf_counter() - start if captured else 0.0
-    report = _report_of(program, capture_seconds)
-    context = Context(
-        reference=dense if isinstance(dense, Program) else program,
-        calibration=batches,
-        training=training,
-        seed=seed,
-        devices=_device,
-        kept=Kept(cache_dir() / "kept"),
-    )
-    result = Pipeline(steps, verify, observers).run(program, context)
+    with shown(progress) as display:
+        with nullcontext() if display is None else display.step("capture"):
+            program, dense, captured = _begin(model, example_inputs, dynamic_shapes, cache)
+        for number, batch in enumerate(batches or ()):
+            flat_batch(program.forward, batch, number)
+        files = _files_of(model)
+        capture_seconds = time.perf_counter() - start if captured else 0.0
+        report = _report_of(program, capture_seconds)
+        context = Context(
+            reference=dense if isinstance(dense, Program) else program,
+            calibration=batches,
+            training=training,
+            seed=seed,
+            devices=_device,
+            kept=Kept(cache_dir() / "kept"),
+        )
+        watching = observers if display is None else [*observers, display.observe]
+        result = Pipeline(steps, verify, watching).run(program, context)
     done = _pass_reports(steps, result.results, result.program.history[len(program.history) :])
     after = ModelSize.of(result.program)
     report = report.extended(after, done, time.perf_counter() - start)
     finished = replace(result.program, report=report.to_json())
     return Compiled(finished, report, dense=dense, files=files, calibration=batches)
+
+
+compile = suggesting(compile, "graphprune.compile")
 
 
 def _device(file: str, threads: int, progress: Progress) -> Device:

@@ -38,12 +38,12 @@ from graphprune.cli.timing import timing_of
 from graphprune.errors import RecipeError
 
 if TYPE_CHECKING:
-    from graphprune.cli.progress import Step
     from graphprune.cli.summary import Summary
     from graphprune.cli.training import LabeledData
     from graphprune.exporters import Artifact
     from graphprune.pipeline.base import Pass
     from graphprune.pipeline.events import JSON, Observer
+    from graphprune.progress import Step
 
 LINES = 1024  # calibration sentences or samples, at most
 

@@ -22,8 +22,8 @@ from graphprune.cli.subject import Subject, opened
 from graphprune.errors import GraphPruneError, first_line
 
 if TYPE_CHECKING:
-    from graphprune.cli.progress import Advance
     from graphprune.pipeline.events import JSON
+    from graphprune.progress import Advance
 
 Columns = tuple[tuple[str, ...], str]
 

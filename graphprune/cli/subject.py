@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from graphprune.api import Compiled
-    from graphprune.cli.progress import Advance, Display
     from graphprune.exporters import Artifact
     from graphprune.models import LoadedModel
     from graphprune.models.data.tables import Schema, Table
+    from graphprune.progress import Advance, Display
 
 
 class Subject(ABC):
@@ -226,7 +226,7 @@ def opened(name: str, allow_pickle: bool) -> Iterator[tuple[Subject, Display]]:
     """Open a subject under a progress display, which stays on while inside."""
     from rich.console import Console
 
-    from graphprune.cli.progress import Display
+    from graphprune.progress import Display
 
     with Display(Console(stderr=True)) as display:
         with display.step(f"load {name}") as advance:

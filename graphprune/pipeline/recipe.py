@@ -23,21 +23,12 @@ import yaml
 
 from graphprune.errors import RecipeError, first_line
 from graphprune.pipeline.base import Pass
-from graphprune.pipeline.registry import lookup, options
+from graphprune.pipeline.recipe_names import builtin_recipes as builtin_recipes
+from graphprune.pipeline.recipe_names import no_recipe
+from graphprune.pipeline.registry import lookup, options, registered
 from graphprune.suggest import suggest
 
 Recipe = str | os.PathLike[str] | Mapping[str, Any] | Sequence[Any]
-
-
-def builtin_recipes() -> dict[str, str]:
-    """The built-in recipes: name -> the sentence in their first line."""
-    folder = files("graphprune") / "recipes"
-    found = {}
-    for item in folder.iterdir():
-        if item.name.endswith(".yaml"):
-            first = item.read_text(encoding="utf-8").partition("\n")[0]
-            found[item.name.removesuffix(".yaml")] = first.lstrip("# ").strip()
-    return dict(sorted(found.items()))
 
 
 def load(recipe: Recipe, lr: float | None = None) -> list[Pass]:
@@ -100,10 +91,12 @@ def _read(recipe: str | os.PathLike[str]) -> tuple[str, str]:
         return text, f"recipe {recipe!r}"
     path = Path(recipe)
     if not path.is_file():
-        raise RecipeError(
-            f"there is no recipe {str(recipe)!r}, neither built in nor as a file; "
-            f"{suggest(str(recipe), known)}"
-        )
+        passes = registered()
+        if str(recipe) in passes:
+            raise RecipeError(
+                f"{str(recipe)!r} is a pass: give [{str(recipe)!r}], a list of passes"
+            )
+        raise RecipeError(no_recipe(str(recipe), passes))
     try:
         return path.read_text(encoding="utf-8"), f"recipe {str(path)!r}"
     except (OSError, UnicodeDecodeError) as e:

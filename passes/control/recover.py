@@ -86,6 +86,8 @@ class PruneRecover(Pass):
         rounds: list[dict[str, JSON]] = []
         stopped = False
         while len(rounds) < self.rounds and not stopped:
+            ctx.running = self.name  # a round leaves the name of its last pass
+            ctx.progress(len(rounds), self.rounds, "rounds")
             part = (len(rounds) + 1) / self.rounds
             current, told = run_round([_share(step, part) for step in self.passes], current, ctx)
             record: dict[str, JSON] = {"part": part, "passes": told}
