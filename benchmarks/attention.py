@@ -1,6 +1,6 @@
 """Which dense export of MiniLM-L6 ONNX Runtime runs fastest: what the baseline is made from.
 
-All are the same weights at 1 x 128 tokens on one thread, timed in turns by CPU time:
+All are the same weights at 1 x 128 tokens on one thread, timed interleaved by CPU time:
 
 - ours: Attention of opset 23 over undivided heads, one bias for all layers;
 - MultiHeadAttention, Attention (com.microsoft): the same file with ORT's own operators instead;

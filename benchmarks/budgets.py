@@ -4,7 +4,7 @@ Nothing is trained. Quality is Spearman's rank correlation on the STS Benchmark'
 calibrated on 1,024 sentences of its training part; $GRAPHPRUNE_DATA names the folder that holds
 stsb/. Without it: agreement of ten nearest neighbors with the dense model on sentences of Python's
 help topics, calibrated on others of them. Times are CPU time of one thread for one sentence of 128
-tokens, the dense float model and the result in turns.
+tokens, the dense float model and the result interleaved.
 
     python -m benchmarks.budgets [--quick] [--json FILE]
 """

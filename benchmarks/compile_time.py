@@ -1,4 +1,4 @@
-"""How long compiling takes: capture, axes, passes with their rewrites and proofs.
+"""How long compiling takes: capture, axes, passes with their rewrites and verification.
 
 1. MiniLM-L6 (22.7 M parameters).
 2. A decoder of 30 layers and 135 M parameters: grouped queries, gated FFN, tied head, random
@@ -67,7 +67,7 @@ def _row(name: str, module: nn.Module, inputs: Mapping[str, Tensor], limit: floa
         "groups": groups,
         "capture s": captured - start,
         "axes s": analyzed - captured,
-        "passes and proofs s": done - analyzed,
+        "passes and verification s": done - analyzed,
         "total s": done - start,
         "limit s": limit,
     }

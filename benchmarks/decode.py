@@ -1,8 +1,8 @@
-"""SmolLM2-135M, token by token behind a prompt of 128: ONNX Runtime against transformers in torch.
+"""SmolLM2-135M, token by token after a 128-token prompt: ONNX Runtime against transformers.
 
-All are float32 and greedy, and run in turns: read the prompt, then so many single tokens, of which
-tokens per second are counted. With one thread the clock is that thread's CPU time, so that other
-programs do not count; with more it is the wall's.
+All are float32 and greedy, and run interleaved: the prompt, then single tokens, whose rate in
+tokens per second is reported. With one thread the clock is that thread's CPU time, so that other
+programs do not count; with more it is wall time.
 
 - ours: one ONNX file, Attention of opset 23 with the past as its input;
 - torch: the same model of the transformers library with its own cache, eager.
@@ -140,7 +140,7 @@ def _forms(path: Path, folder: Path, settings: Settings) -> Iterator[Row]:
 
 
 def _step(session: Any) -> Feeds:
-    """One token behind a past of random keys and values."""
+    """One token after a past of random keys and values."""
     random = np.random.default_rng(0)
     feeds: Feeds = {
         "input_ids": np.array([[42]]),

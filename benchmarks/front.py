@@ -4,7 +4,7 @@ Quality is Spearman's rank correlation on the STS Benchmark's test pairs, calibr
 sentences of its training part; $GRAPHPRUNE_DATA names the folder that holds stsb/. Without it:
 agreement of ten nearest neighbors with the dense model on sentences of Python's own help topics,
 calibrated on others of them. Milliseconds are CPU time of one thread for one sentence of 128
-tokens, dense float and the model in turns; "faster" is the median ratio to dense float.
+tokens, dense float and the model interleaved; "faster" is the median ratio to dense float.
 
 A point is on the front when no other is both faster and better. --plot draws it. Float points of
 equal widths are one graph to ONNX Runtime and share one measurement.
@@ -40,7 +40,7 @@ from graphprune.pipeline.base import Pass
 from graphprune.report.page import points_page
 
 TOKENS = 128
-# (name, part of the FFN neurons removed, part of the 12 heads removed)
+# (name, fraction of the FFN neurons removed, fraction of the 12 heads removed)
 CUTS = (
     ("FFN 50 %", 0.5, 0.0),
     ("FFN 75 %", 0.75, 0.0),
@@ -63,7 +63,7 @@ INT8 = Quantize("int8-dynamic")
 
 
 class Bench:
-    """The dense model, its calibration batches, and what judges every point."""
+    """The dense model, its calibration batches, and how every point is evaluated."""
 
     def __init__(self, settings: Settings, folder: Path) -> None:
         loaded = load_model("minilm")
@@ -77,15 +77,15 @@ class Bench:
         self.task = "neighbors" if self.data is None else "sts"
         lines = LINES // 4 if settings.quick else LINES
         self.batches: list[Any] = list(self._calibration(lines))
-        self.twin = self.dense.export(self.folder / "dense").session(1)
+        self.session = self.dense.export(self.folder / "dense").session(1)
         self.timed: dict[Any, Row] = {}
 
     def _calibration(self, lines: int) -> Sequence[dict[str, Tensor]]:
         names = list(self.inputs)
         if self.data is not None:
             return calibration_batches(self.data / "train.tsv", names, self.tokenizer, lines)
-        judged = set(python_sentences(SENTENCES))
-        found = [s for s in python_sentences(SENTENCES + 2 * lines) if s not in judged]
+        evaluated = set(python_sentences(SENTENCES))
+        found = [s for s in python_sentences(SENTENCES + 2 * lines) if s not in evaluated]
         return text_batches(found[:lines], names, self.tokenizer)
 
     def compiled(self, passes: Sequence[Pass]) -> Compiled:
@@ -101,7 +101,7 @@ class Bench:
             model = artifact.session(1)
             self.timed[widths] = self._timing(artifact)
         result = evaluate(
-            self.task, model, tokenizer_dir=self.tokenizer, dense=self.twin, data=self.data
+            self.task, model, tokenizer_dir=self.tokenizer, dense=self.session, data=self.data
         )
         return {
             "removed": name,

@@ -64,7 +64,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Amount:
-    """How much to calibrate and to judge on, with how many threads."""
+    """How much to calibrate and to evaluate on, with how many threads."""
 
     segments: int = 32
     length: int = 512

@@ -1,6 +1,6 @@
-"""MiniLM-L6, FFN neurons and heads removed, in ONNX Runtime fp32 against its dense twin.
+"""MiniLM-L6, FFN neurons and heads removed, in ONNX Runtime fp32 against the dense model.
 
-The twin is the strongest dense export there is here (`python -m benchmarks.attention`). Timed in
+The dense model is the strongest export there is here (`python -m benchmarks.attention`). Timed in
 turns; with one thread the clock is that thread's CPU time, so that other programs do not count,
 with more it is the wall's. The ratio's spread is the quartiles over rounds.
 
@@ -24,7 +24,7 @@ from graphprune.models import load_model
 from graphprune.passes import PruneHeads, PruneNeurons
 
 TOKENS = 128
-# name -> (part of the FFN neurons removed, part of the 12 heads removed, speed-up to reach)
+# name -> (fraction of the FFN neurons removed, fraction of the 12 heads removed, speed-up to reach)
 CUTS = {
     "FFN 50 %, 8 of 12 heads": (0.5, 4 / 12, 1.55),
     "FFN 25 %, 6 of 12 heads": (0.75, 6 / 12, 2.3),

@@ -1,7 +1,7 @@
 """What session options change where inputs are padded: denormals in the attention over padding.
 
 MiniLM-L6, dense, at 8 x 128 tokens on one thread, with every token real and with 7 of the 8 texts
-half as long. Each set of options has a process of its own, and they run in turns, by CPU time:
+half as long. Each set of options has a process of its own, and they run interleaved, by CPU time:
 
 - default: ONNX Runtime's own;
 - session(): no SkipLayerNormalization, as `Artifact.session` opens files;

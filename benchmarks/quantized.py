@@ -1,8 +1,8 @@
 """MiniLM-L6 quantized, with and without structure removed first, against dense float.
 
-Every model runs in turns with the dense float one; the clock is the one thread's CPU time, so that
-other programs do not count. Ratios are medians over rounds, their spread the quartiles. Structure
-is chosen by magnitude: time does not depend on which units go.
+Every model runs interleaved with the dense float one; the clock is the CPU time of the one thread,
+so that other programs do not count. Ratios are medians over rounds, their spread the quartiles.
+Structure is chosen by magnitude: time does not depend on which units go.
 
     python -m benchmarks.quantized [--quick] [--json FILE]
 """

@@ -8,10 +8,10 @@ the folder that holds sst2/.
     python -m benchmarks.sparse_training [--quick] [--json FILE] [--only TEXT] [--seeds N]
                                          [--threads N] [--folder DIR]
 
-- zeros: a part of all weights of the encoder's linear layers, the smallest over all of them, set to
-  zero after three epochs of training with a penalty (NeuroPrune, L1) or without; then one epoch
-  more, the zeros held. Gradual magnitude zeroes on the way. Four epochs each. "FLOPs shrunk" is how
-  many times fewer are left when Shrink has turned zeros into structure.
+- zeros: a fraction of all weights of the encoder's linear layers, the smallest over all of them,
+  set to zero after three epochs of training with a penalty (NeuroPrune, L1) or without; then one
+  epoch more, the zeros held. Gradual magnitude zeroes on the way. Four epochs each. "FLOPs shrunk"
+  is how many times fewer are left when Shrink has turned zeros into structure.
 - removed: a fraction of the encoder's weights removed with heads and neurons, by Taylor scores
   while training for four epochs with distillation.
 - structure: heads and neurons removed until the encoder has a half or a quarter of its FLOPs at 128
@@ -21,7 +21,7 @@ the folder that holds sst2/.
   the dense float model in ONNX Runtime, for one sentence of 128 tokens, by a table of measured
   times; heads, neurons and whole sublayers go. Accuracy is that of ONNX Runtime; dense int8 beside.
 - heads: how many NeuroPrune merges at some theta, and what that costs.
-- epoch: the time of NeuroPrune against plain fine-tuning, in turns, epochs of 64 batches.
+- epoch: the time of NeuroPrune against plain fine-tuning, interleaved, epochs of 64 batches.
 
 --folder keeps what was trained, by seed and passes, so that a run can be continued. With
 ACCELERATE_MIXED_PRECISION=bf16 products are computed in bfloat16 while training, which takes half
@@ -57,7 +57,7 @@ from graphprune.ir.program import Program
 from graphprune.models import load_model
 from graphprune.models.data.batches import Batches, table_batches
 from graphprune.models.data.tables import Schema
-from graphprune.models.tasks.labeled import judge
+from graphprune.models.tasks.labeled import evaluate_labeled
 from graphprune.models.zoo.heads import with_head
 from graphprune.passes import (
     L1,
@@ -198,10 +198,10 @@ class Bench:
         """On the test sentences; of a quantized program in ONNX Runtime."""
         file = self.data / ("dev.tsv" if self.quick else "test.tsv")
         if program.quantization is None:
-            return judge(program, self.tokenizer, file, self.schema).value
+            return evaluate_labeled(program, self.tokenizer, file, self.schema).value
         with tempfile.TemporaryDirectory() as folder:
             session = export(program, Path(folder) / "artifact").session()
-            return judge(session, self.tokenizer, file, self.schema).value
+            return evaluate_labeled(session, self.tokenizer, file, self.schema).value
 
     def _captured(self) -> Program:
         return graphprune.compile(self.model.module, [], example_inputs=self.inputs).program
@@ -218,7 +218,7 @@ class Bench:
         )
 
     def epochs(self) -> Iterator[tuple[float, float]]:
-        """Seconds of an epoch of plain fine-tuning, and of NeuroPrune, in turns."""
+        """Seconds of an epoch of plain fine-tuning, and of NeuroPrune, interleaved."""
         while True:
             times = []
             for step in (Finetune(1), NeuroPrune(ALPHA, BETA, epochs=1, lr=5e-5)):
@@ -275,7 +275,7 @@ def _epoch_times(bench: Bench, rounds: int) -> Row:
 
 
 def _zeros(program: Program) -> float:
-    """The part of the encoder's linear weights that is zero."""
+    """The fraction of the encoder's linear weights that is zero."""
     sites = {s.tensor: s for s in linear_sites(axis_groups(program))}
     weights = [s.matrix(program) for s in sites.values() if not is_output_head(s, program)]
     return sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)

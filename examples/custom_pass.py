@@ -2,7 +2,7 @@
 
     python examples/custom_pass.py
 
-The pass decides what stays; `ctx.shrink` removes the rest and proves that this equals masking it.
+The pass decides what stays; `ctx.shrink` removes the rest and verifies that this equals masking it.
 A package offers its passes to every user through the entry-point group "graphprune.passes".
 """
 
@@ -31,7 +31,7 @@ class DropWeakNeurons(Pass):
     How many go is up to each layer, not to a ratio.
 
     Attributes:
-        below: a neuron goes when its L2 norm is below this part of its layer's mean norm.
+        below: a neuron goes when its L2 norm is below this fraction of its layer's mean norm.
     """
 
     name: ClassVar[str] = "drop-weak-neurons"
@@ -55,13 +55,13 @@ class DropWeakNeurons(Pass):
                 keep[group.id] = strong
         if not keep:
             return PassResult(program, False, {"skipped": skipped})
-        smaller, proof = ctx.shrink(program, keep)
-        told = [
+        smaller, verification = ctx.shrink(program, keep)
+        cut = [
             {"id": g, "role": "neuron", "before": groups[g].size, "after": len(k)}
             for g, k in keep.items()
         ]
         return PassResult(
-            smaller, True, {"groups": told, "skipped": skipped, "verification": proof}
+            smaller, True, {"groups": cut, "skipped": skipped, "verification": verification}
         )
 
 

@@ -1,4 +1,4 @@
-"""From a Program to an ONNX file that ONNX Runtime runs fast, measured and proven equal."""
+"""From a Program to an ONNX file that ONNX Runtime runs fast, measured and verified."""
 
 if __name__ != "graphprune.exporters":
     raise ImportError(f"{__name__!r} is part of graphprune: import graphprune.exporters")

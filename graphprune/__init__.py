@@ -1,4 +1,4 @@
-"""graphprune compiles a PyTorch model into a smaller, faster one, and proves each step."""
+"""graphprune compiles a PyTorch model into a smaller, faster one, and verifies each step."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

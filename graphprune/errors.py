@@ -5,7 +5,7 @@ GraphPruneError
 ├── RecipeError         a pass, an option or a recipe is not valid
 │   └── OptionError     a keyword argument that does not exist; a TypeError too
 ├── PassError           a pass crashed; the cause is kept, the passes already run are named
-├── VerificationError   a rewrite did not do what it claims; an error of ours, never of the user
+├── VerificationError   a rewrite did not do what it claims: an internal error, never the user's
 ├── UnsupportedError    an operator, pattern or axis that we decline to touch, with the reason
 ├── TrainingError       training data do not fit, or training went astray
 ├── ExportError         ONNX export or its parity check failed, or the folder cannot be written

@@ -280,9 +280,9 @@ def test_an_artifact_goes_on_with_its_report_and_its_files(
     assert again.files == {"labels.json": tmp_path / "out" / "labels.json"}
     more = gp.compile(again, [PruneNeurons(0.5)])
     exported = more.export(tmp_path / "more")
-    twin = (tmp_path / "out" / "baseline.onnx").read_bytes()
+    baseline = (tmp_path / "out" / "baseline.onnx").read_bytes()
     assert exported.has_baseline
-    assert (tmp_path / "more" / "baseline.onnx").read_bytes() == twin
+    assert (tmp_path / "more" / "baseline.onnx").read_bytes() == baseline
     assert (tmp_path / "more" / "labels.json").read_bytes() == b'{"0": "no"}'
     (tmp_path / "more" / "labels.json").write_bytes(b"{}")
     with pytest.raises(ArtifactError, match=r"labels\.json"):

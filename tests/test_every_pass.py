@@ -218,9 +218,9 @@ def test_contract(step: Pass, model: str, captured: Captured) -> None:
     json.dumps(finished.report)
     json.dumps(result.program.history)
     size = ModelSize(program.num_parameters(), 0, 0)
-    told = Report("model", size, size, (PassReport.of(finished, step.name, None),))
-    assert step.name in str(told)
-    assert step.name in report_page(told, {})
+    report = Report("model", size, size, (PassReport.of(finished, step.name, None),))
+    assert step.name in str(report)
+    assert step.name in report_page(report, {})
     assert finished.modified is (result.program is not program)
     if not finished.modified:
         return

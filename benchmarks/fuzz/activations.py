@@ -33,7 +33,7 @@ ZERO: tuple[str, ...] = (
     "torch.isinf({}).double() + {}", "torch.signbit({}).double() * {}",
 )  # fmt: skip
 
-# f(0) is something else: behind these a unit is absent only where it is summed.
+# f(0) is something else: after these a unit is absent only where it is summed.
 CONSTANT: tuple[str, ...] = (
     "(F.elu({}) + 1)", "torch.sigmoid({})", "torch.cos({})", "torch.exp({}.tanh())",
     "torch.cosh({}.tanh())", "F.softplus({})", "torch.acos(0.9 * {}.tanh())",

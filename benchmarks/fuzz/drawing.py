@@ -32,7 +32,7 @@ def draw(seed: int, number: int) -> Graph:
     )
     width, batch = rng.choice((4, 6, 8, 12)), rng.choice((2, 3, 4))
     length = rng.choice((4, 6) if domain == IMAGE else (2, 3, 4, 5, 6, 8))
-    # Symbolic sizes make everything twice as slow, and most faults show at any one shape.
+    # Symbolic sizes make everything twice as slow, and most errors show at any one shape.
     dynamic = rng.random() < 0.5
     return Graph(domain, width, batch, length, dynamic, steps, rng.randrange(2**31))
 

@@ -30,11 +30,11 @@ FORMAT = "graphprune-artifact"
 VERSION = 1
 MODEL = "model.onnx"
 BASELINE = "baseline.onnx"
-DENSE = "dense"  # how `benchmark` calls the dense twin
+DENSE = "dense"  # how `benchmark` calls the dense model
 
 
 def low_bit_baseline(scheme: str) -> str:
-    """The file of the dense twin quantized by a scheme: baseline-int8.onnx, baseline-int4.onnx."""
+    """The file of the dense model quantized by a scheme: baseline-int8.onnx, baseline-int4.onnx."""
     return f"baseline-{scheme.partition('-')[0]}.onnx"
 
 
@@ -108,7 +108,7 @@ class Artifact:
         return self._checked(open_session(self.model_path, threads))
 
     def baseline_session(self, threads: int | None = None) -> Any:
-        """The same over the dense twin.
+        """The same over the dense baseline.
 
         Raises:
             GraphPruneError: the artifact was exported without one.
@@ -119,7 +119,7 @@ class Artifact:
     def _check_baseline(self) -> None:
         if not self.has_baseline:
             raise GraphPruneError(
-                f"{str(self.path)!r} has no dense twin: export with baseline=True, or name "
+                f"{str(self.path)!r} has no dense baseline: export with baseline=True, or name "
                 "another artifact to measure against"
             )
 
@@ -202,7 +202,7 @@ class Artifact:
         Args:
             batch: inputs as the model takes them; not part of the artifact, because speed-ups
                 depend on batch and length.
-            against: "dense"; "int8" or a scheme, for the dense twin quantized; another artifact or
+            against: "dense"; "int8" or a scheme, for the dense model quantized; another artifact or
                 its folder; or several names with commas, "dense,int8": the first is what the result
                 compares with, the others are in its `others`.
             threads: ORT's threads within operators.
@@ -211,7 +211,7 @@ class Artifact:
                 only; or "wall".
 
         Raises:
-            GraphPruneError: no dense twin, or a batch that does not fit.
+            GraphPruneError: no dense baseline, or a batch that does not fit.
         """
         if clock == "cpu" and threads != 1:
             raise GraphPruneError("clock='cpu' measures one thread; use clock='wall' for more")
@@ -264,14 +264,14 @@ class Artifact:
         return self.model_path
 
     def _low_bit(self, scheme: str, own: str, feeds: Feeds, folder: Path) -> Path:
-        """The dense twin quantized: as it was written, or made now where it was not."""
+        """The dense model quantized: as it was written, or made now where it was not."""
         file = low_bit_baseline(scheme)
         if scheme == own and (written := self.baseline_path.with_name(file)).is_file():
             return written
         mark = Mark(scheme)
         if mark.needs_calibration:
             raise GraphPruneError(
-                f"the dense twin quantized by {scheme!r} needs calibration batches, which an "
+                f"the dense model quantized by {scheme!r} needs calibration batches, which an "
                 f"artifact does not hold; compile with quantize {scheme!r} to have it written"
             )
         quantize(self.baseline_path, folder / file, mark, [feeds])

@@ -1,4 +1,4 @@
-"""export: write a Program as an artifact, proven equal and measured."""
+"""export: write a Program as an artifact, verified and measured."""
 
 from __future__ import annotations
 
@@ -404,8 +404,8 @@ def _report(program: Program) -> str:
 
 
 def _check_extra(extra: Mapping[str, Path | bytes], layout: Layout) -> None:
-    twins = {low_bit_baseline(scheme) for scheme in SCHEMES}
-    own = {MODEL, BASELINE, MANIFEST, "report.md", PAGE, "program", *twins}
+    baselines = {low_bit_baseline(scheme) for scheme in SCHEMES}
+    own = {MODEL, BASELINE, MANIFEST, "report.md", PAGE, "program", *baselines}
     reserved = {layout.own.rstrip("/"), layout.onnx.rstrip("/")} if layout is HUB else own
     for name, source in extra.items():
         parts = Path(name).parts

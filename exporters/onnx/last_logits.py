@@ -2,7 +2,7 @@
 
     MatMul(hidden, head)  ->  MatMul(hidden[:, -num_logits_to_keep:], head)
 
-A prompt needs the logits behind its last token; those of the others are a product with the whole
+A prompt needs the logits after its last token; those of the others are a product with the whole
 vocabulary each. The input is an initializer that may be fed: 0, its value otherwise, keeps all.
 So runtimes that do not know it, or look at the inputs that must be fed alone, read all logits.
 """

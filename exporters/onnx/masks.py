@@ -123,7 +123,7 @@ def _counted(node: fx.Node) -> tuple[int, Any] | None:
         return _counted(node.args[0])
     if is_op(node, "unsqueeze") and (found := _counted(_first(node))):
         new = bound_arguments(node)["dim"] % value_of(node).dim() - value_of(node).dim()
-        return found[0] - (new > found[0] - 1), found[1]  # a dimension behind it moves it forward
+        return found[0] - (new > found[0] - 1), found[1]  # a dimension after it moves it forward
     return None
 
 

@@ -68,7 +68,7 @@ def limits_by_input(entry: Entry, *, cache: bool = True) -> dict[str, Any]:
 def output_names(entry: Entry) -> list[str]:
     """Names of the tensors among the outputs: keys of the model's output, or output_0, output_1, …
 
-    A name that an input has too gets `_out` behind it, because ONNX has one namespace.
+    A name that an input has too gets `_out` after it, because ONNX has one namespace.
     """
     taken = set(input_names(entry))
     names = []
@@ -123,7 +123,7 @@ def name_nodes(model: ir.Model) -> None:
 
 
 def _following(paths: Sequence[tuple[str, ...] | None]) -> list[tuple[str, ...]]:
-    """For each place the first path at it or behind it; empty behind the last."""
+    """For each place the first path at it or after it; empty after the last."""
     found: list[tuple[str, ...]] = []
     for path in reversed(paths):
         found.append(path or (found[-1] if found else ()))

@@ -71,7 +71,7 @@ def cached_attention(
     kv_heads: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Like `attention`, over keys and values that come behind those of the past.
+    """Like `attention`, over keys and values that come after those of the past.
 
     Args:
         query: as for `attention`; key, value, bias, heads, kv_heads and scale too.

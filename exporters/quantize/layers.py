@@ -93,13 +93,13 @@ def half_tied(model: onnx.ModelProto, chosen: Collection[Layer]) -> dict[Layer, 
     for layer in chosen:
         if layer.weight not in shared:
             continue
-        left = [n.name for n in _behind_transposes(layer.weight, readers) if n.name not in taken]
+        left = [n.name for n in _through_transposes(layer.weight, readers) if n.name not in taken]
         if left:
             result[layer] = f"{left[0]!r} reads the same weight and stays float"
     return result
 
 
-def _behind_transposes(
+def _through_transposes(
     weight: str, readers: Mapping[str, list[onnx.NodeProto]]
 ) -> Iterable[onnx.NodeProto]:
     for node in readers.get(weight, []):
@@ -258,13 +258,13 @@ class Editor:
         node.input[0] = self._store(f"{layer.weight}_row_int8", codes)
         node.output[0] = coded
         table_scales = self._store(f"{layer.weight}_row_scales", scales)
-        behind = [
+        following = [
             helper.make_node("Cast", [coded], [plain], to=1),
             helper.make_node("Gather", [table_scales, indices], [steps], axis=0),
             helper.make_node("Mul", [plain, steps], [output]),
         ]
         position = list(self.graph.node).index(node) + 1
-        for offset, new in enumerate(behind):
+        for offset, new in enumerate(following):
             new.name = f"{node.name}_{new.op_type}"
             self.graph.node.insert(position + offset, new)
 

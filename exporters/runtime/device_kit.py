@@ -38,7 +38,7 @@ _TYPES = {
     "cpu": dict, "model": str, "graphprune": str, "onnxruntime": str, "threads": int,
     "version": int, "mark": dict | None, "costs": dict,
 }  # fmt: skip
-_AGAIN = "make the kit anew with `graphprune device-kit`, and measure again"
+_AGAIN = "make the kit again with `graphprune device-kit`, and measure again"
 
 
 def write_kit(

@@ -1,4 +1,4 @@
-"""Drift: how far a quantized file is from its float twin."""
+"""Drift: how far a quantized file is from its float model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Drift:
     """The worst over the inputs tried, for one output.
 
     Attributes:
-        cosine: between all values of the output and of its float twin.
+        cosine: between all values of the output and of the float model.
         error: ||quantized - float|| / ||float||.
         largest: the largest difference in any row, relative to the row's scale, as verification
             and parity have it (`verify.error.relative_error`).

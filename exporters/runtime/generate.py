@@ -51,7 +51,7 @@ class Decoder:
         self._cache: dict[str, Any] = {}
 
     def prefill(self, ids: Ids, mask: Ids | None = None) -> Logits:
-        """Forget everything and read prompts; returns the logits behind them, [batch, vocabulary].
+        """Forget everything and read prompts; returns the logits after them, [batch, vocabulary].
 
         Args:
             ids: [batch, length]; shorter prompts are padded on the left.
@@ -63,7 +63,7 @@ class Decoder:
         return self._read(ids, np.ones_like(ids) if mask is None else mask)
 
     def step(self, tokens: Ids) -> Logits:
-        """Read one more token a sample, [batch]; returns the logits behind it."""
+        """Read one more token a sample, [batch]; returns the logits after it."""
         return self._read(tokens[:, None], np.ones((len(tokens), 1), np.int64))
 
     def _read(self, ids: Ids, mask: Ids) -> Logits:

@@ -23,7 +23,7 @@ from graphprune.verify.error import relative_error, row_errors
 log = logging.getLogger(__name__)
 
 TOLERANCE = 1e-4  # of a row's scale (verify.error.row_errors)
-_ROOM = 3  # positions behind the new tokens in a cache that past and present share
+_ROOM = 3  # positions after the new tokens in a cache that past and present share
 _ROUNDING = 30  # times torch's own rounding: what another order of the same sums may make of it
 
 

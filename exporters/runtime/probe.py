@@ -1,4 +1,4 @@
-"""The other end of `child.py`: a process that opens ONNX files and runs them in turns.
+"""The other end of `child.py`: a process that opens ONNX files and runs them interleaved.
 
 Run as a script, it imports neither torch nor graphprune, so that it starts fast. Each line of stdin
 is a request, and each line of stdout the answer, in JSON.

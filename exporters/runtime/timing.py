@@ -34,7 +34,7 @@ class Timing:
 @final
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two models measured in turns.
+    """Two models measured interleaved.
 
     Attributes:
         model: the model in question.
@@ -78,7 +78,7 @@ def compare(
     runs: int = 3,
     clock: Clock | None = None,
 ) -> Comparison:
-    """Time two sessions in turns, A B A B …, so that what slows the machine slows both.
+    """Time two sessions interleaved, A B A B …, so that what slows the machine slows both.
 
     Args:
         model: the session in question.

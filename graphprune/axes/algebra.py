@@ -6,9 +6,19 @@ Every dimension of every tensor is an axis:
     product(a, b, …)      row-major: 384 = heads(12) × head_dim(32)
     concat(a, b, …)       segments: a fused 96 = q(32) | k(32) | v(32)
 
+Position p of a product a × b is p = i_a · |b| + i_b, of a concatenation a | b it is i_a for p < |a|
+and |a| + i_b after it, so sizes obey |a × b| = |a| · |b| and |a | b| = |a| + |b|. Removing index i
+of a leaf removes every position that has it: |b| of them where a is the outer factor.
+
 Unifying two axes says that they are the same one from now on. A leaf takes the structure of the
-other side; two structures are split to their common refinement, and a split leaf is split wherever
-it occurs. Where there is no common refinement, every leaf of both sides is frozen, with the reason.
+other side. Two structures are split to their common refinement, from the outside in:
+
+    12 × 32 = 4 × 96       4 divides 12:  12 = 4 × 3 and then 96 = 3 × 32    ->  4 × 3 × 32
+    32 | 64 = 48 | 48      32 < 48:       48 = 32 | 16 and 64 = 16 | 48      ->  32 | 16 | 48
+
+A split leaf is split wherever it occurs, because all its occurrences are one node (union-find,
+by forwarding). Where there is no common refinement (2 × 3 = 3 × 2, say), every leaf of both sides
+is frozen, with the reason. Sizes are integers or sympy expressions of the symbolic input sizes.
 """
 
 from __future__ import annotations
@@ -130,7 +140,7 @@ def freeze(axis: Axis, reason: str) -> None:
 
 
 def normalize(axis: Axis) -> None:
-    """Mark every leaf as one whose removal changes a statistic."""
+    """Mark every leaf as one whose removal changes a mean or variance."""
     for node in leaves(axis):
         node.normalized = True
 
@@ -154,7 +164,7 @@ def equal(a: Size, b: Size) -> bool:
 
 
 def _become(axis: Axis, structure: Axis) -> None:
-    """Turn a leaf into a structure of fresh leaves; its marks go to all of them."""
+    """Turn a leaf into a structure of new leaves; its marks go to all of them."""
     for part in leaves(structure):
         part.frozen.update(axis.frozen)
         part.normalized |= axis.normalized
@@ -177,6 +187,7 @@ def split_concat(axis: Axis, first: Size) -> list[Axis] | None:
         return list(parts)
     if axis.kind == "product":
         outer, *rest = factors(axis)
+        # Only after whole rows of the outer factor: (a | b) × c = a × c | b × c.
         rows = divide(first, sympy_product([r.size for r in rest]))
         if rows is not None and split_concat(outer, rows) is not None:
             return segments(axis)
@@ -203,7 +214,7 @@ def unify(a: Axis, b: Axis, where: str) -> None:
         if not _refine_products(factors(a), factors(b), where):
             _give_up(a, b, f"{a!r} and {b!r} have no common refinement at {where}")
     elif not _refine_segments(segments(a), segments(b), where) and (
-        # The only factor of a concatenation is itself: this would unify the two for ever.
+        # The only factor of a concatenation is itself: two of them would be unified for ever.
         a.kind == b.kind or not _refine_products(factors(a), factors(b), where)
     ):
         _give_up(a, b, f"{a!r} and {b!r} have no common refinement at {where}")
@@ -215,6 +226,7 @@ def _give_up(a: Axis, b: Axis, reason: str) -> None:
 
 
 def _refine_products(left: list[Axis], right: list[Axis], where: str) -> bool:
+    """Unify two lists of factors, outermost first; whether both end together."""
     left, right = list(left), list(right)
     while left and right:
         x, y = left.pop(0), right.pop(0)
@@ -225,6 +237,7 @@ def _refine_products(left: list[Axis], right: list[Axis], where: str) -> bool:
         if equal(x.size, y.size):
             unify(x, y, where)
             continue
+        # x | y: y = x × (y / x), and what is left of y meets the next factor of the other side.
         small, large, rest = (x, y, right) if divide(y.size, x.size) is not None else (y, x, left)
         parts = take_outer(large, small.size, where)
         if parts is None:
@@ -235,7 +248,11 @@ def _refine_products(left: list[Axis], right: list[Axis], where: str) -> bool:
 
 
 def take_outer(axis: Axis, outer: Size, where: str) -> tuple[Axis, Axis] | None:
-    """An axis that is no product as outer × inner: a leaf splits, k equal segments are stacked."""
+    """Write an axis that is no product as outer × inner; None where that cannot be.
+
+    A leaf splits. A concatenation of `outer` segments of equal size is their stack, in which the
+    segments become one axis: q | k | v as 3 × q. The stack itself cannot lose units.
+    """
     inner = divide(axis.size, outer)
     if inner is None:
         return None
@@ -252,6 +269,7 @@ def take_outer(axis: Axis, outer: Size, where: str) -> tuple[Axis, Axis] | None:
 
 
 def _refine_segments(left: list[Axis], right: list[Axis], where: str) -> bool:
+    """Unify two lists of segments, first to last; whether both end together."""
     left, right = list(left), list(right)
     while left and right:
         x, y = find(left.pop(0)), find(right.pop(0))
@@ -259,7 +277,7 @@ def _refine_segments(left: list[Axis], right: list[Axis], where: str) -> bool:
             unify(x, y, where)
             continue
         difference = x.size - y.size
-        if not isinstance(difference, int):
+        if not isinstance(difference, int):  # which one is longer depends on the inputs
             return False
         small, large, rest = (x, y, right) if difference < 0 else (y, x, left)
         parts = segments(large)
@@ -268,6 +286,7 @@ def _refine_segments(left: list[Axis], right: list[Axis], where: str) -> bool:
             if split is None:
                 return False
             parts = split
+        # The longer one is back in its list, in pieces; the shorter one meets the first of them.
         rest[:0] = parts
         (left if rest is right else right).insert(0, small)
     return not left and not right
@@ -291,7 +310,7 @@ def recut(axes: Sequence[Axis], sizes: Sequence[Size], where: str) -> list[Axis]
                 rest[:0] = factors(first)
                 continue
             remaining = divide(needed, first.size)
-            if remaining is None:
+            if remaining is None:  # the boundary is inside this factor: its outer part belongs here
                 parts = take_outer(first, needed, where)
                 if parts is None:
                     return None
@@ -324,7 +343,7 @@ def aligned(axes: Sequence[Axis], sizes: Sequence[Size]) -> list[tuple[list[Axis
 
 
 def new_size(axis: Axis, keep: Mapping[Axis, Tensor]) -> Size:
-    """The size of an axis once its leaves keep only these indices."""
+    """The size of an axis once its leaves keep only these indices, int64 [kept] by leaf."""
     axis = find(axis)
     if axis.kind == "leaf":
         return len(keep[axis]) if axis in keep else axis.size
@@ -341,7 +360,7 @@ def expanded(axis: Axis, keep: Mapping[Axis, Tensor]) -> Tensor:
     offset = 0
     for child in axis.children:
         indices = expanded(child, keep)
-        if axis.kind == "product":
+        if axis.kind == "product":  # p = p_outer · |child| + i, row-major
             result = (result[:, None] * int(child.size) + indices[None, :]).reshape(-1)
         else:
             result = torch.cat([result, indices + offset])
@@ -358,6 +377,7 @@ def unit_labels(axis: Axis, wanted: Axis) -> Tensor:
     labels = [unit_labels(child, wanted) for child in axis.children]
     if axis.kind == "concat":
         return torch.cat(labels)
+    # A product's position has the label of whichever factor holds the leaf.
     result = torch.full((1,), -1)
     for label in labels:
         inner = label[None, :].expand(len(result), -1)

@@ -42,7 +42,7 @@ class Branch:
     """A residual branch: the f of x + f(x), which leaves x where it is removed.
 
     Attributes:
-        id: dotted name of the module that the branch's matrices share; "#2" and so on behind it
+        id: dotted name of the module that the branch's matrices share; "#2" and so on after it
             where several branches share one.
         kind: "attention" has a product of two activations, "ffn" products with matrices and no
             attention, "other" neither (convolutions).

@@ -35,7 +35,7 @@ class Frozen:
         reason: why, with the operator and without the place.
         groups: ids of the axis groups.
         parameters: parameters of the program in slices along these groups, each counted once.
-        share: the part of all parameters that this is.
+        share: their fraction of all parameters.
         text: all of it as a sentence.
     """
 
@@ -54,7 +54,7 @@ class Frozen:
 def frozen_parameters(groups: AxisGroups) -> list[Frozen]:
     """What operators freeze of the axes between weights, the most parameters first.
 
-    Only what holds a real part of the program's parameters.
+    Only what holds a relevant fraction of the program's parameters.
     """
     candidates = [group for group in groups if _could_go(groups, group)]
     if not candidates:

@@ -157,7 +157,7 @@ class Walk:
         }
 
     def _pooled(self, leaf: Axis) -> bool:
-        """Whether the leaf lives where the positions are gone, behind what took them away."""
+        """Whether the leaf lives where the positions are gone, after what removed them."""
         for contraction in self.consumed[leaf]:
             if self._positions(contraction.operand):
                 return False

@@ -182,7 +182,7 @@ def sites_of(entry: str, contraction: Contraction, program: Program) -> Sequence
 
 
 def _weight(node: object) -> tuple[str | None, bool]:
-    """The tensor behind a node, and whether its last two dimensions are swapped on the way."""
+    """The tensor that a node reads, and whether its last two dimensions are swapped on the way."""
     flipped = False
     while isinstance(node, fx.Node) and node.op != "get_attr":
         name = op_name(node)

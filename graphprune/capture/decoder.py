@@ -140,7 +140,7 @@ def _run(model: nn.Module, ids: Tensor, mask: Tensor) -> list[dict[str, Tensor]]
                 f"layer {i} of {name} keeps a {type(layer).__name__} between tokens, not keys and "
                 "values that grow with them; compile it without cache"
             )
-    # Once more, with a cache that drops nothing behind a sliding window.
+    # Once more, with a cache that drops nothing outside a sliding window.
     cache = _filled([])
     model(**inputs, past_key_values=cache)
     if not cache.layers:

@@ -18,7 +18,7 @@ _SIZES = ("batch", "sequence", "height", "width")
 
 
 def asked_names(dynamic_shapes: Any) -> tuple[str, ...] | None:
-    """The names of sizes that must be dynamic; None where torch.export is told itself."""
+    """The names of sizes that must be dynamic; None where torch.export gets the sizes itself."""
     if dynamic_shapes == "auto":
         return ()
     if isinstance(dynamic_shapes, str):

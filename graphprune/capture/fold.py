@@ -120,7 +120,7 @@ def spell_indices(graph: fx.Graph, sources: Mapping[str, Tensor]) -> None:
             continue
         with graph.inserting_before(node):
             part = graph.call_function(torch.ops.aten.slice.Tensor, (node.args[0], dim, *part_of))
-            # A lookup copies; operators behind it may count on its strides.
+            # A lookup copies; operators after it may rely on its strides.
             layout: dict[str, Any] = {"memory_format": torch.contiguous_format}
             copy = graph.call_function(torch.ops.aten.clone.default, (part,), layout)
         part.meta, copy.meta = dict(node.meta), dict(node.meta)
@@ -217,7 +217,7 @@ def _with_ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
 
 
 def _is_sized(node: fx.Node) -> bool:
-    """Whether the shape is known without the values, as it is not behind `nonzero`."""
+    """Whether the shape is known without the values, as it is not after `nonzero`."""
     return all(isinstance(size, int) for size in node.meta["val"].shape)
 
 

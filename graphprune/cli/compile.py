@@ -31,7 +31,7 @@ from graphprune.cli.budget import (
     Milliseconds,
     has_budget,
 )
-from graphprune.cli.evaluate import NO_COLUMNS, judged
+from graphprune.cli.evaluate import NO_COLUMNS, evaluate_subject
 from graphprune.cli.sizes import input_names, parse_batch, timed_inputs
 from graphprune.cli.subject import Exported, Subject, opened
 from graphprune.cli.timing import timing_of
@@ -443,7 +443,7 @@ def _quality(artifact: Artifact, subject: Subject, options: Options, step: Step)
     if task is None or (TASKS[task].compares and not artifact.has_baseline):
         return {}
     with step(f"task {task}") as advance:
-        return judged(Exported(artifact), task, data, advance, columns=columns)
+        return evaluate_subject(Exported(artifact), task, data, advance, columns=columns)
 
 
 def _megabytes(artifact: Artifact) -> dict[str, float]:

@@ -68,7 +68,7 @@ def eval_command(
         opened(model, allow_pickle) as (subject, display),
         display.step(f"task {task}") as advance,
     ):
-        results = judged(subject, task, data, advance, options, columns)
+        results = evaluate_subject(subject, task, data, advance, options, columns)
     if as_json:
         print_json({"model": model, **results})
     else:
@@ -88,7 +88,7 @@ def check_task(task: str, data: Path | None, options: Mapping[str, int] | None =
         TASKS[task].find_data(data)
 
 
-def judged(
+def evaluate_subject(
     subject: Subject,
     task: str,
     data: Path | None,

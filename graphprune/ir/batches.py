@@ -70,7 +70,7 @@ def fresh_inputs(entry: Entry) -> list[Tensor]:
             result.append(drawn.to(tensor))
         elif _is_mask(tensor, entry.dynamic.get(name, {})):
             length = tensor.shape[-1]
-            # What is new behind a cache is no padding.
+            # What is new after a cache is no padding.
             least = max(1, length * 2 // 3 if entry.cache else 1)
             shape = (tensor.shape[0],)
             real = torch.randint(least, length + 1, shape, generator=generator).tolist()
@@ -254,7 +254,7 @@ def _drawn(tensor: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _shuffled(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """Rows over the first two dimensions drawn from the tensor's own; what is behind them stays."""
+    """Rows over the first two dimensions, drawn from the tensor's own; the others stay."""
     if not tensor.numel() or tensor.dim() < 2:
         return tensor
     rows = tensor.reshape(-1, *tensor.shape[2:])

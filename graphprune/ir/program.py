@@ -165,7 +165,7 @@ class Entry:
             if len(constants) == len(argument.leaves) and argument.default is None:
                 default = pytree.tree_unflatten(constants, argument.spec)
             elif default is not inspect.Parameter.empty:
-                default = None  # behind one with a default there must be one, needed or not
+                default = None  # after one with a default all need one
             kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
             parameters.append(inspect.Parameter(argument.name, kind, default=default))
         return inspect.Signature(parameters)
@@ -244,7 +244,7 @@ class Program:
         history: one JSON record for everything that was done, in order.
         model: the name of the captured module's class; empty where it was not captured.
         frozen: parameters that had no `requires_grad` at capture: no training moves them.
-        overlapping: tensors that share a part of their memory with another at capture.
+        overlapping: tensors that share some of their memory with another at capture.
         zeroed: tensors, or aliases of them, whose zeros passes have set and training keeps.
         axis_names: id of an axis group by its position -> the id that it goes by, where axes of
             one unit beside it are no groups any more.

@@ -83,7 +83,7 @@ class Mark:
 
 
 def refuse_quantized(program: Program, name: str) -> None:
-    """Refuse to change shapes or weights behind a mark; every pass that does so calls this first.
+    """Refuse to change shapes or weights after a mark; every pass that does so calls this first.
 
     Raises:
         UnsupportedError: the program is marked.

@@ -196,7 +196,7 @@ class Context:
     def shrink(
         self, program: Program, keep: Keep, prepared: Program | None = None
     ) -> tuple[Program, dict[str, JSON]]:
-        """Remove units for good, and prove that this equals masking them.
+        """Remove units for good, and verify that this equals masking them.
 
             prepared --mask--> references       the old shapes, removed units set to zero: where
                                                 they are summed, and wherever they are carried
@@ -253,9 +253,9 @@ class Context:
         dropped = drop(program, branches)
         if not self.verify:
             return dropped, {"skipped": "verification was switched off"}
-        behind, gates = gated(program, branches)
+        gates_open, gates = gated(program, branches)
         what = f"branches {_named([branch.id for branch in branches])}"
-        reference = closed(behind, gates.values())
+        reference = closed(gates_open, gates.values())
         return dropped, self._verified(what, reference, dropped, True, dense=program)
 
     def _verified(

@@ -1,4 +1,4 @@
-"""Pass names: who registered what."""
+"""Pass names: which package registered what."""
 
 from __future__ import annotations
 

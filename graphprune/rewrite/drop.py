@@ -61,7 +61,7 @@ def drop(program: Program, branches: Iterable[Branch]) -> Program:
 
     1. What nothing reads any more is removed: nodes, tensors and their tied names.
     2. A layer whose attention is gone has no cache: its keys and values are neither inputs nor
-       outputs, and the layers behind it move up. Placeholders keep their names.
+       outputs, and the layers after it move up. Placeholders keep their names.
     3. Axis groups keep their names.
 
     Args:

@@ -106,7 +106,7 @@ def _mask_activations(
         value = node
         for dim, axis in enumerate(dims):
             parts = list(algebra.leaves(axis))
-            # Folded into a batch of unknown size it has no places; before and behind it has.
+            # Folded into a batch of unknown size it has no places; before and after it has.
             whole = all(isinstance(part.size, int) for part in parts)
             if whole and any(part in keep for part in parts):
                 with graph.inserting_before(value.next):

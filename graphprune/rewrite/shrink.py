@@ -37,7 +37,7 @@ def shrink(program: Program, kept: Mapping[str, Any]) -> Program:
 
     Raises:
         UnsupportedError: a group is unknown or frozen, or the indices are not units of it.
-        VerificationError: the rewritten graph does not fit its tensors; an error of ours.
+        VerificationError: the rewritten graph does not fit its tensors; an internal error.
     """
     fork = program.fork()
     groups = axis_groups(program).on(fork)

@@ -31,7 +31,7 @@ _NAMES = {function: name for name, function in _PYTHON.items()}
 
 _OWN = {"grouped_mm"}
 _NAMESPACES = ("aten", "graphprune")
-# They read behind the end of a weight that is too short; capture writes them as others.
+# They read past the end of a weight that is too short; capture writes them as others.
 _UNCHECKED = {"native_batch_norm", "_native_batch_norm_legit_no_training", "_weight_norm"}
 
 

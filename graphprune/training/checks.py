@@ -137,7 +137,7 @@ def refuse_sparse_gradients(program: Program) -> None:
 def _check_norms(entry: Entry, sizes: Sequence[torch.Size]) -> None:
     """Whether every batch norm sees more than one value a channel: one alone has no variance.
 
-    torch.nn says so where a module is called; the operator in a graph makes NaN of it.
+    torch.nn raises where a module is called; the operator in a graph gives NaN.
 
     Raises:
         TrainingError: one does not.

@@ -62,7 +62,7 @@ class Workers:
         return bool(self._accelerator.is_main_process)
 
     def autocast(self) -> AbstractContextManager[None]:
-        """Mixed precision, where `accelerate launch` was told so."""
+        """Mixed precision, where `accelerate launch` asks for it."""
         return self._accelerator.autocast()
 
     def backward(self, loss: Tensor, *, retain_graph: bool = False) -> None:
@@ -72,15 +72,15 @@ class Workers:
         """Until all processes are here."""
         self._accelerator.wait_for_everyone()
 
-    def summed(self, values: Tensor) -> Tensor:
-        """The sum over processes, the same bits in each."""
+    def all_reduce(self, values: Tensor) -> Tensor:
+        """Return the sum over processes, bit for bit the same in each."""
         if self.count == 1:
             return values
         result: Tensor = self._accelerator.reduce(values, reduction="sum")
         return result
 
     def share_gradients(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Give every process the sum of all gradients; who had none in all processes, has none."""
+        """Sum gradients over processes; a parameter without one in every process keeps none."""
         if self.count == 1:
             return
         by_type: dict[torch.dtype, list[nn.Parameter]] = {}
@@ -89,7 +89,7 @@ class Workers:
         for dtype, members in by_type.items():
             had = torch.tensor([p.grad is not None for p in members], device=self.device).to(dtype)
             parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in members]
-            flat = self.summed(torch.cat([had, *(g.reshape(-1) for g in parts)]))
+            flat = self.all_reduce(torch.cat([had, *(g.reshape(-1) for g in parts)]))
             counts, rest = flat[: len(members)], flat[len(members) :]
             sizes = [p.numel() for p in members]
             for parameter, piece, count in zip(
@@ -97,8 +97,8 @@ class Workers:
             ):
                 parameter.grad = piece.reshape(parameter.shape) if count else None
 
-    def spread(self, tensors: Iterable[Tensor]) -> None:
-        """Write the first process's values over those of the others."""
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite the tensors of every process with those of the first."""
         if self.count > 1:
             from accelerate.utils import broadcast
 
@@ -106,8 +106,8 @@ class Workers:
                 for tensor in tensors:
                     tensor.copy_(broadcast(tensor.detach().contiguous().clone()))
 
-    def told(self, compute: Callable[[], T]) -> T:
-        """What the first process computes, in all of them; its error is everybody's."""
+    def run_on_main(self, compute: Callable[[], T]) -> T:
+        """Run `compute` in the first process; all return its result, or raise its exception."""
         if self.count == 1:
             return compute()
         from accelerate.utils import broadcast_object_list

@@ -38,7 +38,7 @@ from graphprune.training.metrics import Metric, metric_name
 from graphprune.training.objective import Distillation, Objective, inputs_of
 from graphprune.training.optimizer import Optimizer, Plan, cut_state, zero_masks
 from graphprune.training.records import Epoch, TrainingReport
-from graphprune.training.spec import Training, check_metric, judged
+from graphprune.training.spec import Training, check_metric, run_eval
 from graphprune.training.state import Held, Place, as_given, in_order_of, owned
 
 Penalty = Callable[[Mapping[str, Tensor]], Tensor]
@@ -62,7 +62,8 @@ class Masking(Protocol):
         """By tensor name, true where weights may live; None where nothing is new.
 
         Called before each optimizer step, `step` from 0 of `total`, with the scored terms'
-        gradients, summed over processes, in `.grad`. It must not draw lots: every process calls it.
+        gradients, summed over processes, in `.grad`. It must not draw random numbers: every
+        process calls it.
         """
 
     def settled(self, step: int, total: int) -> bool:
@@ -224,7 +225,7 @@ class _Run:
         self.place = Place()
         self.best: Mapping[str, Tensor] = {}
         self._begin(self.program, zero_masks(self.program), None)
-        self.workers.spread(self.optimizer.parameters.values())
+        self.workers.broadcast(self.optimizer.parameters.values())
         self.good = self._snapshot()
 
     # --- before ----------------------------------------------------------------------------------
@@ -274,7 +275,7 @@ class _Run:
             raise TrainingError(
                 f"no label in epoch {place.epoch + 1} counts: all of them are {IGNORED}"
             )
-        self.workers.spread(t for t in self.module.buffers() if t.is_floating_point())
+        self.workers.broadcast(t for t in self.module.buffers() if t.is_floating_point())
         self._change_structure(place.epoch)
         metric = None if self.training.eval is None else self._metric()
         seconds = time.perf_counter() - start
@@ -315,7 +316,7 @@ class _Run:
             if name in found:
                 numbers[0, i] = found[name].total.detach()
                 numbers[1, i] = found[name].count
-        sums, counts = self.workers.summed(numbers).tolist()
+        sums, counts = self.workers.all_reduce(numbers).tolist()
         scored = () if self.hooks.masking is None else self.hooks.masking.scored or ()
         first = torch.zeros((), device=self.workers.device)
         rest, value = first, 0.0
@@ -424,21 +425,21 @@ class _Run:
         self.objective.bind(after)
         self._begin(after.with_tensors(owned(after)), masks, state)
 
-    # --- judging, and going back ----------------------------------------------------------
+    # --- evaluation, and the best epoch ---------------------------------------------------
 
     def _metric(self) -> float:
-        judge = self.training.eval
-        assert judge is not None
+        evaluation = self.training.eval
+        assert evaluation is not None
 
         def measured() -> float:
-            if callable(judge):
+            if callable(evaluation):
                 with torch.no_grad():
-                    return judged(judge, self._as_given(self._snapshot()))
+                    return run_eval(evaluation, self._as_given(self._snapshot()))
             score = Metric(self.training.loss)
             self.module.eval()
             try:
                 with torch.no_grad():
-                    for i, batch in enumerate(judge):
+                    for i, batch in enumerate(evaluation):
                         self.checks.check(self.program, batch, i, "eval")
                         moved = self._moved(batch)
                         with named_batch(i, "eval"):
@@ -447,7 +448,7 @@ class _Run:
                 self.module.train()
             return check_metric(score.value())
 
-        return self.workers.told(measured)
+        return self.workers.run_on_main(measured)
 
     def _keep_best(self, metric: float | None) -> None:
         """Remember the best epoch, and stop when none has been better for long enough."""

@@ -98,6 +98,6 @@ def _ranks(values: Tensor) -> Tensor:
 def _check_finite(scores: Tensor) -> None:
     if not bool(scores.isfinite().all()):
         raise TrainingError(
-            "the model's outputs hold NaN or infinity, so there is nothing to judge: a layer "
+            "the model's outputs hold NaN or infinity, so there is nothing to evaluate: a layer "
             "before overflows, or its weights are broken"
         )

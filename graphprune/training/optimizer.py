@@ -30,7 +30,7 @@ class Plan:
         epochs: passes over the data.
         lr: the highest learning rate.
         weight_decay: AdamW's, on tensors of two and more dimensions.
-        warmup: part of all steps in which the rate rises from zero.
+        warmup: fraction of all steps in which the rate rises from zero.
         schedule: what it does then: "linear" or "cosine" to zero, or "constant".
         clip: the largest norm of all gradients together; 0 for none.
     """
@@ -46,7 +46,7 @@ class Plan:
         check_whole("epochs", self.epochs)
         check_number("lr", self.lr, "a number above 0", low=0, open_low=True)
         check_number("weight_decay", self.weight_decay, "0 or more", low=0)
-        check_number("warmup", self.warmup, "a part of all steps, 0 to 1", low=0, high=1)
+        check_number("warmup", self.warmup, "a fraction of all steps, 0 to 1", low=0, high=1)
         check_number("clip", self.clip, "0 (no clipping) or more", low=0)
         if self.schedule not in SCHEDULES:
             raise RecipeError(

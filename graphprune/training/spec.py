@@ -25,7 +25,7 @@ Evaluation = Callable[[Program], float] | Iterable[Batch]
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Training:
-    """What `compile(..., training=...)` takes: batches, a loss, and how to judge.
+    """What `compile(..., training=...)` takes: batches, a loss, and how to evaluate.
 
     A batch is a mapping of tensors: the model's inputs by name, and `labels`.
 
@@ -35,7 +35,7 @@ class Training:
         loss: "classification" (labels int64), "regression" (labels float), "causal-lm" (labels are
             the token ids, -100 where they do not count), or a function of (outputs, batch) that
             returns a tensor with one number, the batch's mean.
-        eval: a function of a Program that returns a number, higher is better; or batches, judged by
+        eval: a function of a Program that returns a number, higher is better; or batches, scored by
             accuracy, Spearman, or the negative loss. Without it nothing is measured.
         checkpoints: a folder for checkpoints, one in it for each pass that trains.
         every: write one every so many steps; 0 for the ends of epochs only.
@@ -91,14 +91,14 @@ class Training:
         return None if self.checkpoints is None else Path(self.checkpoints) / name
 
 
-def judged(judge: Callable[[Program], object], program: Program) -> float:
-    """What an eval function says of a program.
+def run_eval(evaluate: Callable[[Program], object], program: Program) -> float:
+    """Call an eval function, and return the number that it gives for a program.
 
     Raises:
         TrainingError: it raised something, or gave no finite number.
     """
     with named_function("eval"):
-        value = judge(program)
+        value = evaluate(program)
     return check_metric(value)
 
 

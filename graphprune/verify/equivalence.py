@@ -186,7 +186,7 @@ def _compare(
 def _refuse(
     found: _Found, reference: Program, name: str, inputs: Sequence[Tensor], error: Exception
 ) -> None:
-    """Leave out a batch that the reference fails on too; it is no fault of the rewrite."""
+    """Leave out a batch that the reference fails on too; the rewrite is not the cause."""
     shapes = [tuple(t.shape) for t in inputs]
     try:
         reference.run(inputs, name)

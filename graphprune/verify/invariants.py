@@ -92,8 +92,8 @@ def verify_change(
         found.setdefault("verification", numbers)
     elif "verification" not in found and _resized(program, after):
         raise VerificationError(
-            "it resized tensors without a proof; remove units with ctx.shrink and put its report "
-            "under 'verification'"
+            "it resized tensors without verification; remove units with ctx.shrink and put its "
+            "report under 'verification'"
         )
     return found
 

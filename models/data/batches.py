@@ -111,7 +111,7 @@ def table_batches(
     if missing:
         raise GraphPruneError(
             f"a tokenizer does not make the inputs {missing} of this model: it cannot be trained "
-            "or judged on a file of text"
+            "or evaluated on a file of text"
         )
     mask = made["attention_mask"]
     return Batches({n: made[n] for n in inputs}, labels, size, mask=mask, shuffle=shuffle)

@@ -180,7 +180,7 @@ def token_batches(
 def predicts_tokens(program: Program) -> bool:
     """Whether a program's first output is logits [batch, tokens, vocabulary] over its input_ids.
 
-    It is told by the width: as many logits as the table that input_ids look up has rows.
+    It is recognized by the width: as many logits as the table that input_ids look up has rows.
     """
     graph = program.forward.graph
     outputs = next(iter(reversed(graph.nodes))).args[0]

@@ -161,7 +161,7 @@ def read_table(
     1. text: the columns named; else the first of sentence1 + sentence2, question1 + question2,
        premise + hypothesis, question + sentence, sentence, text, question that the file has.
     2. label: the column named; else label, class or coarse, for a regression score or label.
-    3. Blank lines at the end are left away; in between they are refused.
+    3. Blank lines at the end are dropped; in between they are refused.
 
     Args:
         file: in UTF-8; the first line names the columns.

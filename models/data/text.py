@@ -62,7 +62,7 @@ class Text:
         return self._filled(list(ids), prompt)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, without special tokens; an unfinished character at the end is left away."""
+        """Text of ids, without special tokens; an unfinished character at the end is dropped."""
         # Cleaning up spaces would change characters that are on the screen already.
         text: str = self._tokenizer.decode(
             list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False

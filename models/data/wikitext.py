@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 UNKNOWN = "<unk>"
-# A line that loses more than this part of its sentences to unknown words is left out whole.
+# A line that loses more than this fraction of its sentences to unknown words is left out whole.
 MOST_LOST = 0.5
 
 _MARK = re.compile(r" @([-,.])@ ")

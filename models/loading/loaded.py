@@ -1,4 +1,4 @@
-"""LoadedModel: a model with what is needed to capture, feed and judge it."""
+"""LoadedModel: a model with what is needed to capture, feed and evaluate it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class LoadedModel:
             model takes a mask, batch and sequence of different sizes.
         name: what the user called it.
         tokenizer_dir: a folder with the tokenizer's files, or None.
-        task: the task that judges it when the user names none, or None.
+        task: the task that evaluates it when the user names none, or None.
         schema: what its head answers, where a labeled file said so; else None.
         trained: False where its head was drawn at random.
         source: its hub id, for a built-in one; else "".

@@ -1,4 +1,4 @@
-"""Tasks: how good is a model? Each judges anything callable, a torch program or an ORT session."""
+"""Tasks: how good is a model? Each evaluates any callable: a torch program or an ORT session."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def evaluate(
     progress: Progress = silent,
     **options: int,
 ) -> TaskResult:
-    """Judge a model by a task.
+    """Evaluate a model by a task.
 
     Args:
         task: a name from TASKS, or a record like those.

@@ -41,11 +41,11 @@ class TaskResult:
     Attributes:
         task: its name in TASKS.
         metric: what `value` is.
-        value: the figure that the model is judged by, that of all items of the outcome.
+        value: the figure that the task reports, that of all items of the outcome.
         count: of how many things: pairs, images, questions, predicted tokens.
         outcome: what the model did on each item, for comparing it with another model.
         higher_is_better: False for a perplexity.
-        standard_error: one standard error of `value`, from drawing the things judged; else None.
+        standard_error: one standard error of `value`, from drawing the items evaluated; else None.
         details: how it was measured, where that can vary: window, part of the data.
         more: other figures of the same run by their metric.
     """

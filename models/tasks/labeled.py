@@ -20,14 +20,14 @@ from graphprune.training.outcome import MeanOutcome, RankOutcome
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
-def judge(
+def evaluate_labeled(
     model: Any,
     tokenizer_dir: Path,
     file: Path,
     schema: Schema,
     progress: Progress = silent,
 ) -> TaskResult:
-    """Judge scores by a file's labels.
+    """Evaluate scores against a file's labels.
 
     1. "classification": accuracy, with one standard error sqrt(p (1 - p) / n).
     2. "regression": Spearman's rank correlation; `more` has Pearson's. Both are 0 where the
@@ -93,7 +93,7 @@ def _check(scores: Tensor, labels: Tensor, schema: Schema) -> None:
     if not bool(best.isfinite().all()):
         raise GraphPruneError(
             "the model's scores are NaN or infinite for some of the texts, so there is nothing to "
-            "judge: a layer before overflows, or its weights are broken"
+            "evaluate: a layer before overflows, or its weights are broken"
         )
 
 
@@ -101,7 +101,7 @@ CLASSIFICATION: Task = Task(
     name="classification",
     purpose="accuracy of a classifier of text on a labeled file (needs --data)",
     metric="accuracy",
-    run=lambda r: judge(
+    run=lambda r: evaluate_labeled(
         r.model, r.tokenizer_dir, CLASSIFICATION.find_data(r.data), r.schema, r.progress
     ),
     file="sst2/test.tsv",
@@ -112,7 +112,7 @@ REGRESSION: Task = Task(
     name="regression",
     purpose="Spearman of one score a text and the labels of a file (needs --data)",
     metric="Spearman",
-    run=lambda r: judge(
+    run=lambda r: evaluate_labeled(
         r.model, r.tokenizer_dir, REGRESSION.find_data(r.data), r.schema, r.progress
     ),
     file="stsb/test.tsv",

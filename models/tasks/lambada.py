@@ -32,7 +32,7 @@ def lambada(
     Args:
         model: a torch module, a Program or a session that gives logits [batch, tokens, vocabulary].
         tokenizer_dir: where the tokenizer's files are.
-        data: test.jsonl (text; what is behind its last white space is the word) or its folder;
+        data: test.jsonl (text; what follows its last white space is the word) or its folder;
             else $GRAPHPRUNE_DATA's.
         limit: so many passages from the start of the file; 0 for all.
         batch: rows that run together; the result does not depend on it.

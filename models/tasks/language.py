@@ -94,7 +94,7 @@ def _scored(logits: Tensor, wanted: Tensor) -> Scored:
     if bool(chosen.isnan().any()):
         raise GraphPruneError(
             "the model's logits are NaN for some tokens of the task's data, so there is nothing to "
-            "judge: look for an overflow (float16) or a broken weight"
+            "evaluate: look for an overflow (float16) or a broken weight"
         )
     return Scored(float(chosen.double().sum()), bool((logits.argmax(dim=-1) == wanted).all()))
 
@@ -110,7 +110,7 @@ def continuations(
     """What a model thinks of the second of each two texts, after the first.
 
     As lm-evaluation-harness does it: the two are tokenized together, without special tokens, and
-    what comes behind the number of tokens that the first has alone is the second's.
+    what comes after the number of tokens that the first has alone is the second's.
 
     Args:
         model: as for `scorer`.

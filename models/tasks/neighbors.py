@@ -29,7 +29,7 @@ def agreement(
     count: int = SENTENCES,
     progress: Progress = silent,
 ) -> TaskResult:
-    """Mean share of each sentence's ten nearest neighbors that both models name."""
+    """Mean fraction of each sentence's ten nearest neighbors that both models name."""
     sentences = python_sentences(count)
     ours = embed(
         model, tokenizer_dir, sentences, progress=lambda done, total: progress(done, 2 * total)
@@ -82,7 +82,7 @@ def python_sentences(count: int) -> Sequence[str]:
 
 TASK = Task(
     name="neighbors",
-    purpose="share of nearest neighbors that dense and pruned models agree on",
+    purpose="fraction of nearest neighbors that dense and pruned models agree on",
     metric=f"agreement of {NEIGHBORS} nearest",
     run=lambda r: agreement(r.model, r.dense, r.tokenizer_dir, progress=r.progress),
     compares=True,

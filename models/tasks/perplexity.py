@@ -101,7 +101,7 @@ def perplexity(
 def joined(text: str) -> str:
     """A text as it is tokenized: WikiText's lines with blank lines between, any other as it is.
 
-    WikiText is told by its headings, ` = Title = ` on a line alone. That form is the one of the
+    WikiText is recognized by its headings, ` = Title = ` on a line alone. That form is that of the
     data set on the hub, "\\n\\n".join(rows) with a newline in each row, which publications use.
     """
     if not re.search(r"^ = .+ = $", text, flags=re.MULTILINE):

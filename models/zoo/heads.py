@@ -23,7 +23,7 @@ class TextHead(nn.Module):
 
     A pair of sentences is read as one text of two segments, so the encoder compares them word by
     word; there is one pass and one score. (An encoder that was trained for the cosine of two
-    embeddings is judged as that by the task "sts".)
+    embeddings is evaluated as that by the task "sts".)
 
     1. pooling "mean": the mean over the tokens that the mask keeps.
     2. pooling "cls": the first token.

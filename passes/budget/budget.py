@@ -48,17 +48,17 @@ class Budget(Pass):
             at 95 % keeps it. Alone, without other budgets.
         task: from a model to a `graphprune.training.outcome.Outcome` on data that calibrated
             nothing; `graphprune.models.tasks.task_evaluation` makes one.
-        batch: what a run is: samples, and tokens of each (behind a cache: tokens of past); the
+        batch: what a run is: samples, and tokens of each (after a cache: tokens of past); the
             example inputs' where it is not given.
         threads: of ONNX Runtime.
         device: JSON of a device kit; this machine where it is not given.
         drop: whether whole branches may go.
-        target: what kept weights are fitted to: the "stream" behind their branch in the dense
+        target: what kept weights are fitted to: the "stream" after their branch in the dense
             model, or their own former "output".
         evaluations: models that the search may try.
         samples: of calibration, that each of them is tried on.
         round_to: large groups keep multiples of this many units.
-        damping: part of the mean squared input added to the Gram matrix's diagonal.
+        damping: fraction of the mean squared input added to the Gram matrix's diagonal.
         targets: name patterns; only groups and branches that reach such a tensor.
         ignore: name patterns to leave alone.
     """

@@ -10,14 +10,14 @@ import torch
 from graphprune.errors import RecipeError
 from graphprune.ir.module import ProgramModule
 from graphprune.ir.program import Program
-from graphprune.passes.control.repeat import inner_passes, inner_proof, run_round
+from graphprune.passes.control.repeat import inner_passes, inner_verification, run_round
 from graphprune.pipeline.base import Context, Invariant, Pass, PassResult
 from graphprune.pipeline.events import JSON
 from graphprune.pipeline.registry import options, register
 from graphprune.training.distributed import Workers
 from graphprune.training.metrics import Metric
 from graphprune.training.objective import inputs_of
-from graphprune.training.spec import Training, check_metric, judged
+from graphprune.training.spec import Training, check_metric, run_eval
 from graphprune.validate import check_number, check_whole
 
 
@@ -75,13 +75,15 @@ class PruneRecover(Pass):
         return self.tolerance is not None or any(step.needs_training for step in self.passes)
 
     def run(self, program: Program, ctx: Context) -> PassResult:
-        judge = ctx.training if ctx.training is not None and ctx.training.eval is not None else None
-        if self.tolerance is not None and judge is None:
+        training = ctx.training
+        if training is not None and training.eval is None:
+            training = None
+        if self.tolerance is not None and training is None:
             raise RecipeError(
                 "prune-recover with a tolerance stops by eval, and there is none: give "
                 "compile(..., training=Training(batches, eval=...))"
             )
-        dense = None if judge is None else _metric(ctx.reference or program, judge)
+        dense = None if training is None else _metric(ctx.reference or program, training)
         current = good = program
         rounds: list[dict[str, JSON]] = []
         stopped = False
@@ -89,10 +91,10 @@ class PruneRecover(Pass):
             ctx.running = self.name  # a round leaves the name of its last pass
             ctx.progress(len(rounds), self.rounds, "rounds")
             part = (len(rounds) + 1) / self.rounds
-            current, told = run_round([_share(step, part) for step in self.passes], current, ctx)
-            record: dict[str, JSON] = {"part": part, "passes": told}
-            if judge is not None and dense is not None:
-                record["metric"] = metric = _metric(current, judge)
+            current, reports = run_round([_share(step, part) for step in self.passes], current, ctx)
+            record: dict[str, JSON] = {"part": part, "passes": reports}
+            if training is not None and dense is not None:
+                record["metric"] = metric = _metric(current, training)
                 stopped = self.tolerance is not None and metric < dense - self.tolerance
             rounds.append(record)
             good = good if stopped else current
@@ -111,12 +113,14 @@ class PruneRecover(Pass):
             "taken": len(taken),
             "stopped": stopped,
             "metric_dense": dense,
-            "verification": inner_proof([t for record in taken for t in record["passes"]], ctx),
+            "verification": inner_verification(
+                [t for record in taken for t in record["passes"]], ctx
+            ),
         }
 
 
 def _share(step: Pass, part: float) -> Pass:
-    """The pass with a part of its total."""
+    """The pass with a fraction of its total."""
     known: Any = step
     names = {option.name for option in options(type(step))}
     if {"ratio", "of"} <= names:
@@ -137,7 +141,7 @@ def _metric(program: Program, training: Training) -> float:
 
     def measured() -> float:
         if callable(training.eval):
-            return judged(training.eval, program)
+            return run_eval(training.eval, program)
         score = Metric(training.loss)
         module = ProgramModule(program)
         with torch.no_grad():
@@ -145,4 +149,4 @@ def _metric(program: Program, training: Training) -> float:
                 score.add(module(**inputs_of(program, batch)), batch)
         return check_metric(score.value())
 
-    return workers.told(measured)
+    return workers.run_on_main(measured)

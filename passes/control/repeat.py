@@ -68,7 +68,9 @@ class Repeat(Pass):
             "summary": f"{len(rounds)} rounds" + ("" if settled else ", not settled"),
             "rounds": rounds,
             "settled": settled,
-            "verification": inner_proof([told for reports in rounds for told in reports], ctx),
+            "verification": inner_verification(
+                [report for reports in rounds for report in reports], ctx
+            ),
         }
         return PassResult(current, current is not program, report)
 
@@ -97,9 +99,9 @@ def run_round(
     return program, reports
 
 
-def inner_proof(reports: Sequence[Mapping[str, JSON]], ctx: Context) -> dict[str, JSON]:
+def inner_verification(reports: Sequence[Mapping[str, JSON]], ctx: Context) -> dict[str, JSON]:
     """What a pass that runs others says of verification, from the reports of those."""
     if not ctx.verify:
         return {"skipped": "verification was switched off"}
-    checks = [told.get("verification", {}) for told in reports]
+    checks = [report.get("verification", {}) for report in reports]
     return {"checked": "after each inner pass", **combined(checks)}

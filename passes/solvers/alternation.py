@@ -1,17 +1,20 @@
 """SparseLLM's alternation on one feed-forward block (arXiv 2402.17946).
 
-The block's output is to stay: with inputs X, outputs Y and hidden values as free variables,
+The block is y = W p + b, p = φ(z), z_i = W_i x + b_i; its rows are x [in], z_i and p [hidden] and
+y [out]. x and the dense block's y are fixed, hidden values are free variables of (without biases)
 
-    J = α Σ‖z_i - W_i x‖² + γ ‖p - φ(z)‖² + β ‖y - W_down p‖²      (biases are left out; they stay)
+    J = α Σ_i ‖z_i - W_i x‖² + γ ‖p - φ(z)‖² + β ‖y - W p‖²        summed over the rows
 
-is lowered in turn over the weights (least squares, then pruned by SparseGPT), over p (least
-squares) and over each z_i (element by element). Only the ratios of α, β, γ matter.
+which is lowered over one kind of variable after the other; only the ratios of α, β, γ matter:
 
-    round 0      prune the weights as they are: SparseGPT
-    round t > 0  fit the weights to z and p, prune them with the Gram matrix of the new p
+    weights   least squares on (x, z_i) and (p, y), then pruned by SparseGPT
+    p         (β WᵀW + γ I) p = β Wᵀ y + γ φ(z). With p = φ(z) + d and the push-through identity
+              (β WᵀW + γ I)⁻¹ β Wᵀ = β Wᵀ (β W Wᵀ + γ I)⁻¹ =: gain,   d = gain (y - W φ(z))
+    z_i       value by value: exact where φ is ReLU, else a Gauss-Newton step (`elementwise_step`)
 
-J is bilinear and pruning is combinatorial, so nothing promises descent: the round with the smallest
-true error ‖y - W_down φ(W x)‖² wins.
+Round 0 prunes the weights as they are, which is SparseGPT; round t > 0 fits them to z and p and
+prunes with the Gram matrix of the new p. J is bilinear and pruning is combinatorial, so descent is
+not guaranteed: the round with the smallest true error ‖y - W φ(W_i x)‖² wins.
 """
 
 from __future__ import annotations
@@ -65,22 +68,25 @@ class Alternation:
 
     @staticmethod
     def start(block: FeedForward, program: Program, x: Tensor, p: Tensor) -> Alternation:
-        """From the rows that the dense block saw: inputs [n, in], hidden values [n, hidden]."""
+        """Begin with the rows of the dense block: inputs [n, in], hidden values [n, hidden]."""
         state = Alternation(block, program, x, p, _product(block.down, program, p), [])
         z = state._products(slice(None), program)
         state.z = [part.contiguous() for part in z]
         return state
 
     def error(self, program: Program) -> float:
-        """Σ|y - block(x)|² with the weights of a program."""
+        """Return Σ |y - block(x)|² over all rows, with the weights of a program."""
         return sum(
             self._error(rows, self._products(rows, program), program) for rows in self._chunks()
         )
 
     def update(self, program: Program, c: Weights) -> float:
-        """Move p, then z, to lower J under a program's weights; the error they had before.
+        """Move p, then z, to lower J under a program's weights.
 
-        Every row is on its own, so one walk over the rows does all three.
+        Rows are independent, so one walk over them does all three.
+
+        Returns:
+            The error of the program's weights, as `error` gives it.
         """
         gain = self.gain(program, c)
         total = 0.0
@@ -92,39 +98,40 @@ class Alternation:
         return total
 
     def energy(self) -> float:
-        """Σ|y - its bias|²: what the error is a part of."""
+        """Return Σ |y - bias|², which errors are relative to."""
         return float((self.y - self._bias(self.block.down)).square().sum(dtype=torch.float64))
 
     def fit_up(self, up: LinearSite, inputs: Inputs) -> Tensor:
-        """argmin over W of ‖z - W x‖² + λ ‖W - dense W‖² for one site, [out, in] float64."""
+        """Fit a site that reads x: argmin of ‖z - W x‖² + damping; float64 [out, in]."""
         return self._fit(up, self.x, assembled(self.block, up, self.z), inputs)
 
     def fit_down(self, inputs: Inputs) -> Tensor:
-        """argmin over W of ‖y - W p‖² + λ ‖W - dense W‖², [out, hidden] float64."""
+        """Fit the site that reads p: argmin of ‖y - W p‖² + damping; float64 [out, in]."""
         return self._fit(self.block.down, self.p, self.y, inputs)
 
     def _fit(self, site: LinearSite, rows: Tensor, target: Tensor, inputs: Inputs) -> Tensor:
-        # The damping of the Gram matrix, λ, is a prior: where the rows say little the weight stays
-        # what it was, as it does under SparseGPT. A prior of zero would forget it.
+        # Damping adds Λ to the Gram matrix H, and here tr((W - W₀) Λ (W - W₀)ᵀ) to the error, W₀ the
+        # dense weight: a direction without rows keeps W₀, as under SparseGPT. The minimum solves
+        # W (H + Λ) = Σ target rowᵀ + W₀ Λ.
         dense = site.matrix(self.program).to(torch.float64)
         cross = _cross(target - self._bias(site), rows) + dense @ inputs.added
         return torch.cholesky_solve(cross.T, torch.linalg.cholesky(inputs.gram)).T
 
     def gram(self) -> Tensor:
-        """pᵀ p, [hidden, hidden] float64."""
+        """Return the Gram matrix of p, Σ p pᵀ; float64 [hidden, hidden]."""
         return _cross(self.p, self.p)
 
     def gain(self, program: Program, c: Weights) -> Tensor:
-        """β Wᵀ (β W Wᵀ + γ I)⁻¹ of the down weight: how p follows what it misses; [hidden, out]."""
+        """Return β Wᵀ (β W Wᵀ + γ I)⁻¹ of the down weight, float32 [hidden, out]."""
         down = self.block.down.matrix(program).to(torch.float64)
         system = c.beta * down @ down.T
         system.diagonal().add_(c.gamma)
         return torch.cholesky_solve(c.beta * down, torch.linalg.cholesky(system)).T.float()
 
     def update_p(self, rows: slice, gain: Tensor, program: Program) -> None:
-        """J's minimum over p: (β Wᵀ W + γ I)⁻¹ (β Wᵀ (y - b) + γ φ(z)).
+        """Set p of some rows to J's minimum, φ(z) + gain (y - b - W φ(z)).
 
-        Written φ(z) + gain · (y - b - W φ(z)), which is the same and takes a smaller inverse.
+        The inverse in `gain` is [out, out]; that of the normal equations is [hidden, hidden].
         """
         hidden = self.block.hidden([z[rows] for z in self.z], program)
         miss = self.y[rows] - _product(self.block.down, program, hidden)
@@ -133,7 +140,7 @@ class Alternation:
     def update_z(
         self, rows: slice, products: Sequence[Tensor], program: Program, c: Weights
     ) -> None:
-        """Lower J over each segment in turn, every value alone."""
+        """Lower J over each segment of some rows, one segment after the other, value by value."""
         p, z = self.p[rows], [part[rows] for part in self.z]
         for i, m in enumerate(products):
             if self.block.is_relu:
@@ -143,7 +150,7 @@ class Alternation:
             self.z[i][rows] = z[i]
 
     def _products(self, rows: slice, program: Program) -> list[Tensor]:
-        """W x of some rows, by segment."""
+        """Compute the products of some rows by segment, with biases: m in the steps over z."""
         made = {up.name: _product(up, program, self.x[rows]) for up in self.block.ups}
         return [made[s.site.name][:, s.start : s.stop] for s in self.block.segments]
 
@@ -171,7 +178,11 @@ class Alternation:
 
 
 def relu_step(m: Tensor, p: Tensor, c: Weights) -> Tensor:
-    """argmin over z of γ (p - relu(z))² + α (z - m)², exactly: the better of two branches."""
+    """Minimize γ (p - relu(z))² + α (z - m)² over z, exactly: the better of two branches.
+
+    For z >= 0 it is a parabola with its minimum at (γ p + α m) / (γ + α), for z <= 0 one with its
+    minimum at m; each is clamped to its half line. All tensors have one shape.
+    """
     above = ((c.gamma * p + c.alpha * m) / (c.gamma + c.alpha)).clamp_min(0)
     below = m.clamp_max(0)
     loss_above = c.gamma * (p - above).square() + c.alpha * (above - m).square()
@@ -182,15 +193,19 @@ def relu_step(m: Tensor, p: Tensor, c: Weights) -> Tensor:
 def elementwise_step(
     activation: Callable[[Tensor], Tensor], z: Tensor, m: Tensor, p: Tensor, c: Weights
 ) -> Tensor:
-    """One descent step over z of γ (p - φ(z))² + α (z - m)², any elementwise φ.
+    """Lower γ (p - φ(z))² + α (z - m)² over z by one step, for any elementwise φ.
 
-    A Gauss-Newton step, which is the minimum where φ is linear in z; a value that it does not help
-    takes m if that is better, or stays.
+    With φ(z - s) ≈ φ(z) - φ' s, the minimum over s is the Gauss-Newton step
+
+        s = (α (z - m) - γ φ' (p - φ(z))) / (α + γ φ'²)
+
+    exact where φ is linear in z, as a gated block is in its second factor. Where it does not lower
+    the value, m is tried; else z stays.
     """
     with torch.enable_grad():
         variable = z.detach().requires_grad_()
         value = activation(variable)
-        # What a value only decides (a comparison) has no derivative: then m alone is tried.
+        # A value that is only compared has no derivative: then m alone is tried.
         slope = torch.zeros_like(z)
         if value.requires_grad:
             (slope,) = torch.autograd.grad(value.sum(), variable)
@@ -211,7 +226,7 @@ def _product(site: LinearSite, program: Program, rows: Tensor) -> Tensor:
 
 
 def _cross(left: Tensor, right: Tensor) -> Tensor:
-    """leftᵀ right, float64, summed over chunks of rows."""
+    """Return leftᵀ right, float64, summed over chunks of rows."""
     total = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float64)
     for i in range(0, len(left), _LONG):
         total += left[i : i + _LONG].T @ right[i : i + _LONG]

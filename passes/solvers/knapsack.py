@@ -4,9 +4,15 @@ For items l with levels j, errors e[l][j] and what a level takes of resource r, 
 
     min Σ e[l][j(l)]    such that    Σ a_r[l][j(l)] <= limit_r    for every r
 
-One resource is a dynamic program over 10,000 buckets, in which amounts round up: a bucketed sum
-within the limit is within it for sure (SPDY, arXiv 2201.13096, rounds to nearest, which is not).
-Several resources are a mixed-integer program.
+One resource is a dynamic program (SPDY, arXiv 2201.13096). The limit is cut into B = 10,000
+buckets, amounts become whole numbers of buckets c[l][j], and D[l][b] is the least error of the
+items up to l within b buckets:
+
+    D[l][b] = min over j with c[l][j] <= b of    D[l - 1][b - c[l][j]] + e[l][j],    D[-1] = 0
+
+The answer is D[last][B], traced back through the minima; it takes O(items · levels · B) steps.
+Amounts round up, so that a sum within the buckets is within the limit; SPDY rounds to nearest,
+which can exceed it. Several resources are a mixed-integer program.
 """
 
 from __future__ import annotations
@@ -36,7 +42,7 @@ def solve_levels(
     Raises:
         RecipeError: there are several resources, and scipy is not installed.
     """
-    # Rounding of the sums is not to make what fits exactly unfit.
+    # A sum that fits exactly must not fail by rounding.
     room = [limit + 1e-9 * abs(limit) for limit in limits]
     least = [sum(min(row) for row in rows) for rows in amounts]
     if any(low > limit for low, limit in zip(least, room, strict=True)):
@@ -49,7 +55,7 @@ def solve_levels(
 
 
 def _by_buckets(errors: _Rows, amounts: _Rows, limit: float) -> list[int] | None:
-    # What every item takes at least is no choice, and counts without rounding.
+    # The least of every item is no choice: it is subtracted, and not rounded.
     least = [min(row) for row in amounts]
     bucket = (limit - sum(least)) / BUCKETS
     best: npt.NDArray[np.float64] = np.zeros(BUCKETS + 1)
@@ -58,7 +64,7 @@ def _by_buckets(errors: _Rows, amounts: _Rows, limit: float) -> list[int] | None
         taken = [_buckets(amount - low, bucket) for amount in row]
         tried = np.full((len(row), BUCKETS + 1), np.inf)
         for j, (count, cost) in enumerate(zip(taken, costs, strict=True)):
-            if count <= BUCKETS:
+            if count <= BUCKETS:  # the recursion for all b at once: b - count is a shift
                 tried[j, count:] = best[: BUCKETS + 1 - count] + cost
         best = tried.min(0)
         chosen.append((tried.argmin(0), taken))
@@ -81,7 +87,7 @@ def _buckets(amount: float, bucket: float) -> int:
 
 
 def _by_milp(errors: _Rows, amounts: Sequence[_Rows], limits: Sequence[float]) -> list[int] | None:
-    """The same with a binary variable for every level, by HiGHS."""
+    """Solve with a binary variable for every level, exactly one of each item, by HiGHS."""
     try:
         from scipy.optimize import Bounds, LinearConstraint, milp
     except ImportError as e:
@@ -95,7 +101,7 @@ def _by_milp(errors: _Rows, amounts: Sequence[_Rows], limits: Sequence[float]) -
     for item, (start, size) in enumerate(zip(starts, sizes, strict=False)):
         one_of[item, start : start + size] = 1
     flat = [np.concatenate([np.asarray(row, float) for row in rows]) for rows in amounts]
-    # In parts of the limit, so that the solver's tolerances mean the same for ms and bytes.
+    # As fractions of the limit, so that the solver's tolerances mean the same for ms and bytes.
     scaled = np.stack([row / max(limit, 1e-300) for row, limit in zip(flat, limits, strict=True)])
     found = milp(
         np.concatenate([np.asarray(row, float) for row in errors]),

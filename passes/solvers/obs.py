@@ -1,14 +1,18 @@
-"""Structured optimal brain surgeon: which columns of a weight to remove, and how to mend the rest.
+"""Structured optimal brain surgeon: which columns of a weight to remove, with compensation.
 
-For a weight W [out, in] with inputs of Gram matrix H [in, in], removing the columns G of a unit
-costs least when the others are updated with the inverse Hessian (ZipLM, arXiv 2302.04089):
+W [out, in] is a weight, H = Σ x xᵀ [in, in] the Gram matrix of its inputs, damped and positive
+definite, and G the g columns of a unit. A change ΔW [out, in] moves the outputs by Σ |ΔW x|² =
+tr(ΔW H ΔWᵀ). Removing the unit asks for ΔW_:G = -W_:G; the other columns are free to compensate.
+With Lagrange multipliers Λ [out, g] the minimum has ΔW H = Λ E, E = rows G of the identity, so
 
-    cost    tr(W_G (H⁻¹_GG)⁻¹ W_Gᵀ)              the exact rise of tr(ΔW H ΔWᵀ)
-    update  W   -= W_G (H⁻¹_GG)⁻¹ H⁻¹_G:
-    then    H⁻¹ -= H⁻¹_:G (H⁻¹_GG)⁻¹ H⁻¹_G:
+    ΔW = Λ H⁻¹_G:    and from its columns G    Λ = -W_:G (H⁻¹_GG)⁻¹
+    cost    tr(ΔW H ΔWᵀ) = tr(Λ H⁻¹_GG Λᵀ) = tr(W_:G (H⁻¹_GG)⁻¹ W_:Gᵀ)
+    update  W   -= W_:G (H⁻¹_GG)⁻¹ H⁻¹_G:
+    then    H⁻¹ -= H⁻¹_:G (H⁻¹_GG)⁻¹ H⁻¹_G:        the inverse without G, a Schur complement
 
-Removing one unit after another gives, in any order, the joint least-squares solution on what is
-left. Units are chosen greedily, all costs anew after each removal.
+(ZipLM, arXiv 2302.04089; g = 1 is the optimal brain surgeon). Removing one unit after another
+gives, in any order, the joint least-squares solution on the columns left, and the costs add up to
+its loss. Units are chosen greedily; all costs are computed again after each removal.
 """
 
 from __future__ import annotations
@@ -62,15 +66,18 @@ def idle_features(weight: Tensor, gram: Tensor) -> Tensor:
 
 
 def damped(gram: Tensor, damping: float) -> Tensor:
-    """A Gram matrix made positive definite: every feature gets a part of the live ones' mean.
+    """Make a Gram matrix positive definite: add a fraction of the mean diagonal to the diagonal.
 
-    Dead features, zero on every row, get that mean itself beside it: with any number on the
-    diagonal their weights stay as they are, for they are correlated with nothing. It is no measure
-    of what they cost.
+    The mean is over the live features. Dead ones, zero on every row, get the mean itself too: they
+    are correlated with nothing, so any positive number keeps their weights as they are. It does not
+    measure what they cost.
 
     Args:
-        gram: [in, in].
-        damping: part of the live features' mean diagonal that is added to each diagonal entry.
+        gram: [in, in], of any float type.
+        damping: the fraction, 0 or more.
+
+    Returns:
+        A new matrix, float64 [in, in].
     """
     gram = gram.to(torch.float64).clone()
     diagonal = gram.diagonal()
@@ -82,13 +89,21 @@ def damped(gram: Tensor, damping: float) -> Tensor:
 
 
 def greedy(problems: Sequence[Problem], count: int) -> tuple[list[int], list[float]]:
-    """Remove `count` units one after another, always the cheapest; the costs of several add up.
+    """Choose `count` units to remove, one after another, always the cheapest.
 
-    Idle features cost nothing, so units that have no others go first.
+    A unit's cost is the sum over all problems. Idle features cost nothing, so units that have no
+    others go first.
+
+    Args:
+        problems: the weights that read the units; each lists the same units in the same order.
+        count: at most the number of units.
 
     Returns:
         The units in the order of removal, and the cost of each: their running sum is the rise of
-        the loss sum over problems of tr(ΔW H ΔWᵀ).
+        the loss, the sum over problems of tr(ΔW H ΔWᵀ).
+
+    Raises:
+        UnsupportedError: a Gram matrix is not positive definite.
     """
     with few_rows_explained():
         return _greedy([_State(p) for p in problems], count)
@@ -111,7 +126,7 @@ def _greedy(states: Sequence[_State], count: int) -> tuple[list[int], list[float
 
 @contextlib.contextmanager
 def few_rows_explained() -> Iterator[None]:
-    """Say what helps when a Gram matrix has too little rank."""
+    """Turn a failed Cholesky factorization into an UnsupportedError that names the way out."""
     try:
         yield
     except torch.linalg.LinAlgError as e:  # type: ignore[attr-defined]
@@ -122,10 +137,22 @@ def few_rows_explained() -> Iterator[None]:
 
 
 def refit(weight: Tensor, gram: Tensor, keep: Tensor, slope: Tensor | None = None) -> Tensor:
-    """The weight with only `keep` features that comes closest on the inputs: least squares.
+    """Fit a weight with the features K = `keep` alone to the outputs of the whole: least squares.
 
-    argmin over V of tr((V - W) H (V - W)ᵀ) with V zero outside `keep`; [out, in] float64. With
-    S = Σ r xᵀ for a residual r that W leaves, closest to W x + r: of that less 2 tr(V Sᵀ).
+    Σ |V x - (W x + r)|² = tr((V - W) H (V - W)ᵀ) - 2 tr((V - W) Sᵀ) + a constant, with S = Σ r xᵀ.
+    With V zero outside of K its minimum solves V_K H_KK = W H_:K + S_:K.
+
+    Args:
+        weight: W, [out, in].
+        gram: H, damped, float64 [in, in].
+        keep: K, indices, int64.
+        slope: S, [out, in], where the outputs are to gain a residual r; None for r = 0.
+
+    Returns:
+        V, float64 [out, in].
+
+    Raises:
+        UnsupportedError: H_KK is not positive definite.
     """
     weight = weight.to(torch.float64)
     target = weight @ gram[:, keep]
@@ -139,13 +166,28 @@ def refit(weight: Tensor, gram: Tensor, keep: Tensor, slope: Tensor | None = Non
 
 
 def loss(weight: Tensor, other: Tensor, gram: Tensor) -> float:
-    """tr(ΔW H ΔWᵀ): the squared output error over all rows that the Gram matrix has seen."""
+    """Return tr(ΔW H ΔWᵀ), the squared output error over all rows that the Gram matrix has seen."""
     difference = weight.to(torch.float64) - other
     return float(((difference @ gram) * difference).sum())
 
 
 class _State:
-    """One problem while units go. H⁻¹ and W lag behind by factored downdates U Uᵀ and V Uᵀ."""
+    """One problem while units go.
+
+    With R Rᵀ = H⁻¹_GG, u = H⁻¹_:G R⁻ᵀ [in, g] and v = W_:G R⁻ᵀ [out, g], a removal is H⁻¹ -= u uᵀ
+    and W -= v uᵀ. The columns u and v are collected in U and V and applied once in a while:
+    H⁻¹ = inverse - U Uᵀ and W = weight - V Uᵀ. Costs need only the blocks of each unit, which every
+    removal brings up to date.
+
+    Attributes:
+        inverse: H⁻¹ before the collected removals, [in, in].
+        weight: W before the collected removals, [out, in].
+        u: U, [in, collected columns].
+        v: V, [out, collected columns].
+        gone: units removed, bool [units].
+        hessians: H⁻¹_GG of every unit, [units, g, g].
+        products: W_:Gᵀ W_:G of every unit, [units, g, g].
+    """
 
     def __init__(self, problem: Problem) -> None:
         self.columns = problem.columns
@@ -163,7 +205,8 @@ class _State:
         self.products = torch.einsum("oug,ouh->ugh", gathered, gathered)
 
     def costs(self) -> Tensor:
-        """Cost of removing each unit next; infinite for those that are gone. [units]"""
+        """Cost of removing each unit next, [units]; infinite for those that are gone."""
+        # tr(W_:G (H⁻¹_GG)⁻¹ W_:Gᵀ) = tr((H⁻¹_GG)⁻¹ (W_:Gᵀ W_:G))
         if self.width == 1:
             result = self.products[:, 0, 0] / self.hessians[:, 0, 0]
         else:
@@ -174,20 +217,23 @@ class _State:
     def remove(self, unit: int) -> None:
         """Take a unit out, and bring every other unit's blocks up to date."""
         at = self.columns[unit]
+        # Columns G of H⁻¹ and W, with the collected removals applied.
         hessian = self.inverse[:, at] - self.u @ self.u[at].T
         weight = self.weight[:, at] - self.v @ self.u[at].T
         root = torch.linalg.cholesky(hessian[at])
         u = torch.linalg.solve_triangular(root, hessian.T, upper=False).T
         v = torch.linalg.solve_triangular(root, weight.T, upper=False).T
-        # vᵀ W for the current W, before this removal.
+        # vᵀ W for the current W, before this removal; [g, in].
         projected = v.T @ self.weight - (v.T @ self.v) @ self.u.T
-        mine = u[self.columns]  # [units, width, width of the removed unit]
-        theirs = projected[:, self.columns].permute(1, 2, 0)
+        mine = u[self.columns]  # rows of u of every unit: [units, width, width of the removed unit]
+        theirs = projected[:, self.columns].permute(1, 2, 0)  # W_:Gᵀ v of every unit, as `mine`
+        # (W_:G - v u_Gᵀ)ᵀ (W_:G - v u_Gᵀ) = W_:Gᵀ W_:G - cross - crossᵀ + u_G vᵀ v u_Gᵀ
         cross = theirs @ mine.transpose(1, 2)
         inner = mine @ (v.T @ v) @ mine.transpose(1, 2)
         self.products += inner - cross - cross.transpose(1, 2)
         self.hessians -= mine @ mine.transpose(1, 2)
         self.gone[unit] = True
+        # Its block is zero now; the identity keeps `solve` defined, and `costs` masks the result.
         self.hessians[self.gone] = torch.eye(self.width, dtype=torch.float64)
         self.u = torch.cat([self.u, u], 1)
         self.v = torch.cat([self.v, v], 1)

@@ -1,11 +1,13 @@
 """A weight at every number of kept units, from the order of removal and the Gram matrix alone.
 
-Removing units one after another leaves, in any order, the least-squares solution on what is kept:
+W [out, in] is a weight, H [in, in] the damped Gram matrix of its inputs, K the features kept.
+Removing units one after another leaves, in any order, the least-squares solution on K (`obs`):
 
-    W_K = T[:, K] (H_KK)⁻¹    with T = W H
+    V_K H_KK = W H_:K    so    V_K = T_:K (H_KK)⁻¹    with T = W H
 
-So nothing is stored for each level. With features sorted by how long they stay, H = L Lᵀ, and the
-leading block of L is the factor of every H_KK: one Cholesky factorization serves all levels.
+Nothing is stored for each level. With features sorted by how long they stay, K are the first |K|,
+and for H = L Lᵀ the leading block of the lower triangular L is the Cholesky factor of the leading
+block of H: H_KK = L_KK L_KKᵀ. One factorization serves all levels.
 """
 
 from __future__ import annotations
@@ -48,6 +50,9 @@ class Snapshots:
         Args:
             problem: both.
             order: all units in the order in which they go.
+
+        Raises:
+            UnsupportedError: the Gram matrix is not positive definite.
         """
         stays = problem.columns[list(reversed(order))].reshape(-1)
         always = torch.ones(len(problem.gram), dtype=torch.bool)

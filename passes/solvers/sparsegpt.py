@@ -1,13 +1,17 @@
-"""SparseGPT's solver (arXiv 2301.00774): remove weights of one matrix, let the others make up.
+"""SparseGPT's solver (arXiv 2301.00774): remove weights of one matrix, with error compensation.
 
-For a weight W [out, in] and the Gram matrix H [in, in] of its inputs, columns are visited from left
-to right. With U the upper Cholesky factor of H⁻¹ (Uᵀ U = H⁻¹), the row U[j, j:] · U[j, j] is the
-first row of the inverse of H restricted to the columns from j on, so that removing w at column j
+W [out, in] is a weight, H [in, in] the damped Gram matrix of its inputs. Columns are visited from
+left to right; a weight that is kept at its turn is frozen, and columns to the right compensate. So
+at column j the inverse that counts is B = (H restricted to the columns from j on)⁻¹. With U the
+upper Cholesky factor of the inverse, Uᵀ U = H⁻¹, the Schur complement that eliminates the columns
+before j leaves B = U[j:, j:]ᵀ U[j:, j:], whose first row is U[j, j] · U[j, j:]. The optimal brain
+surgeon's formulas (`obs`, one column) with B become, for an entry w of column j,
 
-    costs    e² = (w / U[j, j])²                   the rise of tr(ΔW H ΔWᵀ)
-    updates  W[:, j:] -= e · U[j, j:]              the columns to the right make up
+    e = w / U[j, j]
+    cost    w² / B[0, 0] = e²                      the rise of tr(ΔW H ΔWᵀ)
+    update  W[row, j:] -= e · U[j, j:]             zero at j, compensation to the right
 
-A weight that is kept at its turn is frozen.
+All rows share U. The sum of all e² is tr(ΔW H ΔWᵀ).
 """
 
 from __future__ import annotations
@@ -38,8 +42,8 @@ class Inputs:
         added: what damping has added to them, [in, in].
         upper: the upper Cholesky factor of its inverse, [in, in].
         dead: features that were never anything but zero, bool [in].
-        damping: what was added to the diagonal, as a part of its mean; infinite where that did not
-            do and eigenvalues had to be clamped.
+        damping: what was added to the diagonal, as a fraction of its mean; infinite where that was
+            not enough and eigenvalues were clamped.
     """
 
     gram: Tensor
@@ -50,10 +54,10 @@ class Inputs:
 
     @staticmethod
     def of(gram: Tensor, damping: float) -> Inputs:
-        """Damp a Gram matrix [in, in], more if need be, and factor its inverse.
+        """Damp a Gram matrix [in, in], and factor its inverse.
 
-        A matrix that stays singular even with its own size on the diagonal (only rounding does
-        that) has its eigenvalues clamped.
+        Where Cholesky fails, damping is raised tenfold, up to 1. A matrix that is still singular,
+        which only rounding does, has its eigenvalues clamped to 1e-6 of the largest.
         """
         dead = gram.diagonal() <= 0
         level = damping
@@ -84,21 +88,24 @@ def sparsegpt(
     mask: Tensor | None = None,
     block: int = BLOCK,
 ) -> Tensor:
-    """The pruned weight [out, in], float64.
+    """Prune a weight; float64 [out, in].
 
-    1. single, and blocks of outputs x inputs: in every `block` of columns the lowest part goes,
-       over all rows together; a block of weights is scored by what removing it whole costs.
+    1. Unstructured, and blocks of outputs x inputs: in every `block` of columns the lowest fraction
+       goes, over all rows together; a block of weights is scored by the cost of removing it whole.
     2. n:m: in every row and every m columns, when the sweep comes there.
-    3. columns: structured OBS, greedily, then least squares on the columns that stay.
-    4. rows: those that cost least; nothing can make up for a whole row.
+    3. Columns: structured OBS, greedily, then least squares on the columns that stay.
+    4. Rows: those that cost least; nothing compensates for a whole row.
 
     Args:
         weight: [out, in].
         inputs: of the same features.
-        sparsity: part to remove; the pattern's own where it has one.
+        sparsity: fraction to remove; the pattern's own where it has one.
         pattern: must fit the shape.
-        mask: weights to remove, bool [out, in], instead of choosing; single weights only.
+        mask: weights to remove, bool [out, in], instead of choosing; unstructured only.
         block: columns a step, rounded up to hold the pattern.
+
+    Raises:
+        UnsupportedError: for columns, the Gram matrix is not positive definite.
     """
     rows, columns = weight.shape
     weight = weight.to(torch.float64).clone()
@@ -129,6 +136,8 @@ def sparsegpt(
             gone = _cheapest(here, factor, pattern, wanted - done)
             done = wanted
         here = _sweep(here, factor, gone, pattern if mask is None else None)
+        # In the block W changed by -E U, so its errors E [out, block] are solved for, and the same
+        # E updates all columns to the right at once.
         errors = torch.linalg.solve_triangular(
             factor, weight[:, start:stop] - here, upper=True, left=False
         )
@@ -146,6 +155,7 @@ def _sweep(weight: Tensor, factor: Tensor, gone: Tensor, pattern: Pattern | None
     for j in range(len(turned)):
         if pattern is not None and pattern.of and j % pattern.of == 0:
             near = slice(j, j + pattern.of)
+            # Costs e² with the weights as updated so far.
             scores = (turned[near] / diagonal[near, None]).square()
             gone[near] = lowest(scores.T, pattern.of - pattern.keep).T
         error = torch.where(gone[j], turned[j] / diagonal[j], 0.0)
@@ -159,7 +169,8 @@ def _cheapest(weight: Tensor, factor: Tensor, pattern: Pattern, count: int) -> T
     if pattern.width == 1:
         errors = weight / factor.diagonal()
     else:
-        # For the features G of a unit, e solves e · U[G, G] = w: |e|² is what all of it costs.
+        # Removing the consecutive features G one after another gives errors e with e U[G, G] = w_G:
+        # |e|² is the cost of all of them.
         parts = weight.reshape(len(weight), -1, pattern.width)
         index = torch.arange(weight.shape[1]).reshape(-1, pattern.width)
         corners = factor[index[:, :, None], index[:, None, :]]
@@ -186,6 +197,6 @@ def _columns(weight: Tensor, inputs: Inputs, sparsity: float) -> Tensor:
 
 
 def output_error(weight: Tensor, other: Tensor, gram: Tensor) -> float:
-    """Σ|ΔW x|² / Σ|W x|² over the rows that a Gram matrix has seen."""
+    """Return Σ |ΔW x|² / Σ |W x|² over the rows that a Gram matrix has seen; `weight` is W."""
     zero = torch.zeros_like(weight)
     return loss(weight, other, gram) / max(loss(weight, zero, gram), 1e-300)

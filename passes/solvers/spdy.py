@@ -1,8 +1,15 @@
-"""SPDY's search: which levels lose least of the model's own loss, at a price that a solver keeps.
+"""SPDY's search: the levels with the least loss of the whole model, within a budget.
 
-Errors of layers add up to no loss of a model: some layers matter more. So each layer's errors are
-weighted by a sensitivity, a solver chooses levels for the weighted errors, and the sensitivities
-are searched for by the loss of the model that comes out (SPDY, arXiv 2201.13096, section 3.2).
+Item l has levels j with errors e[l][j], of the layer alone, and costs that a solver keeps within
+the budget. The loss F of the model is not the sum of these errors: some layers matter more. With a
+sensitivity g[l] >= 0 for each item,
+
+    j(g) = argmin Σ g[l] e[l][j(l)]    within the budget          (`knapsack`)
+    min over g of F(j(g))                                         (here)
+
+The second problem has few variables, and no gradient, since j(g) is a step function: it is searched
+at random, then by changing ever fewer entries of the best g (SPDY, arXiv 2201.13096, section 3.2:
+from a tenth of them down to one, 100 attempts without success each). Scaling g changes nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +25,7 @@ import numpy.typing as npt
 Levels = tuple[int, ...]
 Sensitivities = npt.NDArray[np.float64]
 
-RANDOM = 0.4  # part of the evaluations that go to random sensitivities
+RANDOM = 0.4  # fraction of the evaluations that go to random sensitivities
 
 
 @final
@@ -51,7 +58,7 @@ def search(
     at_most: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Found:
-    """Search sensitivities: the prior, random ones, then ever fewer of the best ones changed.
+    """Search sensitivities: the prior, random ones, then ever fewer entries of the best changed.
 
     Args:
         solve: the levels of least weighted error that keep the budget.
@@ -70,7 +77,7 @@ def search(
         if len(work.losses) >= count:
             break
         drawn = generator.uniform(size=guess.shape)
-        # By turns without regard to the guess, as the paper does, and around it.
+        # Alternately uniform, as the paper does, and uniform times the prior.
         work.improves(drawn if i % 2 else drawn * guess)
     changed = max(1, round(0.1 * len(guess)))
     for several in range(changed, 0, -1):
@@ -78,6 +85,7 @@ def search(
         while misses < 100 and len(work.losses) < at_most:
             tried = work.best.copy()
             at = generator.choice(len(guess), several, replace=False)
+            # Only ratios count: the largest entry sets the scale.
             tried[at] = generator.uniform(size=several) * tried.max()
             misses = 0 if work.improves(tried) else misses + 1
     progress(at_most, at_most)

@@ -180,7 +180,7 @@ def owl_offsets(
 def within_bounds(
     parts: Mapping[str, float], sizes: Mapping[str, int], mean: float
 ) -> dict[str, float]:
-    """Parts clamped to [0.01, 0.99], all shifted alike until their mean by size is as asked."""
+    """Fractions in [0.01, 0.99], shifted by one amount until their mean by size is as asked."""
     low, high = min(0.01, mean), max(0.99, mean)
     total = sum(sizes.values())
 
@@ -198,11 +198,11 @@ def within_bounds(
 
 
 def global_sparsities(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, float]:
-    """What part of each matrix lies among the lowest `sparsity` of all scores.
+    """The fraction of each matrix that lies among the lowest `sparsity` of all scores.
 
     Args:
         scores: of each matrix's units, any shape; comparable with each other.
-        sparsity: part of all units to remove.
+        sparsity: fraction of all units to remove.
     """
     flats = {name: s.flatten().to(torch.float32, copy=True) for name, s in scores.items()}
     for values in flats.values():

@@ -82,7 +82,7 @@ def find_feedforwards(sites: Sequence[LinearSite]) -> list[FeedForward]:
     found: list[FeedForward] = []
     taken: set[str] = set()
     for site in products.values():
-        block = _behind(site, products)
+        block = _feedforward_of(site, products)
         if block is None:
             continue
         names = {block.down.name, *(up.name for up in block.ups)}
@@ -92,7 +92,7 @@ def find_feedforwards(sites: Sequence[LinearSite]) -> list[FeedForward]:
     return found
 
 
-def _behind(down: LinearSite, products: dict[fx.Node, LinearSite]) -> FeedForward | None:
+def _feedforward_of(down: LinearSite, products: dict[fx.Node, LinearSite]) -> FeedForward | None:
     """Walk back from a site's operand through elementwise operators to products."""
     segments: dict[fx.Node, Segment] = {}
     nodes: set[fx.Node] = set()
@@ -156,7 +156,7 @@ def _segment(node: fx.Node, products: dict[fx.Node, LinearSite]) -> Segment | No
         cut, index = node.args[0], node.args[1]
         if not isinstance(cut, fx.Node) or not is_op(cut, "split", "split_with_sizes", "chunk"):
             return None
-        source = _product_behind(cut, products)
+        source = _product_before(cut, products)
         if source is None or bound_arguments(cut).get("dim", 0) not in (-1, _last(cut)):
             return None
         widths = [int(part.shape[-1]) for part in cut.meta["val"]]
@@ -164,7 +164,7 @@ def _segment(node: fx.Node, products: dict[fx.Node, LinearSite]) -> Segment | No
         start = sum(widths[: index % len(widths)])
         return Segment(source, start, start + widths[index], node)
     if is_op(node, "slice"):
-        source, bound = _product_behind(node, products), bound_arguments(node)
+        source, bound = _product_before(node, products), bound_arguments(node)
         if source is None or bound.get("dim", 0) not in (-1, _last(node)):
             return None
         width = int(source.node.meta["val"].shape[-1])
@@ -176,7 +176,7 @@ def _segment(node: fx.Node, products: dict[fx.Node, LinearSite]) -> Segment | No
     return None
 
 
-def _product_behind(node: fx.Node, products: dict[fx.Node, LinearSite]) -> LinearSite | None:
+def _product_before(node: fx.Node, products: dict[fx.Node, LinearSite]) -> LinearSite | None:
     source = node.args[0]
     while isinstance(source, fx.Node) and _keeps_rows(source):
         source = source.args[0]

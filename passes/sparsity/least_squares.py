@@ -1,11 +1,16 @@
 """LeastSquares: let the kept weights do what the dense layers did, without labels or gradients.
 
-For a linear layer with weight W and inputs x in the pruned model, and W' x' in the dense one:
+A linear layer has the weight W [out, in] and inputs x [in] in the pruned model, W' and x' in the
+dense one. With the residual s = W' x' - W x [out], A = Σ x xᵀ [in, in] and R = Σ s xᵀ [out, in],
 
-    min over D, zero where W is zero    Σ |(W + D) x - W' x'|² + λ |D|²
+    min over D, zero where W was zeroed    Σ |(W + D) x - W' x'|² + λ |D|²
+                                         = Σ |s|² - 2 tr(D Rᵀ) + tr(D (A + λ I) Dᵀ)
 
-With A = Σ x xᵀ and R = Σ (W' x' - W x) xᵀ each row d of D solves (A + λ) d = r on its own support:
-by Cholesky where a row may use every feature, by conjugate gradients where it may not.
+falls apart into rows: each row d of D solves (A + λ I) d = r on its own support, r that row of R.
+Without zeros all rows share one Cholesky factor. With them every row has a system of its own, and
+all are solved together by conjugate gradients, projected to the support and preconditioned by the
+diagonal (Jacobi). A bias is one more feature, the constant 1, which is not damped. λ is a fraction
+of the mean of A's diagonal.
 """
 
 from __future__ import annotations
@@ -42,7 +47,7 @@ from graphprune.validate import check_number
 
 log = logging.getLogger(__name__)
 
-_PRECISE = 1e-6  # of the first residual: conjugate gradients stop there
+_PRECISE = 1e-6  # of the first residual of a row: conjugate gradients stop there
 _AT_MOST = 100  # or after so many steps, each of which lowers the error
 
 
@@ -63,7 +68,7 @@ class LeastSquares(SitePass):
     5. Experts are left alone: the dense model may route other rows to them.
 
     Attributes:
-        damping: how strongly weights hold on to what they are: λ, as a part of the mean squared
+        damping: how strongly weights stay what they are: λ, as a fraction of the mean squared
             input.
     """
 
@@ -138,7 +143,7 @@ class _Sums:
 @final
 @dataclass(slots=True)
 class _Work:
-    """How far the pass is; `program` holds the weights that are fitted by now."""
+    """The state of the pass; `program` holds the weights fitted so far."""
 
     program: Program
     dense: Program
@@ -222,7 +227,7 @@ class _Work:
         if bias is not None:
             moved = (bias + change[:, columns]).to(bias.dtype)
             parts.append((moved - bias).double()[:, None])
-        # As it is once rounded, on the rows themselves, without damping.
+        # The error after it, by the identity above with D as rounded, and without damping.
         real = torch.cat(parts, 1)
         after = sums.before - float((real * (2 * sums.slope - real @ seen)).sum())
         better = after < sums.before
@@ -255,7 +260,10 @@ class _Work:
 
 
 def solve_masked(gram: Tensor, slope: Tensor, mask: Tensor | None) -> tuple[Tensor, int]:
-    """Each row d of the result minimizes d A dᵀ - 2 d · r where its mask is true, and is zero else.
+    """Minimize d A dᵀ - 2 d · r for each row d that is zero where its mask is false.
+
+    Conjugate gradients for P A P d = P r, with P the projection to the row's mask: residuals are
+    masked, so directions stay in the support. Rows are independent and stop one by one.
 
     Args:
         gram: A, symmetric and positive (semi)definite, float64 [in, in].
@@ -270,6 +278,7 @@ def solve_masked(gram: Tensor, slope: Tensor, mask: Tensor | None) -> tuple[Tens
         if not int(bad):
             return torch.cholesky_solve(slope.T, factor).T, 0
         mask = torch.ones_like(slope, dtype=torch.bool)
+    # Names in the literature: left r, towards p, scaled z = r / diag A, size r·z, pushed A p.
     diagonal = gram.diagonal().clamp_min(torch.finfo(gram.dtype).tiny)
     result = torch.zeros_like(slope)
     left = slope * mask
@@ -281,12 +290,13 @@ def solve_masked(gram: Tensor, slope: Tensor, mask: Tensor | None) -> tuple[Tens
         if not bool(going.any()):
             return result, step
         pushed = (towards @ gram) * mask
-        curve = (towards * pushed).sum(1)
+        curve = (towards * pushed).sum(1)  # pᵀ A p; not positive only by rounding
         rate = torch.where(going & (curve > 0), size / curve, 0.0)[:, None]
         result += rate * towards
         left -= rate * pushed
         scaled = left / diagonal
         before, size = size, (left * scaled).sum(1)
+        # The next direction is conjugate to the former ones.
         towards = scaled + torch.where(before > 0, size / before, 0.0)[:, None] * towards
     return result, _AT_MOST
 
@@ -312,7 +322,7 @@ def _pairs(
     skipped: dict[str, str],
     ctx: Context,
 ) -> list[_Pair]:
-    """Every place of these sites with its twin in the dense model; others go to `skipped`."""
+    """Every place of these sites with the same one in the dense model; others go to `skipped`."""
     wanted = [site.name for site in sites]
     here, there = (_places(p, ctx) for p in (program, dense))
     tables = _tables(program)
@@ -345,12 +355,12 @@ def _pairs(
     for site in linear_sites(ctx.get(axis_groups, program)):
         if site.name not in wanted or site.name in reasons:
             continue
-        twin = there[site.name].pop(0)
-        if len(here[site.name]) == 1 and number[twin.node] < reached:
+        former = there[site.name].pop(0)
+        if len(here[site.name]) == 1 and number[former.node] < reached:
             reasons[site.name] = "it comes earlier in the dense model"
             continue
-        reached = max(reached, number[twin.node])
-        pairs.append(_Pair(site, twin, rows.get(site.name)))
+        reached = max(reached, number[former.node])
+        pairs.append(_Pair(site, former, rows.get(site.name)))
     skipped |= reasons
     return pairs
 

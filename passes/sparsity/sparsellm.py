@@ -28,11 +28,11 @@ class SparseLLM(CompensatedPass):
     """Prune feed-forward blocks as a whole, everything else by SparseGPT.
 
     SparseLLM (arXiv 2402.17946). SparseGPT keeps each matrix's own output; here the weights before
-    and after the activation are pruned in turns, with the hidden values as variables between them,
-    so that the output of the block stays. Blocks are found in the graph: one or more weights that
-    read the same input, any elementwise function (gated or not), and the weight that reads its
-    result. Each block keeps the round with the smallest true error, so that on its calibration
-    rows it is never worse than SparseGPT.
+    and after the activation are pruned alternately, with the hidden values between them as
+    variables, so that the output of the block stays. Blocks are found in the graph: one or more
+    weights that read the same input, any elementwise function (gated or not), and the weight that
+    reads its result. Each block keeps the round with the smallest true error, so that on its
+    calibration rows it is never worse than SparseGPT.
 
     Attributes:
         rounds: how often the weights are pruned; 1 is SparseGPT.

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from graphprune.errors import RecipeError
 
-NAMES = ("single", "rows", "columns")
 _N_OF_M = re.compile(r"(\d+):(\d+)")
 _BLOCK = re.compile(r"(\d+)x(\d+)")
 
@@ -28,7 +27,7 @@ class Pattern:
     """What goes together.
 
     Attributes:
-        text: as it was written: "single", "2:4", "32x4", "rows", "columns".
+        text: as it was written: "unstructured", "2:4", "32x4", "rows", "columns".
         height: outputs of a block; 0 for a whole column.
         width: inputs of a block; 0 for a whole row.
         keep: of `of` consecutive inputs in a row so many stay; 0 where that is not the pattern.
@@ -74,8 +73,10 @@ def parse_pattern(text: str) -> Pattern:
     Raises:
         RecipeError: it is none of the known forms.
     """
-    if text == "single":
+    if text == "unstructured":
         return Pattern(text)
+    if text == "single":
+        raise RecipeError("the pattern of single weights is called 'unstructured', not 'single'")
     if text == "rows":
         return Pattern(text, 1, 0)
     if text == "columns":
@@ -92,7 +93,7 @@ def parse_pattern(text: str) -> Pattern:
         if height and width:
             return Pattern(text, height, width)
     raise RecipeError(
-        f"there is no pattern {text!r}: write 'single', 'n:m' (keeps n of m, as 2:4), "
+        f"there is no pattern {text!r}: write 'unstructured', 'n:m' (keeps n of m, as 2:4), "
         "'OUTxIN' blocks (as 32x4), 'rows' or 'columns'"
     )
 
@@ -102,7 +103,7 @@ def removed_mask(scores: Tensor, sparsity: float, pattern: Pattern, per_row: boo
 
     Args:
         scores: [out, in], higher is more important.
-        sparsity: part of the units to remove; an n:m pattern has its own.
+        sparsity: fraction of the units to remove; an n:m pattern has its own.
         pattern: what goes together; it must fit the shape.
         per_row: choose the same number in every row of units, instead of over the whole matrix;
             not where a row is one unit, which leaves nothing to choose.

@@ -42,9 +42,9 @@ class PatternPass(SitePass):
     """A pass that zeroes weights in a pattern.
 
     Attributes:
-        pattern: what goes together: "single" weights, "n:m" (keeps n of every m consecutive inputs
-            of a row), "OUTxIN" blocks such as "32x4", whole "rows" or "columns". Units are scored
-            by the sum of their weights' scores.
+        pattern: what goes together: "unstructured" (each weight alone), "n:m" (keeps n of every m
+            consecutive inputs of a row), "OUTxIN" blocks such as "32x4", whole "rows" or "columns".
+            Units are scored by the sum of their weights' scores.
         allocation: "uniform" (the sparsity in every matrix), "owl" (more where outliers are few;
             needs calibration) or "global" (one ranking of all matrices: by |w|, or with activations
             by |w| · ‖x‖ relative to the matrix's mean).
@@ -109,7 +109,7 @@ class ZeroingPass(PatternPass):
     """Whether `prune` looks at activations, and so does a global ranking."""
 
     sparsity: float | None = None
-    pattern: str = "single"
+    pattern: str = "unstructured"
     owl_threshold: float = field(default=5.0, kw_only=True)
     owl_spread: float = field(default=0.08, kw_only=True)
 
@@ -119,8 +119,8 @@ class ZeroingPass(PatternPass):
         if self.sparsity is None and pattern.sparsity is None:
             raise RecipeError(f"pattern {self.pattern!r} needs a sparsity, such as 0.5")
         if self.sparsity is not None:
-            check_number("sparsity", self.sparsity, "the part of the weights to zero, at least 0 "
-                         "and below 1", low=0, high=1, open_high=True)  # fmt: skip
+            check_number("sparsity", self.sparsity, "the fraction of the weights to zero, at least "
+                         "0 and below 1", low=0, high=1, open_high=True)  # fmt: skip
             own = pattern.sparsity
             if own is not None and abs(self.sparsity - own) > 1e-6:
                 raise RecipeError(

@@ -48,11 +48,11 @@ class Wanted:
     """How much is to go.
 
     Attributes:
-        ratio: the part to remove: of each group, or of all groups' parameters together.
+        ratio: the fraction to remove: of each group, or of all groups' parameters together.
         round_to: the kept count rounds up to a multiple of this.
         steps: the same by group, where it is another number than `round_to`.
-        floor: part of each group's units that stays whatever the ranking says.
-        costs: parameters that go with one unit, by group; equal where nothing is said.
+        floor: fraction of each group's units that stays whatever the ranking says.
+        costs: parameters that go with one unit, by group; equal where none is given.
         sizes: units that `ratio` and `floor` are parts of, by group: those in the dense model. What
             is gone already counts as removed. The units there are where nothing is said. Not a
             whole number where another factor of the group's channels has lost some.

@@ -29,7 +29,7 @@ from graphprune.passes.structural.statistics import (
 from graphprune.pipeline.base import Context, Invariant, Pass, PassResult
 from graphprune.validate import check_number, check_whole
 
-OF = ("now", "dense")
+OF = ("current", "dense")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,21 +39,21 @@ class StructuralPass(Pass):
     A subclass says with `selector` which groups it works on, and adds options of its own.
 
     Attributes:
-        ratio: part of each group's units to remove, in [0, 1); one unit always stays.
+        ratio: fraction of each group's units to remove, in [0, 1); one unit always stays.
         score: "magnitude" (L2 norm of all that goes with a unit), "random"; with calibration
-            "obs" (exact cost after the others make up), "fluctuation", "activation",
+            "obs" (exact cost after compensation), "fluctuation", "activation",
             "taylor" (gradients).
         allocation: "uniform" (the ratio of each group) or "global" (of all groups together).
         round_to: the kept count rounds up to a multiple of this; 8 or 16 suits vector units.
-        compensate: how kept weights make up for removed ones: "none", "bias", "least-squares";
+        compensate: how kept weights compensate for removed ones: "none", "bias", "least-squares";
             "auto" is least squares where calibration decides, else none.
-        damping: part of the mean squared input added to the Gram matrix's diagonal.
-        floor: under "global", the part of each group's units that stays in any case.
+        damping: fraction of the mean squared input added to the Gram matrix's diagonal.
+        floor: under "global", the fraction of each group's units that stays in any case.
         targets: name patterns; only groups that reach such a tensor. Globs for a name or a module,
             or "re:" and a regular expression.
         ignore: name patterns to leave alone.
-        of: what ratio is a part of: the units there are "now", or those of the "dense" model, of
-            which some may be gone already.
+        of: what ratio is a fraction of: the units of the "current" program, or those of the
+            "dense" model, of which some may be gone already.
     """
 
     preserves: ClassVar[Invariant] = Invariant.INTERFACE
@@ -69,18 +69,22 @@ class StructuralPass(Pass):
     floor: float = 0.0
     targets: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
-    of: str = "now"
+    of: str = "current"
 
     def __post_init__(self) -> None:
-        check_number("ratio", self.ratio, "the part to remove, at least 0 and below 1",
+        check_number("ratio", self.ratio, "the fraction to remove, at least 0 and below 1",
                      low=0, high=1, open_high=True)  # fmt: skip
         check_whole("round_to", self.round_to, "at least 1, and whole")
         check_number("damping", self.damping, "0 or more", low=0)
         check_number(
-            "floor", self.floor, "the part of each group that stays, 0 to 1", low=0, high=1
+            "floor", self.floor, "the fraction of each group that stays, 0 to 1", low=0, high=1
         )
         if self.of not in OF:
-            raise RecipeError(f"ratio is a part of the units 'now' or 'dense', got of={self.of!r}")
+            was = "; 'now' is called 'current'" if self.of == "now" else ""
+            raise RecipeError(
+                f"of is 'current' or 'dense': ratio is a fraction of the program's units or of the "
+                f"dense model's, got {self.of!r}{was}"
+            )
         score_named(self.score)
         allocation_named(self.allocation)
         check_compensation(self.compensate)
@@ -95,7 +99,7 @@ class StructuralPass(Pass):
 
     @property
     def method(self) -> str:
-        """How the kept weights make up for the removed ones."""
+        """How the kept weights compensate for the removed ones."""
         if self.compensate != "auto":
             return self.compensate
         return "least-squares" if self._scored_by_data else "none"
@@ -232,9 +236,9 @@ class StructuralPass(Pass):
         if former is None or former.size < group.size:
             raise UnsupportedError(
                 f"pass {ctx.running!r} counts units of the dense model, which has no "
-                f"{group.role} axis {group.id!r} of as many; take of='now'"
+                f"{group.role} axis {group.id!r} of as many; take of='current'"
             )
-        # Another factor of the same channels may be smaller by now.
+        # Another factor of the same channels may be smaller already.
         before, after = (
             self._channels_of_a_unit(groups, g)[0] for groups, g in ((dense, former), (now, group))
         )

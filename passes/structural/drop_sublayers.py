@@ -36,9 +36,9 @@ SCORES = ("similarity", "loss")
 class DropSublayers(Pass):
     """Remove whole sublayers: of x + f(x) only x is left, and the addition goes too.
 
-    Needs calibration batches, no labels. A norm behind the sum (post-LN) stays, one before it that
+    Needs calibration batches, no labels. A norm after the sum (post-LN) stays, one before it that
     nothing else reads goes. A decoder's layer without attention has no cache: its keys and values
-    are no inputs or outputs any more, and the layers behind it move up.
+    are no inputs or outputs any more, and the layers after it move up.
 
     1. A sublayer is a residual branch that the graph shows: attention ("attention"), products with
        matrices without attention ("ffn"), convolutions (with kind "any" alone).

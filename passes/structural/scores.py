@@ -47,7 +47,7 @@ class Evidence:
         group: whose units.
         ctx: the randomness and the analyses.
         parts: the weights that read the units, with moments; empty where nothing needs them.
-        damping: part of the mean squared input added to a Gram matrix's diagonal.
+        damping: fraction of the mean squared input added to a Gram matrix's diagonal.
     """
 
     program: Program
@@ -204,9 +204,9 @@ class Obs(Score):
         return torch.tensor(order, dtype=torch.int64), torch.tensor(costs, dtype=torch.float64)
 
     def score(self, seen: Evidence) -> Tensor:
-        """What each unit costs when OBS comes to it, as a part of the consumers' output; [size].
+        """Cost of each unit when OBS removes it, as a fraction of the consumers' output; [size].
 
-        A part of its own layer's output says nothing of how much that layer matters to the model's.
+        How much that layer matters to the model's output is not in it.
 
         Costs only rise along the order of removal: a unit that gets cheaper once another is gone
         would otherwise be counted before it. The last unit, which always stays, costs as much as

@@ -43,8 +43,9 @@ def select(program: Program, groups: AxisGroups, wanted: Selector) -> Selection:
     """The groups that a selector takes and that can be cut.
 
     Of several groups of one role that are factors of one dimension, 16 = 4 × 4 channels, one is
-    taken, so that a ratio is a part of the dimension: the one with the most units, for counts that
-    come nearest to the ratio, and of equal ones the outer one. Groups named by id are all taken.
+    taken, so that a ratio is a fraction of the dimension: the one with the most units, for counts
+    that come nearest to the ratio, and of equal ones the outer one. Groups named by id are all
+    taken.
 
     Raises:
         RecipeError: a pattern of targets, ignore or groups matches nothing.

@@ -31,7 +31,7 @@ from graphprune.rewrite.shrink import shrink
 CUT_ROLES = ("head", "kv_group", "neuron")
 RATIOS = (0.25, 0.5, 0.75)
 
-# (candidate, dense) -> milliseconds of both, measured in turns
+# (candidate, dense) -> milliseconds of both, measured interleaved
 Timer = Callable[[Program, Program], tuple[float, float]]
 Progress = Callable[[int, int], None]
 

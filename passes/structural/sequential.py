@@ -31,7 +31,7 @@ _PASSES_ON = ("to", "contiguous", "clone", "alias", "dropout", "detach")
 @final
 @dataclass(frozen=True, slots=True)
 class StreamTarget:
-    """Fit the last product of a residual branch to the dense model's stream behind the branch.
+    """Fit the last product of a residual branch to the dense model's stream after the branch.
 
     What earlier cuts have changed in the stream is repaired too, as far as the kept units can
     (K-prune, arXiv 2308.03449, section 4.3). Elsewhere weights are fitted to their own output.
@@ -44,7 +44,7 @@ class StreamTarget:
     dense: Program
     branches: Sequence[Branch]
 
-    def sum_behind(self, part: Consumer, stream: Stream) -> fx.Node | None:
+    def sum_after(self, part: Consumer, stream: Stream) -> fx.Node | None:
         """The sum that takes a product's output as it is, and is in both graphs; else None."""
         entry = part.site.entry
         by_name = {node.name: node for node in stream.nodes}
@@ -109,7 +109,7 @@ def cut_groups(
         score: which units go first.
         ctx: the batches and the progress.
         method: how kept weights compensate for removed ones.
-        damping: part of the mean squared input added to a Gram matrix's diagonal.
+        damping: fraction of the mean squared input added to a Gram matrix's diagonal.
         target: what least squares fits to; by default each weight's own output.
     """
     batches = list(ctx.batches())
@@ -137,12 +137,12 @@ def cut_groups(
 def _towards_stream(
     part: Consumer, target: StreamTarget, dense: Stream, pruned: Stream, program: Program
 ) -> Consumer:
-    """The consumer with the residual of the stream behind it, where it ends a branch."""
-    behind = target.sum_behind(part, pruned)
-    if behind is None:
+    """The consumer with the residual of the stream after it, where it ends a branch."""
+    total = target.sum_after(part, pruned)
+    if total is None:
         return part
-    there = next(node for node in dense.nodes if node.name == behind.name)
-    after, after_there = (s.nodes[s.number[n] + 1] for s, n in ((pruned, behind), (dense, there)))
+    there = next(node for node in dense.nodes if node.name == total.name)
+    after, after_there = (s.nodes[s.number[n] + 1] for s, n in ((pruned, total), (dense, there)))
     features = len(part.units) + (part.site.bias is not None)
     rows = part.site.matrix(program).shape[0]
     slope = torch.zeros(rows, features, dtype=torch.float64)
@@ -154,7 +154,7 @@ def _towards_stream(
             continue
         _, _, others_there = next(theirs)
         wanted = dense.rows[i](there, others_there[there])
-        residual = (wanted - pruned.rows[i](behind, values[behind])).double()
+        residual = (wanted - pruned.rows[i](total, values[total])).double()
         if part.site.bias is not None:
             inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
         slope += residual.T @ inputs.double()

@@ -55,19 +55,19 @@ class Shrink(Pass):
     def run(self, program: Program, ctx: Context) -> PassResult:
         refuse_quantized(program, ctx.running)
         current = program
-        proofs: list[dict[str, JSON]] = []
+        checks: list[dict[str, JSON]] = []
         folded: Counter[str] = Counter()
         while True:  # every round removes a unit, or is the last
-            ctx.progress(len(proofs), len(proofs) + 1, "rounds")
+            ctx.progress(len(checks), len(checks) + 1, "rounds")
             groups = ctx.get(axis_groups, current)
             found = _Findings(current, groups)
             keep = {g.id: found.kept(g) for g in groups if g.id in found.needless}
             if not keep:
                 break
             folded.update({name: int(found.folds[name].sum()) for name in keep})
-            current, proof = ctx.shrink(current, keep, found.folded(keep))
-            proofs.append(proof)
-        ctx.progress(len(proofs) + 1, len(proofs) + 1, "rounds")
+            current, check = ctx.shrink(current, keep, found.folded(keep))
+            checks.append(check)
+        ctx.progress(len(checks) + 1, len(checks) + 1, "rounds")
         report: dict[str, JSON] = {
             **removed_since(program, current),
             "folded": dict(+folded),
@@ -76,11 +76,11 @@ class Shrink(Pass):
             "parameters_before": program.num_parameters(),
             "parameters_after": current.num_parameters(),
         }
-        if not proofs:
+        if not checks:
             return PassResult(program, False, report)
         # What goes here is needless: that no output moves is the point, and no blindness.
-        last = {k: v for k, v in proofs[-1].items() if k not in ("moved", "observable")}
-        errors = [p["max_error"] for p in proofs if "max_error" in p]
+        last = {k: v for k, v in checks[-1].items() if k not in ("moved", "observable")}
+        errors = [check["max_error"] for check in checks if "max_error" in check]
         report["verification"] = {**last, **({"max_error": max(errors)} if errors else {})}
         return PassResult(current, True, report)
 
@@ -131,13 +131,13 @@ class _Findings:
 
     def unread(self) -> list[Unread]:
         """Input features that none of the weights behind one value reads, but others do."""
-        behind: dict[tuple[str, str], list[LinearSite]] = {}
+        at_value: dict[tuple[str, str], list[LinearSite]] = {}
         for entry in self.program.entries:
             for site in linear_sites(self.groups, entry):
                 if site.expert is None:
-                    behind.setdefault((entry, site.operand.name), []).append(site)
+                    at_value.setdefault((entry, site.operand.name), []).append(site)
         found = []
-        for sites in behind.values():
+        for sites in at_value.values():
             dead = torch.stack([_is_zero(s.matrix(self.program)) for s in sites]).all(0)
             if bool(dead.any()):
                 names = [site.name for site in sites]

@@ -124,7 +124,7 @@ def compensate(
     method: str,
     damping: float,
 ) -> tuple[Program, float]:
-    """Zero the removed units' columns in every consumer, and mend the kept ones.
+    """Zero the removed units' columns in every consumer, and compensate in the kept ones.
 
     none            the columns go, nothing else changes
     bias            b += W_removed · mean of the removed inputs: the mean output stays (FLAP)

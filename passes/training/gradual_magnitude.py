@@ -43,8 +43,8 @@ class GradualMagnitude(PatternPass, GradualPass):
     Zeros alone make nothing faster in ONNX Runtime: remove structure, or quantize, for speed.
 
     Attributes:
-        final: part of the weights that is zero in the end, in [0, 1); not with an n:m pattern.
-        initial: part that is zero from the first step on, at most `final`.
+        final: fraction of the weights that is zero in the end, in [0, 1); not with an n:m pattern.
+        initial: fraction that is zero from the first step on, at most `final`.
         every: steps from one choice of weights to the next.
         allocation: "uniform" (the sparsity in every matrix) or "global" (one ranking of all).
     """
@@ -56,7 +56,7 @@ class GradualMagnitude(PatternPass, GradualPass):
     schedule: str = "cubic"
     initial: float = 0.0
     every: int = 10
-    pattern: str = "single"
+    pattern: str = "unstructured"
     _: KW_ONLY
     epochs: int = 3
 
@@ -74,9 +74,9 @@ class GradualMagnitude(PatternPass, GradualPass):
                 raise RecipeError(
                     f"pattern {self.pattern!r} needs a final sparsity, such as final=0.8"
                 )
-            check_number("final", self.final, "the part of the weights that is zero in the end, at "
+            check_number("final", self.final, "the final fraction of zeros among the weights, at "
                          "least 0 and below 1", low=0, high=1, open_high=True)  # fmt: skip
-        check_number("initial", self.initial, "a part of the weights, 0 to final",
+        check_number("initial", self.initial, "a fraction of the weights, 0 to final",
                      low=0, high=self._last())  # fmt: skip
         check_whole("every", self.every)
 
@@ -107,15 +107,15 @@ class GradualMagnitude(PatternPass, GradualPass):
             },
         )
         result = with_zeroed(fitted.program, sites)
-        told = trained_report(fitted)
+        trained = trained_report(fitted)
         part = _sparsity(result, sites)
         epochs = [
             {**record, "sparsity": sparsity}
-            for record, sparsity in zip(told["epochs"], masking.reached, strict=True)
+            for record, sparsity in zip(trained["epochs"], masking.reached, strict=True)
         ]
         report = {
-            **told,
-            "summary": f"{part:.1%} of the weights in {len(sites)} matrices, {told['summary']}",
+            **trained,
+            "summary": f"{part:.1%} of the weights in {len(sites)} matrices, {trained['summary']}",
             "epochs": epochs,
             "sparsity": part,
             # Not under "sites": a page of matrices wants more of each than there is to say here.
@@ -127,7 +127,7 @@ class GradualMagnitude(PatternPass, GradualPass):
                 }
                 for site in sites
             ],
-            "skipped": {**told.get("skipped", {}), **skipped},
+            "skipped": {**trained.get("skipped", {}), **skipped},
         }
         return PassResult(result, True, report)
 
@@ -181,7 +181,7 @@ class _Growing:
         self.reached = state["reached"].tolist()
 
     def after_epoch(self, program: Program, epoch: int) -> tuple[Program, None]:
-        """Write down how sparse it is by now."""
+        """Write down how sparse it is now."""
         self.reached.append(_sparsity(program, self.sites))
         return program, None
 
@@ -214,6 +214,6 @@ class _Growing:
 
 
 def _sparsity(program: Program, sites: Sequence[LinearSite]) -> float:
-    """The part of the sites' weights that is zero."""
+    """The fraction of the sites' weights that is zero."""
     matrices = [site.matrix(program) for site in sites]
     return sum(int((m == 0).sum()) for m in matrices) / sum(m.numel() for m in matrices)

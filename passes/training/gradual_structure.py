@@ -62,11 +62,11 @@ class GradualStructure(GradualPass):
        goes only when all of it goes. It is zeroed, and removed for good when training is over.
 
     Attributes:
-        density: part of the parameters of all competing units that is left in the end; without a
-            budget.
+        density: fraction of the parameters of all competing units that is left in the end; without
+            a budget.
         score: "grain" (mean of |slope|) or "taylor" (of slope²); a slope is the loss's by a gate.
         smoothing: weight of the past in the running mean of scores, in [0, 1).
-        regularize: part of a head's value dims below which those left count less; 0 for off.
+        regularize: fraction of a head's value dims below which those left count less; 0 for off.
         roles: what competes: some of "head", "kv_group", "neuron", "qk_dim", "v_dim".
         budget: what to reach instead of a density: speedup, ms or flops of a `Budget`, whose batch,
             threads, device, drop, round_to, targets and ignore count too.
@@ -90,7 +90,7 @@ class GradualStructure(GradualPass):
 
     def __post_init__(self) -> None:
         GradualPass.__post_init__(self)
-        check_number("density", self.density, "a part above 0, at most 1", low=0, high=1,
+        check_number("density", self.density, "a fraction above 0, at most 1", low=0, high=1,
                      open_low=True)  # fmt: skip
         if self.score not in SCORES:
             raise RecipeError(
@@ -173,7 +173,7 @@ class GradualStructure(GradualPass):
         skipped: Mapping[str, str],
         ctx: Context,
     ) -> dict[str, JSON]:
-        ledger, told = state.ledger, trained_report(fitted)
+        ledger, trained = state.ledger, trained_report(fitted)
         summary = f"density {ledger.density:.1%} of {len(ledger.units)} axes"
         reached: dict[str, JSON] = {}
         if state.budgeted is not None:
@@ -181,12 +181,12 @@ class GradualStructure(GradualPass):
             reached["dropped"] = [name for name in ledger.sublayers if name in ledger.dropped]
             summary = reached.pop("summary")
         return {
-            **told,
+            **trained,
             **reached,
-            "summary": f"{summary}, {told['summary']}",
+            "summary": f"{summary}, {trained['summary']}",
             "epochs": [
                 {**record, "density": density}
-                for record, density in zip(told["epochs"], state.reached, strict=True)
+                for record, density in zip(trained["epochs"], state.reached, strict=True)
             ],
             "density": ledger.density,
             "groups": [
@@ -196,7 +196,7 @@ class GradualStructure(GradualPass):
             # Not of dims that each head has its own of.
             "kept": kept_indices(fitted.program.history[len(program.history) :]),
             "scores": state.summary(),
-            "skipped": {**told.get("skipped", {}), **skipped},
+            "skipped": {**trained.get("skipped", {}), **skipped},
             "frozen": [f.to_json() for f in frozen_parameters(ctx.get(axis_groups, program))],
             "parameters_before": program.num_parameters(),
             "parameters_after": fitted.program.num_parameters(),

@@ -59,5 +59,5 @@ class L1(PenaltyPass):
             "before": topology(program, parts.expanding, threshold),
             "after": topology(result, parts.expanding, threshold),
         }
-        told = {"sparsity": sparsity_of(result, parts.all, 0.0), "degrees": degrees}
-        return PassResult(result, True, {**trained_report(fitted), **told})
+        more = {"sparsity": sparsity_of(result, parts.all, 0.0), "degrees": degrees}
+        return PassResult(result, True, {**trained_report(fitted), **more})

@@ -1,4 +1,4 @@
-"""Redundant heads: find those that do as another one does, and let that one speak for both."""
+"""Redundant heads: find those that equal another one, and merge them into it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Merge:
     """Heads of one group that go into others.
 
     Attributes:
-        into: for each head, the one that speaks for it; itself where it stays.
+        into: for each head, its representative; itself where it stays.
         distances: largest absolute difference of the incoming weights of each pair, [k, k].
     """
 
@@ -75,7 +75,7 @@ def plan_merge(program: Program, groups: AxisGroups, group: AxisGroup, theta: fl
 
 
 def unit_distances(program: Program, groups: AxisGroups, group: AxisGroup) -> Tensor:
-    """The largest absolute difference of what comes into each pair of units, [k, k]."""
+    """The largest absolute difference of the incoming weights of each pair of units, [k, k]."""
     leaving = {(s.tensor, site_dims(s)[1]) for s, _ in consumers(groups, group)}
     rows = []
     for place in group.occurrences:
@@ -91,7 +91,7 @@ def unit_distances(program: Program, groups: AxisGroups, group: AxisGroup) -> Te
 def merge_units(
     program: Program, groups: AxisGroups, group: AxisGroup, into: Sequence[int]
 ) -> Program:
-    """Add what leaves each unit to what leaves its representative, at the old shapes."""
+    """Add the outgoing weights of each unit to its representative's, at the old shapes."""
     done = set()
     for site, units in consumers(groups, group):
         if site.name in done:

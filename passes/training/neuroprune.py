@@ -1,4 +1,18 @@
-"""NeuroPrune: train so that connections, features and heads that are not needed die."""
+"""NeuroPrune: train so that connections, features and heads that are not needed die.
+
+    min  task + alpha Σ_layers R_ffn + beta Σ_layers R_att           (arXiv 2404.01306, eq. 1 and 2)
+
+    R_ffn = Σ_u v_u Σ_j |w_uj|     v_u = 1 / (fraction of unit u's weights with |w| >= eps)
+    R_att = Σ_i s_i^½              s_i = Σ |w| of q, k and v over input feature i
+
+v_u is a constant for the gradient, so weights of u shrink at the rate alpha v_u sign(w): units with
+few connections lose the rest faster, and rows die whole. The slope of R_att, sign(w) / (2 s_i^½),
+grows as s_i gets small, which empties whole features.
+
+Heads h and k whose incoming weights (q, k, v and biases) are equal have the same output a, and with
+the output projection O_h a + O_k a = (O_h + O_k) a: one of them can go. Here they may differ by
+theta, so merging is exact at theta = 0 alone.
+"""
 
 from __future__ import annotations
 
@@ -35,28 +49,28 @@ CONTRACTING = ("rows", "columns")
 @final
 @dataclass(frozen=True, slots=True)
 class NeuroPrune(PenaltyPass):
-    """Train with penalties that wire the network sparsely, and merge heads that do alike.
+    """Train with penalties that wire the network sparsely, and merge heads that are equal.
 
     loss = task + alpha · feed-forward + beta · attention         (arXiv 2404.01306)
 
     1. Feed-forward: l1 weighted by preferential attachment. Each unit's weights are divided by the
-       part of its connections that is alive, so that poor units die whole.
+       fraction of its connections that is alive, so that units with few connections die whole.
     2. Attention: the square root of each input feature's l1 norm over query, key and value.
     3. After every epoch, heads whose incoming weights differ by at most theta from another's are
        merged into it: their outgoing weights are added, and they are removed, verified. The last
        head stays; grouped-query attention merges whole groups. Position biases must match too.
     4. In the end small weights become zero for good. Zeros alone make nothing faster.
 
-    The source leaves open which of alpha and beta is which, the exact weights of case 1, how often
-    they are computed anew (here: every step), and the rule of case 4. What is done here is one
-    reading, with options where another one is as likely.
+    The paper leaves open which of alpha and beta is which, the exact weights of case 1, how often
+    they are computed (here: at every step), and the rule of case 4. This is one reading, with
+    options where another one is as likely.
 
     Attributes:
         alpha: weight of the feed-forward penalty.
         beta: weight of the attention penalty.
         theta: largest difference of two heads that count as one; None merges none.
         threshold: a connection below it counts as dead.
-        contracting: units of the weights that read neurons: "rows" (outputs, as in the source), or
+        contracting: units of the weights that read neurons: "rows" (outputs, as in the paper), or
             "columns" (the neurons, which then die from both sides).
     """
 
@@ -137,7 +151,7 @@ class _State:
     skipped: dict[str, str] = field(default_factory=dict)
 
     def bind(self, program: Program) -> None:
-        """Positions of units are others once some are gone."""
+        """Find the parts again: positions of units change once some are gone."""
         self.parts = self.options.parts(program)
 
     def penalty(self, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -152,7 +166,16 @@ class _State:
         return total
 
     def merged(self, program: Program, epoch: int) -> tuple[Program, Keep]:
-        """Merge redundant heads, attention after attention."""
+        """Merge redundant heads, attention after attention.
+
+        Args:
+            program: as trained so far.
+            epoch: from 0.
+
+        Returns:
+            The program with outgoing weights added up, at the old shapes, and group id -> heads
+            that stay.
+        """
         keep: dict[str, list[int]] = {}
         if self.options.theta is None:
             return program, keep
@@ -174,7 +197,7 @@ class _State:
                 "into": list(plan.into),
                 "largest_difference": max(distances),
             }
-            # In the history it is there after an interruption too.
+            # The history is part of a checkpoint, so the note survives an interruption.
             merged = merged.record({"merged": note})
         return merged, keep
 

@@ -1,11 +1,12 @@
 """Penalties that make weights go to zero where zeros become structure, and where they act.
 
-    feed-forward   Σ_u v_u Σ_j |w_uj|,  v_u = 1 / (part of u's weights that are alive)
+    feed-forward   Σ_u v_u Σ_j |w_uj|,  v_u = 1 / (fraction of u's weights that is alive)
     attention      Σ_i (Σ |w| over all of q, k, v that reads input feature i)^½
 
-The first is preferential attachment (NeuroPrune, arXiv 2404.01306): who has few connections pays
-more for each, so rows die whole. The second is a group penalty on input features. Both are found
-from axis groups and linear sites: fused, transposed and gated weights alike.
+The first is preferential attachment (NeuroPrune, arXiv 2404.01306): a unit with few connections
+pays more for each, so rows die whole. The second is a group penalty on input features. Both are
+found from axis groups and linear sites, in fused, transposed and gated weights too. Their gradients
+are v_u sign(w) and sign(w) / (2 (s_i + δ)^½), s_i the sum under the root.
 """
 
 from __future__ import annotations
@@ -56,11 +57,11 @@ class Part:
 @final
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What is regularized in a program.
+    """The weights of a program that are regularized.
 
     Attributes:
         expanding: weights that make neurons; units are neurons.
-        contracting: weights that read neurons; units are outputs, or neurons if so wished.
+        contracting: weights that read neurons; units are outputs, or neurons if asked for.
         attention: for each input of an attention, the parts that read it; units are its features.
     """
 
@@ -114,25 +115,25 @@ def find_parts(groups: AxisGroups, columns: bool = False) -> Parts:
 
 
 def connectivity(weight: Tensor, threshold: float) -> Tensor:
-    """The part of each unit's connections that is alive, at least one of them; [..., units]."""
+    """The fraction of each unit's connections that is alive, at least one of them; [..., units]."""
     count = weight.shape[-1]
     alive = (weight.detach().abs() >= threshold).sum(-1).to(weight.dtype)
     return (alive / count).clamp_min(1 / count)
 
 
 def attachment_penalty(weight: Tensor, threshold: float) -> Tensor:
-    """Σ_u v_u Σ_j |w_uj| of [..., units, others]; v is a constant for the gradient."""
+    """Return Σ_u v_u Σ_j |w_uj| of [..., units, others]; v is a constant for the gradient."""
     return (weight.abs().sum(-1) / connectivity(weight, threshold)).sum()
 
 
 def group_penalty(weights: Sequence[Tensor]) -> Tensor:
-    """Σ_i (Σ |w| of unit i in all weights)^½; each [..., units, others]."""
+    """Return Σ_i (Σ |w| of unit i in all weights)^½, weights [..., units, others], equal units."""
     sums = torch.stack([w.abs().sum(-1) for w in weights]).sum(0)
     return (sums + DELTA).sqrt().sum()
 
 
 def l1_penalty(weights: Sequence[Tensor]) -> Tensor:
-    """Σ |w|."""
+    """Return Σ |w| over all weights."""
     return torch.stack([w.abs().sum() for w in weights]).sum()
 
 

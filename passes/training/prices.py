@@ -163,7 +163,7 @@ class Budgeted:
         self._sized = sized_for(options, program, ctx.quantization)
         self._branches = self._droppable()
         self._work: Work | None = None
-        self.account = self._workers.told(self._measured)
+        self.account = self._workers.run_on_main(self._measured)
         self._check_reachable()
 
     def _droppable(self) -> list[Branch]:
@@ -191,9 +191,9 @@ class Budgeted:
         names = sorted(frozenset[str]().union(*(branch.tensors for branch in found)))
         tensors = self.program.tensors
         dead = self.program.with_tensors({n: torch.zeros_like(tensors[n]) for n in names})
-        behind, gates = gated(self.program, found)
+        gates_open, gates = gated(self.program, found)
         try:
-            compare_zeroed(dead, closed(behind, gates.values()))
+            compare_zeroed(dead, closed(gates_open, gates.values()))
         except VerificationError:
             return False
         return True
@@ -252,7 +252,7 @@ class Budgeted:
             result: the trained program.
             ledger: of what is gone.
         """
-        return self._workers.told(lambda: self._report(result, ledger).to_json())
+        return self._workers.run_on_main(lambda: self._report(result, ledger).to_json())
 
     def _report(self, result: Program, ledger: Ledger) -> BudgetReport:
         assert self._work is not None

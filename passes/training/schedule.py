@@ -22,7 +22,7 @@ def scheduled(
     """The value of a schedule (Zhu and Gupta, arXiv 1710.01878); exactly `last` from `end` on.
 
     Args:
-        progress: part of all training steps that is done, 0 to 1.
+        progress: fraction of all training steps that is done, 0 to 1.
         begin, end: parts of all steps between which the value moves; equal ones make it jump there.
         first, last: the value before and after.
         shape: one of `SCHEDULES`.
@@ -39,7 +39,7 @@ def check_schedule(shape: object, begin: object, end: object) -> None:
     """Raise RecipeError for a schedule that does not exist or ends before it begins."""
     if shape not in SCHEDULES:
         raise RecipeError(f"there is no schedule {shape!r}; {suggest(str(shape), SCHEDULES)}")
-    check_number("begin", begin, "a part of all steps, 0 to 1", low=0, high=1)
-    check_number("end", end, "a part of all steps, 0 to 1", low=0, high=1)
+    check_number("begin", begin, "a fraction of all steps, 0 to 1", low=0, high=1)
+    check_number("end", end, "a fraction of all steps, 0 to 1", low=0, high=1)
     if float(end) < float(begin):  # type: ignore[arg-type]
         raise RecipeError(f"the schedule ends at {end!r}, before it begins at {begin!r}")

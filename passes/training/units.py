@@ -5,7 +5,17 @@
     sublayer        a residual branch with all that is left of it
 
 Heads then keep equally many dims, each its own ones: where no tensor is shared between heads, the
-positions inside a head are in any order that we like (GRAIN's ragged heads, arXiv 2212.07634).
+order of positions inside a head is free (GRAIN's ragged heads, arXiv 2212.07634).
+
+Scores are slopes. With a gate ξ on unit u of what a weight w [out, in] reads, y = Σ_u w_:u ξ_u x_u,
+
+    dL/dξ_u at ξ = 1  =  Σ dL/dy · w_:u x_u  =  Σ_o w_ou g_ou,    g = dL/dw = Σ dL/dy xᵀ
+
+so the gradients of plain training give them: sums of g·w over a unit's columns.
+
+Costs count parameters once, however many units they belong to. In a tensor whose dimension d keeps
+n_d of its N_d positions, m_d of which belong to no unit, Π n_d - Π m_d parameters of units live; a
+removal that leaves n'_d frees Π n_d - Π n'_d, times the price of one.
 """
 
 from __future__ import annotations
@@ -60,7 +70,7 @@ class Units:
         size: units of each; unit u of head h is number h · size + u.
         places: everything that goes with a unit.
         read: where Σ g·w is taken, each once.
-        share: what that sum is multiplied by.
+        share: factor of that sum: 0.5 where two places give the same derivative.
         values: whether they are what a head gives, so that its density counts.
     """
 
@@ -77,11 +87,16 @@ class Units:
     def slopes(self, sums: Mapping[tuple[str, int], Tensor]) -> Tensor:
         """Σ g·w of each unit, from the sums at each position; float64 [rows, size].
 
-        1. Over what reads a unit it is the derivative of the loss by a gate on it (section 8 of
-           Michel et al., arXiv 1905.10650, for heads; likewise for neurons and value dims).
-        2. A query/key dim has a gate on the product q·k. Σ g·w over the query's rows is its
-           derivative, and so it is over the key's: half of both needs not know which is which.
-           Where value dims are the same axis, half of all is the sum of both gates' derivatives.
+        1. Over what reads a unit it is the derivative of the loss by a gate on it (Michel et al.,
+           arXiv 1905.10650, for heads; likewise for neurons and value dims).
+        2. A query/key dim r has a gate on the product q_r k_r. Its derivative is Σ dL/dq_r q_r,
+           which is Σ g·w over the query's rows and bias, and likewise over the key's: half of both
+           needs not know which is which. Where value dims are the same axis, their rows and the
+           output's columns each give the derivative of a gate on the value, and half of all is the
+           sum of both gates' derivatives.
+
+        Args:
+            sums: Σ g·w at each position, by tensor and dimension; from `position_sums`.
         """
         found = torch.zeros(self.rows * self.size + 1, dtype=torch.float64)
         for place in self.read:
@@ -154,7 +169,12 @@ def _heads_above(groups: AxisGroups, group: AxisGroup) -> AxisGroup | None:
 def position_sums(
     units: Sequence[Units], parameters: Mapping[str, nn.Parameter]
 ) -> dict[tuple[str, int], Tensor]:
-    """Σ g·w at each position of each dimension that is read; float64 on the CPU."""
+    """Sum g·w, gradient times weight, at each position of each dimension that is read.
+
+    Returns:
+        By tensor and dimension, float64 [size of the dimension] on the CPU. Parameters without a
+        gradient are left out.
+    """
     found: dict[tuple[str, int], Tensor] = {}
     for place in (p for u in units for p in u.read):
         parameter = parameters.get(place.tensor)
@@ -214,7 +234,7 @@ class Ledger:
             if (mine := {p.tensor for p in u.places} & names) and mine <= s.tensors
         }
         every = [(u, torch.ones(u.rows * u.size, dtype=torch.bool)) for u in units]
-        self._rest = dict.fromkeys(self._alive, 0)  # parameters of no unit
+        self._rest = dict.fromkeys(self._alive, 0)  # parameters of no unit, Π m_d
         rest = {name: math.prod(_counts(dims)) for name, dims in self._without(every).items()}
         self.counts = {n: math.prod(_counts(self._alive[n])) - rest[n] for n in self._alive}
         self._rest = rest
@@ -225,7 +245,7 @@ class Ledger:
 
     @property
     def density(self) -> float:
-        """The part of what all units cost that is left."""
+        """The fraction of the cost of all units that is left."""
         return 1 - self.removed / self.total
 
     def drain(self) -> Ledger:
@@ -286,8 +306,8 @@ class Ledger:
             if self.removed + cost <= budget:
                 self._remove(removal, sublayer)
             elif fill:
-                # So are all of its axis, for good: what goes takes as much from the budget as it
-                # makes others cheaper, or more.
+                # For good: a later removal makes it cheaper by at most what it takes of the budget.
+                # The other units of its axis cost the same.
                 too_dear.add(name)
             elif sublayer is None or self.removed + cost <= self.limit:
                 break
@@ -329,7 +349,7 @@ class Ledger:
     def _ranked(self, unit: Units, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Scores for their cost, ascending, [n], and the units' numbers, [rows that live, n].
 
-        None where they cost nothing.
+        Empty where a removal costs nothing.
         """
         gone = self.gone[unit.id]
         rows = self.living_rows(unit)
@@ -338,7 +358,7 @@ class Ledger:
         numbers = rows[:, None] * unit.size + order.indices[:, :count]
         if not count:
             return scores.new_zeros(0), numbers
-        # Units of one axis are alike: what the first one costs, the others cost.
+        # All units of an axis cost the same.
         cost = self._cost([(unit, self._chosen(unit, numbers[:, 0]))])
         if self.prices is None:
             cost = max(cost, 1)
@@ -393,11 +413,11 @@ class Ledger:
         return 1 if self.prices is None else self.prices.get(tensor, 0.0)
 
     def _living(self, tensor: str, dims: Sequence[Tensor]) -> int:
-        """How many parameters of units live in a tensor."""
+        """How many parameters of units live in a tensor: Π n_d - Π m_d."""
         return max(math.prod(_counts(dims)) - self._rest[tensor], 0)
 
     def _cost(self, removals: Removal, sublayer: Sublayer | None = None) -> float:
-        """What would go with these units, or a sublayer, beside what is gone."""
+        """The cost of what would go with these units, or a sublayer: Π n_d - Π n'_d, priced."""
         return (0 if sublayer is None else sublayer.base) + sum(
             self._price(name) * (self._living(name, self._alive[name]) - self._living(name, dims))
             for name, dims in self._without(removals, sublayer).items()
@@ -412,7 +432,7 @@ class Ledger:
             self.dropped.append(sublayer.id)
 
     def _settle(self) -> None:
-        """Count anew what is gone: the same number to the last bit, in whatever order it went."""
+        """Count again what is gone, so that the sum does not depend on the order of removal."""
         bases = (s.base for s in self.sublayers.values() if s.id in self.dropped)
         self.removed = self.lost(self._alive) + sum(bases)
 
@@ -437,6 +457,7 @@ class Ledger:
             parameter = parameters.get(name)
             if parameter is None or all(bool(d.all()) for d in dims):
                 continue
+            # The outer "and" of all dimensions: true where every coordinate lives.
             mask = torch.ones((), dtype=torch.bool, device=parameter.device)
             for dim in dims:
                 mask = mask.unsqueeze(-1) & dim.to(parameter.device)
@@ -476,6 +497,7 @@ class Ledger:
             gone = self.gone[unit.id]
             if unit.heads is None or not bool(gone.any()):
                 continue
+            # Of each head the living dims first, both in their old order.
             order = gone.int().argsort(dim=1, stable=True)
             numbers = (order + torch.arange(unit.rows)[:, None] * unit.size).flatten()
             for place in unit.places:
@@ -492,7 +514,7 @@ def _counts(dims: Iterable[Tensor]) -> list[int]:
 
 
 def _moved(units: Tensor, numbers: Tensor) -> Tensor:
-    """Positions to take from, so that unit `numbers[i]` comes where unit i was; int64."""
+    """Positions to take from, so that unit `numbers[i]` moves to the place of unit i; int64."""
     inside = (units >= 0).nonzero().flatten()
     # All positions of a unit, in their order: as many for each.
     positions = inside[units[inside].argsort(stable=True)].view(len(numbers), -1)

@@ -40,7 +40,7 @@ class PenaltyPass(PlainTrainingPass):
         PlainTrainingPass.__post_init__(self)
         check_number("zero_below", self.zero_below, "0 or more", low=0)
         if self.sparsity is not None:
-            rule = "a part of all weights, 0 to 1"
+            rule = "a fraction of all weights, 0 to 1"
             check_number("sparsity", self.sparsity, rule, low=0, high=1)
 
     def parts(self, program: Program) -> Parts:
@@ -75,7 +75,7 @@ def zero_small(
 
     Args:
         below: weights of smaller magnitude go.
-        sparsity: instead, this part of all of the parts' weights goes, the smallest of them.
+        sparsity: instead, this fraction of all of the parts' weights goes, the smallest of them.
     """
     names = list(dict.fromkeys(part.tensor for part in parts))
     chosen = {name: torch.zeros_like(program.tensors[name], dtype=torch.bool) for name in names}
@@ -96,7 +96,7 @@ def zero_small(
 
 
 def sparsity_of(program: Program, parts: Sequence[Part], threshold: float) -> float:
-    """The part of the parts' weights that is smaller than a threshold, or zero."""
+    """The fraction of the parts' weights that is smaller than a threshold, or zero."""
     seen = views(parts, program.tensors)
     count = sum(view.numel() for view in seen)
     dead = sum(int(((view.abs() < threshold) | (view == 0)).sum()) for view in seen)

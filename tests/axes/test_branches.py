@@ -75,7 +75,7 @@ def test_every_sublayer_is_found(name: str, captured: Captured) -> None:
     assert named(captured(name)) == EXPECTED[name]
 
 
-def test_the_norm_behind_a_sum_is_no_part_of_the_branch(captured: Captured) -> None:
+def test_the_norm_after_a_sum_is_no_part_of_the_branch(captured: Captured) -> None:
     attention, ffn, *_ = branches(captured("tiny-bert"))
     assert "encoder.layer.0.attention.output.LayerNorm.weight" not in attention.tensors
     assert attention.tensors == {

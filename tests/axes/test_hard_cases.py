@@ -1,4 +1,4 @@
-"""Operators in the forms that are easy to get wrong: cut what is free, and prove it."""
+"""Operators in the forms that are easy to get wrong: cut what is free, and verify it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -120,7 +120,7 @@ CASES: dict[str, tuple[Step, int]] = {
 
 
 def cut_everything(model: nn.Module, x: Tensor, kept: int) -> AxisGroups:
-    """Cut each free axis alone, and all at once, to `kept` units; prove each."""
+    """Cut each free axis alone, and all at once, to `kept` units; verify each."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter))

@@ -36,7 +36,7 @@ def test_compile_without_the_dense_twin_writes_and_times_none(
     assert "faster" not in result.stdout
     again = run("bench", "out")
     assert again.exit_code == 2
-    assert "dense twin" in sentence(again)
+    assert "no dense baseline" in sentence(again)
 
 
 def test_compile_takes_a_recipe_file_and_replaces_its_own_folder(run: Run, tmp_path: Path) -> None:

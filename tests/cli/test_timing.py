@@ -65,4 +65,4 @@ def test_a_twin_that_is_not_there_is_missed_before_the_program_is_read(
     for against in ("dense", "int8"):
         result = run("bench", str(copied), "--against", against)
         assert result.exit_code == 2, result.output
-        assert "no dense twin" in sentence(result)
+        assert "no dense baseline" in sentence(result)

@@ -160,7 +160,7 @@ def test_the_teacher_is_the_trained_model(folder: Path) -> None:
     head = "head.weight"
     assert not torch.allclose(dense.program.tensors[head], start.program.tensors[head])
     assert dense.report.before == dense.report.after
-    # Nothing was cut and nothing is dropped out, so the teacher teaches what the student knows.
+    # Nothing was cut and nothing is dropped out, so the student equals the teacher.
     again = gp.compile(dense, [Distill(alpha=0, epochs=1, lr=1e-12)], training=training)
     assert again.report.passes[0].details["epochs"][0]["loss"] == pytest.approx(0, abs=1e-6)
     assert [p.name for p in again.report.passes] == ["distill"]
@@ -175,11 +175,11 @@ def test_the_artifact_remembers_columns_and_classes(
         "graphprune/task.json"
         in json.loads((folder / "out" / "graphprune" / "manifest.json").read_text())["sha256"]
     )
-    judge = ("eval", "out", "--task", "classification", "--data", "dev.tsv")
-    found = json.loads(run(*judge, "--json").stdout)
+    evaluation = ("eval", "out", "--task", "classification", "--data", "dev.tsv")
+    found = json.loads(run(*evaluation, "--json").stdout)
     assert found["pruned"] == made["quality"]["pruned"]
     assert found["dense"] == made["quality"]["dense"]
-    assert "±" in run(*judge).stdout
+    assert "±" in run(*evaluation).stdout
     in_torch = evaluate(
         "classification",
         gp.load(folder / "out").program,
@@ -191,7 +191,7 @@ def test_the_artifact_remembers_columns_and_classes(
     # Other names of the same columns.
     text = (folder / "dev.tsv").read_text().replace("text\tlabel", "q\tkind", 1)
     (folder / "renamed.tsv").write_text(text)
-    other = (*judge[:-1], "renamed.tsv")
+    other = (*evaluation[:-1], "renamed.tsv")
     assert "lacks the columns ['text', 'label']" in sentence(run(*other))
     named = run(*other, "--text-column", "q", "--label-column", "kind", "--json")
     assert json.loads(named.stdout) == found
@@ -221,8 +221,8 @@ def test_a_trained_head_is_judged_and_pruned_as_it_is(run: Run, folder: Path) ->
     model.save_pretrained(folder / "c")
     for file in (folder / "m").glob("tokenizer*"):
         shutil.copy(file, folder / "c")
-    judge = (*TASK, "--data", "dev.tsv", "--json")
-    dense = json.loads(run("eval", "c", *judge).stdout)["dense"]
+    evaluation = (*TASK, "--data", "dev.tsv", "--json")
+    dense = json.loads(run("eval", "c", *evaluation).stdout)["dense"]
     arguments = ("compile", "c", "--heads", "0.25", "--score", "magnitude", "--no-measure")
     result = run(*arguments, *TASK, "--eval", "dev.tsv", "-o", "kept-head", "--json")
     assert result.exit_code == 0, result.stderr
@@ -276,8 +276,8 @@ def test_texts_longer_than_the_model_takes_are_cut_everywhere(run: Run, folder: 
         result = run(*arguments, "--lr", "0.005", "--epochs", "1", "-o", name, "--json")
         assert result.exit_code == 0, result.stderr
         found.append(json.loads(result.stdout))
-        judge = ("eval", name, *TASK, "--data", file, "--json")
-        assert json.loads(run(*judge).stdout)["pruned"] == found[-1]["quality"]["pruned"]
+        evaluation = ("eval", name, *TASK, "--data", file, "--json")
+        assert json.loads(run(*evaluation).stdout)["pruned"] == found[-1]["quality"]["pruned"]
     assert found[0]["calibration"] == found[1]["calibration"] == {"samples": 2, "tokens": 128}
     assert found[0]["quality"] == found[1]["quality"]
     first, second = (f["trained"]["epochs"][0]["loss"] for f in found)
@@ -295,14 +295,14 @@ def test_texts_longer_than_the_model_takes_are_cut_everywhere(run: Run, folder: 
 def test_the_dense_model_s_training_in_words(
     losses: list[float], metrics: tuple[float | None, float | None], words: str
 ) -> None:
-    told = {
+    trained = {
         "epochs": [{"loss": loss} for loss in losses],
         "metric": None if metrics[0] is None else "accuracy",
         "metric_before": metrics[0],
         "metric_after": metrics[1],
     }
     none: Any = None
-    summary = Summary("m", Path("out"), 1.0, none, {}, None, {}, trained=told)
+    summary = Summary("m", Path("out"), 1.0, none, {}, None, {}, trained=trained)
     assert summary.trained_first() == words
     assert not Summary("m", Path("out"), 1.0, none, {}, None, {}).trained_first()
 
@@ -321,7 +321,7 @@ def test_training_resumes_where_its_checkpoints_are(
     kept = (*arguments, "--checkpoints", "kept")
     first = run(*kept, "--eval", "dev.tsv", "-o", "once", "--json")
     assert first.exit_code == 0, first.stderr
-    # Without a twin the model is judged alone.
+    # Without a baseline the model is evaluated alone.
     assert list(json.loads(first.stdout)["quality"]) == ["pruned"]
     assert (folder / "kept" / "dense" / "0-finetune" / "training.json").is_file()
     assert (folder / "kept" / "0-finetune" / "training.json").is_file()
@@ -342,7 +342,7 @@ def test_the_recipe_recover_names_what_it_needs(run: Run, folder: Path) -> None:
     assert "2 of 4 heads" in shown.stdout or "1 of 4 heads" in shown.stdout
     distilled = gp.load(folder / "recovered").report.passes[2]
     assert distilled.step == {"distill": {"lr": 0.005}}
-    # Two epochs, and no --eval to judge them by.
+    # Two epochs, and no --eval to choose the best by.
     assert re.search(r"dense model trained first: 2 epochs, loss 0\.\d+ -> 0\.\d+", shown.stdout)
 
 

@@ -137,7 +137,7 @@ def test_half_removed_equals_half_masked(
     kept = _half(chosen)
     masked, shrunk = mask(program, kept), shrink(program, kept)
     verify_rewrite(masked, shrunk)
-    # A verifier that cannot see the cut proves nothing.
+    # A verifier that cannot see the cut verifies nothing.
     moved = max(
         relative_error(a, b)
         for inputs in batches(program.forward)

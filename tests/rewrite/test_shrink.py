@@ -21,7 +21,7 @@ Captured = Callable[[str], Program]
 
 @pytest.fixture
 def cut(captured: Captured) -> tuple[Program, Program]:
-    """A tiny encoder with half of all heads, dimensions and neurons gone, and its masked twin."""
+    """A tiny encoder with half of all heads, dimensions and neurons gone, and masked."""
     program = captured("tiny-roberta")
     roles = ("head", "qk_dim", "v_dim", "neuron")
     kept = {g.id: range(g.size // 2) for g in axis_groups(program).with_role(*roles)}

@@ -91,8 +91,8 @@ def test_a_program_reads_no_weights_outside_of_its_folder(
     data["shared"] |= {"file": name, "sha256": sha256(tmp_path / "secret")}
     file.write_text(json.dumps(data))
     manifest = tmp_path / "out" / "manifest.json"
-    told = json.loads(manifest.read_text())
-    told["sha256"]["program/program.json"] = sha256(file)
-    manifest.write_text(json.dumps(told))
+    data = json.loads(manifest.read_text())
+    data["sha256"]["program/program.json"] = sha256(file)
+    manifest.write_text(json.dumps(data))
     with pytest.raises(ArtifactError, match="outside the artifact"):
         gp.load(tmp_path / "out")

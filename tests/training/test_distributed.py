@@ -36,10 +36,10 @@ pruned = prune(data(2))
 for name, found in (("train", fitted), ("prune", pruned)):
     tensors = {n: t.contiguous() for n, t in found.program.tensors.items()}
     save_file(tensors, folder / f"{name}-{rank}.st")
-told = [fitted.report["processes"], fitted.report["steps"]]
-told.append([[r["loss"], r["metric"]] for r in fitted.report["epochs"]])
-told.append(pruned.report["groups"])
-(folder / f"{rank}.json").write_text(json.dumps(told))
+found = [fitted.report["processes"], fitted.report["steps"]]
+found.append([[r["loss"], r["metric"]] for r in fitted.report["epochs"]])
+found.append(pruned.report["groups"])
+(folder / f"{rank}.json").write_text(json.dumps(found))
 torch.distributed.destroy_process_group()
 """
 
@@ -117,9 +117,9 @@ def test_two_processes_equal_one_with_doubled_batches(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr[-3000:]
 
     alone, pruned = train(data(4)), prune(data(4))
-    told, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
-    assert told == other
-    processes, steps, epochs, groups = told
+    found, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert found == other
+    processes, steps, epochs, groups = found
     assert (processes, steps) == (2, alone.report["steps"])
     assert groups == pruned.report["groups"]
     for which, single in (("train", alone.program), ("prune", pruned.program)):

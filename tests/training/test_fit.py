@@ -540,8 +540,8 @@ def test_what_masking_remembers_is_resumed(captured: Captured, tmp_path: Path, b
 
 
 def test_patience_waits_until_masks_have_settled(captured: Captured) -> None:
-    told = iter([9.0, 8.0, 1.0, 2.0, 1.5, 1.4, 1.3])
-    options: Any = {"epochs": 6, "patience": 2, "eval": lambda program: next(told)}
+    metrics = iter([9.0, 8.0, 1.0, 2.0, 1.5, 1.4, 1.3])
+    options: Any = {"epochs": 6, "patience": 2, "eval": lambda program: next(metrics)}
     fitted = _fit(captured("tiny-mlp"), **options, masking=_Smallest(6))
     # Before training 9; the first epoch is before the masks, so that its 8 does not count.
     assert fitted.report["best_epoch"] == 3
@@ -592,26 +592,26 @@ def test_of_several_scores_none_is_guessed() -> None:
         assert torch.equal(loss_of("classification", clear, batch).total, expected)
 
 
-# --- judging, stopping, progress ---------------------------------------------------------------
+# --- evaluation, stopping, progress ---------------------------------------------------------------
 
 
 def test_patience_keeps_the_best_epoch(captured: Captured) -> None:
     program = captured("tiny-mlp")
-    judged: list[Program] = []
+    evaluated: list[Program] = []
     scores = [0.1, 0.3, 0.9, 0.5, 0.8, 1.0]
 
-    def judge(now: Program) -> float:
-        judged.append(now)
-        return scores[len(judged) - 1]
+    def evaluate(now: Program) -> float:
+        evaluated.append(now)
+        return scores[len(evaluated) - 1]
 
-    fitted = _fit(program, eval=judge, epochs=6, patience=2)
-    assert len(judged) == 5  # before, and four epochs: the last two were no better
+    fitted = _fit(program, eval=evaluate, epochs=6, patience=2)
+    assert len(evaluated) == 5  # before, and four epochs: the last two were no better
     assert fitted.report["best_epoch"] == 2
     assert fitted.report["stopped_early"]
     assert (fitted.report["metric_before"], fitted.report["metric_after"]) == (0.1, 0.9)
-    # What was judged stayed as it was, and is what comes back.
-    assert _same(judged[2], fitted.program)
-    assert not _same(judged[4], fitted.program)
+    # What was evaluated stayed as it was, and is what comes back.
+    assert _same(evaluated[2], fitted.program)
+    assert not _same(evaluated[4], fitted.program)
 
 
 def test_progress_tells_loss_and_metric(captured: Captured) -> None:

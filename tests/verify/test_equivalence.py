@@ -425,7 +425,7 @@ class AfterPin(nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["unflatten", "mean of a mean", "mean of a norm", "attention"])
-def test_operators_behind_a_pinned_result(kind: str) -> None:
+def test_operators_after_a_pinned_result(kind: str) -> None:
     program = capture(AfterPin(kind).eval(), (torch.randn(2, 5, 8),))
     free = [g for g in axis_groups(program) if not g.frozen and not g.normalized]
     assert free

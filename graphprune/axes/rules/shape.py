@@ -298,7 +298,7 @@ def unbind(c: RuleContext) -> list[Dims]:
     """Units by number, one output each."""
     dims = c.dims(c.get("self"))
     d = c.dim(len(dims), default=0)
-    c.freeze(dims[d], "its units are told apart by")
+    c.freeze(dims[d], "its units are distinguished by")
     return [(*dims[:d], *dims[d + 1 :])] * len(c.value)
 
 

@@ -1,4 +1,4 @@
-"""Who loads folders with ONNX models, and what each needs of them.
+"""Which programs load folders with ONNX models, and what each needs.
 
 A record a consumer, in files by kind; `check` holds a folder against them. Nothing is run: files
 are parsed as JSON or as ONNX.

@@ -16,7 +16,7 @@ TYPES = (
     "internlm2", "llama", "mistral", "nemotron", "olmo", "phi", "phimoe", "phi3", "phi3small",
     "qwen2", "qwen3", "smollm3",
 )  # fmt: skip
-# Of its tokenizers, without a "Fast" behind; each was tried.
+# Of its tokenizers, without the suffix "Fast"; each was tried.
 TOKENIZERS = (
     "PreTrainedTokenizer", "TokenizersBackend", "LlamaTokenizer", "CodeLlamaTokenizer",
     "GPT2Tokenizer", "GPTNeoXTokenizer", "Qwen2Tokenizer", "GemmaTokenizer", "CodeGenTokenizer",

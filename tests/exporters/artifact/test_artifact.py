@@ -131,7 +131,7 @@ def test_without_a_twin_there_is_nothing_to_measure_against(
 ) -> None:
     artifact = export(captured("tiny-mlp"), tmp_path / "out")
     assert not artifact.has_baseline
-    with pytest.raises(GraphPruneError, match="no dense twin"):
+    with pytest.raises(GraphPruneError, match="no dense baseline"):
         artifact.benchmark({"x": torch.randn(2, 12)})
 
 

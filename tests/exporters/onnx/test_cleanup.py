@@ -106,7 +106,7 @@ def test_a_weight_that_is_an_output_stays_as_it_is() -> None:
     assert "t" in {name for n in after.graph.node for name in n.output}
 
 
-def test_nodes_come_behind_what_they_read() -> None:
+def test_nodes_come_after_what_they_read() -> None:
     """The bodies of loops are left alone, their outputs too."""
     node = helper.make_node
     body = helper.make_graph(

@@ -25,7 +25,7 @@ Captured = Callable[[str], Program]
 
 
 def exported(program: Program, folder: Path) -> tuple[Any, Any]:
-    """(onnx model, ORT session) of a program, proven equal."""
+    """(onnx model, ORT session) of a program, verified equal."""
     path = folder / "model.onnx"
     save_onnx(to_onnx(program), path)
     session = open_session(path, 1)

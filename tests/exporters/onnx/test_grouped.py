@@ -155,7 +155,7 @@ def test_generation_is_that_of_the_other_target(
     assert len(set(tokens[0][0])) >= 3
 
 
-def test_several_tokens_behind_a_past_are_one_samples(session: Any) -> None:
+def test_several_tokens_after_a_past_are_one_samples(session: Any) -> None:
     """What onnxruntime refuses today; where it does no more, `grouped_inputs` can go."""
     decoder = Decoder(session)
     decoder.prefill(np.ones((2, 3), np.int64))

@@ -199,7 +199,7 @@ def test_a_quantized_artifact_keeps_the_cache(tmp_path: Path) -> None:
         calibration=[inputs],
         cache=True,
     ).export(tmp_path / "out")
-    # Its twin was quantized too, with a cache of more heads.
+    # Its baseline was quantized too, with a cache of more heads.
     batch = {name: tensor[:, :5] for name, tensor in inputs.items()}
     result = made.benchmark(batch, "dense,int8-static", repeats=1)
     assert result.shapes["past_key_values.0.key"] == (2, 2, 0, 8)

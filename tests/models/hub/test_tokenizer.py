@@ -51,11 +51,11 @@ def test_special_tokens_are_strings_and_switches_are_none_of_them() -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "longest", "written"),
+    ("given", "longest", "written"),
     [(10**30, 64, 64), (1e30, 64, 64), (None, 64, 64), (512, 64, 64), (32, 64, 32), (32, None, 32)],
 )
-def test_the_length_is_a_number_of_tokens(told: Any, longest: int | None, written: int) -> None:
-    found = made({"model_max_length": told}, longest=longest)["tokenizer_config.json"]
+def test_the_length_is_a_number_of_tokens(given: Any, longest: int | None, written: int) -> None:
+    found = made({"model_max_length": given}, longest=longest)["tokenizer_config.json"]
     assert found["model_max_length"] == written
 
 

@@ -128,9 +128,9 @@ def test_a_program_and_a_session_are_judged_as_the_module_is(tmp_path: Path, wor
     session = compiled.export(tmp_path / "out").session()
     expected = perplexity(model, words, file, window=12).value
     last = lambada(model, words, rows).more
-    for judged in (compiled.program, compiled.module, session):
-        assert perplexity(judged, words, file, window=12).value == pytest.approx(expected, rel=1e-4)
-        assert lambada(judged, words, rows).more == pytest.approx(last, rel=1e-4)
+    for model in (compiled.program, compiled.module, session):
+        assert perplexity(model, words, file, window=12).value == pytest.approx(expected, rel=1e-4)
+        assert lambada(model, words, rows).more == pytest.approx(last, rel=1e-4)
     shown = run(
         "eval",
         str(tmp_path / "out"),

@@ -120,8 +120,8 @@ def test_all_items_of_an_outcome_are_the_figure(task: str, words: Path, tmp_path
 
 
 def test_two_models_are_compared_by_their_outcomes(words: Path, tmp_path: Path) -> None:
-    judge = task_evaluation(TASKS["perplexity"], words, data_of("perplexity", tmp_path), window=5)
-    dense, pruned = judge(language(0.0)), judge(language(1.0))
+    measure = task_evaluation(TASKS["perplexity"], words, data_of("perplexity", tmp_path), window=5)
+    dense, pruned = measure(language(0.0)), measure(language(1.0))
     drop = paired_drop(dense, pruned)
     assert drop.observed == pytest.approx(pruned.value() / dense.value() - 1)
     assert drop.lower < drop.observed < drop.upper
@@ -152,8 +152,8 @@ def test_calibration_on_the_tasks_data_is_warned_of_once(
     with caplog.at_level(logging.WARNING):
         task_evaluation("sts", words, file, calibration=apart)(embedder(0.0))
         assert not caplog.records
-        judge = task_evaluation("sts", words, file, calibration=shared)
-        assert judge(embedder(0.0)).value() == judge(embedder(0.0)).value()
+        measure = task_evaluation("sts", words, file, calibration=shared)
+        assert measure(embedder(0.0)).value() == measure(embedder(0.0)).value()
     assert len(caplog.records) == 1
     assert "3 inputs of the task 'sts' are in the calibration data" in caplog.text
 

@@ -120,7 +120,7 @@ def test_a_text_is_as_long_as_the_model_takes(
     for form in (model, compiled.program, session):
         assert longest(form) == positions
         assert longest(form, 61) == 61
-    # ONNX Runtime prints its errors, were it not told otherwise.
+    # ONNX Runtime prints its errors, unless they are switched off.
     assert not any(capfd.readouterr())
 
 

@@ -121,7 +121,9 @@ def test_dense_units_that_are_gone_already_count(captured: Captured) -> None:
 def test_units_of_a_dense_model_that_has_fewer_are_refused(captured: Captured) -> None:
     program = captured("tiny-encoder")
     smaller = Pipeline([PruneNeurons(0.5)]).run(program).program
-    with pytest.raises(UnsupportedError, match=r"dense model, which has no neuron axis.*of='now'"):
+    with pytest.raises(
+        UnsupportedError, match=r"dense model, which has no neuron axis.*of='current'"
+    ):
         Pipeline([PruneNeurons(0.5, of="dense")]).run(program, Context(reference=smaller))
 
 
@@ -142,7 +144,7 @@ def test_one_round_is_the_passes_themselves(captured: Captured) -> None:
 
 
 def test_recovering_in_rounds_beats_recovering_once(captured: Captured) -> None:
-    """With least squares alone, no labels: each round's units are chosen in a mended model."""
+    """With least squares alone, no labels: each round's units are chosen in a compensated model."""
     program = captured("tiny-mlp")
     batches = [{"x": batch["x"]} for batch in _data(30)]
     test = torch.randn(200, 12, generator=torch.Generator().manual_seed(9))
@@ -176,8 +178,8 @@ def test_trainings_are_numbered_over_the_rounds(captured: Captured, tmp_path: Pa
 
 def test_the_last_good_round_is_given_back(captured: Captured) -> None:
     program = captured("tiny-mlp")
-    told = iter([0.9, 0.95, 0.85, 0.7])  # dense, then round by round
-    ctx = _context(program, eval=lambda now: next(told))
+    metrics = iter([0.9, 0.95, 0.85, 0.7])  # dense, then round by round
+    ctx = _context(program, eval=lambda now: next(metrics))
     result = Pipeline([PruneRecover((PruneNeurons(0.8),), 4, tolerance=0.1)]).run(program, ctx)
     report = result.results[0].report
     assert report["stopped"] is True
@@ -190,8 +192,8 @@ def test_the_last_good_round_is_given_back(captured: Captured) -> None:
 
 def test_where_the_first_round_is_too_bad_nothing_changes(captured: Captured) -> None:
     program = captured("tiny-mlp")
-    told = iter([0.9, 0.7])
-    ctx = _context(program, eval=lambda now: next(told))
+    metrics = iter([0.9, 0.7])
+    ctx = _context(program, eval=lambda now: next(metrics))
     result = Pipeline([PruneRecover((PruneNeurons(0.8),), tolerance=0.1)]).run(program, ctx)
     assert not result.modified
     assert result.program is program
@@ -201,8 +203,8 @@ def test_where_the_first_round_is_too_bad_nothing_changes(captured: Captured) ->
 @pytest.mark.parametrize("value", [float("nan"), -float("inf"), None])
 @pytest.mark.parametrize("at", [0, 1])
 def test_an_eval_that_gives_no_number_is_refused(value: Any, at: int, captured: Captured) -> None:
-    told = iter([0.9] * at + [value])
-    ctx = _context(captured("tiny-mlp"), eval=lambda now: next(told))
+    metrics = iter([0.9] * at + [value])
+    ctx = _context(captured("tiny-mlp"), eval=lambda now: next(metrics))
     step = PruneRecover((PruneNeurons(0.5),), 1, tolerance=0.1)
     with pytest.raises(TrainingError, match=r"eval gives .* must return a (finite )?number"):
         Pipeline([step]).run(captured("tiny-mlp"), ctx)
@@ -256,8 +258,10 @@ def test_a_tolerance_without_eval_is_refused_before_work(captured: Captured) -> 
     assert step.needs_training
     with pytest.raises(RecipeError, match="stops by eval, and there is none"):
         Pipeline([step]).run(program, _context(program))
-    with pytest.raises(RecipeError, match="units 'now' or 'dense', got of='then'"):
+    with pytest.raises(RecipeError, match=r"of is 'current' or 'dense'.*got 'then'$"):
         PruneNeurons(0.5, of="then")
+    with pytest.raises(RecipeError, match="got 'now'; 'now' is called 'current'"):
+        PruneNeurons(0.5, of="now")
 
 
 # --- what the report says of verification ------------------------------------------------------
@@ -275,11 +279,11 @@ def test_what_was_proven_is_looked_for_in_the_rounds(
 ) -> None:
     program = captured("tiny-mlp")
     values = wrap((Magnitude(0.5), Finetune(1)))
-    told = _verification(program, values, verify=verify)
-    assert told == "no shape was changed, only values: nothing to prove"
-    told = _verification(program, wrap((PruneNeurons(0.5), Finetune(1))), verify=verify)
-    assert told.startswith("removing the units equals masking them") is verify
-    assert (told == "not done (verify=False)") is not verify
+    verification = _verification(program, values, verify=verify)
+    assert verification == "no shape was changed, only values: nothing to prove"
+    verification = _verification(program, wrap((PruneNeurons(0.5), Finetune(1))), verify=verify)
+    assert verification.startswith("removing the units equals masking them") is verify
+    assert (verification == "not done (verify=False)") is not verify
 
 
 def test_units_that_went_while_training_are_not_values_only(captured: Captured) -> None:

@@ -15,7 +15,7 @@ from graphprune.passes.solvers.obs import loss, refit
 from graphprune.passes.solvers.sparsegpt import BLOCK, Inputs, output_error, sparsegpt
 from graphprune.passes.sparsity.sparsity_pattern import parse_pattern, removed_mask
 
-SINGLE = parse_pattern("single")
+UNSTRUCTURED = parse_pattern("unstructured")
 seeds = st.integers(0, 10_000)
 
 
@@ -107,7 +107,7 @@ def test_the_sum_of_squared_errors_is_the_loss(
     """Σe² = tr(ΔW H ΔWᵀ), and only removed weights have an error."""
     weight, gram = case(seed, rows, columns)
     inputs = Inputs.of(gram, 0.01)
-    pruned = sparsegpt(weight, inputs, sparsity, SINGLE)
+    pruned = sparsegpt(weight, inputs, sparsity, UNSTRUCTURED)
     errors = errors_of(weight, pruned, inputs)
     scale = float(weight.abs().max())
     assert errors[pruned != 0].abs().sum() <= 1e-9 * scale * inputs.upper.diagonal().max() ** -1
@@ -123,7 +123,7 @@ def test_single_weights_are_those_of_the_plain_algorithm(
     weight, gram = case(seed, rows, columns)
     inputs = Inputs.of(gram, 0.01)
     expected, costs = reference(weight, inputs.gram, sparsity, block=block)
-    pruned = sparsegpt(weight, inputs, sparsity, SINGLE, block=block)
+    pruned = sparsegpt(weight, inputs, sparsity, UNSTRUCTURED, block=block)
     assert torch.equal(pruned == 0, expected == 0)
     assert int((pruned == 0).sum()) == min(
         math.floor(sparsity * rows * columns + 0.5), rows * columns - 1
@@ -156,7 +156,8 @@ def test_the_size_of_a_step_changes_nothing_under_a_given_mask(
     weight, gram = case(seed, 4, 17)
     inputs, mask = Inputs.of(gram, 0.01), random_mask(seed, 4, 17)
     a, b = (
-        sparsegpt(weight, inputs, 0.0, SINGLE, mask=mask, block=block) for block in (one, other)
+        sparsegpt(weight, inputs, 0.0, UNSTRUCTURED, mask=mask, block=block)
+        for block in (one, other)
     )
     torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(a, reference(weight, inputs.gram, 0.0, mask=mask)[0])
@@ -169,13 +170,13 @@ def test_a_removed_prefix_gives_least_squares_on_the_rest(seed: int, count: int)
     weight, gram = case(seed, 4, 8)
     inputs = Inputs.of(gram, 0.01)
     mask = (torch.arange(8) < count).expand(4, 8)
-    pruned = sparsegpt(weight, inputs, 0.0, SINGLE, mask=mask)
+    pruned = sparsegpt(weight, inputs, 0.0, UNSTRUCTURED, mask=mask)
     torch.testing.assert_close(
         pruned, refit(weight, inputs.gram, torch.arange(count, 8)), rtol=1e-7, atol=1e-9
     )
 
 
-@pytest.mark.parametrize("pattern", ["single", "2:4", "2x4"])
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "2x4"])
 def test_independent_inputs_need_no_update(pattern: str) -> None:
     """With a diagonal H what is kept stays, and the loss is the sum of |w|² ‖x‖² (Wanda)."""
     weight, _ = case(0, 6, 16)
@@ -204,7 +205,7 @@ def test_between_the_exact_update_and_none() -> None:
         weight, gram = case(seed, 5, 12)
         inputs, mask = Inputs.of(gram, 0.01), random_mask(seed, 5, 12)
         best = loss(weight, exact(weight, inputs.gram, mask), inputs.gram)
-        pruned = sparsegpt(weight, inputs, 0.0, SINGLE, mask=mask)
+        pruned = sparsegpt(weight, inputs, 0.0, UNSTRUCTURED, mask=mask)
         mine = loss(weight, pruned, inputs.gram)
         assert best <= mine * (1 + 1e-9)
         ours.append(mine / best)
@@ -216,7 +217,7 @@ def test_one_column_at_a_time_is_magnitude_in_each_column() -> None:
     """Within one column every weight is divided by the same number."""
     weight, gram = case(5, 8, 6)
     inputs = Inputs.of(gram, 0.01)
-    pruned = sparsegpt(weight, inputs, 0.5, SINGLE, block=1)
+    pruned = sparsegpt(weight, inputs, 0.5, UNSTRUCTURED, block=1)
     assert (pruned == 0).sum(0).tolist() == [4] * 6
     torch.testing.assert_close(
         weight[:, 0].abs().argsort()[:4].sort().values, (pruned[:, 0] == 0).nonzero().flatten()
@@ -244,7 +245,7 @@ def test_the_weight_that_goes_first_is_the_best_by_brute_force() -> None:
     for seed in range(10):
         weight, gram = case(seed, 1, 5)
         inputs = Inputs.of(gram, 0.01)
-        pruned = sparsegpt(weight, inputs, 0.2, SINGLE)
+        pruned = sparsegpt(weight, inputs, 0.2, UNSTRUCTURED)
         costs = []
         for column in range(5):
             # Frozen before `column`, free after it.
@@ -289,9 +290,9 @@ def test_wider_than_one_step() -> None:
     columns = BLOCK + 37
     weight, gram = case(2, 3, columns)
     inputs = Inputs.of(gram, 0.01)
-    pruned = sparsegpt(weight, inputs, 0.31, SINGLE)
+    pruned = sparsegpt(weight, inputs, 0.31, UNSTRUCTURED)
     assert int((pruned == 0).sum()) == math.floor(0.31 * 3 * columns + 0.5)
-    again = sparsegpt(weight, inputs, 0.0, SINGLE, mask=pruned == 0, block=7)
+    again = sparsegpt(weight, inputs, 0.0, UNSTRUCTURED, mask=pruned == 0, block=7)
     torch.testing.assert_close(pruned, again, rtol=1e-7, atol=1e-8)
 
 
@@ -300,7 +301,7 @@ def test_a_single_row_is_updated_beyond_its_first_step(rows: int) -> None:
     """A transposed row is contiguous as it is: worked on in place, it had no errors to pass on."""
     weight, gram = case(3, rows, 9)
     inputs = Inputs.of(gram, 0.01)
-    pruned = sparsegpt(weight, inputs, 0.4, SINGLE, block=3)
+    pruned = sparsegpt(weight, inputs, 0.4, UNSTRUCTURED, block=3)
     torch.testing.assert_close(pruned, reference(weight, inputs.gram, 0.4, block=3)[0])
 
 
@@ -343,7 +344,7 @@ def test_rows_go_by_the_energy_of_their_outputs_and_the_others_stay() -> None:
     assert torch.equal(pruned, expected)
 
 
-@pytest.mark.parametrize("pattern", ["single", "2:4", "2x2", "columns", "rows"])
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "2x2", "columns", "rows"])
 def test_dead_features_lose_their_weights(pattern: str) -> None:
     weight, _ = case(7, 4, 8)
     x = torch.randn(30, 8, dtype=torch.float64)
@@ -354,7 +355,7 @@ def test_dead_features_lose_their_weights(pattern: str) -> None:
     assert not pruned[:, [2, 5]].any()
     assert pruned.isfinite().all()
     # They cost nothing, so they count as the first to go: half of the matrix is gone, no more.
-    if pattern == "single":
+    if pattern == "unstructured":
         assert int((pruned == 0).sum()) == 16
     if pattern == "columns":
         assert int((pruned == 0).all(0).sum()) == 4
@@ -364,7 +365,7 @@ def test_a_weight_is_not_written_to() -> None:
     weight, gram = case(8, 4, 8)
     gram[3] = gram[:, 3] = 0
     before, gram_before = weight.clone(), gram.clone()
-    for pattern in ("single", "2:4", "2x2", "columns", "rows"):
+    for pattern in ("unstructured", "2:4", "2x2", "columns", "rows"):
         sparsegpt(weight, Inputs.of(gram, 0.01), 0.5, parse_pattern(pattern))
     assert torch.equal(weight, before)
     assert torch.equal(gram, gram_before)
@@ -375,7 +376,7 @@ def test_inputs_that_do_not_span_get_more_damping() -> None:
     x = torch.randn(3, 8, dtype=torch.float64)
     inputs = Inputs.of(x.T @ x, 0.0)
     assert inputs.damping > 0
-    pruned = sparsegpt(weight, inputs, 0.5, SINGLE)
+    pruned = sparsegpt(weight, inputs, 0.5, UNSTRUCTURED)
     assert pruned.isfinite().all()
     assert int((pruned == 0).sum()) == 16
     assert loss(weight, pruned, x.T @ x) < loss(weight, 0 * weight, x.T @ x)
@@ -386,7 +387,7 @@ def test_inputs_that_were_never_anything_but_zero() -> None:
     inputs = Inputs.of(torch.zeros(5, 5), 0.0)
     assert bool(inputs.dead.all())
     torch.testing.assert_close(inputs.upper, torch.eye(5, dtype=torch.float64))
-    for pattern in ("single", "columns", "rows"):
+    for pattern in ("unstructured", "columns", "rows"):
         weight = torch.randn(2, 5)
         assert not sparsegpt(weight, inputs, 0.5, parse_pattern(pattern)).any()
 
@@ -404,7 +405,7 @@ def test_a_matrix_that_rounding_made_indefinite_is_clamped() -> None:
         atol=1e-6,
     )
     weight = torch.randn(3, 4)
-    assert sparsegpt(weight, inputs, 0.5, SINGLE).isfinite().all()
+    assert sparsegpt(weight, inputs, 0.5, UNSTRUCTURED).isfinite().all()
 
 
 def test_the_relative_error_is_that_of_the_outputs() -> None:

@@ -109,7 +109,7 @@ def test_a_global_ranking_is_one_top_k_over_all(
         for i, shape in enumerate(shapes)
     }
     parts = global_sparsities(scores, sparsity)
-    single = parse_pattern("single")
+    single = parse_pattern("unstructured")
     gone = {n: removed_mask(s, parts[n], single, False) for n, s in scores.items()}
     flat = torch.cat([s.flatten() for s in scores.values()])
     mask = torch.cat([m.flatten() for m in gone.values()])

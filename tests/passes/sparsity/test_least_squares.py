@@ -344,8 +344,8 @@ def test_what_is_left_alone_is_told(captured: Captured) -> None:
     program = _pruned(dense, PruneNeurons(0.5))
     # As if another tool had cut it: no record of what went.
     silent = replace(program, history=())
-    told = _refitted(silent, dense, batches).results[0].report
-    reasons = {s["name"]: s["reason"] for s in told["skipped"]}
+    report = _refitted(silent, dense, batches).results[0].report
+    reasons = {s["name"]: s["reason"] for s in report["skipped"]}
     assert reasons["layers.0.weight"] == "which of its output units are left is not on record"
     named = _refitted(program, dense, batches, LeastSquares(ignore=("layers.2",)))
     reasons = {s["name"]: s["reason"] for s in named.results[0].report["skipped"]}

@@ -98,7 +98,7 @@ def test_with_independent_inputs_wanda_and_sparsegpt_are_one() -> None:
     torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("pattern", ["single", "2:4", "2x3", "rows"])
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "2x3", "rows"])
 def test_inputs_of_equal_size_make_wanda_magnitude(pattern: str) -> None:
     signs = torch.randint(0, 2, (60, 12)) * 2.0 - 1
     weight, sparsity = torch.randn(8, 12), None if ":" in pattern else 0.5
@@ -147,7 +147,7 @@ def batches_of(program: Program) -> list[dict[str, Tensor]]:
     return [{"input_ids": i, "attention_mask": torch.ones_like(i)} for i in ids]
 
 
-@pytest.mark.parametrize("pattern", ["single", "4x4"])
+@pytest.mark.parametrize("pattern", ["unstructured", "4x4"])
 def test_magnitude_ranked_globally_is_one_top_k_of_the_model(
     pattern: str, captured: Captured
 ) -> None:
@@ -176,5 +176,5 @@ def test_magnitude_with_owl_looks_at_data_only_to_share(captured: Captured) -> N
     assert len({round(s["sparsity"], 2) for s in sites}) == 2
     for site in sites:
         dense, found = program.tensors[site["name"]], compiled.program.tensors[site["name"]]
-        gone = removed_mask(dense.abs(), site["sparsity"], parse_pattern("single"), False)
+        gone = removed_mask(dense.abs(), site["sparsity"], parse_pattern("unstructured"), False)
         assert torch.equal(found, dense.masked_fill(gone, 0))

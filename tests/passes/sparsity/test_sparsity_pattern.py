@@ -14,7 +14,7 @@ from torch import Tensor
 from graphprune.errors import RecipeError
 from graphprune.passes.sparsity.sparsity_pattern import lowest, parse_pattern, removed_mask
 
-PATTERNS = ["single", "2:4", "1:3", "3:4", "2x3", "4x1", "1x4", "rows", "columns"]
+PATTERNS = ["unstructured", "2:4", "1:3", "3:4", "2x3", "4x1", "1x4", "rows", "columns"]
 
 
 def table(seed: int, rows: int, columns: int, distinct: int) -> Tensor:
@@ -80,7 +80,7 @@ def test_exactly_so_many_units_go_and_they_are_the_lowest(
 @pytest.mark.parametrize("scope", [False, True], ids=["layer", "row"])
 def test_of_equal_scores_exactly_so_many_go(scope: bool) -> None:
     for sparsity, count in ((0.0, 0), (0.25, 3), (0.5, 6), (0.9, 11)):
-        gone = removed_mask(torch.ones(5, 12), sparsity, parse_pattern("single"), scope)
+        gone = removed_mask(torch.ones(5, 12), sparsity, parse_pattern("unstructured"), scope)
         assert int(gone.sum()) == (5 * count if scope else math.floor(sparsity * 60 + 0.5))
         assert gone.sum(1).tolist() == [count] * 5 or not scope
 
@@ -98,7 +98,7 @@ def test_n_of_m_keeps_n() -> None:
     three = removed_mask(scores, 0.0, parse_pattern("3:4"), False)
     assert three.tolist() == [[True, False, False, False, False, False, False, True]]
     assert parse_pattern("1:4").sparsity == 0.75
-    assert parse_pattern("single").sparsity is None
+    assert parse_pattern("unstructured").sparsity is None
 
 
 def test_blocks_are_scored_by_their_sum() -> None:
@@ -124,7 +124,8 @@ def test_rows_and_columns_go_whole() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "shape"), [("rows", (4, 3)), ("1x3", (4, 3)), ("single", (4, 1)), ("2x3", (8, 3))]
+    ("pattern", "shape"),
+    [("rows", (4, 3)), ("1x3", (4, 3)), ("unstructured", (4, 1)), ("2x3", (8, 3))],
 )
 def test_where_a_row_is_one_unit_rows_compete(pattern: str, shape: tuple[int, int]) -> None:
     """All or none would go otherwise."""
@@ -142,7 +143,7 @@ def test_where_a_row_is_one_unit_rows_compete(pattern: str, shape: tuple[int, in
         ("32x4", (64, 6), "its 6 inputs are no multiple of 4"),
         ("2:4", (3, 8), ""),
         ("32x4", (64, 8), ""),
-        ("single", (1, 1), ""),
+        ("unstructured", (1, 1), ""),
         ("rows", (7, 5), ""),
         ("columns", (7, 5), ""),
     ],
@@ -152,9 +153,14 @@ def test_what_does_not_fit_is_said(pattern: str, shape: tuple[int, int], sentenc
 
 
 @pytest.mark.parametrize("text", ["", "sinlge", "4", "2:4:8", "x4", "0x4", "4x0", "-1:4", 2, None])
-def test_unknown_patterns_are_told_what_there_is(text: Any) -> None:
+def test_unknown_patterns_are_refused_with_the_known_ones(text: Any) -> None:
     with pytest.raises(RecipeError, match=r"there is no pattern .*'n:m' \(keeps n of m"):
         parse_pattern(text)
+
+
+def test_the_former_name_of_single_weights_is_refused_with_the_new_one() -> None:
+    with pytest.raises(RecipeError, match="called 'unstructured', not 'single'"):
+        parse_pattern("single")
 
 
 @pytest.mark.parametrize("text", ["0:4", "4:4", "5:4"])

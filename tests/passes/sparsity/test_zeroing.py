@@ -27,7 +27,7 @@ from graphprune.passes.sparsity.sparsity_pattern import parse_pattern, removed_m
 from graphprune.pipeline.base import Pass
 
 Captured = Callable[[str], Program]
-SINGLE = parse_pattern("single")
+UNSTRUCTURED = parse_pattern("unstructured")
 
 
 def batches_of(program: Program, count: int = 2, padded: bool = False) -> list[dict[str, Tensor]]:
@@ -144,7 +144,7 @@ def test_a_weight_used_at_two_places_is_pruned_once_for_both(captured: Captured)
     for name, (site, again) in shared.items():
         gram = gram_of(program, [site.operand, again.operand], batches)
         expected = sparsegpt(
-            site.matrix(program).double(), Inputs.of(gram, 0.01), 0.5, SINGLE
+            site.matrix(program).double(), Inputs.of(gram, 0.01), 0.5, UNSTRUCTURED
         ).float()
         torch.testing.assert_close(compiled.program.tensors[name], expected, rtol=1e-3, atol=1e-4)
         assert found_sites[name]["sparsity"] == 0.5
@@ -175,7 +175,7 @@ def test_an_expert_that_no_token_reaches_goes_by_size(step: Pass, captured: Capt
     assert len(unseen) == len(notes)
     for name in unseen:
         dense = sites[name].matrix(program)
-        gone = removed_mask(dense.abs(), 0.5, SINGLE, False)
+        gone = removed_mask(dense.abs(), 0.5, UNSTRUCTURED, False)
         assert torch.equal(sites[name].matrix(compiled.program), dense.masked_fill(gone, 0))
         assert "error" not in sites_of(compiled)[name]
     assert any("error" in s for n, s in sites_of(compiled).items() if "[" in n)
@@ -198,7 +198,7 @@ def test_a_region_sees_what_the_pruned_ones_before_it_make(name: str, captured: 
         grams = {s.operand: gram_of(prefix, [s.operand], batches) for s in region}
         for site in region:
             dense = site.matrix(program).double()
-            expected = sparsegpt(dense, Inputs.of(grams[site.operand], 0.01), 0.6, SINGLE)
+            expected = sparsegpt(dense, Inputs.of(grams[site.operand], 0.01), 0.6, UNSTRUCTURED)
             torch.testing.assert_close(
                 site.matrix(compiled.program).double(), expected, rtol=1e-2, atol=1e-3
             )
@@ -207,7 +207,7 @@ def test_a_region_sees_what_the_pruned_ones_before_it_make(name: str, captured: 
     # It can tell: on the dense model's activations the last region comes out otherwise.
     last = regions[-1][-1]
     dense_gram = Inputs.of(gram_of(program, [last.operand], batches), 0.01)
-    other = sparsegpt(last.matrix(program).double(), dense_gram, 0.6, SINGLE)
+    other = sparsegpt(last.matrix(program).double(), dense_gram, 0.6, UNSTRUCTURED)
     assert float((last.matrix(compiled.program) - other).abs().max()) > 0.05
 
 
@@ -455,12 +455,12 @@ CLASSES: list[Any] = [Magnitude, Wanda, SparseGPT, SparseLLM]
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sparsity": 1.0}, r"sparsity must be the part .* below 1, got 1.0"),
-        ({"sparsity": -0.1}, "sparsity must be the part"),
-        ({"sparsity": float("nan")}, "sparsity must be the part"),
-        ({"sparsity": "half"}, "sparsity must be the part .*got 'half'"),
-        ({"sparsity": True}, "sparsity must be the part"),
-        ({}, "pattern 'single' needs a sparsity, such as 0.5"),
+        ({"sparsity": 1.0}, r"sparsity must be the fraction .* below 1, got 1.0"),
+        ({"sparsity": -0.1}, "sparsity must be the fraction"),
+        ({"sparsity": float("nan")}, "sparsity must be the fraction"),
+        ({"sparsity": "half"}, "sparsity must be the fraction .*got 'half'"),
+        ({"sparsity": True}, "sparsity must be the fraction"),
+        ({}, "pattern 'unstructured' needs a sparsity, such as 0.5"),
         ({"pattern": "columns"}, "pattern 'columns' needs a sparsity"),
         ({"pattern": "2:4", "sparsity": 0.6}, "which is a sparsity of 0.5, not 0.6: leave"),
         ({"pattern": "4:2"}, "write n:m with 0 < n < m"),
@@ -576,7 +576,7 @@ def test_a_weight_used_both_ways_is_left_alone() -> None:
     assert "first.weight" in sites_of(compiled)
 
 
-@pytest.mark.parametrize("pattern", ["single", "rows", "columns", "4x4"])
+@pytest.mark.parametrize("pattern", ["unstructured", "rows", "columns", "4x4"])
 @pytest.mark.parametrize("cls", [Magnitude, Wanda, SparseGPT])
 def test_something_of_every_matrix_stays(cls: Any, pattern: str) -> None:
     x = torch.randn(80, 16)

@@ -1,4 +1,4 @@
-"""Channels that several axes are the factors of: a ratio is a part of the channels."""
+"""Channels that several axes are the factors of: a ratio is a fraction of the channels."""
 
 from __future__ import annotations
 

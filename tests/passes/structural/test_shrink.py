@@ -400,9 +400,9 @@ def test_key_value_groups_go_from_a_cache_too() -> None:
 
 def test_constants_that_stay_are_told() -> None:
     report = _shrunk(_mlp(bias=False, first=[2]))[1]
-    (told,) = report["skipped"]
-    assert told["units"] == 1
-    assert "no bias" in told["reason"]
+    (skipped,) = report["skipped"]
+    assert skipped["units"] == 1
+    assert "no bias" in skipped["reason"]
 
 
 def test_what_cannot_go_is_reported(captured: Captured) -> None:

@@ -45,7 +45,7 @@ def batches_of(program: Program, count: int = 4) -> list[dict[str, Tensor]]:
 
 
 def drift(program: Program, other: Program, batches: list[dict[str, Tensor]]) -> float:
-    """Mean squared difference of the first output over the batches, as a part of its square."""
+    """Mean squared difference of the first output over the batches, as a fraction of its square."""
     error = energy = 0.0
     for batch in batches:
         flat = [batch[n] for n in program.forward.input_names]
@@ -151,7 +151,7 @@ def test_dead_neurons_go_and_the_live_ones_stay(
 
 
 def test_dead_units_cost_nothing_and_are_no_output_either() -> None:
-    """What a unit costs is a part of the output of the units that make one."""
+    """What a unit costs is a fraction of the output of the units that make one."""
     model, x = Dead(1.0, 1), torch.randn(300, 6)
     program = capture(model, (x[:5],))
     groups = axis_groups(program)

@@ -115,12 +115,12 @@ def test_no_weight_comes_back(options: Any, captured: Captured) -> None:
     program = captured("tiny-mlp")
     dead: list[dict[str, Tensor]] = []
 
-    def judge(now: Program) -> float:
+    def evaluate(now: Program) -> float:
         dead.append({n: t == 0 for n, t in now.tensors.items() if t.dim() == 2})
         return 0.0
 
     step = GradualMagnitude(epochs=6, lr=0.05, every=1, **options)
-    _run(program, step, eval=judge)
+    _run(program, step, eval=evaluate)
     assert len(dead) == 7
     grown = 0
     for before, after in itertools.pairwise(dead):
@@ -194,9 +194,9 @@ def test_resumed_is_as_if_never_stopped(
 
 
 def test_early_stopping_waits_for_the_last_weight(captured: Captured) -> None:
-    told = iter([9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0])
+    metrics = iter([9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0])
     step = GradualMagnitude(0.8, epochs=7, lr=1e-2, end=0.5)
-    result = _run(captured("tiny-mlp"), step, eval=lambda now: next(told), patience=1)
+    result = _run(captured("tiny-mlp"), step, eval=lambda now: next(metrics), patience=1)
     assert result.results[0].report["best_epoch"] == 4
     assert result.results[0].report["sparsity"] == pytest.approx(0.8, abs=5e-3)
 
@@ -240,7 +240,7 @@ def test_distilling_brings_it_nearer_to_the_dense_model(captured: Captured) -> N
     ("options", "says"),
     [
         ({}, "needs a final sparsity, such as final=0.8"),
-        ({"final": 1.0}, "final must be the part of the weights"),
+        ({"final": 1.0}, "final must be the final fraction"),
         ({"final": 0.8, "pattern": "2:4"}, "not 0.8: leave final out"),
         ({"final": 0.8, "schedule": "cubik"}, "did you mean 'cubic'"),
         ({"final": 0.8, "lr_schedule": "cubic"}, "there is no schedule 'cubic'"),

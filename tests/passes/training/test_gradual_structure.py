@@ -429,12 +429,12 @@ def test_the_density_is_reached_and_cut(density: float, model: str, captured: Ca
     program = captured(model)
     seen: list[Program] = []
 
-    def judge(now: Program) -> float:
+    def evaluate(now: Program) -> float:
         seen.append(now)
         return 0.0
 
     step = GradualStructure(density, epochs=4, lr=1e-3, begin=0.1, end=0.6)
-    result = _run(program, step, eval=judge)
+    result = _run(program, step, eval=evaluate)
     (finished,) = result.results
     report = finished.report
     json.dumps(report)
@@ -471,9 +471,9 @@ def test_the_density_is_reached_and_cut(density: float, model: str, captured: Ca
         )
     for epoch, now in enumerate(zeros[1:], 1):
         wanted = scheduled(epoch / 4, 0.1, 0.6, 1.0, density)
-        told = report["epochs"][epoch - 1]["density"]
-        assert sum(int(z.sum()) for z in now.values()) == round((1 - told) * total)
-        assert wanted <= told + 1e-9
+        reached = report["epochs"][epoch - 1]["density"]
+        assert sum(int(z.sum()) for z in now.values()) == round((1 - reached) * total)
+        assert wanted <= reached + 1e-9
     assert report["verification"]["cuts"] == 1
     assert report["verification"]["max_error"] < 1e-5
     assert set(report["scores"]) == {unit.id for unit in units}
@@ -483,15 +483,15 @@ def test_the_density_is_reached_and_cut(density: float, model: str, captured: Ca
 def test_what_was_kept_is_told_where_it_is_the_same_in_all_heads(
     dtype: torch.dtype, captured: Captured
 ) -> None:
-    """With tiny steps weights are still those of the kept units; dims of heads are not told."""
+    """With tiny steps weights are still those of the kept units; dims of heads are not reported."""
     program = captured("tiny-encoder").cast(torch.float32, dtype)
     result = _run(program, GradualStructure(0.4, epochs=2, lr=1e-6, weight_decay=0.0))
     report = result.results[0].report
     cut = {g["id"]: g for g in report["groups"] if g["after"] < g["before"]}
-    told = {name for name, g in cut.items() if g["role"] not in DIMS}
-    assert told
-    assert cut.keys() - told
-    assert report["kept"].keys() == told
+    reported = {name for name, g in cut.items() if g["role"] not in DIMS}
+    assert reported
+    assert cut.keys() - reported
+    assert report["kept"].keys() == reported
     assert report["kept"] == kept_indices(result.program.history)
     for name, kept in report["kept"].items():
         assert len(kept) == cut[name]["after"]
@@ -619,7 +619,7 @@ def test_the_cached_form_is_cut_alike() -> None:
 
 def test_refusals(captured: Captured) -> None:
     cases: tuple[tuple[dict[str, Any], str], ...] = (
-        ({"density": 0}, "density must be a part above 0, at most 1"),
+        ({"density": 0}, "density must be a fraction above 0, at most 1"),
         ({"density": 1.5}, "density must be"),
         ({"score": "tailor"}, "did you mean 'taylor'"),
         ({"smoothing": 1}, "smoothing must be below 1"),
@@ -676,7 +676,7 @@ def test_what_cannot_go_is_left_and_said() -> None:
 
 
 class _Summed(_Normed):
-    """The neurons of the first layer are told apart by a running sum."""
+    """The neurons of the first layer are distinguished by a running sum."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.plain(x) + self.outward(self.inward(x).cumsum(-1))

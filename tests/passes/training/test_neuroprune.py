@@ -201,13 +201,13 @@ def test_grouped_queries_merge_by_whole_groups(captured: Captured) -> None:
             moved = tensor.movedim(place.dim, 0)
             moved[units == 1] = moved[units == 0]
             changed[place.tensor] = tensor
-    twin = program.with_tensors(changed)
-    groups = axis_groups(twin)
-    plan = plan_merge(twin, groups, groups[group.id], 0.0)
+    dense = program.with_tensors(changed)
+    groups = axis_groups(dense)
+    plan = plan_merge(dense, groups, groups[group.id], 0.0)
     assert isinstance(plan, Merge)
     assert plan.kept == [1]
-    small = shrink(merge_units(twin, groups, groups[group.id], plan.into), {group.id: plan.kept})
-    before, after = (logits_of(tuple(p.run(twin.forward.example))) for p in (twin, small))
+    small = shrink(merge_units(dense, groups, groups[group.id], plan.into), {group.id: plan.kept})
+    before, after = (logits_of(tuple(p.run(dense.forward.example))) for p in (dense, small))
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
 
 
@@ -337,7 +337,7 @@ def test_the_asked_sparsity_is_met_after_early_stopping_too(step: Any, captured:
     result = Pipeline([step]).run(program, Context(training=training))
     report = result.results[0].report
     assert report["best_epoch"] == 1
-    assert report["metric_after"] == 0.7  # judged after zeroing: it is what is given back
+    assert report["metric_after"] == 0.7  # evaluated after zeroing: it is what is given back
     assert report["sparsity"] == pytest.approx(0.6, abs=1e-3)
     again = (
         Pipeline([Finetune(1)])
@@ -385,11 +385,11 @@ def test_parts_of_one_matrix_are_followed_when_heads_go() -> None:
     ]
     assert [p.others for p in parts.attention[0]] == [tuple(range(48))]
     group = groups.with_role("head")[0]
-    twin = _duplicated(program, group)
+    dense = _duplicated(program, group)
     step = NeuroPrune(
         alpha=1, beta=0, theta=1e-6, zero_below=0.02, epochs=30, lr=0.01, weight_decay=0, clip=0
     )
-    result = Pipeline([step]).run(twin, Context(training=_training(program)))
+    result = Pipeline([step]).run(dense, Context(training=_training(program)))
     report = result.results[0].report
     assert len(report["merges"]) == 1
     weight = result.program.tensors["fused.weight"]
@@ -402,13 +402,13 @@ def test_the_last_judgment_is_of_the_zeroed_model(captured: Captured) -> None:
     program = captured("tiny-encoder")
     seen: list[float] = []
 
-    def judge(now: Program) -> float:
+    def evaluate(now: Program) -> float:
         seen.append(sparsity_of(now, find_parts(axis_groups(now)).all, 0.0))
         return 0.0
 
     for step in (NeuroPrune(sparsity=0.5, epochs=2), L1(sparsity=0.5, epochs=2)):
         seen.clear()
-        Pipeline([step]).run(program, Context(training=_training(program, eval=judge)))
+        Pipeline([step]).run(program, Context(training=_training(program, eval=evaluate)))
         assert seen == [0, 0, 0, pytest.approx(0.5, abs=1e-3)]
 
 
@@ -419,7 +419,7 @@ def test_refusals(captured: Captured) -> None:
         ({"theta": -0.1}, "theta must be 0 or more, or null"),
         ({"threshold": 0}, "threshold must be a number above 0"),
         ({"zero_below": -1}, "zero_below must be 0 or more"),
-        ({"sparsity": 1.5}, "sparsity must be a part of all weights"),
+        ({"sparsity": 1.5}, "sparsity must be a fraction of all weights"),
         ({"contracting": "colums"}, "did you mean 'columns'"),
         ({"epochs": 0}, "epochs must be"),
     ):
