@@ -138,8 +138,8 @@ class Model(Subject):
     def models(self, comparing: str = "") -> dict[str, Any]:
         if comparing:
             raise GraphPruneError(
-                f"the task {comparing!r} compares an artifact with its dense twin; compile the "
-                "model first, and judge the folder"
+                f"the task {comparing!r} compares an artifact with its dense model; compile the "
+                "model first, and evaluate the folder"
             )
         return {"dense": self.loaded.module}
 
@@ -226,10 +226,12 @@ def opened(name: str, allow_pickle: bool) -> Iterator[tuple[Subject, Display]]:
     """Open a subject under a progress display, which stays on while inside."""
     from rich.console import Console
 
+    from graphprune.cli.quiet import quiet_libraries
     from graphprune.progress import Display
 
     with Display(Console(stderr=True)) as display:
         with display.step(f"load {name}") as advance:
+            quiet_libraries()
             subject = open_subject(name, allow_pickle, advance)
         yield subject, display
 

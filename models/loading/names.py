@@ -68,7 +68,7 @@ def _installed(package: str) -> bool:
 def _tiny(
     name: str, kind: str, parameters: str, needs: tuple[str, ...] = ("transformers",)
 ) -> BuiltIn:
-    return BuiltIn(f"tiny-{name}", f"{kind}, random weights", parameters, needs=needs)
+    return BuiltIn(f"tiny-{name}", kind, parameters, needs=needs)
 
 
 # The order of `graphprune models`: real models first.

@@ -30,13 +30,11 @@ def own_task(metric: str, *, per_item: bool = False) -> Task:
         per_item: whether a drop will be bounded by it, which takes one number an item.
 
     Raises:
-        GraphPruneError: there is no such file or function.
+        GraphPruneError: there is no such file or function, or it is not written so.
     """
     source = own_source(metric)
     if source is None:
-        raise GraphPruneError(
-            f"--metric is FILE.py:FUNCTION, a function from a model to a number, got {metric!r}"
-        )
+        raise GraphPruneError(f"a metric is FILE.py:FUNCTION, got {metric!r}")
     file, name = source
     function = function_in(file, name)
 
