@@ -170,6 +170,8 @@ _ASKED = {
     "budget": ("speedup",),
     "drop-sublayers": ("ratio",),
     "gradual-magnitude": ("final",),
+    "prune-axis": ("role",),
+    **dict.fromkeys(("magnitude", "sparsegpt", "sparsellm", "wanda"), ("sparsity",)),
 }
 
 

@@ -15,7 +15,6 @@ import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,8 @@ import yaml
 
 from graphprune.errors import RecipeError, first_line
 from graphprune.pipeline.base import Pass
+from graphprune.pipeline.recipe_names import FOLDER, no_recipe
 from graphprune.pipeline.recipe_names import builtin_recipes as builtin_recipes
-from graphprune.pipeline.recipe_names import no_recipe
 from graphprune.pipeline.registry import lookup, options, registered
 from graphprune.suggest import suggest
 
@@ -87,7 +86,7 @@ def _read(recipe: str | os.PathLike[str]) -> tuple[str, str]:
     """The text of a built-in recipe or of a file, and how to call it in errors."""
     known = builtin_recipes()
     if isinstance(recipe, str) and recipe in known:
-        text = (files("graphprune") / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")
+        text = (FOLDER / f"{recipe}.yaml").read_text(encoding="utf-8")
         return text, f"recipe {recipe!r}"
     path = Path(recipe)
     if not path.is_file():
