@@ -197,10 +197,10 @@ class Compiled:
         save(self.program, Path(path).expanduser())
 
     def __repr__(self) -> str:
-        passes = ", ".join(p.name for p in self.report.passes) or "no passes"
-        return (
-            f"Compiled({self.report.model}, {passes}, {self.report.after.parameters:,} parameters)"
-        )
+        return repr(self.report).replace("Report", "Compiled", 1)
+
+    def _repr_html_(self) -> str:
+        return self.report._repr_html_()
 
 
 def compile(
