@@ -26,7 +26,7 @@ from graphprune.cli.app import (
     print_json,
     stdout_console,
 )
-from graphprune.cli.early import check_artifact_folder, check_metric
+from graphprune.cli.early import check_artifact_folder, check_exists, check_metric
 from graphprune.cli.names import COMPARING
 from graphprune.cli.sizes import parse_batch
 from graphprune.errors import GraphPruneError, RecipeError
@@ -119,6 +119,8 @@ class Asked:
                 check_number(option, value, "a number above 0", low=0, open_low=True)
         if self.max_drop is not None:
             self._check_decided()
+        check_exists(self.data)
+        check_exists(self.device)
 
     def _check_decided(self) -> None:
         """Refuse a drop that nothing decides, or two things do."""
@@ -272,6 +274,7 @@ def front_command(
         check_metric(metric)
         if task:
             raise RecipeError("give either --task or --metric, not both")
+    check_exists(data)
     folders = [out / name for name in ("dense-int8", *(f"{s:g}x" for s in speedups))]
     for folder in folders:
         check_artifact_folder(folder)

@@ -30,20 +30,16 @@ def check_given(given: Mapping[str, Any]) -> None:
     Raises:
         GraphPruneError: no such model, scheme, task or file.
     """
+    if given.get("quantize"):
+        check_choice("quantization scheme", given["quantize"], SCHEMES)
+    if given.get("task"):
+        check_choice("task", given["task"], TASKS)
     model = given.get("model")
     if model is not None and layout_of(Path(model).expanduser()) is None:
         check_name(model, bool(given.get("allow_pickle")))
-    if given.get("quantize"):
-        check_choice("scheme", given["quantize"], SCHEMES)
-    if given.get("task"):
-        check_task_name(given["task"])
     source = given.get("calibration")
     if source is not None and not source.exists():
         raise GraphPruneError(f"there is no calibration file {str(source)!r}")
-    for option in ("train", "eval_file", "device"):
-        check_file(given.get(option))
-    if given.get("data") is not None and not given["data"].exists():
-        raise GraphPruneError(f"there is no file {str(given['data'])!r}")
 
 
 def check_choice(what: str, value: str, known: Iterable[str]) -> None:
@@ -57,23 +53,14 @@ def check_choice(what: str, value: str, known: Iterable[str]) -> None:
         raise RecipeError(f"there is no {what} {value!r}; {suggest(value, names)}")
 
 
-def check_task_name(task: str) -> None:
-    """Refuse a task that does not exist.
-
-    Raises:
-        RecipeError: near ones are named.
-    """
-    check_choice("task", task, TASKS)
-
-
-def check_file(path: Path | None) -> None:
-    """Refuse a file that does not exist; None is none.
+def check_exists(path: Path | None) -> None:
+    """Refuse a file or folder that does not exist; None is none.
 
     Raises:
         GraphPruneError: there is no such file.
     """
-    if path is not None and not path.is_file():
-        raise GraphPruneError(f"{str(path)!r} cannot be read: there is no such file")
+    if path is not None and not path.expanduser().exists():
+        raise GraphPruneError(f"{str(path)!r} cannot be read: there is no file {str(path)!r}")
 
 
 def check_metric(metric: str) -> None:

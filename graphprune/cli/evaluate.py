@@ -19,7 +19,7 @@ from graphprune.cli.app import (
     print_json,
     stdout_console,
 )
-from graphprune.cli.early import check_metric
+from graphprune.cli.early import check_exists, check_metric
 from graphprune.cli.names import TASKS, complete_task
 from graphprune.cli.subject import Subject, opened
 from graphprune.errors import GraphPruneError, first_line
@@ -79,6 +79,8 @@ def eval_command(
         for name, value in other.items():
             if value:
                 raise GraphPruneError(f"{name} is for --task; a metric reads its own data")
+
+    check_exists(data)
 
     # From here on torch is imported.
     from graphprune.cli.tables import quality_table

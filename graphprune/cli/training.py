@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 
+from graphprune.cli.early import check_exists
 from graphprune.cli.names import BRINGS_DATA, TRAINABLE
 from graphprune.errors import GraphPruneError, RecipeError
 from graphprune.pipeline.events import JSON, Event, Observer, PassProgress, PassStarted
@@ -201,6 +202,8 @@ def check_training(options: TrainingOptions) -> None:
         raise RecipeError(f"--batch-size must be at least 1, got {options.size}")
     if options.resume and options.checkpoints is None:
         raise RecipeError("--resume goes on from checkpoints: give --checkpoints FOLDER")
+    check_exists(options.train)
+    check_exists(options.eval)
     if options.checkpoints is not None:
         check_writable(options.checkpoints / "checkpoint")
 

@@ -47,7 +47,7 @@ CASES = {
     "compile tiny-mlp --recipe prune-haeds -o x": "'prune-heads'",
     "compile tiny-mlp --recipe small --heads .5 -o x": "not both",
     "compile tiny-mlp --heads .5 --layout hbu -o x": "'hub'",
-    "compile tiny-mlp --heads .5 --train x.tsv -o x": "'x.tsv'",
+    "compile tiny-mlp --heads .5 --task classification --train x.tsv -o x": "'x.tsv'",
     "compile tiny-mlp --heads .5 --calibration x -o x": "file 'x'",
     "compile tiny-mlp --heads .5 --lr 1 -o x": "needs --task",
     "compile tiny-mlp --max-drop .1 --metric own.py -o x": "FILE.py:FUNCTION",
