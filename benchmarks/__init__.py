@@ -1,1 +1,1 @@
-"""What the README claims, as commands: python -m benchmarks.NAME [--quick] [--json FILE]."""
+"""The numbers of the README, as commands: python -m benchmarks.NAME [--quick] [--json FILE]."""

@@ -128,7 +128,7 @@ def _optimized(path: Path, folder: Path) -> Path:
 
 
 def _attentions(model: onnx.ModelProto) -> list[tuple[onnx.NodeProto, int, float]]:
-    """(node, heads, scale) of every Attention; the nodes are removed by whoever replaces them."""
+    """(node, heads, scale) of every Attention; the caller removes the nodes that it replaces."""
     found = []
     for node in model.graph.node:
         if node.op_type == "Attention":

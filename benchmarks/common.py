@@ -1,4 +1,4 @@
-"""What every benchmark shares: its command line, its table, its JSON file."""
+"""Shared by all benchmarks: command line, table, JSON file."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _text(value: Any) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers depend on."""
+    """The environment that the numbers depend on."""
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),

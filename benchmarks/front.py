@@ -139,21 +139,21 @@ def _points(bench: Bench, settings: Settings) -> Iterator[Row]:
     cuts = QUICK_CUTS if settings.quick else CUTS
     methods = QUICK_METHODS if settings.quick else METHODS
     none = {"score": "", "compensate": "", "allocation": ""}
-    yield _told(bench.row("nothing", bench.compiled([]), **none, precision="fp32"))
-    yield _told(bench.row("nothing", bench.compiled([INT8]), **none, precision="int8"))
+    yield _printed(bench.row("nothing", bench.compiled([]), **none, precision="fp32"))
+    yield _printed(bench.row("nothing", bench.compiled([INT8]), **none, precision="int8"))
     for score, compensate, allocation in methods:
         for name, neurons, heads in cuts:
             common: Row = {"score": score, "compensate": compensate, "allocation": allocation}
             passes: list[Pass] = [PruneHeads(heads, **common)] if heads else []
             passes.append(PruneNeurons(neurons, **common))
             cut = bench.compiled(passes)
-            yield _told(bench.row(name, cut, **common, precision="fp32"))
+            yield _printed(bench.row(name, cut, **common, precision="fp32"))
             if score == "obs" and allocation == "uniform":
                 low = graphprune.compile(cut, [INT8])
-                yield _told(bench.row(name, low, **common, precision="int8"))
+                yield _printed(bench.row(name, low, **common, precision="int8"))
 
 
-def _told(row: Row) -> Row:
+def _printed(row: Row) -> Row:
     """The row, with a line on stderr: the whole run takes its time."""
     what = " ".join(str(row[key]) for key in ("removed", "score", "allocation", "precision"))
     print(f"{what}: {row['ms']:.2f} ms, {row['quality']}", file=sys.stderr, flush=True)

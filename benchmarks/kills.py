@@ -91,7 +91,7 @@ class _Exports:
 
 
 class _Trainings:
-    """A training that is killed and resumed, against one that nobody disturbed."""
+    """A training that is killed and resumed, against an undisturbed one."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.number = folder, 0

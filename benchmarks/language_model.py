@@ -1,4 +1,4 @@
-"""What zeroing weights, or removing structure, costs a language model: SmolLM2-135M, one shot.
+"""The cost of zeroing weights or removing structure in SmolLM2-135M, one shot.
 
 Quality is perplexity on the raw test text of WikiText-2, on the first 64 of its 595 windows of 512
 tokens, which do not overlap and are each read by themselves; lower is better. Calibration is on its

@@ -1,8 +1,8 @@
 """MiniLM-L6, FFN neurons and heads removed, in ONNX Runtime fp32 against the dense model.
 
-The dense model is the strongest export there is here (`python -m benchmarks.attention`). Timed in
-turns; with one thread the clock is that thread's CPU time, so that other programs do not count,
-with more it is the wall's. The ratio's spread is the quartiles over rounds.
+The dense model is the fastest export known here (`python -m benchmarks.attention`). Timed
+interleaved; with one thread the clock is that thread's CPU time, so that other programs do not
+count, with more it is wall time. The ratio's spread is the quartiles over rounds.
 
     python -m benchmarks.minilm_structured [--quick] [--json FILE]
 """

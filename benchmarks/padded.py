@@ -1,4 +1,4 @@
-"""What session options change where inputs are padded: denormals in the attention over padding.
+"""Session options on padded inputs: denormals in the attention over padding.
 
 MiniLM-L6, dense, at 8 x 128 tokens on one thread, with every token real and with 7 of the 8 texts
 half as long. Each set of options has a process of its own, and they run interleaved, by CPU time:

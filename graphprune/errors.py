@@ -7,9 +7,9 @@ GraphPruneError
 ├── PassError           a pass crashed; the cause is kept, the passes already run are named
 ├── VerificationError   a rewrite did not do what it claims: an internal error, never the user's
 ├── UnsupportedError    an operator, pattern or axis that we decline to touch, with the reason
-├── TrainingError       training data do not fit, or training went astray
+├── TrainingError       training data do not fit, or training diverged
 ├── ExportError         ONNX export or its parity check failed, or the folder cannot be written
-└── ArtifactError       an artifact is missing, corrupt, tampered with, or not ours
+└── ArtifactError       an artifact is missing, corrupt, tampered with, or not written by graphprune
 
 A message states the fact, the place and the way out, in that order.
 """
@@ -66,4 +66,4 @@ class ExportError(GraphPruneError):
 
 
 class ArtifactError(GraphPruneError):
-    """An artifact is missing, corrupt, tampered with, or not ours."""
+    """An artifact is missing, corrupt, tampered with, or not written by graphprune."""

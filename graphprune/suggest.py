@@ -1,4 +1,4 @@
-"""Errors that say what was probably meant."""
+"""Suggestions for misspelled names."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def check_patterns(option: str, patterns: object) -> None:
-    """Refuse patterns that can only be a slip.
+    """Refuse patterns that can only be a mistake.
 
     Raises:
         RecipeError: not a tuple of strings, or a regular expression that does not compile.
@@ -69,7 +69,7 @@ def refuse_unmatched(
     names: Sequence[str],
     match: Callable[[str, str], bool] = matches,
 ) -> None:
-    """Refuse a pattern that matches no name: it is a slip.
+    """Refuse a pattern that matches no name.
 
     Raises:
         RecipeError: the pattern and near names are named.

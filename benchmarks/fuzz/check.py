@@ -51,7 +51,7 @@ class Failure:
 
 @dataclass(slots=True)
 class Outcome:
-    """What one graph came to.
+    """The result of one graph.
 
     Attributes:
         failures: empty when all is well.
@@ -102,7 +102,7 @@ class _Stop(Exception):
 
 @contextlib.contextmanager
 def _default(dtype: torch.dtype) -> Iterator[None]:
-    """What tensors are made of without a dtype, while inside."""
+    """Set the default dtype while inside."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -267,7 +267,7 @@ def _shapes(inputs: Sequence[Tensor]) -> str:
 
 
 def _error(expected: Sequence[Any], actual: Sequence[Any], tolerance: float = TOLERANCE) -> str:
-    """What differs, or ""."""
+    """Describe what differs, or ""."""
     for i, (a, b) in enumerate(zip(expected, actual, strict=True)):
         if a.shape != b.shape:
             return f"output {i} has shape {tuple(b.shape)}, not {tuple(a.shape)}"
@@ -315,7 +315,7 @@ def _lines(program: Program) -> list[str]:
 
 
 def _cuts(case: _Case, number: int, thorough: bool) -> Iterator[Kept]:
-    """Random cuts of free axes: several at once and one alone, by turns; the simplest first."""
+    """Random cuts of free axes: several at once and one alone, alternately; the simplest first."""
     free = [g for g in case.groups if not g.frozen and not g.normalized]
     rng = random.Random(case.graph.seed)
     if not free:

@@ -556,7 +556,7 @@ def centered(b: Source, c: Choices) -> None:
 
 @step(2.5)
 def reduced(b: Source, c: Choices) -> None:
-    """Sums, means, norms of parts of the hidden units, and means of those."""
+    """Sums, means, norms of segments of the hidden units, and means of those."""
     outer, inner = c.n, c.of(4, 3)
     width = outer * inner
     h, zero = hidden(b, c, width)

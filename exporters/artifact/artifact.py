@@ -52,7 +52,7 @@ class Artifact:
 
     Attributes:
         path: the folder.
-        manifest: what manifest.json says.
+        manifest: the content of manifest.json.
     """
 
     def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
@@ -61,7 +61,7 @@ class Artifact:
 
     @property
     def digest(self) -> str:
-        """What `graphprune.load(..., expect=)` takes: "sha256:…", over all files of the folder."""
+        """The hash that `graphprune.load(..., expect=)` takes: "sha256:…", over all files."""
         return digest(self.path)
 
     @property
@@ -342,7 +342,7 @@ class Artifact:
 
 
 def check_names(against: str) -> None:
-    """Refuse names that stand for nothing that anything could be measured against.
+    """Refuse names of nothing that a model can be measured against.
 
     Args:
         against: as `Artifact.benchmark` takes it.
@@ -387,7 +387,7 @@ def is_artifact(path: Path) -> bool:
     """Whether a folder is one that `export` wrote; its files are not checked.
 
     Raises:
-        ExportError: it is, but somebody put files of their own into it.
+        ExportError: it is, and holds files that graphprune did not write.
     """
     layout = layout_of(path)
     try:

@@ -111,8 +111,9 @@ def export(
     have four bits), which is what the artifact then opens.
 
     Raises:
-        ExportError: the folder is not ours or cannot be written, the graph has no ONNX form, ONNX
-            Runtime disagrees with the program, or the target cannot run the quantized operators.
+        ExportError: graphprune did not write the folder, or it cannot be written; the graph has no
+            ONNX form; ONNX Runtime disagrees with the program; or the target cannot run the
+            quantized operators.
     """
     check_opset(opset, cached=program.deployed != "forward")
     mark = program.quantization

@@ -33,7 +33,7 @@ def add_results(
     results: Mapping[str, Any],
     finish: Finish = lambda manifest: {},
 ) -> Artifact:
-    """Note measurements in the manifest, under "results", and draw report.html anew.
+    """Note measurements in the manifest, under "results", and draw report.html again.
 
     Args:
         artifact: what was measured.

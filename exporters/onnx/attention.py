@@ -2,7 +2,7 @@
 
 ONNX Runtime's CPU kernels, six layers of width 384 at 1 x 128 tokens on one thread, attention only:
 MatMul + Softmax 1.8 ms, com.microsoft.MultiHeadAttention 1.7 ms, Attention-23 1.1 ms (1.31;
-`python -m benchmarks.attention`). So Attention-23 it is, with three things done around it:
+`python -m benchmarks.attention`). So Attention-23 is used, with three changes around it:
 
 1. heads stay side by side, [batch, length, heads x width], where the graph only splits them for
    the attention: four transposes and their reshapes disappear;

@@ -113,7 +113,7 @@ def to_onnx_together(programs: Sequence[Program]) -> list[ir.Model]:
 def _converted(
     module: fx.GraphModule, example: tuple[Tensor, ...], dynamic: tuple[Any, ...] | None
 ) -> ir.Model:
-    """What torch.onnx makes of a lowered graph."""
+    """Convert a lowered graph by torch.onnx."""
     with _quiet():
         try:
             exported = torch.export.export(module, example, dynamic_shapes=dynamic, strict=False)
@@ -134,7 +134,7 @@ def _converted(
 def _finished(
     model: ir.Model, spec: Entry, opset: int | None, optional: Collection[str], grouped: bool
 ) -> ir.Model:
-    """What torch.onnx made, cleaned up and named; see `to_onnx`."""
+    """Clean up and name a converted model; see `to_onnx`."""
     with _quiet():
         _name_sizes(model, spec)
         clean_up(model)

@@ -48,7 +48,7 @@ def check_cache(target: str, entry: Entry) -> None:
     """Refuse, before any work, a cache that the operator does not take.
 
     Args:
-        target: who asks for the operator.
+        target: the target that needs the operator.
         entry: what is exported.
 
     Raises:
@@ -110,7 +110,7 @@ def _reader(past: ir.Value) -> ir.Node:
 
 
 class _Sizes:
-    """What has been read and what is new, off ids and mask; computed once, at the graph's start.
+    """Lengths of past and new tokens, from ids and mask; computed once, at the graph's start.
 
     Attributes:
         seqlens_k: int32 [batch], past + new - 1.

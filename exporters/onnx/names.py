@@ -1,4 +1,4 @@
-"""What the inputs, outputs, nodes and dynamic sizes of the ONNX file are called."""
+"""Names of the inputs, outputs, nodes and dynamic sizes of the ONNX file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SIZES = {
 
 
 def size_name(symbol: str) -> str:
-    """What an entry's dynamic size is called in ONNX files; "past+sequence" is two names."""
+    """Name an entry's dynamic size in ONNX files; "past+sequence" is two names."""
     return rename_symbols(symbol, _SIZES)
 
 

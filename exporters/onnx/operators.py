@@ -26,7 +26,7 @@ def attention(
     Args:
         query: [batch, length, heads x width], or [batch, heads, length, width]; the result too.
         key: as many dimensions as the query, with `kv_heads` heads; shared by heads / kv_heads.
-        value: like the key, of another width if it likes.
+        value: like the key; its width may differ.
         bias: added to the scores, finite, [batch or 1, heads or 1, length, positions].
         is_causal: position i sees the positions up to i.
     """

@@ -1,4 +1,4 @@
-"""What an attention's surroundings in a graph mean: heads split, joined, repeated, or left alone.
+"""Patterns around an attention in a graph: heads split, joined, repeated, or left alone.
 
 All of it reads shapes from fresh metadata.
 """
@@ -101,7 +101,7 @@ def expression(size: Any) -> Any:
 
 
 def shared(key: fx.Node, value: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """Key and value before they are repeated for grouped queries, where both are alike."""
+    """Key and value before they are repeated for grouped queries, where both are."""
     k, v = _unrepeated(unchanged(key)), _unrepeated(unchanged(value))
     if k is not None and v is not None and value_of(k).shape[1] == value_of(v).shape[1]:
         return k, v

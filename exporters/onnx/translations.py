@@ -14,7 +14,7 @@ OPSET = 23  # the first with Attention and RMSNormalization
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """What torch.onnx.export takes as custom_translation_table."""
+    """Return the custom_translation_table of torch.onnx.export."""
     return {
         torch.ops.graphprune.attention.default: _attention,
         torch.ops.graphprune.cached_attention.default: _cached_attention,

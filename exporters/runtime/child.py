@@ -1,4 +1,4 @@
-"""ONNX files opened in a process of their own: what a session sets there, it sets nowhere else."""
+"""ONNX files opened in a process of their own, whose settings affect no other process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was measured on this machine, kept in a folder: a JSON file for each signature."""
+"""Costs measured on this machine, kept in a folder: a JSON file for each signature."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check_cost(cost: Cost) -> None:
     """Refuse a cost from a file that is not made of positive numbers.
 
     Raises:
-        ValueError: it is not.
+        ValueError: a number is not positive and finite.
     """
     numbers = (cost.ms, cost.low, cost.high, cost.bytes)
     if not all(isinstance(n, int | float) and 0 < n < math.inf for n in numbers):
@@ -34,7 +34,7 @@ def check_cost(cost: Cost) -> None:
 
 @final
 class Costs:
-    """A folder of costs. What is damaged is measured again; a warning says so, once."""
+    """A folder of costs. What is damaged is measured again, with one warning."""
 
     def __init__(self, folder: Path, environment: Mapping[str, Any]) -> None:
         """Costs of one environment.

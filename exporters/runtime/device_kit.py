@@ -123,8 +123,8 @@ class KitDevice:
     def __init__(self, path: Path, threads: int | None = None) -> None:
         """Read the file.
 
-        Another ONNX Runtime here than there is only warned of: a phone's or a board's is seldom the
-        one that is installed here, and the times are true for the one that will run the model.
+        Another version of ONNX Runtime there is only a warning: a phone's or a board's is seldom
+        the one that is installed here, and the times hold for the one that will run the model.
 
         Args:
             path: what the script wrote.
@@ -170,7 +170,7 @@ class KitDevice:
         inputs: Mapping[str, Sequence[Tensor]] | None = None,
         fresh: bool = False,
     ) -> dict[str, Cost]:
-        """What the file says that programs cost; see `Device`.
+        """Look the costs of programs up in the file; see `Device`.
 
         Raises:
             GraphPruneError: the file does not hold one of them.
@@ -207,10 +207,10 @@ def _quantized(scheme: str | None) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What the script wrote, with `Cost`s.
+    """Read what the script wrote, with `Cost`s.
 
     Raises:
-        GraphPruneError: it did not write this.
+        GraphPruneError: the script did not write it, or it cannot be read.
     """
     try:
         return _parsed(json.loads(path.read_text(encoding="utf-8")))

@@ -1,4 +1,4 @@
-"""What a model costs a fresh process: load time and memory."""
+"""Load time and memory of a model in a new process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from graphprune.exporters.runtime.session import TUNED
 @final
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """What a model costs a fresh process.
+    """Load time and memory of a model in a new process.
 
     Attributes:
         load_ms: making the session, file cache warm.

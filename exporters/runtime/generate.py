@@ -28,7 +28,11 @@ class Decoder:
     """
 
     def __init__(self, session: Any) -> None:
-        """Raises GraphPruneError where the session's model has no cache, or gives no logits."""
+        """Begin with an empty cache.
+
+        Raises:
+            GraphPruneError: the session's model has no cache, or gives no logits.
+        """
         outputs = {o.name: o.shape for o in session.get_outputs()}
         self._shapes = shapes_of(session)
         self._pasts = [name for name in self._shapes if is_past(name)]

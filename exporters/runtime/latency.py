@@ -64,7 +64,7 @@ class OnnxRuntimeDevice:
             progress: called with how many are done, of how many, of what.
 
         Raises:
-            GraphPruneError: this machine has not so many threads.
+            GraphPruneError: this machine does not have so many threads.
         """
         check_threads(threads)
         self.threads, self._progress = threads, progress
@@ -73,7 +73,7 @@ class OnnxRuntimeDevice:
         self._costs = Costs(cache or cache_dir() / "latency", self.environment())
 
     def environment(self) -> dict[str, Any]:
-        """What a time depends on beside the program: machine, options and versions."""
+        """Everything that a time depends on beside the program: machine, options, versions."""
         packages = ("onnxruntime", "torch", "onnxscript")
         return {
             "cpu": self._cpu,
@@ -90,7 +90,7 @@ class OnnxRuntimeDevice:
         inputs: Mapping[str, Sequence[Tensor]] | None = None,
         fresh: bool = False,
     ) -> dict[str, Cost]:
-        """What programs cost here, by the names given; see `Device`.
+        """Measure programs here, by the names given; see `Device`.
 
         Raises:
             ExportError: a program cannot be written as ONNX.
@@ -139,7 +139,7 @@ def open_device(
     """This machine, or the one that the JSON file of a device kit describes.
 
     Raises:
-        GraphPruneError: the file is none of a kit, or this machine has not so many threads.
+        GraphPruneError: no kit wrote the file, or this machine does not have so many threads.
     """
     if file:
         from graphprune.exporters.runtime.device_kit import KitDevice

@@ -72,7 +72,7 @@ def until_stable(
     *,
     seconds: float = 120.0,
 ) -> list[list[float]]:
-    """Go round until every model's median is known within 1 %, at most `MOST` times.
+    """Repeat rounds until every model's median is known within 1 %, at most `MOST` times.
 
     Args:
         one: runs all models once and gives the milliseconds of each.
@@ -146,7 +146,7 @@ def _cpu_name() -> str:
 
 @final
 class Probe:
-    """What the process answers, a method a request.
+    """Answers requests, one method for each.
 
     Attributes:
         at: the file that is worked on.

@@ -41,7 +41,7 @@ class Comparison:
         against: what it is compared with.
         ratio: how many times faster the model is, median over rounds.
         ratio_low: lower quartile of the rounds' ratios; `ratio_high` the upper.
-        rounds: how often the turn went round; `runs` is how often a model ran in each round.
+        rounds: number of rounds; `runs` is how often a model ran in each round.
         threads: within operators.
         clock: "wall", or "cpu" for the CPU time of one thread.
         shapes: of the inputs.
@@ -127,7 +127,7 @@ def compare_files(
     runs: int = 3,
     clock: Clock | None = None,
 ) -> Comparison:
-    """Like `compare_all`, for ONNX files, in two processes of their own that take turns as well.
+    """Like `compare_all`, for ONNX files, in two processes of their own, interleaved too.
 
     In one, sessions have the options that docs/deploy.md names; in the other ONNX Runtime's own,
     which is what the result's `default` compares.

@@ -93,7 +93,7 @@ def _apply(node: fx.Node, facts: Facts) -> object:
 
 
 def _check_sizes(node: fx.Node, dims: Dims) -> None:
-    """A rule whose output has other sizes than the operator's is wrong: say so at once."""
+    """Raise where a rule gives other sizes than the operator: the rule is wrong."""
     wanted = [size_of(s) for s in node.meta["val"].shape]
     if len(dims) != len(wanted) or not all(
         algebra.equal(a.size, s) for a, s in zip(dims, wanted, strict=True)

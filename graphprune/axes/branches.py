@@ -56,7 +56,7 @@ class Branch:
     tensors: frozenset[str]
 
     def nodes(self, program: Program, entry: str) -> list[fx.Node]:
-        """What is dead once the sum is replaced by x: the sum and all before it, in order.
+        """Nodes that are dead once the sum is replaced by x, in order: the sum, and what it needs.
 
         What goes into a cache keeps nothing alive, and is dead with the branch.
 
@@ -103,7 +103,7 @@ def branches(program: Program) -> list[Branch]:
 
 
 def dead_nodes(entry: Entry, places: Iterable[Place]) -> list[fx.Node]:
-    """What is dead once each of these sums is replaced by its x; see `Branch.nodes`."""
+    """The nodes that are dead once each of these sums is replaced by its x; see `Branch.nodes`."""
     of = {node.name: node for node in entry.graph.nodes}
     before = _alive(entry, {})
     dead = before - _alive(entry, {of[place.add]: of[place.value] for place in places})
@@ -130,7 +130,7 @@ def _alive(entry: Entry, removed: Mapping[fx.Node, fx.Node]) -> set[fx.Node]:
     return seen - removed.keys()
 
 
-_Key = tuple[frozenset[str], int]  # parameters that a branch reads; its number among those alike
+_Key = tuple[frozenset[str], int]  # parameters that a branch reads; its number among equal ones
 
 
 def _found(axes: Axes, name: str) -> dict[_Key, tuple[Place, str]]:

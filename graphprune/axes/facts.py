@@ -1,4 +1,4 @@
-"""What the analysis of axes records of a graph."""
+"""Records of the analysis of axes about a graph."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Contraction:
 
 @dataclass(slots=True)
 class Facts:
-    """What the walk over one entry graph found.
+    """Results of the walk over one entry graph.
 
     Attributes:
         dims: the axes of every value.

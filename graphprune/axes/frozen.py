@@ -28,7 +28,7 @@ _CALL = re.compile(r"`(?P<op>\w+)` at .*$")
 
 @dataclass(frozen=True, slots=True)
 class Frozen:
-    """What one operator freezes, for one reason.
+    """The axes that one operator freezes, for one reason.
 
     Attributes:
         op: the operator.
@@ -52,7 +52,7 @@ class Frozen:
 
 
 def frozen_parameters(groups: AxisGroups) -> list[Frozen]:
-    """What operators freeze of the axes between weights, the most parameters first.
+    """Find the axes between weights that operators freeze, the most parameters first.
 
     Only what holds a relevant fraction of the program's parameters.
     """

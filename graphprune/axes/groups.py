@@ -34,8 +34,7 @@ class Occurrence:
 class Channels:
     """A dimension, or a segment of one, that several groups of one role are the factors of.
 
-    A grouped convolution sees 16 channels as 4 groups of 4: whoever says "half of the channels"
-    means half of 16.
+    A grouped convolution sees 16 channels as 4 groups of 4: half of the channels are half of 16.
 
     Attributes:
         id: where it occurs first, "tensor[dim]"; with ".k" for the k-th segment that is one.
@@ -258,7 +257,7 @@ def axis_groups(program: Program) -> AxisGroups:
     """The axis groups of a program: what can be removed from it, and what cannot, and why.
 
     The last few analyses are kept, so that a program with other values costs none. A copy of its
-    graphs has `axis_groups(program).on(copy)`. What lost units is analyzed anew: rules compare
+    graphs has `axis_groups(program).on(copy)`. What lost units is analyzed again: rules compare
     sizes (a broadcast, the boundaries of a reshape), and sizes that meet by chance, or are one now,
     say something else than they did.
     """
@@ -321,10 +320,10 @@ def _groups(axes: Axes) -> list[AxisGroup]:
 
 
 def names_after(before: AxisGroups, keep: Mapping[Axis, Tensor], after: Program) -> dict[str, str]:
-    """What to call the groups of a program that lost units or tensors, so that each keeps its name.
+    """Name the groups of a program that lost units or tensors, so that each keeps its name.
 
     An axis that is down to one unit is none any more, and those beside it in a dimension would be
-    counted anew: "w[0].1" would become "w[0]". One whose first tensor is gone would be named after
+    counted again: "w[0].1" would become "w[0]". One whose first tensor is gone would be named after
     the next. Of an axis that fell apart, the first part has the name.
 
     Args:

@@ -1,4 +1,4 @@
-"""What an axis is for, read off its consumers, never off names."""
+"""Roles of axes, read off their consumers, never off names."""
 
 from __future__ import annotations
 

@@ -74,18 +74,18 @@ class Gram:
 
 @final
 class Remarks:
-    """What there is to say of single sites; the same of several of them is said once."""
+    """Remarks about sites; one that fits several is logged once."""
 
     def __init__(self) -> None:
         self._names: dict[str, list[str]] = {}
 
     def add(self, name: str, remark: str) -> None:
-        """Take note of a remark about a site; of an empty one not."""
+        """Add a remark about a site; an empty one is ignored."""
         if remark:
             self._names.setdefault(remark, []).append(name)
 
     def warn(self, log: logging.Logger) -> list[str]:
-        """Log a sentence a remark, which names the first site and counts the others."""
+        """Log one sentence for each remark, which names the first site and counts the others."""
         found = []
         for remark, names in self._names.items():
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""

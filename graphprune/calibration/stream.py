@@ -71,11 +71,11 @@ class Stream:
         """Run every batch up to the last of these sites, and show each site its input rows.
 
         Afterwards the weights of these sites, and of anything later, may change; what lies before
-        the first of them has been left behind. Sites must be visited in execution order.
+        the first of them has been passed. Sites must be visited in execution order.
 
         Args:
             program: the tensors to run with.
-            sites: of this entry, none of them before a place that was left behind.
+            sites: of this entry, none of them before a place that was passed.
             observe: called with a site and its input rows [n, in], padding dropped.
 
         Raises:
@@ -168,7 +168,7 @@ class Stream:
         node = self.nodes[j]
 
         def value(source: fx.Node) -> Any:
-            # Tensors are read anew each time: the pass may have replaced them since.
+            # Tensors are read again each time: the pass may have replaced them since.
             return (
                 program.tensors[str(source.target)] if source.op == "get_attr" else values[source]
             )
@@ -216,7 +216,7 @@ class Stream:
 
 
 def made_of_weights(graph: fx.Graph) -> set[fx.Node]:
-    """Values that a matrix of the model has a part in: no masks, no tables of positions."""
+    """Values that depend on a weight matrix: no masks, no tables of positions."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
         matrix = node.op == "get_attr" and node.meta["val"].dim() > 1
@@ -238,7 +238,7 @@ def _is_cut(between: Sequence[int], i: int) -> bool:
 
 
 def check_not_empty(batch: Any, number: int) -> None:
-    """Refuse a batch without a single value; for this no captured model is needed.
+    """Refuse a batch without a single value; this needs no captured model.
 
     Raises:
         GraphPruneError: every tensor of the batch is empty; its number is named.
@@ -296,7 +296,7 @@ def flat_batch(entry: Entry, batch: Any, number: int) -> list[Tensor]:
 
 
 def _check_ids(entry: Entry, name: str, tensor: Tensor, number: int) -> None:
-    """Whether a table has a row for every id: another model's tokenizer makes other ids."""
+    """Refuse ids that a table has no row for: another model's tokenizer makes other ids."""
     if tensor.is_floating_point() or not tensor.numel():
         return
     (node,) = (n for n in entry.graph.nodes if n.op == "placeholder" and n.name == name)

@@ -77,9 +77,9 @@ def _allowed(entry: Entry, flat: Sequence[Tensor]) -> bool:
 
 
 def model_outputs(model: nn.Module, entry: Entry, flat: Sequence[Tensor]) -> list[Any]:
-    """What the model itself returns for flat inputs; its state stays as it is."""
+    """Run the model itself on flat inputs; its state stays as it is."""
     args, kwargs = model_call(model, entry, [t.clone() for t in flat])
-    with state_kept(model), contextlib.redirect_stderr(io.StringIO()):  # fx explains itself there
+    with state_kept(model), contextlib.redirect_stderr(io.StringIO()):  # fx prints tracebacks there
         return pytree.tree_leaves(model(*args, **kwargs))
 
 

@@ -129,7 +129,7 @@ def exported_program(
         CaptureError: torch.export refuses; the model's own line and a remedy are named.
     """
     try:
-        # torch logs graphs and tracebacks beside what it raises; ours is one sentence.
+        # torch logs graphs and tracebacks beside what it raises; the error is one sentence.
         logging.disable(logging.ERROR)
         with (
             warnings.catch_warnings(),
@@ -213,7 +213,7 @@ def program_of(
     asked: Sequence[str] = (),
     declared: bool = False,
 ) -> Program:
-    """What torch.export traced, as a Program of the entry `forward`, its second batch not tried.
+    """Turn an export into a Program of the entry `forward`; its second batch is not tried.
 
     Dimensions that torch.export was asked to keep dynamic and made constant are `fixed` in it.
 
@@ -351,7 +351,7 @@ def _check_operators(model: nn.Module, graph: fx.Graph) -> None:
 def _check_known(model: nn.Module, graph: fx.Graph) -> None:
     """Refuse ATen operators that no saved program may call; those of other libraries only freeze.
 
-    They are kernels behind public operators, and operators on sparse, nested or quantized tensors.
+    They are kernels of public operators, and operators on sparse, nested or quantized tensors.
     """
     for node in graph.nodes:
         target = node.target
@@ -363,7 +363,7 @@ def _check_known(model: nn.Module, graph: fx.Graph) -> None:
 
 
 def _own_operators(graph: fx.Graph) -> None:
-    """Replace operators that only one library registers by ours of the same meaning."""
+    """Replace operators that only one library registers by graphprune's of the same meaning."""
     import graphprune.ir.operators  # noqa: F401  (registers graphprune::grouped_mm)
 
     for node in graph.nodes:

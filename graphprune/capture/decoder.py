@@ -101,13 +101,13 @@ def _check_decoder(model: nn.Module) -> None:
         )
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise CaptureError(
-            f"{name} is an encoder with a decoder, whose cache also holds what the encoder says; "
+            f"{name} is an encoder with a decoder, whose cache also holds the encoder's output; "
             "cache=True is for decoders alone, compile it without cache"
         )
 
 
 def _split(name: str, ids: Tensor) -> int:
-    """How many of the example's tokens are past: no two sizes alike, so that none stands for one.
+    """How many of the example's tokens are past, so that batch, past and new tokens all differ.
 
     About three fifths, and at least two on either side.
     """
@@ -178,7 +178,7 @@ def _check_dynamic(name: str, entry: Entry) -> None:
 
 
 def _sizes(node: Any) -> bool:
-    """Whether a part of `_dynamic` says the sizes of one tensor."""
+    """Whether a part of `_dynamic` holds the sizes of one tensor."""
     return isinstance(node, dict) and 0 in node
 
 
@@ -236,7 +236,7 @@ def _filled(pasts: _Pasts) -> Any:
 
 
 def _with_cache(program: Program) -> Program:
-    """Say which output continues which input: they are named alike, in one order."""
+    """Record which output continues which input: both are in one order."""
     entry = program.forward
     inputs = [
         leaf

@@ -20,7 +20,7 @@ _FILLED = ("zeros", "ones", "full", "empty", "scalar_tensor", "empty_strided", "
 
 @dataclass(slots=True)
 class Folding:
-    """What `fold` did to a graph.
+    """The result of `fold`.
 
     Attributes:
         tensors: the constants that the graph now reads, by name.

@@ -60,7 +60,7 @@ def _inlined(graph: fx.Graph, call: fx.Node, body: fx.Graph, first: int) -> Sequ
 
 
 def functionalize(graph: fx.Graph) -> set[str]:
-    """Turn in-place operators into functional ones, and make anew what sees the same memory.
+    """Turn in-place operators into functional ones, and recompute what sees the same memory.
 
     x.add_(y)              becomes   x2 = x + y,  later uses of x read x2
     x[a:b].copy_(y)        becomes   x2 = slice_scatter(x, y, a, b)

@@ -1,10 +1,10 @@
-"""What torch.export assumed about sizes while it traced: bounds, relations, and fixed dimensions.
+"""Assumptions of torch.export about sizes: bounds, relations, and fixed dimensions.
 
 torch.export follows one path through forward. Where the path depends on a size, it notes a guard:
 `s27 <= 16` for `if x.shape[1] > 16`, `Eq(Mod(s27, 4), 0)` for a length that must be padded. The
 graph is right where all guards hold. Most guards do not come from the model, though, but from torch
-working out strides and layouts; those hold nothing that the operators of the graph would not find
-out anew, and they forbid sizes at random (a length of 3 beside a slice of 3), so they are left out.
+working out strides and layouts. These say nothing that the operators of the graph do not check
+themselves, and forbid sizes at random (a length of 3 beside a slice of 3), so they are left out.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _SAMPLES = (*range(1, 513), *(2**k + d for k in range(10, 21) for d in (-1, 0, 1
 
 @dataclass(frozen=True, slots=True)
 class Assumptions:
-    """What a graph takes for granted about the sizes of its inputs.
+    """Assumptions of a graph about the sizes of its inputs.
 
     Attributes:
         bounds: symbol name -> smallest and largest size.
@@ -92,7 +92,7 @@ def assumptions(
         if env.replace(symbol).is_number
     }
     bounds: dict[str, tuple[int, int | None]] = {}
-    # One symbol for two sizes: whoever asked for it said that they are the same.
+    # One symbol for two sizes: the user asked for equal ones.
     relations = {
         f"{first} {other}": Relation("a == b", {"a": first, "b": other})
         for first, *others in places.values()
@@ -146,7 +146,7 @@ def culprit(program: Program, entry: Entry, place: Place) -> str:
             ran.append(n)
             return super().run_node(n)
 
-    # Whatever it raises, it raises at the operator that is sought.
+    # Any exception comes from the operator that is sought.
     with contextlib.suppress(Exception), mode, torch.no_grad():
         Watch(torch.nn.Module(), garbage_collect_values=False, graph=entry.graph).run(*fakes)
     return _operator_text(ran[-1]) if ran[-1].op == "call_function" else ""
@@ -185,7 +185,7 @@ def _from_torch(guard: ShapeGuard) -> bool:
 def _decides(guard: ShapeGuard) -> bool:
     """Whether a comparison of torch's own chooses what is computed.
 
-    Sizes that differ, and sizes of several inputs, are about broadcasting: it is done anew on each
+    Sizes that differ, and sizes of several inputs, are about broadcasting, which is part of each
     call.
     """
     frame: Any = guard.sloc.framework_loc
@@ -234,7 +234,7 @@ def _as_limit(
     relations: Sequence[Relation],
     dynamic: Mapping[str, Mapping[int, str]],
 ) -> tuple[str, int | None, int | None] | None:
-    """What a relation of one size adds to what is known, as a limit; None where that is no limit.
+    """Express a relation of one size as a limit, given known bounds; None where it is no limit.
 
     Nothing, or a smallest size, for nearly all that torch compares: found by trying sizes.
     """

@@ -1,4 +1,4 @@
-"""What a captured program takes: the example call, and its arguments as placeholders."""
+"""The inputs of a captured program: the example call, and its arguments as placeholders."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ _Held = fx.Node | CaptureError
 
 
 class Memory:
-    """What each value of a graph holds, at the place that a walk over the graph has come to.
+    """The content of each value of a graph, at the current place of a walk over the graph.
 
     Which values share memory is read off the fake tensors that torch.export traced with: it is what
     happened, also where an operator copies for some strides only.
@@ -59,7 +59,7 @@ class Memory:
         self._seen: dict[fx.Node, _Held] = {}  # a view -> the base of which it holds a part
 
     def enter(self, node: fx.Node) -> None:
-        """Go on to a node, the next one: it reads what its arguments hold by now.
+        """Go on to a node, the next one: it reads what its arguments hold there.
 
         Raises:
             CaptureError: one of them was written to through a view that cannot be followed back.
@@ -84,7 +84,7 @@ class Memory:
         return node
 
     def write(self, call: fx.Node, target: fx.Node, new: fx.Node) -> None:
-        """Let an in-place call be done: its target holds `new`, and so do all that see it.
+        """Record an in-place call: its target holds `new`, and so do all that see it.
 
         Raises:
             CaptureError: the target holds some elements several times, which the call changes as
@@ -111,7 +111,7 @@ class Memory:
         return now
 
     def _now(self, node: fx.Node) -> _Held:
-        """What a value is read as here; a view of what has changed since is made anew."""
+        """The node that holds a value here; a view of what has changed since is recomputed."""
         node = self._own(node)
         held = self._held.get(node, node)
         if node not in self._base:
@@ -245,7 +245,7 @@ class Memory:
         return made
 
     def _view_of(self, node: fx.Node) -> fx.Node | None:
-        """What a value shares memory with, of that which its operator reads."""
+        """The operand that a value shares memory with; None for none."""
         if node.op != "call_function" or "val" not in node.meta or writes(node):
             return None
         first = node.args[0] if node.args else None

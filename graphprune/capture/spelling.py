@@ -71,7 +71,7 @@ def _decomposed(node: fx.Node) -> fx.Graph:
 
 @functools.cache
 def _table() -> Mapping[Any, Callable[..., Any]]:
-    """What each overload of `SPELLINGS`, or of an operator that one becomes, is made of."""
+    """Decompositions of each overload of `SPELLINGS`, and of the operators that these become."""
     import torch._refs  # registers decompositions
 
     packets = [getattr(torch.ops.aten, name) for name in (*sorted(SPELLINGS), *_INSIDE)]

@@ -1,4 +1,4 @@
-"""What a program costs to run: floating point operations, from torch's own counter."""
+"""Floating point operations of a program, from torch's own counter."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def flops(program: Program, entry: str = "forward") -> int:
 
 
 def _recurrent(program: Program, entry: str) -> int:
-    """What torch's counter does not see: two for each weight of an LSTM and time step."""
+    """Count what torch's counter does not: two for each weight of an LSTM and time step."""
     total = 0
     for node in program.entries[entry].graph.nodes:
         if is_op(node, "lstm"):

@@ -1,4 +1,4 @@
-"""Typed helpers over torch.fx graphs: the one place that knows fx's loose ends."""
+"""Typed helpers over torch.fx graphs: the one place that knows fx's quirks."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def output_node(graph: fx.Graph) -> fx.Node:
 
 
 def flat_outputs(graph: fx.Graph) -> tuple[Any, ...]:
-    """What the graph returns: nodes, and plain values such as None."""
+    """The flat outputs of a graph: nodes, and plain values such as None."""
     values: Any = output_node(graph).args[0]
     return tuple(values)
 

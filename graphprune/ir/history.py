@@ -1,4 +1,4 @@
-"""What the history of a program says of units that are gone."""
+"""Removed units, as the history of a program records them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def kept_indices(history: Sequence[JSON]) -> dict[str, list[int]]:
 
 
 def removals(history: Sequence[JSON]) -> Iterator[tuple[dict[str, list[int]], set[str]]]:
-    """What was removed, oldest first: axis group -> units that stay, and groups put in order.
+    """Yield removals, oldest first: axis group -> units that stay, and groups put in order.
 
     The units of those were in another order by then, the removed ones last: a line "rearranged" of
     the history, before the line "removed", says which they are.

@@ -71,7 +71,7 @@ class ProgramModule(nn.Module):
         self, program: Program, entry: str = "forward", record: Iterable[str] = ()
     ) -> None:
         super().__init__()
-        # The graph runs over this tree: on it no submodule's name can hide behind a method of ours.
+        # The graph runs over this tree: on it no method of this class shadows a submodule's name.
         root = _root(program)
         self.__dict__["_tree"] = root
         self._modules, self._parameters = root._modules, root._parameters

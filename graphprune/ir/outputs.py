@@ -1,4 +1,4 @@
-"""What outputs are called, and which of several a model is used by."""
+"""Names of outputs, and which of several a model is used by."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def answer_of(names: Iterable[str]) -> str | None:
 
 
 def leaf_names(spec: pytree.TreeSpec) -> list[str]:
-    """What each leaf of nested inputs or outputs is called: its keys with dots between."""
+    """Name each leaf of nested inputs or outputs: its keys with dots between."""
     tree = pytree.tree_unflatten(range(spec.num_leaves), spec)
     try:
         paths, _ = pytree.tree_flatten_with_path(tree)

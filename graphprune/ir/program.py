@@ -52,7 +52,7 @@ class Argument:
         """Refuse a call without this argument where its default is not what was captured.
 
         Raises:
-            GraphPruneError: so it is; both values are named.
+            GraphPruneError: it is another value; both are named.
         """
         if self.default is not None:
             values = [leaf.value for leaf in self.leaves if isinstance(leaf, Constant)]
@@ -115,7 +115,7 @@ class Entry:
         return {"bounds": self.bounds, "relations": self.relations, "fixed": self.fixed}
 
     def limit_lines(self) -> list[str]:
-        """What a person must know about the sizes of inputs, a line each."""
+        """Describe the limits of the sizes of inputs, a line each."""
         said = [r for r in self.relations if not self._named(r)]
         lines = [f"{symbol}: verified at the example's size only" for symbol in self.unvaried()]
         return [*limit_lines(self.bounds, said, self.fixed), *lines]
@@ -289,7 +289,7 @@ class Program:
             return list(graph_module(self, entry)(*flat))
 
     def limit_lines(self) -> list[str]:
-        """What a person must know about the sizes of inputs, of all entries, a line each."""
+        """Describe the limits of the sizes of inputs, of all entries, a line each."""
         return list(
             dict.fromkeys(x for entry in self.entries.values() for x in entry.limit_lines())
         )

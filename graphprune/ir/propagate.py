@@ -1,4 +1,4 @@
-"""What every node of a graph computes: one run on fake tensors with symbolic sizes."""
+"""Shape propagation: one run of a graph on fake tensors with symbolic sizes."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class _Fakes:
 
 
 class _DependsOnValues(Exception):
-    """A size is one of the values of a tensor, so tensors of one shape are not alike."""
+    """A size is one of the values of a tensor, so tensors of one shape differ."""
 
 
 class _Propagator(fx.Interpreter):

@@ -164,7 +164,7 @@ def range_text(bounds: tuple[int, int | None]) -> str:
 
 
 def limit_lines(bounds: Bounds, relations: Sequence[Relation], fixed: Fixed) -> Iterator[str]:
-    """What a person must know about the sizes of inputs, a line each."""
+    """Describe the limits of the sizes of inputs, a line each."""
     for symbol, limits in bounds.items():
         yield f"{symbol}: {range_text(limits)} only"
     for relation in relations:
@@ -188,10 +188,10 @@ def limits_to_json(bounds: Bounds, relations: Sequence[Relation], fixed: Fixed) 
 
 
 def limits_from_json(data: Mapping[str, Any]) -> dict[str, Any]:
-    """What `limits_to_json` wrote, by keyword; a key that is missing stands for no limits.
+    """Read what `limits_to_json` wrote, by keyword; a missing key means no limits.
 
     Raises:
-        ValueError, TypeError: it did not write this.
+        ValueError, TypeError: it is something else.
     """
     return {
         "bounds": {

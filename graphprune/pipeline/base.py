@@ -1,4 +1,4 @@
-"""What a pass is, what it returns, and what it is given."""
+"""Passes: what they are given and what they return."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Keep = Mapping[str, Sequence[int] | Tensor]
 
 @dataclass(frozen=True, slots=True)
 class PassResult:
-    """What a pass returns.
+    """The result of a pass.
 
     Attributes:
         program: the new program; the very object that was given when nothing was modified.
@@ -45,7 +45,7 @@ class PassResult:
 
 @final
 class Run:
-    """What the pipeline keeps while its passes run.
+    """The state of a pipeline while its passes run.
 
     Attributes:
         verify: whether passes are verified.
@@ -59,7 +59,7 @@ class Run:
         self._facts: dict[tuple[Any, int], tuple[Program, Any]] = {}
 
     def emit(self, event: Event) -> None:
-        """Tell every observer."""
+        """Send an event to every observer."""
         emit(self.observers, event)
 
     def get(self, analysis: Callable[[Program], T], program: Program) -> T:
@@ -81,7 +81,7 @@ class Run:
 
 
 class Context:
-    """What a pass is given beside the program.
+    """Everything that a pass is given beside the program.
 
     Attributes:
         calibration: batches for passes that need activations, or None.
@@ -94,7 +94,7 @@ class Context:
         run: what the pipeline keeps, for passes that run others; one with no observers by default.
         running: name of the pass that runs now.
         training_number: which of the passes that train it is, from 0; it names the pass's folder of
-            checkpoints, and tells the seeds of a pass that runs in rounds apart.
+            checkpoints, and gives each round of a pass its own seeds.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class Context:
 
     @property
     def generator(self) -> torch.Generator:
-        """The source of randomness; the pipeline seeds it anew before every pass."""
+        """The source of randomness; the pipeline seeds it before every pass."""
         return self._generator
 
     def batches(self) -> Iterable[Any]:
@@ -158,7 +158,7 @@ class Context:
         return self.calibration
 
     def device(self, file: str, threads: int) -> Device:
-        """What measures how long models take.
+        """Open the device that measures how long models take.
 
         Args:
             file: JSON of a device kit; "" for this machine.
@@ -175,7 +175,7 @@ class Context:
         return self.devices(file, threads, self.progress)
 
     def begin(self, name: str, index: int, *, trains: bool = False) -> None:
-        """Tell the context which pass runs now (the pipeline calls this).
+        """Set the pass that runs now (the pipeline calls this).
 
         Passes that train are numbered over the whole run, whatever runs them.
         """
@@ -190,7 +190,7 @@ class Context:
         return self.run.get(analysis, program)
 
     def progress(self, done: int, total: int, unit: str = "", **values: float) -> None:
-        """Tell observers how far the running pass is, with numbers to watch such as the loss."""
+        """Report the progress of the running pass to observers, with numbers such as the loss."""
         self.run.emit(PassProgress(self.running, done, total, unit, values))
 
     def shrink(
@@ -210,7 +210,7 @@ class Context:
         Returns:
             The smaller program, and the verification's report (`equivalence.verify_rewrite`):
             max_error, moved, observable, seconds. Where a group is normalized the two differ by
-            nature: drift instead of max_error. When the context says not to verify:
+            nature: drift instead of max_error. Without verification:
             {"skipped": reason}.
 
         Raises:
@@ -342,7 +342,7 @@ class Pass(abc.ABC):
         `run` will see.
 
         Raises:
-            RecipeError: an option names what the program has not.
+            RecipeError: an option names what the program does not have.
         """
         return
 

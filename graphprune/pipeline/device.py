@@ -1,4 +1,4 @@
-"""What passes ask of the machine that a model is for: milliseconds and bytes."""
+"""The machine that a model is for, as passes see it: milliseconds and bytes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from graphprune.ir.program import Program
 @final
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a program costs on a device.
+    """The cost of a program on a device.
 
     Attributes:
         ms: milliseconds of one run on the example inputs, the median of several rounds.
@@ -54,7 +54,7 @@ class Device(Protocol):
         inputs: Mapping[str, Sequence[Tensor]] | None = None,
         fresh: bool = False,
     ) -> dict[str, Cost]:
-        """What programs cost, by the names given; those of one graph are timed once.
+        """Measure programs, by the names given; those of one graph are timed once.
 
         The deployed entry is timed, on its example inputs, as it will be exported: quantized where
         the program is marked.

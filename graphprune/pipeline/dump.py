@@ -1,4 +1,4 @@
-"""What is kept for a bug report: graphs and recipe, in the folder that $GRAPHPRUNE_DUMP names."""
+"""Keeps graphs and recipe for a bug report, in the folder that $GRAPHPRUNE_DUMP names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What observers of a pipeline receive: frozen facts, in the order in which they happen.
+"""Events that observers of a pipeline receive: frozen facts, in the order in which they happen.
 
 An observer watches (a progress bar, a log, a timing); it can neither skip nor alter anything.
 """
@@ -75,7 +75,7 @@ _logger = logging.getLogger(__name__)
 
 
 def emit(observers: Iterable[Observer], event: Event) -> None:
-    """Tell every observer. One that fails is logged and cannot stop the pipeline."""
+    """Send an event to every observer. One that fails is logged and cannot stop the pipeline."""
     for observer in observers:
         try:
             observer(event)

@@ -103,7 +103,7 @@ def check_steps(steps: Iterable[Pass], program: Program) -> None:
     """Refuse passes whose options do not fit the program, before any of them runs.
 
     Raises:
-        RecipeError: an option names what the program has not; near names are named.
+        RecipeError: an option names what the program does not have; near names are given.
     """
     for step in flat(steps):
         step.check(program)

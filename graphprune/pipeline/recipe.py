@@ -188,8 +188,8 @@ def _build(name: str, given: Mapping[Any, Any], where: str, lr: float | None) ->
 def _convert(value: Any, hint: Any, where: str, lr: float | None) -> Any:
     """A value from YAML as the type that the field is annotated with.
 
-    1. A union: the first member that takes the value; where one is a Pass, that is what is meant.
-    2. tuple[X, ...] takes a list; a lone string for tuple[str, ...] is refused: a likely slip.
+    1. A union: the first member that takes the value; a Pass, where one is a Pass.
+    2. tuple[X, ...] takes a list; a lone string for tuple[str, ...] is refused: a likely mistake.
     3. float takes an int; nothing else is converted, and a bool is no number.
     4. A Pass takes what a recipe's list takes, and a certain one its options alone.
     """

@@ -37,7 +37,7 @@ def register(cls: P) -> P:
     if inspect.isabstract(cls):
         missing = sorted(cls.__abstractmethods__)
         raise RecipeError(f"pass {where} is abstract; define {missing}")
-    # `params` exists only on dataclasses; slots=True makes the class anew, so it is looked up here.
+    # `params` exists only on dataclasses; slots=True creates another class, so look it up here.
     params = getattr(cls, "__dataclass_params__", None)
     if params is None or not params.frozen:
         raise RecipeError(f"pass {where} must be a @dataclass(frozen=True, slots=True)")
@@ -81,7 +81,7 @@ def options(cls: type[Pass]) -> tuple[dataclasses.Field[object], ...]:
 def meanings(cls: type[Pass]) -> dict[str, str]:
     """Option -> what it means, from "Attributes" in the docstrings of the pass and its bases.
 
-    What a pass says of an option goes before what the owner of the option says.
+    The pass's own text takes precedence over that of the option's owner.
     """
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
@@ -109,8 +109,8 @@ def _attributes(doc: str) -> dict[str, str]:
 def _load() -> None:
     """Import the built-in passes and those of other packages, once.
 
-    A package that cannot be imported is an error that names it: a pass that silently is not there
-    would be looked for in the wrong place.
+    A package that cannot be imported is an error that names it: a pass that is missing silently is
+    hard to trace.
     """
     if "" not in _loaded:
         importlib.import_module("graphprune.passes")

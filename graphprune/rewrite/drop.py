@@ -1,6 +1,6 @@
-"""Whole residual branches: behind gates that close them, or removed for good.
+"""Whole residual branches: with gates that close them, or removed for good.
 
-    x + f(x)   behind a gate   x + masked_fill(f(x), gate, 0)
+    x + f(x)   with a gate     x + masked_fill(f(x), gate, 0)
     x + f(x)   dropped         x
 
 A closed gate gives x + 0, which is x: both compute the same, bit for bit.

@@ -79,7 +79,7 @@ def _is_result(node: fx.Node, part: set[fx.Node]) -> bool:
 def _values(
     program: Program, entry: str, flat: Sequence[Tensor], names: Sequence[str]
 ) -> dict[str, Any]:
-    """What nodes of an entry compute from flat inputs, by name; nothing else is computed."""
+    """Compute these nodes of an entry from flat inputs, and nothing else; values by name."""
     module = graph_module(program, entry)
     by_name = {node.name: node for node in module.graph.nodes}
     output_node(module.graph).args = (tuple(by_name[name] for name in names),)

@@ -31,7 +31,7 @@ def mask(program: Program, kept: Mapping[str, Any], *, everywhere: bool = False)
         kept: group id -> indices of the units that stay.
         everywhere: mask every activation that carries a removed unit, not the operands of sums.
             That equals the other for the same reason that shrinking does, but does not rely on
-            where sums are said to be: a sum over weights alone, or one without a record, shows.
+            where sums are recorded: a sum over weights alone, or one without a record, shows.
             (Where no activation carries the units, as between constants, sums are masked.)
     """
     fork = program.fork()
@@ -135,7 +135,7 @@ def _masked(
 
 
 def filled(graph: fx.Graph, value: fx.Node, name: str, where: Tensor) -> fx.Node:
-    """A value with zeros where a bool tensor of this name says so, whatever is there.
+    """Zero a value where the bool tensor of this name is true, infinity and NaN too.
 
     Shapes stay, so metadata is known without propagating the whole graph again.
     """

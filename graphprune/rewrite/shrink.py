@@ -101,7 +101,7 @@ def _cut_cache(groups: AxisGroups, name: str, entry: Entry, keep: Mapping[Axis, 
 
 
 def removed_since(before: Program, after: Program) -> dict[str, JSON]:
-    """What a pass that removed units, in one go or in several, says of it in its report.
+    """The report of the units that a pass removed, by one cut or several.
 
     Returns:
         "groups": id, role and size before and after of each; "kept": the original indices left.

@@ -1,4 +1,4 @@
-"""What a graph's arguments look like in JSON, and back; nothing here runs code from a file."""
+"""Arguments of a graph to JSON and back; nothing here runs code from a file."""
 
 from __future__ import annotations
 

@@ -31,10 +31,10 @@ def cache_dir() -> Path:
 
 
 def check_target(path: Path, is_ours: Callable[[Path], bool]) -> None:
-    """Refuse, before any work, a folder that cannot be written or that is not ours to replace.
+    """Refuse, before any work, a folder that cannot be written or that graphprune did not write.
 
     Raises:
-        ExportError: the path is a file, a folder of somebody else, or not writable.
+        ExportError: the path is a file, a folder that graphprune did not write, or not writable.
     """
     path = path.absolute()
     check_writable(path)
@@ -169,12 +169,12 @@ def _leftovers(path: Path, kind: str) -> list[Path]:
 def _locked(folder: Path) -> Iterator[bool]:
     """Hold a folder while inside, and say whether nobody else does.
 
-    The system lets go of it when the process ends, in whatever way; a number of a process would
-    outlive it, and stand for a stranger later.
+    The system releases it when the process ends, however it ends; a process id could belong to
+    another process later.
     """
     try:
         descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:  # gone by now, or a system that opens no folders
+    except OSError:  # gone already, or a system that opens no folders
         yield not folder.exists()
         return
     try:

@@ -1,4 +1,4 @@
-"""Kept: tensors that took long to compute, in a cache folder, so that a run need not begin anew."""
+"""Kept: tensors that took long to compute, in a cache folder for runs that are interrupted."""
 
 from __future__ import annotations
 

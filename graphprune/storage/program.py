@@ -1,4 +1,4 @@
-"""Programs on disk: the graph as JSON of our own, tensors as safetensors, and no pickle anywhere.
+"""Programs on disk: the graph as JSON, tensors as safetensors, and no pickle anywhere.
 
     FOLDER/program.json          entries, nodes, tied names, history, hashes of the other two
     FOLDER/tensors.safetensors   parameters, buffers and constants, tied ones once
@@ -55,7 +55,7 @@ def save(program: Program, path: Path) -> None:
     """Write a program to a folder of its own; a program saved there before is replaced.
 
     Raises:
-        ExportError: the folder is not ours, or cannot be written.
+        ExportError: graphprune did not write the folder, or it cannot be written.
         UnsupportedError: the program holds something that cannot be saved.
     """
     check_target(path, lambda p: (p / PROGRAM).is_file() and layout_of(p) is None)
@@ -107,7 +107,8 @@ def load(path: Path, expect: str | None = None) -> Program:
         expect: its `digest`, from a place that whoever wrote the folder cannot write to.
 
     Raises:
-        ArtifactError: missing, corrupt, tampered with, or not ours; the file is named.
+        ArtifactError: missing, corrupt, tampered with, or not written by graphprune; the file is
+        named.
     """
     restore(path)
     if expect is not None:
@@ -251,7 +252,11 @@ def check_file(root: Path, name: str, expected: str) -> None:
 
 
 def read_json(file: Path) -> JSON:
-    """Raises ArtifactError, naming the file, where there is no JSON to read."""
+    """Read a JSON file.
+
+    Raises:
+        ArtifactError: it is missing or no JSON; the file is named.
+    """
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as e:
@@ -339,7 +344,7 @@ def _encode_node(node: fx.Node) -> JSON:
 
 
 def _encode_notes(program: Program) -> dict[str, JSON]:
-    """What a program says of itself beside its graphs; what is empty is left out, by most."""
+    """The notes of a program beside its graphs; most are omitted where they are empty."""
     mark = program.quantization
     some = {
         "zeroed": sorted(program.zeroed),

@@ -52,7 +52,7 @@ class Checkpoint:
 @final
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What a checkpoint is of: the program that the training began with.
+    """The program that a checkpoint's training began with.
 
     Attributes:
         structure: a hash of the graphs, every tensor's name, shape and type, and the zeros.
@@ -116,7 +116,7 @@ def write(
     """Write a checkpoint in place of the one that is there, or not at all.
 
     Raises:
-        ExportError: the folder is not ours, or cannot be written.
+        ExportError: graphprune did not write the folder, or it cannot be written.
     """
     check_target(path, is_checkpoint)
     with whole_folder(path) as folder:
@@ -140,7 +140,7 @@ def read(path: Path, identity: Identity, settings: Mapping[str, JSON]) -> Checkp
 
     Raises:
         TrainingError: it is of another model, or was made with other settings.
-        ArtifactError: it is corrupt, or not ours.
+        ArtifactError: it is corrupt, or graphprune did not write it.
     """
     restore(path)
     if not path.exists():
@@ -171,7 +171,7 @@ def read(path: Path, identity: Identity, settings: Mapping[str, JSON]) -> Checkp
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a folder looks like a checkpoint of ours."""
+    """Whether a folder looks like a checkpoint that graphprune wrote."""
     return (path / STATE).is_file()
 
 

@@ -1,4 +1,4 @@
-"""What training refuses before it works: folders, batches, and graphs that cannot train."""
+"""Checks before training: folders, batches, and graphs that cannot train."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def check_folder(folder: Path, *, resume: bool) -> None:
     """Refuse a folder for checkpoints that holds something else, or an earlier run.
 
     Raises:
-        ExportError: it is not ours to write.
+        ExportError: it holds something else than checkpoints, or cannot be written.
         TrainingError: it holds a checkpoint, and `resume` is not asked for.
     """
     check_target(folder, is_checkpoint)
@@ -51,7 +51,7 @@ class BatchChecks:
         """Refuse a batch that does not fit the model.
 
         Raises:
-            TrainingError: it is named by its kind and number.
+            TrainingError: it does not; it is named by its kind and number.
         """
         check_batch(batch, f"{kind} batch {number}")
         with named_batch(number, kind):
@@ -113,7 +113,7 @@ class BatchChecks:
 
 @contextlib.contextmanager
 def named_batch(number: int, kind: str = "training") -> Iterator[None]:
-    """Say which batch it was."""
+    """Name the batch in a TrainingError raised inside."""
     try:
         yield
     except TrainingError as e:
@@ -124,7 +124,7 @@ def refuse_sparse_gradients(program: Program) -> None:
     """Refuse an embedding with sparse gradients, which cannot be clipped.
 
     Raises:
-        TrainingError: there is one.
+        TrainingError: there is one; it is named.
     """
     for node in program.forward.graph.nodes:
         if is_op(node, "embedding", "embedding_bag") and bound_arguments(node).get("sparse"):
@@ -135,12 +135,12 @@ def refuse_sparse_gradients(program: Program) -> None:
 
 
 def _check_norms(entry: Entry, sizes: Sequence[torch.Size]) -> None:
-    """Whether every batch norm sees more than one value a channel: one alone has no variance.
+    """Refuse a batch norm that sees one value a channel, which has no variance.
 
     torch.nn raises where a module is called; the operator in a graph gives NaN.
 
     Raises:
-        TrainingError: one does not.
+        TrainingError: one sees a single value a channel; it is named.
     """
     placeholders = [n for n in entry.graph.nodes if n.op == "placeholder"]
     known = {
@@ -164,7 +164,7 @@ def _check_norms(entry: Entry, sizes: Sequence[torch.Size]) -> None:
 
 
 def notes(program: Program) -> list[str]:
-    """What a user should know about the graph in training."""
+    """Notes for the user about the graph in training."""
     nodes = list(program.forward.graph.nodes)
     notes = []
     if frozen := program.frozen & program.parameters:

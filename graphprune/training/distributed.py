@@ -21,8 +21,8 @@ _EMPTY = "the training data yield no batch; pass batches that can be read again 
 class Workers:
     """This process among those that `torchrun` or `accelerate launch` started; alone without them.
 
-    Every process holds the same weights. Each takes its share of the batches, gradients are added
-    up, and so every process takes the same step.
+    Every process holds the same weights. Each reads its own batches, gradients are
+    summed, and so every process takes the same step.
     """
 
     def __init__(self, device: str | None = None) -> None:
@@ -42,7 +42,7 @@ class Workers:
         if self._accelerator.mixed_precision not in ("no", "bf16"):
             raise TrainingError(
                 f"mixed precision {self._accelerator.mixed_precision!r} needs scaled gradients, "
-                "which this loop has not; launch with --mixed_precision bf16 or no"
+                "which this loop does not have; launch with --mixed_precision bf16 or no"
             )
 
     @property
@@ -69,7 +69,7 @@ class Workers:
         self._accelerator.backward(loss, retain_graph=retain_graph)
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Block until all processes are here."""
         self._accelerator.wait_for_everyone()
 
     def all_reduce(self, values: Tensor) -> Tensor:
@@ -158,7 +158,7 @@ class Feed:
                     raise TrainingError(
                         f"the training data end after {number} of {self.batches} batches in epoch "
                         f"{epoch + 1}: give what can be read again every epoch (a list, a "
-                        "DataLoader, a class with __iter__ that begins anew)"
+                        "DataLoader, a class whose __iter__ starts again)"
                     )
                 if number - start == self.workers.rank:
                     mine = batch

@@ -2,7 +2,7 @@
 
     program --own copies--> module --epoch--> module --after_epoch--> program --shrink--> module ...
 
-Weights, moments and masks are known by tensor names; after a cut they are cut alike, and training
+Weights, moments and masks are kept by tensor names and lose the same units in a cut, and training
 goes on as if the units had only been masked.
 """
 
@@ -67,27 +67,27 @@ class Masking(Protocol):
         """
 
     def settled(self, step: int, total: int) -> bool:
-        """Whether it will choose no more: only then one epoch compares with another."""
+        """Whether it chooses no more; until then metrics of epochs do not compare."""
 
     def state(self) -> Mapping[str, Tensor]:
-        """What it remembers, for a checkpoint."""
+        """Its state, for a checkpoint."""
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Remember that again."""
+        """Restore what `state` returned."""
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Hooks:
-    """What a pass does while its program trains.
+    """Functions that a pass adds to the training of its program.
 
     Attributes:
         penalty: of the parameters by name, added to the loss.
         masking: chooses weights to zero while training; early stopping waits until it has settled.
         after_epoch: (program, epoch from 0) -> (program, keep): other values for weights, and
             units to remove for good: axis group -> kept indices. It also runs after the last one.
-        after_training: other values for the weights of what is given back, the best epoch or the
-            last one, which is evaluated once more.
+        after_training: other values for the weights of the result, the best epoch or the last one,
+            which is evaluated once more.
         arrange: where after_epoch has put units in another order before it removes some, the same
             for tensors of the same names and shapes: the optimizer's moments follow.
         bind: called with every new structure before it trains: the first, and after each cut.
@@ -104,7 +104,7 @@ class Hooks:
 @final
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """What training gives: the program with other weights, and how it went."""
+    """The result of training: the program with other weights, and the record."""
 
     program: Program
     record: TrainingReport
@@ -153,7 +153,7 @@ def fit(
 
 
 def required(training: Training | None, ctx: Context) -> Training:
-    """What to train on.
+    """Return the training data and loss.
 
     Raises:
         RecipeError: nothing was given.
@@ -168,7 +168,7 @@ def required(training: Training | None, ctx: Context) -> Training:
 
 @contextlib.contextmanager
 def _own_randomness() -> Iterator[None]:
-    """Whatever is drawn inside, the caller's generators go on as if nothing had been."""
+    """Restore the caller's random generators afterwards."""
     devices = range(torch.cuda.device_count())
     with (
         torch.random.fork_rng(devices),
@@ -241,7 +241,7 @@ class _Run:
     def _begin(
         self, program: Program, masks: Mapping[str, Tensor], state: Mapping[str, Tensor] | None
     ) -> None:
-        """Take up a program whose tensors are ours to write to."""
+        """Begin with a program whose tensors may be written to."""
         self.program = program
         self.module = self.objective.module(program)
         self.module.train()
@@ -296,10 +296,10 @@ class _Run:
             self.checks.check(self.program, batch, number)
         loss = self._gradients(number, batch)
         if not math.isfinite(loss):
-            raise self._astray(f"the loss is {loss}")
+            raise self._diverged(f"the loss is {loss}")
         norm = self.optimizer.step(self.plan.rate(place.step, self.total))
         if not math.isfinite(norm):
-            raise self._astray("the loss is finite and its gradient is not")
+            raise self._diverged("the loss is finite and its gradient is not")
         place.step += 1
         place.round += 1
         self._progress(loss)
@@ -382,7 +382,7 @@ class _Run:
         # One term alone is the loss itself.
         return means if len(means) > 2 else {"loss": means["loss"]}
 
-    def _astray(self, what: str) -> TrainingError:
+    def _diverged(self, what: str) -> TrainingError:
         place = self.place
         kept = f"from the end of epoch {place.epoch}" if place.epoch else "from before training"
         if self.folder is not None and self.folder.exists():
@@ -390,7 +390,7 @@ class _Run:
         return TrainingError(
             f"pass {self.ctx.running!r}: {what} at step {place.step + 1}, in epoch "
             f"{place.epoch + 1}; training stopped before that step, and the weights {kept} "
-            "are kept: look at that batch, or train anew with a lower lr or a longer warmup"
+            "are kept: look at that batch, or train again with a lower lr or a longer warmup"
             + (", and another folder for checkpoints" if self.folder is not None else ""),
             self._as_given(self.good),
         )
@@ -420,7 +420,7 @@ class _Run:
             after, check = self.ctx.shrink(before, keep, after)
             self.place.checks.append(check)
             self.place.cuts.append(units)
-            # Later epochs are of another model: none of the earlier ones can be gone back to.
+            # Later epochs are of another model: earlier ones can no longer be restored.
             self.place.best, self.best = None, {}
         self.objective.bind(after)
         self._begin(after.with_tensors(owned(after)), masks, state)

@@ -22,7 +22,7 @@ from graphprune.ir.outputs import ANSWERS
 LossFunction = Callable[[Any, Mapping[str, Any]], Tensor]
 Loss = str | LossFunction
 
-IGNORED = -100  # a label that counts for nothing
+IGNORED = -100  # a label that is ignored
 
 # name -> the metric of an evaluation; higher is better in each
 LOSSES: Mapping[str, str] = {
@@ -57,7 +57,7 @@ def logits_of(outputs: Any) -> Tensor:
 
 
 def scores_of(loss: str, outputs: Any, labels: Tensor) -> Tensor:
-    """The same for a loss by name, which does not guess where several outputs fit the labels.
+    """The scores for a loss by name; where several outputs fit the labels, it does not guess.
 
     Raises:
         TrainingError: there are none, or several and none is called `logits`.
@@ -109,7 +109,7 @@ def labels_of(batch: Mapping[str, Any]) -> Tensor:
 
 
 def check_labels(loss: str, shape: torch.Size, labels: Tensor) -> None:
-    """Whether labels fit logits of this shape.
+    """Refuse labels that do not fit logits of this shape.
 
     Raises:
         TrainingError: another shape or type, or a class that the head does not have.
@@ -174,7 +174,7 @@ def loss_of(loss: Loss, outputs: Any, batch: Mapping[str, Any]) -> Summed:
 
 @contextmanager
 def named_function(what: str) -> Iterator[None]:
-    """Say whose function it was that raised: the user's."""
+    """Turn an exception of the user's function into a TrainingError that names it."""
     try:
         yield
     except GraphPruneError:

@@ -21,7 +21,7 @@ from graphprune.training.losses import (
 
 
 def metric_name(loss: Loss) -> str:
-    """What an evaluation on batches measures."""
+    """Name the metric of an evaluation on batches."""
     return LOSSES[loss] if isinstance(loss, str) else "negative loss"
 
 
@@ -82,7 +82,7 @@ def spearman(a: Tensor, b: Tensor) -> float:
 
 def pearson(a: Tensor, b: Tensor) -> float:
     """The correlation of two vectors; 0 where one is constant."""
-    # Asked of the values: the mean of equal ones may be another number than they.
+    # Compare the values: the mean of equal ones may differ from them by rounding.
     if any(bool((values == values[0]).all()) for values in (a, b)):
         return 0.0
     x, y = a - a.mean(), b - b.mean()

@@ -1,4 +1,4 @@
-"""What training minimizes: the loss on labels, and the distance to a teacher."""
+"""The objective of training: the loss on labels, and the distance to a teacher."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Objective:
         weights: what each term is multiplied by; the terms there are, in this order.
         nodes: names of the nodes whose values student and teacher share.
         skipped: nodes that were left out, with the reason.
-        warnings: what is odd about the teacher.
+        warnings: about the teacher.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class Objective:
         return ProgramModule(program, record=self.nodes)
 
     def report(self) -> dict[str, JSON]:
-        """What is minimized, as JSON."""
+        """The terms of the objective, as JSON."""
         if self.distillation is None:
             return {"terms": self.weights}
         assert self.teacher_program is not None
@@ -174,7 +174,7 @@ def inputs_of(program: Program, batch: Mapping[str, Any]) -> dict[str, Any]:
     """The model's inputs in a batch, floats in the type that the model takes.
 
     Raises:
-        TrainingError: one is missing, or there is something that neither model nor loss knows.
+        TrainingError: one is missing, or there is one that neither the model nor the loss takes.
     """
     entry = program.forward
     names = {argument.name for argument in entry.arguments}
@@ -238,7 +238,7 @@ def residual_values(program: Program) -> list[fx.Node]:
 
 
 def _warnings(teacher: Program | None) -> list[str]:
-    """What a user should know about the teacher."""
+    """Warnings about the teacher."""
     report = None if teacher is None else teacher.report
     if teacher is None or report is None:
         return []
@@ -247,7 +247,7 @@ def _warnings(teacher: Program | None) -> list[str]:
         return []
     sentence = (
         f"the teacher has {left:,} of the dense model's {dense:,} parameters, because what was "
-        "saved does not hold that one: prune and distil in one call to learn from it"
+        "saved does not hold that one: prune and distill in one call to learn from it"
     )
     log.warning("%s", sentence)
     return [sentence]
@@ -259,7 +259,7 @@ def _static(node: fx.Node) -> Sequence[int | None]:
 
 
 def refuse_unknown(program: Program, batch: Mapping[str, Any], loss: Loss) -> None:
-    """A batch's names are the model's inputs and `labels`; a loss of the user's may want more.
+    """Refuse names in a batch that neither the model nor a loss by name takes.
 
     Raises:
         TrainingError: there are others.

@@ -1,4 +1,4 @@
-"""AdamW by tensor names: moments follow rewrites and go to disk, and zeros that are meant stay."""
+"""AdamW by tensor names: moments follow rewrites and go to disk, and masked weights stay zero."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ class Optimizer:
         for name, mask in self.masks.items():
             gradient = self.parameters[name].grad
             if gradient is not None:
-                # A product would keep NaN, and there is nothing that could be learnt there.
+                # A product would keep NaN, and nothing can be learned there.
                 gradient.masked_fill_(~mask, 0)
         limit = self.plan.clip or math.inf
         norm = float(nn.utils.clip_grad_norm_(self.trained, limit))

@@ -27,7 +27,7 @@ _DRAWN_AT_ONCE = 2**20  # items of all draws together: 8 MiB a tensor
 
 
 class Outcome(abc.ABC):
-    """What an evaluation saw of each item, enough for the metric on any draw of the items.
+    """An evaluation item by item, enough for the metric on any draw of the items.
 
     Attributes:
         higher_is_better: whether a drop is a lower value.
@@ -150,7 +150,7 @@ class PerplexityOutcome(Outcome):
 @final
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """What a pruned model loses against the dense one; negative where it gains.
+    """The loss of a pruned model against the dense one; negative where it gains.
 
     Attributes:
         observed: on all items.

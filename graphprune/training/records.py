@@ -44,20 +44,20 @@ class Epoch:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingReport:
-    """What a training did.
+    """The record of a training.
 
     Attributes:
         epochs: in order.
         steps: of the optimizer.
         processes: that trained together.
         metric: name of what `eval` measures; None without one.
-        metric_before, metric_after: of the program that was given, and of the one given back.
+        metric_before, metric_after: of the program given, and of the one returned.
         masked_weights: that stayed zero.
         seconds: over all runs, where it was resumed.
         notes: what a user should know about the graph in training.
         cuts: of each removal on the way, what its verification reported.
         objective: what was minimized.
-        best_epoch: whose weights were given back; None where it is the last one's.
+        best_epoch: whose weights were returned; None where they are the last one's.
         stopped_early: whether it ended before the last epoch.
     """
 

@@ -25,13 +25,14 @@ Evaluation = Callable[[Program], float] | Iterable[Batch]
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Training:
-    """What `compile(..., training=...)` takes: batches, a loss, and how to evaluate.
+    """Batches, a loss and an evaluation, for `compile(..., training=...)`.
 
     A batch is a mapping of tensors: the model's inputs by name, and `labels`.
 
     Attributes:
         data: batches, to be read once an epoch: a list, a torch DataLoader, anything that can be
-            iterated anew. Randomness of torch in it (shuffling) is seeded by `compile(seed=...)`.
+            iterated several times. Randomness of torch in it (shuffling) is seeded by
+            `compile(seed=...)`.
         loss: "classification" (labels int64), "regression" (labels float), "causal-lm" (labels are
             the token ids, -100 where they do not count), or a function of (outputs, batch) that
             returns a tensor with one number, the batch's mean.
@@ -42,8 +43,8 @@ class Training:
         resume: go on from the checkpoints that are there.
         patience: stop after so many epochs without a better `eval`, and keep the best epoch's
             weights; None trains to the end and keeps the last.
-        device: "cpu" or "cuda"; by default what there is. Which GPU is said by CUDA_VISIBLE_DEVICES
-            or `accelerate launch`.
+        device: "cpu" or "cuda"; by default what there is. Which GPU is chosen by
+            CUDA_VISIBLE_DEVICES or `accelerate launch`.
     """
 
     data: Iterable[Batch]
@@ -92,10 +93,10 @@ class Training:
 
 
 def run_eval(evaluate: Callable[[Program], object], program: Program) -> float:
-    """Call an eval function, and return the number that it gives for a program.
+    """Call an eval function on a program.
 
     Raises:
-        TrainingError: it raised something, or gave no finite number.
+        TrainingError: the function raised something, or returned no finite number.
     """
     with named_function("eval"):
         value = evaluate(program)
@@ -103,10 +104,10 @@ def run_eval(evaluate: Callable[[Program], object], program: Program) -> float:
 
 
 def check_metric(value: Any) -> float:
-    """What eval gave, as a number.
+    """Check and convert what eval returned.
 
     Raises:
-        TrainingError: it is none, or NaN or infinite.
+        TrainingError: it is no number, or NaN or infinite.
     """
     try:
         number = float(value)
@@ -141,10 +142,10 @@ def _check_data(name: str, data: object) -> None:
 
 
 def check_batch(batch: object, where: str) -> None:
-    """Whether something is a mapping of names to tensors.
+    """Refuse a batch that is no mapping of names to tensors.
 
     Raises:
-        TrainingError: so it is not.
+        TrainingError: it has no keys; `where` is named.
     """
     if not hasattr(batch, "keys"):
         raise TrainingError(

@@ -45,7 +45,7 @@ class Place:
 @final
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What a checkpoint holds beside the weights.
+    """The tensors of a checkpoint beside the weights.
 
     Attributes:
         optimizer: "exp_avg/NAME" and so on.
@@ -102,7 +102,7 @@ def as_given(
     *,
     half: bool,
 ) -> Program:
-    """A trained program as the caller's: its device, its types, and shared what is the same.
+    """A trained program with the caller's device and types, sharing tensors that are the same.
 
     Args:
         program: in float32, wherever it trained.

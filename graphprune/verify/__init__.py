@@ -1,1 +1,1 @@
-"""Whether a rewrite did what it says."""
+"""Checks that a rewrite does what it claims."""

@@ -111,16 +111,16 @@ def combined(reports: Iterable[Mapping[str, JSON]]) -> dict[str, JSON]:
 @final
 @dataclass(slots=True)
 class _Found:
-    """What a comparison saw.
+    """The result of a comparison.
 
     Attributes:
         error: the largest, of outputs and nodes.
         where: the output or node of it.
         first: the first node that differs by more than rounding in float64.
-        moved: the largest change that masking made to an output; None where that was not asked.
+        moved: the largest change that masking made to an output; None without `dense`.
         live: whether masking changed any value at all.
         inputs: number of batches compared, of the entry with most.
-        refused: batches that the reference fails on, with its words.
+        refused: batches that the reference fails on, with its messages.
     """
 
     error: float = 0.0

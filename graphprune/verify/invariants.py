@@ -1,4 +1,4 @@
-"""What a pass says that it leaves as it is, and the checks of that."""
+"""Invariants that a pass claims to preserve, and the checks of these claims."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from graphprune.verify.equivalence import verify_rewrite
 
 
 class Invariant(enum.Flag):
-    """What stays true across a pass, beyond the program being well formed."""
+    """Properties that hold across a pass, beyond the program being well formed."""
 
     NONE = 0
     INTERFACE = enum.auto()
@@ -44,18 +44,18 @@ def verify_change(
     """Check what a pass claims of its result, cheapest first.
 
     1. The pass wrote neither to the graphs nor to the tensors of its input.
-    2. `modified` tells the truth about object identity.
+    2. `modified` agrees with object identity.
     3. Every graph is well formed (`graph.lint`).
-    4. Shapes computed anew from the tensors agree with the stored metadata.
+    4. Shapes recomputed from the tensors agree with the stored metadata.
     5. INTERFACE and SHAPES, where preserved.
-    6. NUMERICS where preserved; who resized tensors must have verified masked == shrunk instead.
+    6. NUMERICS where preserved; a pass that resized tensors has verified masked == shrunk instead.
 
     Args:
         program: what the pass was given.
         after: what it returned.
         was: `fingerprint(program)` before the pass ran.
-        modified: what it says of its result.
-        preserves: what it says to leave as it is.
+        modified: what it reports of its result.
+        preserves: what it claims to leave unchanged.
         report: what it reports, with "verification" where it removed units.
 
     Returns:

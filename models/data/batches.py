@@ -1,4 +1,4 @@
-"""Batches: labeled examples for training, shuffled anew every time they are read."""
+"""Batches: labeled examples for training, shuffled every time they are read."""
 
 from __future__ import annotations
 

@@ -222,7 +222,7 @@ def _unpadded(ids: Tensor) -> dict[str, Tensor]:
 
 
 def _chosen(made: Mapping[str, Tensor], inputs: Sequence[str]) -> dict[str, Tensor]:
-    """What a tokenizer made, of it what the model takes."""
+    """Choose the inputs that the model takes from those that a tokenizer made."""
     missing = [name for name in inputs if name not in made]
     if missing:
         raise GraphPruneError(

@@ -1,4 +1,4 @@
-"""Overlap: is what a model is evaluated on what calibrated it?"""
+"""Overlap: whether evaluation data was used for calibration."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _bytes(values: Tensor) -> bytes:
 
 
 def _pieces(row: tuple[bytes, ...], names: Iterable[str]) -> Iterator[tuple[bytes, ...]]:
-    """What of a row is looked for: all of it, and its runs of tokens."""
+    """Pieces of a row to look for: all of it, and its runs of tokens."""
     yield row
     if "input_ids" in names:
         (ids,), width = row, 4 * RUN

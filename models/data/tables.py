@@ -89,7 +89,7 @@ class Table:
         """The labels as numbers.
 
         Raises:
-            GraphPruneError: one is none, NaN or infinite; its line is named.
+            GraphPruneError: one is no number, NaN or infinite; its line is named.
         """
         found = []
         for row, label in enumerate(self.labels):
@@ -108,7 +108,7 @@ class Table:
 @final
 @dataclass(frozen=True, slots=True)
 class Schema:
-    """What a head answers, and to which columns: an artifact carries it as task.json.
+    """The task of a head and its columns; an artifact carries it as task.json.
 
     Attributes:
         task: "classification" or "regression".
@@ -136,7 +136,7 @@ class Schema:
 
     @staticmethod
     def from_file(file: Path) -> Schema:
-        """What `to_bytes` wrote.
+        """Read what `to_bytes` wrote.
 
         Raises:
             ArtifactError: it is something else.

@@ -20,7 +20,11 @@ class Text:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Raises GraphPruneError where the folder holds no tokenizer, or nothing can read it."""
+        """Read a folder's tokenizer.
+
+        Raises:
+            GraphPruneError: the folder holds no tokenizer, or nothing can read it.
+        """
         try:
             from transformers import AutoTokenizer, PreTrainedTokenizerFast
         except ImportError as e:
@@ -54,7 +58,7 @@ class Text:
         if not self._tokenizer.chat_template:
             raise GraphPruneError(
                 "the tokenizer has no chat template, so the model was not trained on conversations "
-                "in a known form; leave --chat away"
+                "in a known form; omit --chat"
             )
         turn = [{"role": "user", "content": prompt}]
         text = self._tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)

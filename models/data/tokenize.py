@@ -98,7 +98,7 @@ def _shorter(length: int, own: object) -> int:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """What the files beside tokenizer.json say."""
+    """Read the files beside tokenizer.json."""
     config: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         try:

@@ -12,7 +12,7 @@ from graphprune.report.report import Report, change_text
 def model_card(
     source: Mapping[str, Any], files: Collection[str], manifest: Mapping[str, Any], report: Report
 ) -> str:
-    """What the model is made from and by which passes, what it costs, and how to run it.
+    """Write what the model is made from and by which passes, what it costs, and how to run it.
 
     Args:
         source: "name" and "license" of the model that it was made from, as far as known.

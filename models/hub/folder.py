@@ -1,4 +1,4 @@
-"""What of a hub folder depends on what was made of the model: config.json and the model card."""
+"""Files of a hub folder that depend on the pruned model: config.json and the model card."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from graphprune.report.report import Report
 
 # Inputs that most runtimes feed, and some do not: zero where they are not fed.
 OPTIONAL = ("token_type_ids",)
-# Written anew for each artifact.
+# Written for each artifact.
 MADE = ("README.md", EXPORT, FILE)
 
 _log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ def is_hub_model(files: Files, inputs: Collection[str]) -> bool:
 
 
 def source_of(files: Files) -> Mapping[str, Any]:
-    """What is known of the model that it was made from: "name", "license", ONNX "metadata"."""
+    """Read what is known of the source model: "name", "license", ONNX "metadata"."""
     if CONFIG not in files:
         return {}
     return (json.loads(content(files[CONFIG])).get(OWN_KEY) or {}).get("source") or {}
@@ -61,7 +61,7 @@ def check_tokenizer(files: Files, table: int | None) -> None:
         largest = max([*ids, *added], default=-1)
     except (ValueError, KeyError, TypeError) as e:
         raise GraphPruneError(
-            f"tokenizer.json cannot be read ({type(e).__name__}: {e}); save the tokenizer anew"
+            f"tokenizer.json cannot be read ({type(e).__name__}: {e}); save the tokenizer again"
         ) from e
     if largest >= table:
         raise GraphPruneError(
@@ -95,14 +95,14 @@ def finished(files: Files, manifest: Mapping[str, Any], report: Report) -> dict[
 def _tokenizer(
     files: Files, config: Mapping[str, Any], manifest: Mapping[str, Any]
 ) -> dict[str, bytes]:
-    """What is missing of a tokenizer's files, and its length where it has none."""
+    """Complete a tokenizer's files: those that are missing, and its length where it has none."""
     if "tokenizer.json" not in files:
         return {}
     try:
         tokenizer = json.loads(content(files["tokenizer.json"]))
         tokenizer["model"]["vocab"]
     except (ValueError, KeyError, TypeError):
-        return {}  # none that could be completed; whoever uses it says what is wrong with it
+        return {}  # none that could be completed; its reader reports what is wrong
     described = None
     if TOKENIZER_CONFIG in files:
         described = json.loads(content(files[TOKENIZER_CONFIG]))

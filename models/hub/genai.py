@@ -17,7 +17,7 @@ from graphprune.ir.decoding import IDS, MASK, PAST, PRESENT
 FILE = "genai_config.json"
 # What model.type may be where onnxruntime-genai 0.18 runs one graph whose cache is keys and values.
 # Not gpt2, whose keys and values it wants in one tensor; lfm2 and qwen3_5_text, which have another
-# cache beside; phi3, phi3small and phimoe, whose texts it reads anew after 4,096 tokens or 8,192.
+# cache beside; phi3, phi3small and phimoe, whose texts it recomputes after 4,096 tokens or 8,192.
 # All of these are "decoder".
 _TYPES = (
     "chatglm", "decoder", "ernie4_5", "gemma", "gemma2", "gemma3_text", "gemma4_text", "gptoss",
@@ -154,7 +154,7 @@ def _layers(inputs: _Shapes, outputs: _Shapes) -> list[Sequence[Any]]:
     """The shape of each layer's keys, [batch, heads, past, width]; refuse what cannot be driven."""
     for name in (IDS, MASK):
         if name not in inputs:
-            raise ExportError(f"onnxruntime-genai feeds {name!r}, which the graph has not")
+            raise ExportError(f"onnxruntime-genai feeds {name!r}, which the graph does not have")
     if not isinstance(outputs.get("logits", [None])[-1], int):
         raise ExportError(
             f"onnxruntime-genai reads 'logits' over a vocabulary, the graph gives {list(outputs)}: "
@@ -163,7 +163,7 @@ def _layers(inputs: _Shapes, outputs: _Shapes) -> list[Sequence[Any]]:
     pasts = {name: shape for name, shape in inputs.items() if name.startswith(f"{PAST}.")}
     if not pasts:
         raise ExportError(
-            "onnxruntime-genai needs a key/value cache, which the graph has not: compile it with "
+            "onnxruntime-genai needs a key/value cache, which the graph lacks: compile it with "
             "cache=True, on the command line with --cache"
         )
     known = {IDS, MASK, "position_ids", *pasts}

@@ -1,4 +1,4 @@
-"""What travels with a Hugging Face model: configuration, tokenizer, how a sentence is pooled."""
+"""Files that travel with a Hugging Face model: configuration, tokenizer, pooling."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def source_files(
     license: str = "",
     schema: Schema | None = None,
 ) -> dict[str, Path | bytes]:
-    """What goes into an artifact beside a model, by its name there; nothing for a plain module.
+    """Files for an artifact beside a model, by name; none for a plain module.
 
     Args:
         module: a model with a Hugging Face configuration, or with one inside.
@@ -138,7 +138,7 @@ def _config(
         module if getattr(module, "config", None) is config else getattr(module, "encoder", module)
     )
     data["architectures"] = [type(inner).__name__]
-    if schema is not None and inner is not module:  # a head of ours on an encoder
+    if schema is not None and inner is not module:  # a head that graphprune put on an encoder
         family = type(inner).__name__.removesuffix("Model")
         data["architectures"] = [f"{family}ForSequenceClassification"]
     if schema is not None:
@@ -195,7 +195,7 @@ def _length(config: Any, folder: Path | None) -> int:
 
 
 def _license(folder: Path | None) -> str:
-    """What the model card in a folder says; empty where it says nothing."""
+    """The license in a folder's model card; empty where it names none."""
     import yaml
 
     card = None if folder is None else folder / "README.md"

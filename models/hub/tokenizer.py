@@ -44,7 +44,7 @@ def completed(
 
 
 def _described(tokenizer: Mapping[str, Any], pad: int | None) -> dict[str, Any]:
-    """What a bare tokenizer.json says of its tokens."""
+    """The configuration that follows from a bare tokenizer.json."""
     padding, model = tokenizer.get("padding") or {}, tokenizer["model"]
     added = {token["id"]: token["content"] for token in tokenizer.get("added_tokens") or ()}
     vocabulary = model.get("vocab")

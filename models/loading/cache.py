@@ -1,4 +1,4 @@
-"""The user's cache folder: what is converted or trained once and read ever after."""
+"""The user's cache folder: what is converted or trained once, and read from then on."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def cached(name: str, make: Callable[[Path], None]) -> Path:
         try:
             unfinished.rename(target)
         except OSError:
-            # Another process was faster; its folder is as good as ours.
+            # Another process was faster; its folder is the same.
             if not target.is_dir():
                 raise
     finally:

@@ -47,7 +47,7 @@ class LoadedModel:
     dynamic: Any = "auto"
 
     def files(self) -> dict[str, Path | bytes]:
-        """What an artifact should carry beside the model (for `Compiled.files`), by name.
+        """Files that an artifact should carry beside the model (`Compiled.files`), by name.
 
         Its configuration and tokenizer; for a classifier labels.json with the names of its classes;
         and task.json where the model was given a task.

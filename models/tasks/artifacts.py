@@ -37,7 +37,7 @@ def evaluate_artifact(
 
 
 def artifact_schema(artifact: Any, task: str) -> Schema:
-    """What the head of an artifact answers: as it was trained, or as its files say.
+    """The schema of an artifact's head: as it was trained, or from its files.
 
     Raises:
         GraphPruneError: it has no head for this task.

@@ -1,4 +1,4 @@
-"""What all tasks share: running any kind of model, and embedding sentences with it."""
+"""Shared by all tasks: running any kind of model, and embedding sentences with it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 def silent(done: int, total: int) -> None:
-    """Progress that nobody watches."""
+    """Ignore progress."""
 
 
 @final
@@ -69,7 +69,7 @@ class TaskResult:
 @final
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a task is asked to evaluate.
+    """A request to evaluate a model by a task.
 
     Attributes:
         model: a torch module, a Program or an onnxruntime session.
@@ -102,7 +102,7 @@ class Task:
         run: evaluates a model; its defaults are those of the function that it calls.
         higher_is_better: False for a perplexity.
         file: "folder/file" of its data under $GRAPHPRUNE_DATA; empty where it needs none.
-        source: whose these data are.
+        source: where the data come from.
         options: names of its own options.
         reads_text: whether it needs the model's tokenizer.
         compares: whether it needs the dense model too.

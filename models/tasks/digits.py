@@ -21,7 +21,7 @@ def examples(split: str) -> tuple[dict[str, Tensor], Tensor]:
 
 
 def accuracy(model: Any, progress: Progress = silent) -> TaskResult:
-    """Share of the 360 test digits that a classifier of pixel_values [n, 1, 8, 8] names rightly."""
+    """Accuracy of a classifier of pixel_values [n, 1, 8, 8] on the 360 test digits."""
     batches = Batches(*examples("test"), _BATCH, shuffle=False)
     scores, labels = scored(model, batches, progress)
     return TASK.result(MeanOutcome(scores.argmax(dim=-1) == labels))

@@ -59,8 +59,8 @@ def evaluate_labeled(
         more = {"Pearson": pearson(scores, wanted)}
         return REGRESSION.result(RankOutcome(scores, wanted), more=more)
     outcome = MeanOutcome(scores.argmax(dim=-1) == wanted)
-    share = outcome.value()
-    error = math.sqrt(share * (1 - share) / outcome.count)
+    right = outcome.value()
+    error = math.sqrt(right * (1 - right) / outcome.count)
     return CLASSIFICATION.result(outcome, standard_error=error)
 
 

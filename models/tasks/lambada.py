@@ -1,4 +1,4 @@
-"""LAMBADA: does a language model foretell the last word of a passage?"""
+"""LAMBADA: does a language model predict the last word of a passage?"""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from graphprune.errors import GraphPruneError
 from graphprune.models.tasks.base import Progress, Task, TaskResult, silent
-from graphprune.models.tasks.language import continuations, read_rows, share
+from graphprune.models.tasks.language import continuations, fraction, read_rows
 from graphprune.training.outcome import MeanOutcome
 
 
@@ -57,7 +57,7 @@ def lambada(
     mean = -sum(s.log_probability for s in scored) / len(scored)
     return TASK.result(
         MeanOutcome(torch.tensor(right)),
-        standard_error=share(right)[1],
+        standard_error=fraction(right)[1],
         details=part,
         more={"perplexity of the last word": torch.tensor(mean, dtype=torch.float64).exp().item()},
     )

@@ -1,4 +1,4 @@
-"""What the tasks for language models share: the log-probability of tokens under a model."""
+"""Shared by tasks for language models: the log-probability of tokens under a model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PROBE = 8  # tokens that show the width of the logits
 @final
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """What a model thinks of the last tokens of a row.
+    """How likely a model finds the last tokens of a row.
 
     Attributes:
         log_probability: natural logarithm, summed over these tokens.
@@ -107,7 +107,7 @@ def continuations(
     batch: int,
     progress: Progress,
 ) -> list[Scored]:
-    """What a model thinks of the second of each two texts, after the first.
+    """Score the second of each two texts, after the first.
 
     As lm-evaluation-harness does it: the two are tokenized together, without special tokens, and
     what comes after the number of tokens that the first has alone is the second's.
@@ -168,8 +168,8 @@ def read_rows(file: Path, columns: Sequence[str], limit: int) -> tuple[list[dict
     return rows, f"{part} {len(numbered):,} examples"
 
 
-def share(right: Sequence[bool]) -> tuple[float, float]:
-    """The share of True, and its standard error (sample deviation over the root of the count)."""
+def fraction(right: Sequence[bool]) -> tuple[float, float]:
+    """Fraction of True, and its standard error (sample deviation over the root of the count)."""
     count = len(right)
     value = sum(right) / count
     return value, (value * (1 - value) / max(1, count - 1)) ** 0.5

@@ -44,7 +44,7 @@ def agreement(
 
 
 def common_neighbors(ours: Tensor, theirs: Tensor, neighbors: int) -> Tensor:
-    """Share of each row's nearest neighbors that two embeddings [n, width] have in common; [n]."""
+    """Fraction of each row's nearest neighbors that two embeddings [n, width] share; [n]."""
     lists = []
     for embeddings in (ours, theirs):
         similarity = embeddings @ embeddings.T

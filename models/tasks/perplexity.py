@@ -1,4 +1,4 @@
-"""Perplexity: how well does a language model foretell a text?"""
+"""Perplexity: how well does a language model predict a text?"""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import torch
 
 from graphprune.errors import GraphPruneError
 from graphprune.models.tasks.base import Progress, Task, TaskResult, silent
-from graphprune.models.tasks.language import continuations, read_rows, share
+from graphprune.models.tasks.language import continuations, fraction, read_rows
 from graphprune.training.outcome import MeanOutcome
 
 
@@ -62,9 +62,9 @@ def piqa(
         normalized.append((second > first) == bool(row["label"]))
     return TASK.result(
         MeanOutcome(torch.tensor(normalized)),
-        standard_error=share(normalized)[1],
+        standard_error=fraction(normalized)[1],
         details=part,
-        more={"accuracy, log-probability (acc)": share(plain)[0]},
+        more={"accuracy, log-probability (acc)": fraction(plain)[0]},
     )
 
 

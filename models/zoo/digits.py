@@ -72,7 +72,7 @@ def train(
 def trained_vit(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> VisionTransformer:
-    """The model `digits-vit`: trained the first time, read from the cache ever after."""
+    """The model `digits-vit`: trained the first time, then read from the cache."""
     from safetensors.torch import load_file, save_file
 
     def make(folder: Path) -> None:

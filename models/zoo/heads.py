@@ -102,7 +102,7 @@ def _fits(own: tuple[str, ...], classes: tuple[str, ...]) -> bool:
 
 
 def _encoder(module: Any) -> tuple[Any, str]:
-    """What gives one vector a token, and how a sentence is made of them."""
+    """Return the module with one vector a token, and how a sentence is pooled from them."""
     if isinstance(module, SentenceEncoder):
         return module.encoder, module.pooling
     return getattr(module, "base_model", module), "mean"

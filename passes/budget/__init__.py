@@ -1,1 +1,1 @@
-"""Budget, the pass that turns milliseconds, megabytes or a quality into ratios."""
+"""Budget: from milliseconds, megabytes or a quality to the units that each group keeps."""

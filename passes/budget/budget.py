@@ -1,4 +1,4 @@
-"""Budget: the model that loses least among those that keep milliseconds, megabytes or FLOPs."""
+"""Budget: prune to milliseconds, megabytes or FLOPs at the least loss of quality."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TARGETS = ("stream", "output")
 @final
 @dataclass(frozen=True, slots=True)
 class Budget(Pass):
-    """Remove what costs least quality, until the model is as fast, small or cheap as asked.
+    """Remove what costs least quality, until the model keeps a budget of time, size or FLOPs.
 
     1. There is a choice for attention heads (groups of them where they share keys) and hidden
        neurons, each at a grid of levels, and for whole residual branches.
@@ -36,7 +36,7 @@ class Budget(Pass):
        solved again. Then branches go, and groups are cut one after another, each compensated on
        what the ones before it give.
 
-    Several budgets at once all hold. A model that is within the budget already stays as it is.
+    Several budgets hold together. A model that is within the budget already stays as it is.
     With `max_drop`, budgets are tried by bisection: the fastest model that loses no more is kept.
 
     Attributes:
@@ -44,10 +44,10 @@ class Budget(Pass):
         ms: milliseconds of one run.
         size_mb: megabytes of the ONNX file.
         flops: fraction of the dense model's FLOPs, in (0, 1).
-        max_drop: what may be lost on `task`, in its metric's unit; the bound of a paired bootstrap
-            at 95 % keeps it. Alone, without other budgets.
-        task: from a model to a `graphprune.training.outcome.Outcome` on data that calibrated
-            nothing; `graphprune.models.tasks.task_evaluation` makes one.
+        max_drop: largest loss on `task`, in its metric's unit, by the 95 % bound of a paired
+            bootstrap; without other budgets.
+        task: a function from a model to a `graphprune.training.outcome.Outcome`, on data that was
+            not used for calibration; `graphprune.models.tasks.task_evaluation` makes one.
         batch: what a run is: samples, and tokens of each (after a cache: tokens of past); the
             example inputs' where it is not given.
         threads: of ONNX Runtime.
@@ -55,8 +55,8 @@ class Budget(Pass):
         drop: whether whole branches may go.
         target: what kept weights are fitted to: the "stream" after their branch in the dense
             model, or their own former "output".
-        evaluations: models that the search may try.
-        samples: of calibration, that each of them is tried on.
+        evaluations: number of models that the search may evaluate.
+        samples: calibration samples that each of them is evaluated on.
         round_to: large groups keep multiples of this many units.
         damping: fraction of the mean squared input added to the Gram matrix's diagonal.
         targets: name patterns; only groups and branches that reach such a tensor.
@@ -129,7 +129,7 @@ class Budget(Pass):
 
     @property
     def asked(self) -> Mapping[str, float]:
-        """What was asked for, by option."""
+        """The budgets asked for, by option."""
         names = ("speedup", "ms", "size_mb", "flops", "max_drop")
         named = {name: getattr(self, name) for name in names}
         return {name: value for name, value in named.items() if value is not None}

@@ -40,7 +40,7 @@ from graphprune.rewrite.shrink import shrink, take
 @final
 @dataclass(frozen=True, slots=True)
 class GroupStatistics:
-    """What calibration says of a group, on what the dense model computes.
+    """Calibration statistics of a group, on the activations of the dense model.
 
     Attributes:
         order: the units in the order in which they go, all but one.
@@ -81,7 +81,7 @@ def statistics(
 
 
 def _digest(program: Program, batches: Sequence[Any], damping: float) -> str:
-    """What statistics depend on, as one name."""
+    """A hash of everything that statistics depend on."""
     digest = hashlib.sha256(f"{version('graphprune')} {damping}".encode())
     for i, batch in enumerate(batches):
         for tensor in flat_batch(program.forward, batch, i):
@@ -275,7 +275,7 @@ class Candidates:
     def _is_plain(self, group: AxisGroup) -> bool:
         """Whether units may go from tensors alone: the graph of a smaller model is the same one.
 
-        It is tried once for groups that are alike.
+        It is tried once for groups of one role, size and cost.
         """
         key = group.role, group.size, group.cost, len(group.occurrences)
         if key not in self._plain:
@@ -321,7 +321,7 @@ class Candidates:
 
 
 def _calls(program: Program) -> list[tuple[object, ...]]:
-    """What a forward graph does, whatever the shapes of its tensors are."""
+    """The calls of a forward graph, whatever the shapes of its tensors are."""
     return [
         (node.name, node.target, str(node.args), str(node.kwargs))
         for node in program.forward.graph.nodes

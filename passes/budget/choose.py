@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 ROLES = ("head", "kv_group", "neuron")
 CLOSE = 0.02  # a choice whose time is further from the table's is solved again
 CORRECTIONS = 3
-OFF = 0.05  # of what was asked: more is warned of
+OFF = 0.05  # of the budget: a larger difference is a warning
 MOST = 64.0  # times faster, that is tried for max_drop
 SHOWN = 5  # runners-up in the report
 
@@ -67,7 +67,7 @@ class Reached:
 
 @final
 class Work:
-    """What all budgets of a model share: its table, its statistics, what was tried.
+    """State that all budgets of a model share: its table, its statistics, what was tried.
 
     Attributes:
         program: the dense one.
@@ -94,7 +94,7 @@ class Work:
         return self.result(self.choose(asked))
 
     def result(self, reached: Reached, more: Sequence[str] = ()) -> PassResult:
-        """What the pass returns of a model."""
+        """Make the pass's result of a model."""
         report = {
             **reached.cuts.to_json(),
             "dropped": list(reached.dropped),
@@ -105,7 +105,7 @@ class Work:
         )
 
     def unchanged(self, asked: Mapping[str, float], notes: Sequence[str]) -> PassResult:
-        """What the pass returns where the model stays as it is."""
+        """Make the pass's result where the model stays as it is."""
         self.warnings += notes
         report = self._report(asked, self._dense, None, None)
         return PassResult(self.program, False, report.to_json())
@@ -140,7 +140,7 @@ class Work:
         return Reached(program, cuts, dropped, report)
 
     def limits(self, asked: Mapping[str, float]) -> dict[str, float]:
-        """How much of each resource there may be, by resource."""
+        """The limit of each resource."""
         found: dict[str, float] = {}
         times = [asked["ms"]] if "ms" in asked else []
         if "speedup" in asked:
@@ -267,7 +267,7 @@ class Work:
         )
 
     def correct(self, asked: Mapping[str, float]) -> None:
-        """Correct the table at levels that keep this budget, alike for all items."""
+        """Correct the table at levels that keep this budget, with one fraction for all items."""
         limits = self.limits(asked)
         if "ms" in limits and not self._within(self._dense, limits):
             self._close(asked, self._alike(limits))

@@ -1,4 +1,4 @@
-"""What there is to choose: for each part of a model, how many units stay, or that it goes."""
+"""The choices of a budget: for each part of a model, how many units stay, or that it goes."""
 
 from __future__ import annotations
 

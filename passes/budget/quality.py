@@ -1,4 +1,4 @@
-"""The fastest model that loses no more than was said, by bisection over speed-ups."""
+"""The fastest model within a maximum loss, by bisection over speed-ups."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def largest_within(work: Work, max_drop: float, task: Callable[[Any], Outcome]) 
         speedup = (low * high) ** 0.5
         try:
             reached = work.choose({"speedup": speedup})
-        except UnsupportedError as e:  # found out by measuring
+        except UnsupportedError as e:  # found by measuring
             tried.append(f"{speedup:.2f}x: {e}")
             high = speedup
             continue

@@ -50,23 +50,22 @@ class Table:
     dense_ms: float
 
     def fixed(self, resource: str) -> float:
-        """What is outside of all items."""
+        """The cost outside of all items."""
         return self.whole[resource] - sum(row[-1] for row in self.amounts[resource])
 
     def total(self, resource: str, levels: Sequence[int]) -> float:
-        """What the model takes at these levels."""
+        """The cost of the model at these levels."""
         rows = self.amounts[resource]
         return self.fixed(resource) + sum(row[j] for row, j in zip(rows, levels, strict=True))
 
     def least(self, resource: str) -> float:
-        """What the model takes with every item at its cheapest level."""
+        """The cost of the model with every item at its cheapest level."""
         return self.fixed(resource) + sum(min(row) for row in self.amounts[resource])
 
     def corrected(self, levels: Sequence[int], ms: float) -> Table:
         """The table whose time of these levels is the one that was measured.
 
-        All items were misjudged by one factor, so every amount is scaled by it; the whole model's
-        stays.
+        One factor corrects all items; the time of the whole model stays.
         """
         whole, predicted = self.whole["ms"], self.total("ms", levels)
         factor = (whole - ms) / (whole - predicted) if predicted < whole else 1.0
@@ -113,9 +112,9 @@ class Sized:
         return tuple(found[symbol] for symbol in wanted if symbol in found)
 
     def models(self) -> dict[tuple[str, Level], Program]:
-        """What to measure, by item and level: branches alone, whole models, WHOLE and FLOAT.
+        """Programs to measure, by item and level: branches alone, whole models, WHOLE and FLOAT.
 
-        Branches that are built alike are one model.
+        Branches of one structure are one model.
         """
         found: dict[tuple[str, Level], Program] = {
             (WHOLE, None): self.program,
@@ -198,7 +197,7 @@ def _few(levels: Sequence[Level]) -> list[Level]:
 
 
 def named_models(sized: Sized) -> tuple[dict[str, Program], dict[str, tuple[Tensor, ...]]]:
-    """What a device measures, by name, and on which inputs."""
+    """Programs that a device measures, by name, and their inputs."""
     models = sized.models()
     # Parts of a graph have static sizes, and examples of them.
     whole = {

@@ -25,7 +25,7 @@ from graphprune.validate import check_number, check_whole
 @final
 @dataclass(frozen=True, slots=True)
 class PruneRecover(Pass):
-    """Run passes in order, in several rounds, each of which removes an equal share of the total.
+    """Run passes in order, in several rounds, each of which removes an equal fraction of the total.
 
         PruneRecover((PruneNeurons(0.5), Finetune()), rounds=4)      12.5, 25, 37.5, 50 %
 
@@ -33,8 +33,8 @@ class PruneRecover(Pass):
        counted in units of the dense model; after the last round its ratio is met exactly.
     2. A pass with a `sparsity` zeroes until r / n of it is zero. n:m patterns do not grow.
     3. All other passes run in every round as they are: training, least squares.
-    4. With `tolerance`, rounds end as soon as `eval` is worse by more than that than the dense
-       model's, and the last round that was not is given back; the program as it was if none was.
+    4. With `tolerance`, rounds end as soon as `eval` falls by more than that below the dense
+       model's, and the last round within the tolerance is returned; the program unchanged if none.
 
     Attributes:
         passes: what a round does, in order; each is verified like any other.
@@ -55,11 +55,11 @@ class PruneRecover(Pass):
         check_whole("rounds", self.rounds)
         if self.tolerance is not None:
             check_number("tolerance", self.tolerance, "0 or more, or null", low=0)
-        if all(_share(step, 0.5) == step for step in self.passes):
+        if all(_scaled(step, 0.5) == step for step in self.passes):
             raise RecipeError(
-                "prune-recover shares out a ratio or a sparsity, and none of its passes has one "
-                f"above 0: {[step.name for step in self.passes]}; to run passes again and again "
-                "there is repeat"
+                "prune-recover splits a ratio or sparsity over rounds, and none of its passes has "
+                f"one above 0: {[step.name for step in self.passes]}; to run passes again and "
+                "again there is repeat"
             )
 
     @property
@@ -91,7 +91,9 @@ class PruneRecover(Pass):
             ctx.running = self.name  # a round leaves the name of its last pass
             ctx.progress(len(rounds), self.rounds, "rounds")
             part = (len(rounds) + 1) / self.rounds
-            current, reports = run_round([_share(step, part) for step in self.passes], current, ctx)
+            current, reports = run_round(
+                [_scaled(step, part) for step in self.passes], current, ctx
+            )
             record: dict[str, JSON] = {"part": part, "passes": reports}
             if training is not None and dense is not None:
                 record["metric"] = metric = _metric(current, training)
@@ -119,7 +121,7 @@ class PruneRecover(Pass):
         }
 
 
-def _share(step: Pass, part: float) -> Pass:
+def _scaled(step: Pass, part: float) -> Pass:
     """The pass with a fraction of its total."""
     known: Any = step
     names = {option.name for option in options(type(step))}
@@ -131,12 +133,12 @@ def _share(step: Pass, part: float) -> Pass:
 
 
 def _grows(step: Any) -> bool:
-    """Whether the sparsity is free: an n:m pattern has its own, and may say it."""
+    """Whether the sparsity can vary: an n:m pattern fixes it."""
     return ":" not in getattr(step, "pattern", "")
 
 
 def _metric(program: Program, training: Training) -> float:
-    """What `eval` says of a program; one process measures, all go by it."""
+    """Evaluate a program by `eval` in the main process, for all processes."""
     workers = Workers(training.device)
 
     def measured() -> float:

@@ -91,7 +91,7 @@ def inner_passes(name: str, passes: Any) -> tuple[Pass, ...]:
 def run_round(
     passes: Sequence[Pass], program: Program, ctx: Context
 ) -> tuple[Program, list[dict[str, JSON]]]:
-    """Run passes inside another one, each verified like any other; what each of them reports."""
+    """Run passes inside another one, each verified like any other; return their reports too."""
     reports: list[dict[str, JSON]] = []
     for index, step in enumerate(passes):
         program, finished = run_pass(step, program, ctx, passes, index, record=False)
@@ -100,7 +100,7 @@ def run_round(
 
 
 def inner_verification(reports: Sequence[Mapping[str, JSON]], ctx: Context) -> dict[str, JSON]:
-    """What a pass that runs others says of verification, from the reports of those."""
+    """Combine the verification of inner passes, from their reports."""
     if not ctx.verify:
         return {"skipped": "verification was switched off"}
     checks = [report.get("verification", {}) for report in reports]

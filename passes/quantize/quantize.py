@@ -1,4 +1,4 @@
-"""Quantize: say how the exported model stores and multiplies its weights."""
+"""Quantize: choose how the exported model stores and multiplies its weights."""
 
 from __future__ import annotations
 

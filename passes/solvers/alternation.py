@@ -102,17 +102,17 @@ class Alternation:
         return float((self.y - self._bias(self.block.down)).square().sum(dtype=torch.float64))
 
     def fit_up(self, up: LinearSite, inputs: Inputs) -> Tensor:
-        """Fit a site that reads x: argmin of ‖z - W x‖² + damping; float64 [out, in]."""
+        """Fit a site that reads x: argmin of ‖z - W x‖² + damping; [out, in] float64."""
         return self._fit(up, self.x, assembled(self.block, up, self.z), inputs)
 
     def fit_down(self, inputs: Inputs) -> Tensor:
-        """Fit the site that reads p: argmin of ‖y - W p‖² + damping; float64 [out, in]."""
+        """Fit the site that reads p: argmin of ‖y - W p‖² + damping; [out, hidden] float64."""
         return self._fit(self.block.down, self.p, self.y, inputs)
 
     def _fit(self, site: LinearSite, rows: Tensor, target: Tensor, inputs: Inputs) -> Tensor:
-        # Damping adds Λ to the Gram matrix H, and here tr((W - W₀) Λ (W - W₀)ᵀ) to the error, W₀ the
-        # dense weight: a direction without rows keeps W₀, as under SparseGPT. The minimum solves
-        # W (H + Λ) = Σ target rowᵀ + W₀ Λ.
+        # Damping adds Λ to the Gram matrix H, and here tr((W - W₀) Λ (W - W₀)ᵀ) to the error, with
+        # the dense weight W₀: a direction without rows keeps W₀, as under SparseGPT. The minimum
+        # solves W (H + Λ) = Σ target rowᵀ + W₀ Λ.
         dense = site.matrix(self.program).to(torch.float64)
         cross = _cross(target - self._bias(site), rows) + dense @ inputs.added
         return torch.cholesky_solve(cross.T, torch.linalg.cholesky(inputs.gram)).T

@@ -35,7 +35,7 @@ BLOCK = 128  # columns whose mask is chosen together, and whose updates of the r
 @final
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What a matrix's inputs were, made ready for the solver; shared by matrices that read them.
+    """Inputs of a matrix, made ready for the solver; shared by matrices that read them.
 
     Attributes:
         gram: second moments, damped, float64 [in, in].

@@ -31,7 +31,7 @@ RANDOM = 0.4  # fraction of the evaluations that go to random sensitivities
 @final
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a search came to.
+    """The result of a search.
 
     Attributes:
         levels: of each item, the best.

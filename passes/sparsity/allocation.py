@@ -23,7 +23,7 @@ ALLOCATIONS = ("uniform", "owl", "global")
 @final
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What one site is asked for: the fraction to remove, and what goes together."""
+    """The fraction to remove from one site, and what goes together."""
 
     sparsity: float
     pattern: Pattern
@@ -45,7 +45,7 @@ def global_shares(
     asked: Share,
     norms: Mapping[str, Tensor] | None,
 ) -> dict[str, Share]:
-    """Share out a sparsity by one ranking of all sites' units, by |w| or by |w| · ‖x‖.
+    """Distribute a sparsity by one ranking of all sites' units, by |w| or by |w| · ‖x‖.
 
     Args:
         norms: site name -> L2 norm of each input feature, [in]; None to rank by |w|.
@@ -74,7 +74,7 @@ def owl_shares(
     threshold: float,
     spread: float,
 ) -> dict[str, Share]:
-    """Share out a sparsity so that blocks with many outliers lose less (OWL).
+    """Distribute a sparsity so that blocks with many outliers lose less (OWL).
 
     Args:
         norms: site name -> L2 norm of each input feature, [in].
@@ -159,7 +159,7 @@ def outlier_ratio(scores: Sequence[Tensor], threshold: float) -> float:
 def owl_offsets(
     ratios: Mapping[str, float], sizes: Mapping[str, int], spread: float
 ) -> dict[str, float]:
-    """What each block's density is above the mean (OWL, arXiv 2310.05175).
+    """How far each block's density is above the mean (OWL, arXiv 2310.05175).
 
     2 · spread · (D - min D) / (max D - min D), less its mean weighted by size, so that the whole
     keeps the density asked for. All zero where every block has the same ratio.

@@ -1,4 +1,4 @@
-"""LeastSquares: let the kept weights do what the dense layers did, without labels or gradients.
+"""LeastSquares: fit the kept weights to the dense layers' outputs, without labels or gradients.
 
 A linear layer has the weight W [out, in] and inputs x [in] in the pruned model, W' and x' in the
 dense one. With the residual s = W' x' - W x [out], A = Σ x xᵀ [in, in] and R = Σ s xᵀ [out, in],
@@ -55,14 +55,14 @@ _AT_MOST = 100  # or after so many steps, each of which lowers the error
 @final
 @dataclass(frozen=True, slots=True)
 class LeastSquares(SitePass):
-    """Refit what pruning left of each linear layer to the outputs of the dense model's.
+    """Refit each pruned linear layer to the outputs of the same layer in the dense model.
 
     Needs calibration batches, no labels. The dense and the pruned model run side by side, layer
     after layer, and each layer is fitted to the inputs that the refitted ones before it make.
 
     1. Weights that a pass has zeroed stay zero; a bias is fitted too.
-    2. Where output units are gone, those that are left do as their own did in the dense model. A
-       layer is left alone where each head lost other dims: which ones is not on record.
+    2. Where output units are gone, those left are fitted to their own outputs in the dense model.
+       A layer is left alone where each head lost other dims: which ones is not on record.
     3. A weight that is used at several places is fitted once for all of them, before the others.
     4. A layer whose error on the calibration rows does not get smaller stays as it is.
     5. Experts are left alone: the dense model may route other rows to them.
@@ -133,7 +133,7 @@ class _Pair:
 @final
 @dataclass(slots=True)
 class _Sums:
-    """What least squares needs of a weight: Σ residual xᵀ, Σ |residual|², Σ |dense output|²."""
+    """Sums that least squares needs: Σ residual xᵀ, Σ |residual|², Σ |dense output|²."""
 
     slope: Tensor
     before: float = 0.0
@@ -302,7 +302,7 @@ def solve_masked(gram: Tensor, slope: Tensor, mask: Tensor | None) -> tuple[Tens
 
 
 def _output(site: LinearSite, program: Program, rows: Tensor) -> Tensor:
-    """What a site makes of input rows [n, in]: [n, out], in float32 at least."""
+    """The output of a site on rows [n, in]: [n, out], in float32 at least."""
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
     result = wide @ site.matrix(program).to(wide.dtype).T
     return result if site.bias is None else result + program.tensors[site.bias].to(wide.dtype)

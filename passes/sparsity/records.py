@@ -13,7 +13,7 @@ from graphprune.ir.program import JSON
 @final
 @dataclass(frozen=True, slots=True)
 class MatrixSparsity:
-    """What was done to one matrix.
+    """The record of one zeroed matrix.
 
     Attributes:
         name: of the site.
@@ -83,7 +83,7 @@ class MatrixFit:
 @final
 @dataclass(frozen=True, slots=True)
 class ZeroingReport:
-    """What a pass that zeroes weights did.
+    """The record of a pass that zeroes weights.
 
     Attributes:
         matrices: in the order in which they were pruned.

@@ -22,7 +22,7 @@ from graphprune.pipeline.base import Context, Invariant, Pass
 class SitePass(Pass):
     """A pass over the weights that a model multiplies activations by.
 
-    Subclasses that are made anew by `slots=True` call `SitePass.__post_init__(self)`: super() would
+    Subclasses that `slots=True` recreates call `SitePass.__post_init__(self)`: super() would
     look for the class before that.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""SparseGPT: zero weights, and let the others of the row compensate the error."""
+"""SparseGPT: zero weights, with error compensation in the rest of the row."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class CompensatedPass(ZeroingPass):
 @final
 @dataclass(frozen=True, slots=True)
 class SparseGPT(CompensatedPass):
-    """Zero the weights whose loss costs least, while those to their right compensate.
+    """Zero the weights whose removal costs least, with compensation in those to their right.
 
     SparseGPT (arXiv 2301.00774), matrix by matrix: the outputs on the calibration inputs change
     as little as a single sweep over the columns can make them. Layers are visited in execution

@@ -24,7 +24,7 @@ _BLOCK = re.compile(r"(\d+)x(\d+)")
 @final
 @dataclass(frozen=True, slots=True)
 class Pattern:
-    """What goes together.
+    """A pattern: which weights go together.
 
     Attributes:
         text: as it was written: "unstructured", "2:4", "32x4", "rows", "columns".

@@ -33,14 +33,14 @@ class Visit:
     """The work of a pass: the sites of one region after another, with what their inputs were.
 
     Attributes:
-        program: the weights as they are by now.
-        shares: site name -> what is asked of it.
+        program: with the weights as pruned so far.
+        shares: site name -> what to remove from it.
         sites: of the region, in execution order.
         grams: site name -> second moments of its inputs; empty without calibration.
         rows: site name -> all rows of its inputs, for the sites a pass asked to keep.
-        matrices: what was done to each by now.
+        matrices: what was done to each so far.
         warnings: sentences for the report.
-        remarks: what there is to say of several sites alike.
+        remarks: sentences about sites, each kept once for all that it fits.
         most_rows: calibration rows that a matrix saw at most, padding left out.
         collecting: seconds that went into running the model.
     """

@@ -53,9 +53,9 @@ class Wanted:
         steps: the same by group, where it is another number than `round_to`.
         floor: fraction of each group's units that stays whatever the ranking says.
         costs: parameters that go with one unit, by group; equal where none is given.
-        sizes: units that `ratio` and `floor` are parts of, by group: those in the dense model. What
-            is gone already counts as removed. The units there are where nothing is said. Not a
-            whole number where another factor of the group's channels has lost some.
+        sizes: units that `ratio` and `floor` are fractions of, by group: those in the dense model,
+            so that units gone already count as removed. By default the current units. Not a whole
+            number where another factor of the group's channels has lost some.
     """
 
     ratio: float
@@ -66,7 +66,7 @@ class Wanted:
     steps: Mapping[str, int] = field(default_factory=dict)
 
     def step(self, group: str) -> int:
-        """What a group's kept count rounds up to a multiple of."""
+        """Return what a group's kept count rounds up to a multiple of."""
         return self.steps.get(group, self.round_to)
 
     def kept(self, group: str, size: int) -> int:

@@ -224,7 +224,7 @@ class StructuralPass(Pass):
         return Wanted(self.ratio, self.round_to, self.floor, costs, sizes, steps)
 
     def _step(self, now: AxisGroups, group: AxisGroup) -> int:
-        """What the kept count of a group is a multiple of, so that its channels are of round_to."""
+        """What the kept count is a multiple of, so that channels are multiples of round_to."""
         beside = self._channels_of_a_unit(now, group)
         return math.lcm(*(self.round_to // math.gcd(self.round_to, count) for count in beside))
 

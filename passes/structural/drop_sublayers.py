@@ -172,7 +172,7 @@ class DropSublayers(Pass):
 @final
 @dataclass(frozen=True, slots=True)
 class _Unit:
-    """What goes as a whole: a residual branch, or a block of them in execution order."""
+    """A residual branch that goes as a whole, or a block of them in execution order."""
 
     branches: tuple[Branch, ...]
 
@@ -189,7 +189,7 @@ class _Unit:
         )
 
     def record(self, scores: Mapping[str, float]) -> Sublayer:
-        """What the report says of it."""
+        """Its record for the report."""
         ids = tuple(branch.id for branch in self.branches)
         return Sublayer(self.id, ids, self.branches[0].kind, scores.get(self.id))
 
@@ -197,7 +197,7 @@ class _Unit:
 @final
 @dataclass(frozen=True, slots=True)
 class _Choice:
-    """What may go.
+    """The sublayers that may go.
 
     Attributes:
         units: those that targets and ignore leave, in execution order.

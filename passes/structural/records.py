@@ -1,4 +1,4 @@
-"""What passes that remove units report, as records; `to_json` makes the report of a PassResult."""
+"""Records of passes that remove units; `to_json` makes the report of a PassResult."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Skipped:
         return cls(group.id, group.role, group.size, reason, units)
 
     def to_json(self) -> dict[str, JSON]:
-        """Plain data; units only where they are said."""
+        """Plain data; units only where they are given."""
         return {key: value for key, value in asdict(self).items() if value is not None}
 
 
@@ -84,11 +84,11 @@ class Unread:
 
 @dataclass(frozen=True, slots=True)
 class Calibrated:
-    """What calibration batches said.
+    """Measurements on calibration batches.
 
     Attributes:
         output_error: group id -> Σ|ΔW x|² / Σ|W x|² of what reads it, after compensation.
-        score_curves: group id -> scores in the order of removal, as parts of the largest.
+        score_curves: group id -> scores in the order of removal, as fractions of the largest.
         warnings: sentences.
     """
 
@@ -99,7 +99,7 @@ class Calibrated:
 
 @dataclass(frozen=True, slots=True)
 class Cuts:
-    """What a StructuralPass did.
+    """The record of a StructuralPass.
 
     Attributes:
         groups: those that lost units.
@@ -108,8 +108,8 @@ class Cuts:
         frozen: what operators freeze.
         parameters_before: of the program given.
         parameters_after: of the program returned.
-        calibrated: what calibration said; None without it, or where nothing was cut.
-        verification: what `Context.shrink` says; None where nothing was cut.
+        calibrated: what calibration measured; None without it, or where nothing was cut.
+        verification: as `Context.shrink` reports it; None where nothing was cut.
     """
 
     groups: tuple[GroupCut, ...]
@@ -146,7 +146,7 @@ class Sublayer:
         id: of the branch, or of the block's first.
         branches: ids of all.
         kind: of the first.
-        score: the lower, the sooner it goes; None where it was none to choose.
+        score: the lowest goes first; None where it was not scored.
     """
 
     id: str
@@ -161,16 +161,16 @@ class Sublayer:
 
 @dataclass(frozen=True, slots=True)
 class DroppedSublayers:
-    """What DropSublayers did.
+    """The record of DropSublayers.
 
     Attributes:
-        dropped: in the order of their going.
+        dropped: in the order of removal.
         left: those that could have gone.
         skipped: id -> why it was left alone.
         summary: a line in words.
         parameters_before: of the program given.
         parameters_after: of the program returned.
-        verification: what `Context.drop` says; None where nothing was dropped.
+        verification: as `Context.drop` reports it; None where nothing was dropped.
     """
 
     dropped: tuple[Sublayer, ...]

@@ -29,7 +29,7 @@ _PROJECTIONS = 2  # random directions of the output a batch
 
 
 class Needs(enum.Enum):
-    """What a score looks at."""
+    """The data that a score needs."""
 
     WEIGHTS = enum.auto()
     MOMENTS = enum.auto()
@@ -40,7 +40,7 @@ class Needs(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What the units of one group are scored by.
+    """The evidence that the units of one group are scored by.
 
     Attributes:
         program: the program, in which groups before this one may have been compensated already.
@@ -58,7 +58,7 @@ class Evidence:
 
 
 class Score(abc.ABC):
-    """A way to say how much units matter.
+    """A measure of how much units matter.
 
     Attributes:
         name: its name in recipes.
@@ -76,7 +76,7 @@ class Score(abc.ABC):
 
     @abc.abstractmethod
     def score(self, seen: Evidence) -> Tensor:
-        """What each unit is worth, comparable between groups; float64 [size]."""
+        """Score each unit, comparable between groups; float64 [size]."""
 
     def order(self, seen: Evidence, count: int) -> tuple[Tensor, Tensor]:
         """The units in the order in which they go, at least `count` of them, and their scores.
@@ -178,7 +178,7 @@ class Activation(Score):
 
 
 def _summed(seen: Evidence, of: Callable[[Consumer, Tensor], Tensor]) -> Tensor:
-    """What `of` says of each input feature, summed over a unit's; float64 [size]."""
+    """Sum a quantity of each input feature over the features of each unit; float64 [size]."""
     total = torch.zeros(seen.group.size, dtype=torch.float64)
     for part in seen.parts:
         values = of(part, part.site.matrix(seen.program).to("cpu", torch.float64))

@@ -14,7 +14,7 @@ from graphprune.passes.name_patterns import TensorNames, matches, refuse_unmatch
 
 @dataclass(frozen=True, slots=True)
 class Selector:
-    """What to take and what to leave; every condition must hold.
+    """Conditions on axis groups; all must hold.
 
     Attributes:
         roles: roles of the groups; empty takes every role.
@@ -155,7 +155,7 @@ def _asked(wanted: Selector) -> str:
 
 
 def _overview(groups: AxisGroups) -> str:
-    """What could be pruned instead: "it has neuron (6), residual (1)"."""
+    """Describe what could be pruned instead: "free are neuron (6), residual (1)"."""
     counts = Counter(g.role for g in groups if not g.frozen)
     if not counts:
         why = [frozen.text for frozen in frozen_parameters(groups)[:1]]

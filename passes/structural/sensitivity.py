@@ -52,7 +52,7 @@ def sensitivity(
     Args:
         program: the model; it is not changed.
         calibration: batches like its example inputs.
-        ratios: parts of the units to remove, each above 0 and below 1.
+        ratios: fractions of the units to remove, each above 0 and below 1.
         score: as the pruning passes take it.
         roles: which groups; by default heads, key/value groups and neurons, those that there are.
         clock: times a role's cut against the dense program; None leaves times out.
@@ -144,7 +144,7 @@ class _Bench:
         self.score = score_named(score).begin(program, groups, chosen, self.ctx)
 
     def costs(self, group: AxisGroup, steps: Sequence[PruneAxis]) -> Iterator[Cost]:
-        """What each step does to the outputs when it hits this group alone."""
+        """Measure the output error of each step when it cuts this group alone."""
         for step, keep, outputs in self._variants(group, steps):
             error = self._error(outputs)
             yield Cost(group.id, group.role, group.size, len(keep), step.ratio, error)

@@ -1,4 +1,4 @@
-"""Groups cut one after another, each on what the cut ones before it make."""
+"""Groups cut one after another, each on the activations after the cuts before it."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class StreamTarget:
 @final
 @dataclass(slots=True)
 class CutGroups:
-    """What is cut by now.
+    """The cut so far.
 
     Attributes:
         program: with the kept weights fitted, at the old shapes.
@@ -81,7 +81,7 @@ class CutGroups:
     _refitted: set[str] = field(default_factory=set)
 
     def calibrated(self) -> Calibrated:
-        """What calibration said; the program's record of zeros is brought up to date."""
+        """Return the measurements; updates the program's record of zeros."""
         warnings = self._few.warn(log)
         self.program = _without_zeros(self.program, self._refitted, warnings)
         return Calibrated(self.errors, self.curves, warnings)
@@ -158,13 +158,13 @@ def _towards_stream(
         if part.site.bias is not None:
             inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
         slope += residual.T @ inputs.double()
-    # To its end, where the stream takes note of how far it is.
+    # Read to the end, so that the dense stream records its position.
     assert next(theirs, None) is None
     return replace(part, slope=slope)
 
 
 def _without_zeros(program: Program, refitted: set[str], warnings: list[str]) -> Program:
-    """Take note where least squares has filled weights that an earlier pass had set to zero."""
+    """Record where least squares has filled weights that an earlier pass had set to zero."""
     filled = sorted(refitted & program.zeroed)
     if not filled:
         return program
@@ -179,7 +179,7 @@ def _without_zeros(program: Program, refitted: set[str], warnings: list[str]) ->
 
 
 def _curve(scores: Tensor, points: int = 64) -> list[float]:
-    """Scores for a picture: at most `points` of them, as parts of the largest."""
+    """Scores for a picture: at most `points` of them, as fractions of the largest."""
     if not len(scores):
         return []
     at = torch.linspace(0, len(scores) - 1, min(points, len(scores))).round().long()

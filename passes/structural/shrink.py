@@ -78,7 +78,7 @@ class Shrink(Pass):
         }
         if not checks:
             return PassResult(program, False, report)
-        # What goes here is needless: that no output moves is the point, and no blindness.
+        # What goes has no effect, so outputs that do not move when it is masked are no warning.
         last = {k: v for k, v in checks[-1].items() if k not in ("moved", "observable")}
         errors = [check["max_error"] for check in checks if "max_error" in check]
         report["verification"] = {**last, **({"max_error": max(errors)} if errors else {})}
@@ -86,7 +86,7 @@ class Shrink(Pass):
 
 
 class _Findings:
-    """What is needless in a program.
+    """The needless units of a program.
 
     Attributes:
         needless: group id -> units that can go, bool [size]; only groups with some.
@@ -130,7 +130,7 @@ class _Findings:
         return self.program.with_tensors(biases)
 
     def unread(self) -> list[Unread]:
-        """Input features that none of the weights behind one value reads, but others do."""
+        """Input features that none of the weights of one value reads, but others do."""
         at_value: dict[tuple[str, str], list[LinearSite]] = {}
         for entry in self.program.entries:
             for site in linear_sites(self.groups, entry):
@@ -247,7 +247,7 @@ class _Findings:
 
 
 def _other_factor(contraction: Contraction) -> tuple[fx.Node, int] | None:
-    """What a summed dimension is multiplied with there, and the dimension of that; else None."""
+    """The other factor of a summed dimension, and that factor's dimension; None for none."""
     node, bound = contraction.node, bound_arguments(contraction.node)
     if is_op(node, "scaled_dot_product_attention"):
         other, from_end = bound["key"], 1

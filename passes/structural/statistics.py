@@ -1,4 +1,4 @@
-"""Removal that looks at data: groups in execution order, each on what the cut ones before it make.
+"""Removal that looks at data: groups in execution order, each on what the cuts before it leave.
 
 For every group: stream the calibration batches to the sites that consume it, take their Gram
 matrices, choose the units, and fit the kept columns of those weights to the old output

@@ -1,4 +1,4 @@
-"""Distill: train the pruned model to do as the dense one does."""
+"""Distill: train the pruned model to match the dense one."""
 
 from __future__ import annotations
 

@@ -162,7 +162,7 @@ class _Growing:
     def choose(
         self, parameters: Mapping[str, nn.Parameter], step: int, total: int
     ) -> Mapping[str, Tensor] | None:
-        """Where weights may live once step `step` is done, if that is to be chosen anew then."""
+        """Where weights may live after step `step`; None where the choice is not due."""
         own = self.options
         due = step % own.every == 0 or self.settled(step + 1, total)
         if (self.settled(step, total) and step) or not due:

@@ -157,7 +157,7 @@ class GradualStructure(GradualPass):
         return PassResult(fitted.program, True, self._report(program, fitted, state, skipped, ctx))
 
     def _goal(self) -> dict[str, JSON]:
-        """What is to be reached, as a checkpoint notes it."""
+        """The goal, as a checkpoint notes it."""
         budget = self.budget
         if budget is None:
             return {"density": self.density}
@@ -203,7 +203,7 @@ class GradualStructure(GradualPass):
         }
 
     def _units(self, program: Program, ctx: Context) -> tuple[list[Units], dict[str, str]]:
-        """What competes, and why other groups of these roles do not.
+        """Find the units that compete, and why other groups of these roles do not.
 
         Raises:
             UnsupportedError: nothing does.
@@ -231,7 +231,7 @@ class GradualStructure(GradualPass):
 @final
 @dataclass(slots=True)
 class _State:
-    """What changes while the pass runs: running means of scores, and what is gone."""
+    """The state of a run: running means of scores, and what is gone."""
 
     options: GradualStructure
     ledger: Ledger
@@ -372,7 +372,7 @@ class _State:
 
 
 def _dropped(fitted: Fitted, names: Sequence[str], ctx: Context) -> Fitted:
-    """What was trained without the branches that were zeroed in it."""
+    """Remove the branches that were zeroed from the trained program."""
     found = {branch.id: branch for branch in ctx.get(branches, fitted.program)}
     program, check = ctx.drop(fitted.program, [found[name] for name in found if name in names])
     if ctx.verify:

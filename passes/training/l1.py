@@ -1,4 +1,4 @@
-"""L1: train with a plain l1 penalty, the baseline of everything cleverer."""
+"""L1: train with a plain l1 penalty, the baseline of other penalties."""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ class NeuroPrune(PenaltyPass):
 
 @dataclass(slots=True)
 class _State:
-    """What changes while the pass runs: the parts, as structure goes, and notes for the report."""
+    """The state of a run: the parts, as structure goes, and notes for the report."""
 
     options: NeuroPrune
     parts: Parts

@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 @final
 @dataclass(frozen=True, slots=True)
 class Prices:
-    """What a resource is spent on.
+    """Prices of a resource.
 
     Attributes:
         parameter: by tensor, what one of its parameters costs.
@@ -56,7 +56,7 @@ class Prices:
 @final
 @dataclass(frozen=True, slots=True)
 class Account:
-    """What a budget comes to for a model on a device; plain numbers, which a checkpoint keeps.
+    """A budget for a model on a device, in plain numbers, which a checkpoint keeps.
 
     Attributes:
         resource: what is counted: "ms" or "flops".
@@ -111,7 +111,7 @@ def fitted(table: Table, sized: Sized, resource: str, counts: Mapping[str, int])
 
 
 def _slope(item: Item, row: Sequence[float]) -> float:
-    """What all units of an item cost by the line through its levels."""
+    """The cost of all units of an item by the line through its levels."""
     whole = sum(group.size for group in item.groups)
     levels = [
         (sum(level) / whole, cost)
@@ -246,7 +246,7 @@ class Budgeted:
         return ledger
 
     def report(self, result: Program, ledger: Ledger) -> dict[str, JSON]:
-        """What was asked, predicted and measured, as a run of Budget reports it.
+        """Report what was asked, predicted and measured, as a run of Budget does.
 
         Args:
             result: the trained program.

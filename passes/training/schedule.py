@@ -23,7 +23,7 @@ def scheduled(
 
     Args:
         progress: fraction of all training steps that is done, 0 to 1.
-        begin, end: parts of all steps between which the value moves; equal ones make it jump there.
+        begin, end: fractions of all steps between which the value moves; equal ones make it jump.
         first, last: the value before and after.
         shape: one of `SCHEDULES`.
     """

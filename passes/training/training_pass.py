@@ -22,7 +22,7 @@ class TrainingPass(Pass):
     """A pass that trains on what `compile(..., training=...)` was given.
 
     Options are given by keyword; a subclass that takes one by position declares it again.
-    Subclasses that are made anew by `slots=True` call `TrainingPass.__post_init__(self)`: super()
+    Subclasses that `slots=True` recreates call `TrainingPass.__post_init__(self)`: super()
     would look for the class before that.
 
     Attributes:
@@ -51,7 +51,7 @@ class TrainingPass(Pass):
     @property
     @abc.abstractmethod
     def rate_schedule(self) -> str:
-        """What the learning rate does after the warmup."""
+        """The schedule of the learning rate after the warmup."""
 
     @property
     def needs_training(self) -> bool:
@@ -150,7 +150,7 @@ class GradualPass(DistillingPass):
 
 
 def trained_report(fitted: Fitted) -> dict[str, JSON]:
-    """What training reports, with a sentence for the table and what was checked."""
+    """The report of a training, with a sentence for the table and what was checked."""
     record = fitted.record
     checked = f"nothing to compare: weights were trained; {record.masked_weights:,} stayed zero"
     verification = {"checked": checked, **_verification(record.cuts)}
@@ -158,7 +158,7 @@ def trained_report(fitted: Fitted) -> dict[str, JSON]:
 
 
 def _verification(cuts: Sequence[Mapping[str, JSON]]) -> Mapping[str, JSON]:
-    """The largest difference that removing units on the way made; or why none was looked for."""
+    """The largest difference of all removals while training; or why none was measured."""
     compared = [cut for cut in cuts if "max_error" in cut]
     if compared:
         return {**combined(compared), "cuts": len(compared)}

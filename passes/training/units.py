@@ -402,7 +402,7 @@ class Ledger:
         return torch.arange(unit.rows) if heads is None else (~heads[0]).nonzero().flatten()
 
     def lost(self, tensors: Iterable[str]) -> float:
-        """What the parameters of units cost that are gone from these tensors."""
+        """The cost of the parameters of units that are gone from these tensors."""
         return sum(
             self._price(name) * (self.counts[name] - self._living(name, self._alive[name]))
             for name in tensors
@@ -439,7 +439,7 @@ class Ledger:
     def _without(
         self, removals: Removal, sublayer: Sublayer | None = None
     ) -> dict[str, list[Tensor]]:
-        """What would live along each dimension of the tensors that lose something."""
+        """Positions that would live along each dimension of the tensors that lose some."""
         found: dict[str, list[Tensor]] = {}
         for unit, chosen in removals:
             for place in unit.places:

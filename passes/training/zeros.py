@@ -1,4 +1,4 @@
-"""What sparse training does around its loop: zeros for good, and how the network is wired then."""
+"""Around the loop of sparse training: permanent zeros, and the connections that remain."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ class PenaltyPass(PlainTrainingPass):
             check_number("sparsity", self.sparsity, rule, low=0, high=1)
 
     def parts(self, program: Program) -> Parts:
-        """What is under penalty."""
+        """Return the weights under penalty."""
         return find_parts(axis_groups(program))
 
     def some_parts(self, program: Program, ctx: Context) -> Parts:
-        """What is under penalty.
+        """Return the weights under penalty.
 
         Raises:
             UnsupportedError: nothing is.

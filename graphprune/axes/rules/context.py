@@ -1,4 +1,4 @@
-"""What a rule and a rewriter see of one operator call."""
+"""One operator call, as a rule and a rewriter see it."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_transfo
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What keeps one consumer from loading a folder, and what to know where nothing does.
+    """The obstacles to one consumer's loading a folder, and notes where there is none.
 
     Attributes:
         opens: the .onnx files that it opens.
@@ -57,7 +57,7 @@ class Consumer:
     Attributes:
         what: its package and version, as read or run.
         opens: the .onnx files that it would open, of those in a folder; empty where none fits.
-        looks_for: what it opens, in words; empty where a rule about files says so.
+        looks_for: what it opens, in words; empty where a rule about files covers it.
         files: rules about the files of the folder.
         graph: rules about each .onnx file that it opens.
         notes: what to know about each file that it opens; same form as a rule.

@@ -82,7 +82,7 @@ def _vocabulary(folder: HubFolder) -> set[str]:
 
 
 def _fastembed_call(folder: HubFolder, graph: Graph) -> str:
-    """What to say in add_custom_model."""
+    """The call of add_custom_model."""
     first = next(iter(graph.outputs.values()))
     cls = folder.json("1_Pooling/config.json").get("pooling_mode_cls_token") is True
     pooling = "DISABLED" if first.rank == 2 else "CLS" if cls else "MEAN"
@@ -436,7 +436,7 @@ def _modules(folder: HubFolder) -> str:
 def _assumes_mean(folder: HubFolder, graph: Graph) -> str:
     if folder.has("modules.json"):
         return ""
-    return "without modules.json it pools by the mean and says so"
+    return "without modules.json it pools by the mean, with a warning"
 
 
 def _not_installable(folder: HubFolder, graph: Graph) -> str:

@@ -1,4 +1,4 @@
-"""What a consumer can see of an ONNX file: inputs, outputs, opsets, operators, weight files.
+"""An ONNX file as consumers see it: inputs, outputs, opsets, operators, weight files.
 
 The protobuf is parsed and nothing else: no weights beside the graph are read, nothing runs.
 """
@@ -104,7 +104,7 @@ def _graph(model: onnx.ModelProto, file: str) -> Graph:
 
 
 def _expanded(graph: onnx.GraphProto) -> set[str]:
-    """What Expand alone reads."""
+    """Names that Expand alone reads."""
     readers: dict[str, set[str]] = {}
     for node in _all(list(graph.node)):
         for name in node.input:

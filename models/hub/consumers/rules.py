@@ -47,7 +47,7 @@ def key(file: str, kind: type, *names: str) -> FileRule:
 
     def rule(folder: HubFolder) -> str:
         if folder.unreadable(file):
-            return ""  # its own rule says so
+            return ""  # its own rule reports it
         found = folder.json(file)
         if any(_is(found.get(name), kind) for name in names):
             return ""
@@ -73,7 +73,7 @@ def feeds(*names: str) -> GraphRule:
 
 
 def unfed(graph: Graph, others: Sequence[str], names: Sequence[str]) -> str:
-    """What to say of inputs that nobody feeds."""
+    """Describe inputs that nobody feeds."""
     if not others:
         return ""
     return (
@@ -253,7 +253,7 @@ def cache_of_one_shape(graph: Graph, heads: int, width: int, because: str) -> st
 
 
 def needs_runtime(folder: HubFolder, graph: Graph) -> str:
-    """What the ONNX Runtime installed beside a consumer must be, where that is not obvious."""
+    """The version of ONNX Runtime that a consumer needs beside it, where that is not obvious."""
     need = floor(graph)
     if need is None:
         return unknown_opset(folder, graph)

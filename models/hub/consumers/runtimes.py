@@ -34,7 +34,7 @@ _OTHER_INPUTS = ("pixel_values", "pixel_mask", "input_values", "input_features")
 
 
 def _js_opens(folder: HubFolder) -> tuple[str, ...]:
-    """What Node opens by default, and what browsers do."""
+    """The files that Node opens by default, and browsers."""
     if folder.json("config.json").get("is_encoder_decoder") is True:
         return _ENCODER_DECODER if all(map(folder.has, _ENCODER_DECODER)) else ()
     return tuple(n for n in ("onnx/model.onnx", "onnx/model_quantized.onnx") if folder.has(n))
@@ -51,7 +51,7 @@ def _js_processor(folder: HubFolder, graph: Graph) -> str:
 
 
 def _js_model_type(folder: HubFolder, graph: Graph) -> str:
-    """What has no head is taken for an encoder, whatever it is called."""
+    """A model without a head counts as an encoder, whatever its type is."""
     named = isinstance(folder.json("config.json").get("model_type"), str)
     plain = "last_hidden_state" in graph.outputs and not generates(folder, graph)
     if named or plain or folder.unreadable("config.json"):

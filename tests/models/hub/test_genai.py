@@ -116,7 +116,7 @@ def reshaped(name: str, *shape: int | str) -> Callable[[Values], Values]:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (without("attention_mask"), "feeds 'attention_mask', which the graph has not"),
+        (without("attention_mask"), "feeds 'attention_mask', which the graph does not have"),
         (without("logits"), "only a language model generates text"),
         (without("past_key_values.0.key"), r"lacks \['past_key_values.0.key'\]"),
         (without("present.1.value"), "does not give back 'past_key_values.1.value'"),
