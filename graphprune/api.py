@@ -156,7 +156,7 @@ class Compiled:
         if target == "genai" and (CONFIG not in self.files or layout == FLAT.name):
             raise ExportError(
                 "target 'genai' makes genai_config.json of the model's configuration, in a hub "
-                "folder: compile a model that has one, and leave layout away"
+                "folder: compile a model that has one, and omit layout"
             )
         self.files |= given
         hub = is_hub_model(self.files, program.forward.input_names) and layout != FLAT.name
@@ -241,7 +241,7 @@ def compile(
             cache that grows by keys and values.
         GraphPruneError: a calibration batch does not fit the captured model.
         UnsupportedError: a pass declines, for instance because an axis is frozen.
-        VerificationError: a pass did not do what it claims; an error of ours.
+        VerificationError: a pass did not do what it claims; an internal error.
     """
     from graphprune.progress import shown
 
@@ -413,7 +413,7 @@ def check_training(steps: Sequence[Pass], training: object) -> None:
     """Refuse, before any work, passes that train without data, and what is no Training.
 
     Raises:
-        RecipeError: so it is.
+        RecipeError: a pass trains and there is no training, or what was given is none.
         ExportError: the folder for its checkpoints cannot be written.
     """
     wanting = dict.fromkeys(step.name for step in steps if step.needs_training)
@@ -440,7 +440,7 @@ def _listed(calibration: Iterable[Any]) -> list[Any]:
     if not batches:
         raise GraphPruneError(
             "calibration yields no batch; pass an iterable of batches like example_inputs, and "
-            "make a generator anew if something has read it already"
+            "make another generator if something has read it already"
         )
     for number, batch in enumerate(batches):
         check_not_empty(batch, number)
@@ -450,11 +450,11 @@ def _listed(calibration: Iterable[Any]) -> list[Any]:
 def _begin(
     model: nn.Module | Program | Compiled, example_inputs: Any, dynamic_shapes: Any, cache: bool
 ) -> tuple[Program, Program | Path | None, bool]:
-    """The program to begin with, the dense one behind it, and whether it was captured just now."""
+    """The program to begin with, its dense one, and whether it was captured just now."""
     if isinstance(model, Compiled | Program | ProgramModule):
         if example_inputs is not None:
             raise GraphPruneError(
-                f"a {type(model).__name__} brings its own example inputs: leave example_inputs away"
+                f"a {type(model).__name__} brings its own example inputs: omit example_inputs"
             )
         if cache:
             _check_cached(model)
@@ -497,7 +497,7 @@ def _check_cached(model: Program | Compiled | ProgramModule) -> None:
     if "decode" not in program.entries:
         raise UnsupportedError(
             "cache=True needs the model itself: this program was captured without a key/value "
-            "cache, which cannot be added afterwards; compile the model anew with cache=True"
+            "cache, which cannot be added afterwards; compile the model again with cache=True"
         )
 
 

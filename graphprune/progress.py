@@ -82,7 +82,7 @@ class Stage:
         label: str = "",
         values: Mapping[str, float] | None = None,
     ) -> None:
-        """Take down how far it is; a count that begins anew is estimated anew."""
+        """Take down how far it is; a count that begins again is estimated again."""
         held = self.counts.get(label)
         if held is None or done < held.done or total != held.total:
             held = Count(label, done, total, now, done)

@@ -137,7 +137,7 @@ def evaluate_subject(
         subject: what is evaluated.
         task: the task, or one made of a metric.
         data: the task's file or folder, or None for the usual place.
-        advance: called with the progress, anew for each of the two models.
+        advance: called with the progress, from 0 for each of the two models.
         options: the task's own options.
         columns: a labeled file's columns of text, and of labels; by default those that the subject
             was trained on.

@@ -280,12 +280,12 @@ def training_of(
     from graphprune.training.spec import Training
 
     options = labeled.options
-    judge: Batches | None = None
+    evaluation: Batches | None = None
     if labeled.schema is None:
         assert options.record is not None
         assert options.record.examples is not None
         data = Batches(*options.record.examples("train"), options.size)
-        judge = Batches(*options.record.examples("test"), options.size, shuffle=False)
+        evaluation = Batches(*options.record.examples("test"), options.size, shuffle=False)
         loss = "classification"
     else:
         assert folder is not None
@@ -301,9 +301,9 @@ def training_of(
         )
         data = batches(labeled.train)
         if labeled.eval is not None:
-            judge = batches(labeled.eval, shuffle=False)
+            evaluation = batches(labeled.eval, shuffle=False)
     return Training(
-        data, loss=loss, eval=judge, checkpoints=options.checkpoints, resume=options.resume
+        data, loss=loss, eval=evaluation, checkpoints=options.checkpoints, resume=options.resume
     )
 
 
