@@ -150,6 +150,9 @@ class _Bars:
             TextColumn("{task.fields[text]}", style="dim", markup=False),
             TimeElapsedColumn(),
             console=console,
+            # What a notebook shows of the bars would go through them again.
+            redirect_stdout=not console.is_jupyter,
+            redirect_stderr=not console.is_jupyter,
         )
 
     def start(self) -> None:
