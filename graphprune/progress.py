@@ -4,7 +4,7 @@ A terminal or a notebook shows a bar for each stage. Anything else, such as a lo
 one when a stage ends, and while one runs at most one every ten seconds:
 
     capture: done in 4.2 s
-    budget: models 31 of 100 (about 2 min left), 58 s so far
+    budget: models 31 of 100 (about 2 min 09 s left), 58 s so far
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Count:
     first: int
 
     def text(self, now: float) -> str:
-        """Such as "models 31 of 100 (about 2 min left)"."""
+        """Such as "models 31 of 100 (about 2 min 09 s left)"."""
         said = f"{self.label} {self.done:,} of {self.total:,}".strip()
         left = self.seconds_left(now)
         return said if left is None else f"{said} (about {duration_text(left)} left)"
@@ -108,11 +108,14 @@ class Stage:
 
 
 def duration_text(seconds: float) -> str:
-    """Such as 4.2 s, 58 s, 12 min or 1 h 05 min."""
-    if seconds < 10:
+    """Such as 4.2 s, 58 s, 1 min 20 s, 12 min or 1 h 05 min."""
+    if seconds < 9.95:
         return f"{seconds:.1f} s"
-    if seconds < 60:
-        return f"{seconds:.0f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 600:
+        return f"{whole // 60} min {whole % 60:02} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 

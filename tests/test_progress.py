@@ -25,9 +25,9 @@ class Clock:
 
 
 def test_durations_read_like_speech() -> None:
-    seconds = (4.23, 58, 89, 600, 3599, 3900)
+    seconds = (4.23, 9.99, 59.4, 89, 600, 3599, 3900)
     words = [duration_text(s) for s in seconds]
-    assert words == ["4.2 s", "58 s", "1 min", "10 min", "1 h 00 min", "1 h 05 min"]
+    assert words == ["4.2 s", "10 s", "59 s", "1 min 29 s", "10 min", "1 h 00 min", "1 h 05 min"]
 
 
 def test_time_left_is_what_the_rest_takes_as_it_went() -> None:
@@ -35,7 +35,7 @@ def test_time_left_is_what_the_rest_takes_as_it_went() -> None:
     stage.count(0, 100, 0.0, "steps")
     assert stage.text(0.0) == "steps 0 of 100"
     stage.count(25, 100, 50.0, "steps", {"loss": 0.25})
-    assert stage.text(50.0) == "steps 25 of 100 (about 2 min left), loss 0.25"
+    assert stage.text(50.0) == "steps 25 of 100 (about 2 min 30 s left), loss 0.25"
     # A count that begins anew is another one: half a second a step, as of now.
     stage.count(0, 100, 60.0, "steps")
     stage.count(10, 100, 65.0, "steps")
@@ -49,7 +49,7 @@ def test_a_loop_is_shown_with_what_runs_in_it() -> None:
     stage.count(0, 6, 0.0, "budgets")
     stage.count(40, 100, 30.0, "models")
     stage.count(2, 6, 60.0, "budgets")
-    assert stage.text(60.0) == "budgets 2 of 6 (about 2 min left)"
+    assert stage.text(60.0) == "budgets 2 of 6 (about 2 min 00 s left)"
     stage.count(0, 100, 60.0, "models")
     stage.count(50, 100, 70.0, "models")
     assert stage.text(70.0).endswith(", models 50 of 100 (about 10 s left)")
@@ -70,10 +70,10 @@ def test_lines_come_at_most_every_ten_seconds_and_at_the_end_of_a_stage() -> Non
         stage.count(second, 200, clock.now, "models")
         lines.look()
     assert len(written) == 9
-    assert written[0] == "budget: models 10 of 200 (about 3 min left), 10 s so far"
+    assert written[0] == "budget: models 10 of 200 (about 3 min 10 s left), 10 s so far"
     clock.now = 100.0
     lines.end(stage, "verified")
-    assert written[9:] == ["budget: done in 2 min, verified"]
+    assert written[9:] == ["budget: done in 1 min 40 s, verified"]
     lines.look()
     assert len(written) == 10
 

@@ -9,6 +9,11 @@ from pathlib import Path
 import pytest
 from typer.testing import Result
 
+import graphprune
+from graphprune.models import load_model
+from graphprune.models.tasks import evaluate
+from graphprune.models.tasks.own import own_task
+
 Run = Callable[..., Result]
 Sentence = Callable[[Result], str]
 
@@ -103,3 +108,11 @@ def test_a_drop_is_bounded_by_a_metric(run: Run, tmp_path: Path) -> None:
     assert found.exit_code == 0, found.stderr
     details = json.loads(found.stdout)["report"]["passes"][0]["details"]
     assert details["budget"]["asked"] == {"max_drop": 0.5}
+
+
+def test_a_metric_calls_module_and_program_by_the_same_names(run: Run) -> None:
+    made = load_model("own.py:make")
+    compiled = graphprune.compile(made.module, [], example_inputs=made.example_inputs)
+    task = own_task("own.py:agreement")
+    for model in (made.module, compiled.program, compiled.module):
+        assert evaluate(task, model).value == 1.0
