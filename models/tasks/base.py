@@ -268,7 +268,7 @@ def _accepted(model: Any) -> set[str]:
     program = getattr(model, "program", None)
     entries = getattr(program() if callable(program) else model, "entries", None)
     if entries is not None:
-        # By the names of the call: a flat input may have another. What capture baked in is no input.
+        # By the names of the call: a flat input may have another. What was baked in is none.
         arguments = entries["forward"].arguments
         return {a.name for a in arguments if any(isinstance(leaf, str) for leaf in a.leaves)}
     return set(inspect.signature(getattr(model, "forward", model)).parameters)
