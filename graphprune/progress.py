@@ -33,7 +33,7 @@ Advance = Callable[[int, int], None]
 Step = Callable[[str], AbstractContextManager[Advance]]
 
 # Units of passes that run other work in each of them, whose counts are shown beside the loop's.
-_LOOPS = ("rounds", "budgets")
+_LOOPS = ("repeats", "budgets")
 # Seconds between two plain lines: a tenth of the time so far, within these.
 _OFTENEST, _SELDOMEST = 10.0, 60.0
 _LOOK = 2.0  # seconds between two looks whether a line is due

@@ -98,7 +98,7 @@ def test_passes_are_followed(terminal: bool) -> None:
         with display.step("capture") as advance:
             advance(1, 2)
         display.observe(PassStarted("repeat", 0, 1))
-        display.observe(PassProgress("repeat", 1, 3, "rounds"))
+        display.observe(PassProgress("repeat", 1, 3, "repeats"))
         display.observe(PassProgress("finetune", 5, 10, "steps", {"loss": 0.5}))
         display.observe(PassFinished("repeat", 0, 1, True, 1.0, 0.0, {"verification": {}}))
     assert isinstance(console.file, io.StringIO)
@@ -108,11 +108,11 @@ def test_passes_are_followed(terminal: bool) -> None:
         assert text == "capture: done in 0.0 s\nrepeat: done in 0.0 s, verified\n"
 
 
-def test_what_a_pass_runs_is_named_beside_its_rounds() -> None:
+def test_what_a_pass_runs_is_named_beside_its_repeats() -> None:
     written = Stage("repeat", 0.0)
-    written.count(1, 3, 0.0, "rounds")
+    written.count(1, 3, 0.0, "repeats")
     written.count(5, 10, 0.0, "finetune: steps", {"loss": 0.5})
-    assert written.text(0.0) == "rounds 1 of 3, finetune: steps 5 of 10, loss 0.5"
+    assert written.text(0.0) == "repeats 1 of 3, finetune: steps 5 of 10, loss 0.5"
 
 
 def test_compile_shows_its_progress_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,13 +128,13 @@ def test_compile_shows_its_progress_on_stderr(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().err == ""
 
 
-def test_passes_that_run_others_count_their_rounds() -> None:
+def test_passes_that_run_others_count_their_repeats() -> None:
     model, inputs = tiny("tiny-mlp")
     seen: list[object] = []
     recipe = [PruneRecover([PruneNeurons(0.5)], rounds=2), Repeat([RemoveNoOps()], at_most=2)]
     graphprune.compile(model, recipe, example_inputs=inputs, observers=[seen.append])
-    rounds = [e for e in seen if isinstance(e, PassProgress) and e.unit == "rounds"]
-    assert [(e.name, e.done, e.total) for e in rounds] == [
+    repeats = [e for e in seen if isinstance(e, PassProgress) and e.unit == "repeats"]
+    assert [(e.name, e.done, e.total) for e in repeats] == [
         ("prune-recover", 0, 2),
         ("prune-recover", 1, 2),
         ("repeat", 0, 2),

@@ -12,7 +12,6 @@ import typer
 
 from graphprune.cli.app import Json, print_json, stdout_console
 from graphprune.cli.names import complete_pass
-from graphprune.models.loading.names import BUILT_IN
 from graphprune.pipeline.recipe_names import builtin_recipes
 
 if TYPE_CHECKING:
@@ -65,6 +64,7 @@ def recipes_command(as_json: Json = False) -> None:
 def models_command(as_json: Json = False) -> None:
     """List the built-in models: what each is, and where it comes from."""
     from graphprune.cli.tables import plain_table
+    from graphprune.models.loading.names import BUILT_IN
 
     rows = [
         {

@@ -13,7 +13,6 @@ from typing import Any
 from graphprune.cli.names import TASKS, pass_names
 from graphprune.errors import GraphPruneError, RecipeError
 from graphprune.ir.quantization import SCHEMES
-from graphprune.models.loading.names import check_name, check_own_file, own_source
 from graphprune.pipeline.recipe_names import builtin_recipes, no_recipe
 from graphprune.storage.folders import check_target
 from graphprune.storage.layout import layout_of
@@ -30,6 +29,8 @@ def check_given(given: Mapping[str, Any]) -> None:
     Raises:
         GraphPruneError: no such model, scheme, task or file.
     """
+    from graphprune.models.loading.names import check_name
+
     if given.get("quantize"):
         check_choice("quantization scheme", given["quantize"], SCHEMES)
     if given.get("task"):
@@ -69,6 +70,8 @@ def check_metric(metric: str) -> None:
     Raises:
         GraphPruneError: one of these.
     """
+    from graphprune.models.loading.names import check_own_file, own_source
+
     source = own_source(metric)
     if source is None:
         raise GraphPruneError(

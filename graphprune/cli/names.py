@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from graphprune.ir.quantization import SCHEMES
-from graphprune.models.loading.names import BUILT_IN
 from graphprune.pipeline.recipe_names import builtin_recipes
 from graphprune.storage.layout import LAYOUTS
 
@@ -50,6 +49,8 @@ def pass_names() -> list[str]:
 
 def complete_model(incomplete: str) -> list[tuple[str, str]]:
     """Built-in models; the shell itself completes folders."""
+    from graphprune.models.loading.names import BUILT_IN
+
     return _starting(((m.name, m.kind) for m in BUILT_IN.values()), incomplete)
 
 

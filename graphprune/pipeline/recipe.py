@@ -79,6 +79,8 @@ def _plain(value: Any) -> Any:
         return [_plain(v) for v in value]
     if isinstance(value, Mapping):
         return {k: _plain(v) for k, v in value.items()}
+    if callable(value):  # such as the task of a budget, which no recipe can hold
+        return f"{value.__module__}.{value.__qualname__}"
     return value
 
 
