@@ -30,3 +30,24 @@ def test_only_our_warnings_are_shown_unless_debugging(debug: str) -> None:
     assert "ours" in done.stderr
     assert ("theirs" in done.stderr) == bool(debug)
     assert ("a warning of theirs" in done.stderr) == bool(debug)
+
+
+RUNTIME = """
+import numpy as np
+from onnx import TensorProto, helper, numpy_helper
+from graphprune.cli.quiet import quiet_libraries
+quiet_libraries()
+x, w, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in "xwy")
+ones = numpy_helper.from_array(np.ones(2, np.float32), "w")
+graph = helper.make_graph([helper.make_node("Add", ["x", "w"], ["y"])], "g", [x, w], [y], [ones])
+model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+import onnxruntime
+onnxruntime.InferenceSession(model.SerializeToString())
+"""
+
+
+def test_the_runtime_says_nothing_of_inputs_with_a_default() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", RUNTIME], capture_output=True, text=True, check=True
+    )
+    assert done.stderr == ""
