@@ -1,6 +1,7 @@
 """graphprune compiles a PyTorch model into a smaller, faster one, and verifies each step."""
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -45,7 +46,11 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     # torch takes a second or two to import; `graphprune --help` does without it.
     if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        # With name and obj the interpreter says what was probably meant.
+        module = sys.modules[__name__]
+        raise AttributeError(
+            f"module {__name__!r} has no attribute {name!r}", name=name, obj=module
+        )
     value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value

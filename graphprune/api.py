@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
@@ -33,6 +34,7 @@ from graphprune.report.report import ModelSize, PassReport, Report
 from graphprune.storage.folders import cache_dir, check_writable
 from graphprune.storage.kept import Kept
 from graphprune.storage.layout import layout_of
+from graphprune.suggest import suggesting
 from graphprune.training.spec import Training
 
 if TYPE_CHECKING:
@@ -154,7 +156,7 @@ class Compiled:
         if target == "genai" and (CONFIG not in self.files or layout == FLAT.name):
             raise ExportError(
                 "target 'genai' makes genai_config.json of the model's configuration, in a hub "
-                "folder: compile a model that has one, and leave layout away"
+                "folder: compile a model that has one, and omit layout"
             )
         self.files |= given
         hub = is_hub_model(self.files, program.forward.input_names) and layout != FLAT.name
@@ -195,10 +197,10 @@ class Compiled:
         save(self.program, Path(path).expanduser())
 
     def __repr__(self) -> str:
-        passes = ", ".join(p.name for p in self.report.passes) or "no passes"
-        return (
-            f"Compiled({self.report.model}, {passes}, {self.report.after.parameters:,} parameters)"
-        )
+        return repr(self.report).replace("Report", "Compiled", 1)
+
+    def _repr_html_(self) -> str:
+        return self.report._repr_html_()
 
 
 def compile(
@@ -213,8 +215,9 @@ def compile(
     verify: bool = True,
     seed: int = 0,
     observers: Sequence[Observer] = (),
+    progress: bool = False,
 ) -> Compiled:
-    """Capture a model, run passes over it, and prove each of them.
+    """Capture a model, run passes over it, and verify each of them.
 
     Args:
         model: any module, which is never changed; or a Program or Compiled to go on from.
@@ -226,9 +229,10 @@ def compile(
         training: batches, a loss and an evaluation, for passes that train.
         cache: also capture a decoder's form with a key/value cache, which is what is exported then:
             one ONNX file that reads prompts and goes on token by token.
-        verify: prove after every pass that removing equals masking.
+        verify: check after every pass that removing equals masking.
         seed: everything random comes from it.
         observers: called with events (graphprune.pipeline.events) while passes run.
+        progress: show how far it is: bars in a terminal or a notebook, else a line now and then.
 
     Raises:
         RecipeError: a pass, an option or a recipe is not valid; raised before any work.
@@ -237,8 +241,10 @@ def compile(
             cache that grows by keys and values.
         GraphPruneError: a calibration batch does not fit the captured model.
         UnsupportedError: a pass declines, for instance because an axis is frozen.
-        VerificationError: a pass did not do what it claims; an error of ours.
+        VerificationError: a pass did not do what it claims; an internal error.
     """
+    from graphprune.progress import shown
+
     start = time.perf_counter()
     steps = _steps(passes)
     check_order(steps)
@@ -246,26 +252,32 @@ def compile(
         calibration = model.calibration
     batches = calibration_for(steps, calibration)
     check_training(steps, training)
-    program, dense, captured = _begin(model, example_inputs, dynamic_shapes, cache)
-    for number, batch in enumerate(batches or ()):
-        flat_batch(program.forward, batch, number)
-    files = _files_of(model)
-    capture_seconds = time.perf_counter() - start if captured else 0.0
-    report = _report_of(program, capture_seconds)
-    context = Context(
-        reference=dense if isinstance(dense, Program) else program,
-        calibration=batches,
-        training=training,
-        seed=seed,
-        devices=_device,
-        kept=Kept(cache_dir() / "kept"),
-    )
-    result = Pipeline(steps, verify, observers).run(program, context)
+    with shown(progress) as display:
+        with nullcontext() if display is None else display.step("capture"):
+            program, dense, captured = _begin(model, example_inputs, dynamic_shapes, cache)
+        for number, batch in enumerate(batches or ()):
+            flat_batch(program.forward, batch, number)
+        files = _files_of(model)
+        capture_seconds = time.perf_counter() - start if captured else 0.0
+        report = _report_of(program, capture_seconds)
+        context = Context(
+            reference=dense if isinstance(dense, Program) else program,
+            calibration=batches,
+            training=training,
+            seed=seed,
+            devices=_device,
+            kept=Kept(cache_dir() / "kept"),
+        )
+        watching = observers if display is None else [*observers, display.observe]
+        result = Pipeline(steps, verify, watching).run(program, context)
     done = _pass_reports(steps, result.results, result.program.history[len(program.history) :])
     after = ModelSize.of(result.program)
     report = report.extended(after, done, time.perf_counter() - start)
     finished = replace(result.program, report=report.to_json())
     return Compiled(finished, report, dense=dense, files=files, calibration=batches)
+
+
+compile = suggesting(compile, "graphprune.compile")
 
 
 def _device(file: str, threads: int, progress: Progress) -> Device:
@@ -401,7 +413,7 @@ def check_training(steps: Sequence[Pass], training: object) -> None:
     """Refuse, before any work, passes that train without data, and what is no Training.
 
     Raises:
-        RecipeError: so it is.
+        RecipeError: a pass trains and there is no training, or what was given is none.
         ExportError: the folder for its checkpoints cannot be written.
     """
     wanting = dict.fromkeys(step.name for step in steps if step.needs_training)
@@ -428,7 +440,7 @@ def _listed(calibration: Iterable[Any]) -> list[Any]:
     if not batches:
         raise GraphPruneError(
             "calibration yields no batch; pass an iterable of batches like example_inputs, and "
-            "make a generator anew if something has read it already"
+            "make another generator if something has read it already"
         )
     for number, batch in enumerate(batches):
         check_not_empty(batch, number)
@@ -438,11 +450,11 @@ def _listed(calibration: Iterable[Any]) -> list[Any]:
 def _begin(
     model: nn.Module | Program | Compiled, example_inputs: Any, dynamic_shapes: Any, cache: bool
 ) -> tuple[Program, Program | Path | None, bool]:
-    """The program to begin with, the dense one behind it, and whether it was captured just now."""
+    """The program to begin with, its dense one, and whether it was captured just now."""
     if isinstance(model, Compiled | Program | ProgramModule):
         if example_inputs is not None:
             raise GraphPruneError(
-                f"a {type(model).__name__} brings its own example inputs: leave example_inputs away"
+                f"a {type(model).__name__} brings its own example inputs: omit example_inputs"
             )
         if cache:
             _check_cached(model)
@@ -485,7 +497,7 @@ def _check_cached(model: Program | Compiled | ProgramModule) -> None:
     if "decode" not in program.entries:
         raise UnsupportedError(
             "cache=True needs the model itself: this program was captured without a key/value "
-            "cache, which cannot be added afterwards; compile the model anew with cache=True"
+            "cache, which cannot be added afterwards; compile the model again with cache=True"
         )
 
 

@@ -3,6 +3,7 @@
 GraphPruneError
 ├── CaptureError        the model could not be captured as a graph
 ├── RecipeError         a pass, an option or a recipe is not valid
+│   └── OptionError     a keyword argument that does not exist; a TypeError too
 ├── PassError           a pass crashed; the cause is kept, the passes already run are named
 ├── VerificationError   a rewrite did not do what it claims: an internal error, never the user's
 ├── UnsupportedError    an operator, pattern or axis that we decline to touch, with the reason
@@ -30,6 +31,10 @@ class CaptureError(GraphPruneError):
 
 class RecipeError(GraphPruneError):
     """A pass name, an option or a recipe is not valid."""
+
+
+class OptionError(RecipeError, TypeError):
+    """A pass or a function was given a keyword argument that it does not have."""
 
 
 class PassError(GraphPruneError):

@@ -8,14 +8,14 @@ if __name__ != "graphprune.models":
 
 if TYPE_CHECKING:
     from graphprune.models.loading.loaded import LoadedModel as LoadedModel
-    from graphprune.models.loading.loading import builtin_names as builtin_names
     from graphprune.models.loading.loading import load_model as load_model
+    from graphprune.models.loading.names import builtin_names as builtin_names
 
 __all__ = ["LoadedModel", "builtin_names", "load_model"]
 
 _HOMES = {
     "LoadedModel": "graphprune.models.loading.loaded",
-    "builtin_names": "graphprune.models.loading.loading",
+    "builtin_names": "graphprune.models.loading.names",
     "load_model": "graphprune.models.loading.loading",
 }
 

@@ -28,8 +28,8 @@ REACH_UP = (
 )
 # Every room imports those before it alone.
 ROOMS = (
-    "errors", "suggest", "validate", "ir", "axes", "rewrite", "verify", "calibration", "storage",
-    "capture", "pipeline", "training", "report",
+    "errors", "suggest", "validate", "notebook", "ir", "axes", "rewrite", "verify", "calibration",
+    "storage", "capture", "pipeline", "training", "report",
 )  # fmt: skip
 # Later rooms that a file names inside a function or for types, and why.
 LATER = {
@@ -114,6 +114,7 @@ def test_every_room_has_its_place() -> None:
         "errors",
         "suggest",
         "validate",
+        "notebook",
     }
 
 

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 
+from graphprune import notebook
 from graphprune.errors import ArtifactError, ExportError, GraphPruneError
+from graphprune.exporters.onnx.files import file_bytes
 from graphprune.exporters.quantize.quantize import quantize
 from graphprune.exporters.runtime.footprint import Footprint, footprint
 from graphprune.exporters.runtime.kv_cache import Shapes, filled, shapes_of
@@ -19,6 +21,7 @@ from graphprune.exporters.runtime.timing import Clock, Comparison, compare_files
 from graphprune.ir.decoding import PAST, is_past
 from graphprune.ir.quantization import SCHEMES, Mark
 from graphprune.ir.sizes import check_sizes, limits_from_json
+from graphprune.report.report import megabytes_text
 from graphprune.storage.folders import restore
 from graphprune.storage.layout import FLAT, LAYOUTS, MANIFEST, Layout, layout_of
 from graphprune.storage.program import check_hashes, digest, read_json
@@ -319,7 +322,38 @@ class Artifact:
         return footprint(path, self.feeds(batch), threads)
 
     def __repr__(self) -> str:
-        return f"Artifact({str(self.path)!r})"
+        return f"Artifact({str(self.path)!r}, {', '.join(self._sizes())})"
+
+    def _repr_html_(self) -> str:
+        inputs = [
+            (i["name"], i.get("dtype", ""), " x ".join(map(str, i["shape"])))
+            for i in self.manifest["inputs"]
+        ]
+        return notebook.block(
+            str(self.path),
+            notebook.paragraph(", ".join(self._sizes())),
+            notebook.table(("input", "type", "shape"), inputs),
+            notebook.paragraph("; ".join(self._measured())),
+        )
+
+    def _sizes(self) -> list[str]:
+        """Names and megabytes of the models."""
+        paths = [self.model_path, *([self.baseline_path] if self.has_baseline else [])]
+        return [f"{path.name} {megabytes_text(file_bytes(path))} MB" for path in paths]
+
+    def _measured(self) -> list[str]:
+        """What was measured of it, in words."""
+        results = self.manifest.get("results") or {}
+        timing, quality = results.get("timing"), results.get("quality") or {}
+        said = []
+        if timing:
+            where = f"batch {timing['batch']}, {timing['threads']} thread(s)"
+            times = f"{timing['speedup']:.2f}x as fast as {timing['against']}"
+            said.append(f"{timing['pruned_ms']:.2f} ms, {where}: {times}")
+        return said + [
+            f"{found['metric']} of {which}: {found['value']:.4f}"
+            for which, found in quality.items()
+        ]
 
 
 def check_names(against: str) -> None:

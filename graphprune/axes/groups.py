@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from graphprune import notebook
 from graphprune.axes import algebra
 from graphprune.axes.algebra import Axis
 from graphprune.axes.analysis import Axes, infer_axes
@@ -188,6 +190,48 @@ class AxisGroups(Sequence[AxisGroup]):
         """Parameters of the program once groups keep these units."""
         return _num_parameters(self.axes, self.keep(kept))
 
+    def alike(self) -> list[tuple[str, list[AxisGroup]]]:
+        """Groups that differ by numbers in their names alone, under that name with stars."""
+        rows: dict[object, list[AxisGroup]] = {}
+        for group in self._groups:
+            state = (starred_numbers(group.frozen[0]), len(group.frozen)) if group.frozen else ()
+            same = (group.role, group.size, group.cost, group.normalized, state)
+            rows.setdefault((_starred(group.id), *same), []).append(group)
+        return [
+            (_starred(members[0].id) if len(members) > 1 else members[0].id, members)
+            for members in rows.values()
+        ]
+
+    def summary(self) -> str:
+        """How many groups there are, and how many of them can be cut."""
+        frozen = sum(bool(g.frozen) for g in self._groups)
+        return (
+            f"{len(self)} axis groups, {len(self) - frozen} free, {frozen} frozen; "
+            f"{self.program.num_parameters():,} parameters"
+        )
+
+    def __repr__(self) -> str:
+        return f"AxisGroups({self.summary()})"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (
+                name,
+                members[0].role,
+                len(members),
+                f"{members[0].size:,}",
+                f"{members[0].cost:,}",
+                "; ".join(members[0].frozen[:1]) or ("normalized" if members[0].normalized else ""),
+            )
+            for name, members in sorted(self.alike(), key=lambda row: bool(row[1][0].frozen))
+        ]
+        header = ("axis", "role", "groups", "units", "parameters of a unit", "frozen")
+        return notebook.block(
+            self.summary(),
+            notebook.table(header, rows),
+            notebook.folded("sizes of inputs", self.program.limit_lines()),
+        )
+
     def __str__(self) -> str:
         lines = [f"{'role':18}{'size':>7}{'params/unit':>13}  axis"]
         for g in self._groups:
@@ -198,6 +242,15 @@ class AxisGroups(Sequence[AxisGroup]):
         if limits:
             lines += ["", "sizes of inputs:", *(f"  {line}" for line in limits)]
         return "\n".join(lines)
+
+
+def _starred(group_id: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", group_id)
+
+
+def starred_numbers(reason: str) -> str:
+    """A reason with stars for numbers: it names modules and nodes, numbered through the layers."""
+    return re.sub(r"(?<=\.)\d+\b|(?<=_)\d+\b", "*", reason)
 
 
 def axis_groups(program: Program) -> AxisGroups:

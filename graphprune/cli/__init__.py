@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 
 from graphprune.cli import app
@@ -15,31 +14,32 @@ from graphprune.cli.demo import demo_command
 from graphprune.cli.evaluate import eval_command
 from graphprune.cli.generate import generate_command
 from graphprune.cli.inspect import inspect_command
+from graphprune.cli.quiet import quiet_start
 from graphprune.cli.sensitivity import sensitivity_command
 from graphprune.cli.timing import bench_command
 
-# In the order of --help.
-_COMMANDS: dict[str, Callable[..., None]] = {
-    "inspect": inspect_command,
-    "compile": compile_command,
-    "front": front_command,
-    "device-kit": device_kit_command,
-    "bench": bench_command,
-    "compare": compare_command,
-    "generate": generate_command,
-    "eval": eval_command,
-    "sensitivity": sensitivity_command,
-    "check": check_command,
-    "passes": passes_command,
-    "recipes": recipes_command,
-    "models": models_command,
-    "demo": demo_command,
+# In the order of --help: panel, command.
+_COMMANDS: dict[str, tuple[str, Callable[..., None]]] = {
+    "compile": (app.COMPILING, compile_command),
+    "front": (app.COMPILING, front_command),
+    "device-kit": (app.COMPILING, device_kit_command),
+    "demo": (app.COMPILING, demo_command),
+    "inspect": (app.LOOKING, inspect_command),
+    "sensitivity": (app.LOOKING, sensitivity_command),
+    "bench": (app.USING, bench_command),
+    "eval": (app.USING, eval_command),
+    "compare": (app.USING, compare_command),
+    "generate": (app.USING, generate_command),
+    "check": (app.USING, check_command),
+    "passes": (app.LISTS, passes_command),
+    "recipes": (app.LISTS, recipes_command),
+    "models": (app.LISTS, models_command),
 }
-for _name, _command in _COMMANDS.items():
-    app.app.command(_name)(app.guarded(_command))
+for _name, (_panel, _command) in _COMMANDS.items():
+    app.app.command(_name, rich_help_panel=_panel)(app.guarded(_command))
 
 
 def main() -> None:
     """The console script."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    quiet_start()
     app.app()

@@ -14,6 +14,8 @@ from typing import Annotated, Any, NoReturn, ParamSpec, TypeVar
 import typer
 from rich.console import Console
 
+from graphprune.cli.early import check_given
+from graphprune.cli.names import complete_model, complete_recipe, complete_scheme, complete_task
 from graphprune.errors import GraphPruneError, PassError, VerificationError
 
 P = ParamSpec("P")
@@ -21,43 +23,95 @@ R = TypeVar("R")
 
 app = typer.Typer(
     name="graphprune",
-    help="Compile a PyTorch model into a smaller, faster ONNX model: captured, pruned, proven.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
 
+# Panels of options, and of commands.
+BUDGET, PRUNING, TRAINING, LABELED = "Budget", "Pruning", "Training", "Labeled data"
+CALIBRATION, OUTPUT, MEASURING = "Calibration", "Output", "Measuring and quality"
+COMPILING, LOOKING, USING, LISTS = (
+    "Compile",
+    "Before compiling",
+    "Measure and use",
+    "What there is to choose from",
+)
+
+_MODEL_HELP = (
+    "A built-in name (`graphprune models`), a folder, an artifact, a hub id, or "
+    "FILE.py:FUNCTION, a function that returns a module, or a tuple of a module and example "
+    "inputs. The file is run."
+)
 Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="A built-in name (`graphprune models`), a folder, an artifact, or a hub id.",
-    ),
+    str, typer.Argument(metavar="MODEL", help=_MODEL_HELP, autocompletion=complete_model)
 ]
 ArtifactOrModel = Annotated[
-    str, typer.Argument(metavar="OUT_OR_MODEL", help="An artifact's folder, or a model.")
+    str,
+    typer.Argument(
+        metavar="OUT_OR_MODEL",
+        help="An artifact's folder, or a model as `graphprune compile` takes it.",
+        autocompletion=complete_model,
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")]
 Pickle = Annotated[
     bool,
     typer.Option("--allow-pickle", help="Load pickled weights too; reading them can run code."),
 ]
-Threads = Annotated[int, typer.Option(min=1, help="Threads of ONNX Runtime.")]
+Threads = Annotated[
+    int, typer.Option(min=1, help="Threads of ONNX Runtime.", rich_help_panel=MEASURING)
+]
+Recipe = Annotated[
+    str | None,
+    typer.Option(
+        help="A built-in recipe (`graphprune recipes`) or a YAML file.",
+        rich_help_panel=PRUNING,
+        autocompletion=complete_recipe,
+    ),
+]
+Quantization = Annotated[
+    str,
+    typer.Option(
+        metavar="SCHEME",
+        help="Quantize after pruning: int8-dynamic, int8-static, int8-weights or int4-weights.",
+        rich_help_panel=PRUNING,
+        autocompletion=complete_scheme,
+    ),
+]
+TaskName = Annotated[
+    str,
+    typer.Option(
+        help="Evaluate by this task; default: the model's own.",
+        rich_help_panel=MEASURING,
+        autocompletion=complete_task,
+    ),
+]
+Metric = Annotated[
+    str,
+    typer.Option(
+        metavar="FILE.py:FUNCTION",
+        help="Evaluate by a function of yours, from a model to a number (or one an item); higher "
+        "is better. The model is called with a dict of tensors. The file is run.",
+        rich_help_panel=MEASURING,
+    ),
+]
 Dynamic = Annotated[
     str,
     typer.Option(
         metavar="SIZES",
         help="Sizes that must be dynamic beside batch and sequence: height,width of images, or "
         "INPUT:DIMENSION.",
+        rich_help_panel=OUTPUT,
     ),
 ]
 Batch = Annotated[
     str,
     typer.Option(
         metavar="BxS",
-        help="Batch, or batch x sequence, to time: 8x128. Default 1 (x128). With a cache, one "
+        help="Time this batch, or batch x sequence: 8x128. Default 1 (x128). With a cache: one "
         "token after a past of that length.",
+        rich_help_panel=MEASURING,
     ),
 ]
 Calibration = Annotated[
@@ -66,23 +120,38 @@ Calibration = Annotated[
         metavar="FILE",
         help="Text, a sentence a line, or running text for a language model; or .tsv, .npz, or a "
         "folder with train.tsv or .npz files.",
+        rich_help_panel=CALIBRATION,
     ),
 ]
 TextColumn = Annotated[
     list[str] | None,
-    typer.Option(metavar="NAME", help="A labeled file's column of text; twice for pairs."),
+    typer.Option(
+        metavar="NAME",
+        help="A labeled file's column of text; twice for pairs.",
+        rich_help_panel=LABELED,
+    ),
 ]
 LabelColumn = Annotated[
-    str, typer.Option(metavar="NAME", help="Its column of labels; the usual names are recognized.")
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="Its column of labels; the usual names are recognized.",
+        rich_help_panel=LABELED,
+    ),
 ]
+Seed = Annotated[int, typer.Option(help="The seed of everything random.")]
 
 
 def guarded(command: Callable[P, R]) -> Callable[P, R]:
-    """Turn errors into one sentence and an exit code: 2 for bad input, 1 for an internal error."""
+    """Turn errors into one sentence and an exit code: 2 for bad input, 1 for an internal error.
+
+    What the parameters alone show to be wrong is refused first (`early.check_given`).
+    """
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
+            check_given(kwargs)
             return command(*args, **kwargs)
         except (typer.Exit, typer.Abort):
             raise
@@ -136,7 +205,7 @@ def common(
         ),
     ] = False,
 ) -> None:
-    """Compile a PyTorch model into a smaller, faster ONNX model: captured, pruned, proven."""
+    """Compile a PyTorch model into a smaller, faster ONNX model, and verify what was removed."""
 
 
 def ratio_of(text: str) -> float:

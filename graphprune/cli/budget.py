@@ -10,44 +10,70 @@ from typing import TYPE_CHECKING, Annotated, Any, final
 import typer
 
 from graphprune.cli.app import (
+    BUDGET,
+    MEASURING,
     Batch,
     Calibration,
     Json,
+    Metric,
     Model,
     Pickle,
+    Quantization,
+    Seed,
+    TaskName,
     Threads,
     parse_ratio,
     print_json,
     stdout_console,
 )
+from graphprune.cli.early import check_artifact_folder, check_exists, check_metric
+from graphprune.cli.names import COMPARING
+from graphprune.cli.sizes import parse_batch
 from graphprune.errors import GraphPruneError, RecipeError
+from graphprune.storage.folders import check_writable
+from graphprune.validate import check_number
 
 if TYPE_CHECKING:
     from graphprune.cli.compile import Options
     from graphprune.cli.subject import Subject
     from graphprune.cli.summary import Summary
     from graphprune.ir.program import Program
+    from graphprune.models.tasks import Task
     from graphprune.pipeline.base import Pass
     from graphprune.report.budget import Front, FrontPoint
 
 Device = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="JSON of a device kit, for another machine than this one."),
+    typer.Option(
+        metavar="FILE",
+        help="Times of another machine: the JSON of a device kit.",
+        rich_help_panel=BUDGET,
+    ),
 ]
 Faster = Annotated[
     float | None,
-    typer.Option(metavar="TIMES", help="Budget: so many times faster than the dense model."),
+    typer.Option(
+        metavar="TIMES",
+        help="Make it so many times faster than the dense model.",
+        rich_help_panel=BUDGET,
+    ),
 ]
 Milliseconds = Annotated[
-    float | None, typer.Option("--ms", help="Budget: milliseconds of one run.")
+    float | None,
+    typer.Option("--ms", help="Milliseconds that one run may take.", rich_help_panel=BUDGET),
 ]
-Megabytes = Annotated[float | None, typer.Option("--mb", help="Budget: megabytes of the file.")]
+Megabytes = Annotated[
+    float | None,
+    typer.Option("--mb", help="Megabytes that the file may have.", rich_help_panel=BUDGET),
+]
 MaxDrop = Annotated[
     float | None,
     typer.Option(
         metavar="DROP",
         parser=parse_ratio,
-        help="Budget: the fastest model that loses at most so much on --task with --data.",
+        help="Make it as fast as it can be while it loses at most so much on --task with --data, "
+        "or by --metric.",
+        rich_help_panel=BUDGET,
     ),
 ]
 
@@ -62,6 +88,7 @@ class Asked:
     mb: float | None = None
     max_drop: float | None = None
     task: str = ""
+    metric: str = ""
     data: Path | None = None
     device: Path | None = None
     ignore: tuple[str, ...] = ()
@@ -71,35 +98,56 @@ class Asked:
         """Whether there is a budget."""
         return any(v is not None for v in (self.faster, self.ms, self.mb, self.max_drop))
 
-    def check(self, threads: int) -> None:
-        """Refuse, before a model is loaded, values that are none and what does not go together.
+    def check(self) -> None:
+        """Refuse, before torch is imported, values that are none and what does not go together.
 
         Raises:
             GraphPruneError: one of these; the way out is named.
         """
-        from graphprune.exporters import open_device
-        from graphprune.models.tasks import TASKS, unknown_task
-        from graphprune.passes import Budget
-
+        if self.metric:
+            check_metric(self.metric)
         if self.device is not None and not self.anything:
             raise RecipeError("--device is for a budget: give --faster, --ms or --mb with it")
-        if self.max_drop is not None:
-            if not self.task:
-                raise RecipeError(
-                    "--max-drop is a drop on a task: give --task NAME, such as --task sts --data "
-                    "dev.tsv"
-                )
-            if self.task not in TASKS:
-                raise unknown_task(self.task)
-            if TASKS[self.task].compares:
-                raise RecipeError(
-                    f"the task {self.task!r} compares with the dense model, which has nothing to "
-                    "lose against itself: give --task of a task with labels"
-                )
-            if TASKS[self.task].file:
-                TASKS[self.task].find_data(self.data)
-        elif self.data is not None:
+        if self.data is not None and self.max_drop is None:
             raise RecipeError("--data is what --max-drop decides by: give --max-drop 0.01 with it")
+        if self.faster is not None:
+            rule = "how many times faster, above 1"
+            check_number("--faster", self.faster, rule, low=1, open_low=True)
+        for name in ("ms", "mb", "max_drop"):
+            if (value := getattr(self, name)) is not None:
+                option = "--" + name.replace("_", "-")
+                check_number(option, value, "a number above 0", low=0, open_low=True)
+        if self.max_drop is not None:
+            self._check_decided()
+        check_exists(self.data)
+        check_exists(self.device)
+
+    def _check_decided(self) -> None:
+        """Refuse a drop that nothing decides, or two things do."""
+        if bool(self.task) == bool(self.metric):
+            raise RecipeError(
+                "--max-drop is a drop on a task: give --task NAME, such as --task sts --data "
+                "dev.tsv, or --metric FILE.py:FUNCTION, and not both"
+            )
+        if self.task in COMPARING:
+            raise RecipeError(
+                f"the task {self.task!r} compares with the dense model, which has nothing to "
+                "lose against itself: give --task of a task with labels"
+            )
+
+    def check_fully(self, threads: int) -> None:
+        """Refuse what remains to be refused before a model is loaded.
+
+        Raises:
+            GraphPruneError: options that exclude each other, a task without data, or a file that is
+                no device's.
+        """
+        from graphprune.exporters import open_device
+        from graphprune.models.tasks import TASKS
+        from graphprune.passes import Budget
+
+        if self.max_drop is not None and self.task and TASKS[self.task].file:
+            TASKS[self.task].find_data(self.data)
         if self.anything:
             # The task itself needs the model's tokenizer.
             Budget(
@@ -135,13 +183,16 @@ def budget_pass(
     calibration: Any,
     sizes: tuple[int, ...],
     threads: int,
+    metric: Task | None = None,
 ) -> Pass:
     """The pass that a command's options ask for."""
     from graphprune.models.tasks import TASKS, task_evaluation
     from graphprune.passes import Budget
 
     task = None
-    if asked.max_drop is not None:
+    if asked.max_drop is not None and metric is not None:
+        task = task_evaluation(metric)
+    elif asked.max_drop is not None:
         schema = {"schema": subject.schema(asked.task)} if TASKS[asked.task].labeled else {}
         task = task_evaluation(
             asked.task, subject.tokenizer_dir, asked.data, calibration=calibration, **schema
@@ -192,19 +243,24 @@ def front_command(
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder of the family.")],
     faster: Annotated[
-        str, typer.Option(metavar="TIMES", help="Speed-ups, with commas.")
+        str,
+        typer.Option(
+            metavar="TIMES", help="A model for each speed-up; commas.", rich_help_panel=BUDGET
+        ),
     ] = "1.5,2,3,4,6",
-    quantize: Annotated[
-        str, typer.Option(metavar="SCHEME", help="After pruning: int8-dynamic and others.")
-    ] = "",
+    quantize: Quantization = "",
     calibration: Calibration = None,
-    task: Annotated[str, typer.Option(help="Quality by this task; default the model's own.")] = "",
+    task: TaskName = "",
     data: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="What the task is evaluated on.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="What the task is evaluated on.", rich_help_panel=MEASURING
+        ),
     ] = None,
+    metric: Metric = "",
     batch: Batch = "",
     threads: Threads = 1,
-    seed: Annotated[int, typer.Option(help="Everything random comes from it.")] = 0,
+    seed: Seed = 0,
     as_json: Json = False,
     allow_pickle: Pickle = False,
 ) -> None:
@@ -212,35 +268,45 @@ def front_command(
 
     Writes an artifact for each, and front.html with the dense model and its int8 form beside.
     """
+    speedups = parse_speedups(faster)
+    sizes = parse_batch(batch)
+    if metric:
+        check_metric(metric)
+        if task:
+            raise RecipeError("give either --task or --metric, not both")
+    check_exists(data)
+    folders = [out / name for name in ("dense-int8", *(f"{s:g}x" for s in speedups))]
+    for folder in folders:
+        check_artifact_folder(folder)
+
+    # From here on torch is imported.
     from graphprune.cli.calibration import check_calibration
     from graphprune.cli.compile import Options, check_output
-    from graphprune.cli.sizes import parse_batch
+    from graphprune.cli.evaluate import own_metric
     from graphprune.cli.subject import opened
-    from graphprune.models.tasks import TASKS, unknown_task
-    from graphprune.passes import Quantize
+    from graphprune.models.tasks import TASKS
     from graphprune.report.budget import FRONT
     from graphprune.report.page import front_page
 
-    speedups = parse_speedups(faster)
-    sizes = parse_batch(batch)
     check_calibration([], calibration)
-    if task and task not in TASKS:
-        raise unknown_task(task)
     if task and TASKS[task].file:
         TASKS[task].find_data(data)
-    if quantize:
-        Quantize(quantize)
-    for name in ("dense-int8", *(f"{speedup:g}x" for speedup in speedups)):
-        check_output(out / name)
+    for folder in folders:
+        check_output(folder)
     options = Options(
-        sizes=sizes, threads=threads, seed=seed, calibration=calibration, bundled=True
+        sizes=sizes,
+        threads=threads,
+        seed=seed,
+        calibration=calibration,
+        bundled=True,
+        metric=own_metric(metric),
     )
     with opened(model, allow_pickle) as (subject, display):
         task = task or subject.task or ""
-        if not task:
+        if not task and not metric:
             raise RecipeError(
                 f"{subject.name!r} has no task of its own to evaluate the family by: give --task "
-                "NAME, with --data FILE"
+                "NAME, with --data FILE, or --metric FILE.py:FUNCTION"
             )
         front = _family(subject, speedups, quantize, out, options, task, data, display)
     page = out / "front.html"
@@ -339,9 +405,7 @@ def _dense_point(summary: Summary) -> FrontPoint:
 def device_kit_command(
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
-    quantize: Annotated[
-        str, typer.Option(metavar="SCHEME", help="As the models to choose will be quantized.")
-    ] = "",
+    quantize: Quantization = "",
     batch: Batch = "",
     threads: Threads = 1,
     cache: Annotated[
@@ -350,21 +414,21 @@ def device_kit_command(
     as_json: Json = False,
     allow_pickle: Pickle = False,
 ) -> None:
-    """Write what measures another machine: small models, and a script that times them there.
+    """Write a folder that times a model's parts on another machine.
 
-    The script needs onnxruntime and numpy alone: copy the folder, run `python kit/measure.py >
-    device.json` there, and give the file to `graphprune compile --device`.
+    It holds small models and a script, which needs onnxruntime and numpy alone: copy the folder,
+    run `python kit/measure.py > device.json` there, and give the file to `graphprune compile
+    --device`.
     """
-    from graphprune.cli.sizes import parse_batch
+    sizes = parse_batch(batch)
+    check_writable(out.expanduser())
+
+    # From here on torch is imported.
     from graphprune.cli.subject import opened
     from graphprune.exporters.runtime.device_kit import is_kit
-    from graphprune.passes import Quantize
     from graphprune.storage.folders import check_target
 
     check_target(out.expanduser(), is_kit)
-    if quantize:
-        Quantize(quantize)
-    sizes = parse_batch(batch)
     with opened(model, allow_pickle) as (subject, display):
         with display.step("capture"):
             start = subject.captured(cache)

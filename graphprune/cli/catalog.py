@@ -4,31 +4,50 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from graphprune.cli.app import Json, print_json, stdout_console
+from graphprune.cli.names import complete_pass
+from graphprune.pipeline.recipe_names import builtin_recipes
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from graphprune.pipeline.base import Pass
     from graphprune.pipeline.events import JSON
 
 
-def passes_command(as_json: Json = False) -> None:
-    """List the passes with their options."""
+def passes_command(
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="NAME", help="Show this pass.", autocompletion=complete_pass),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the passes, or show one: what it does, its options, an example."""
     from graphprune.cli.tables import plain_table
 
+    console = stdout_console()
+    if name is not None:
+        from graphprune.pipeline.registry import lookup
+
+        shown = describe_pass(lookup(name))
+        if as_json:
+            print_json(shown)
+        else:
+            _print_pass(shown, console)
+        return
     described = describe_passes()
     if as_json:
         print_json(described)
         return
-    console = stdout_console()
-    for item in described:
-        console.print(f"[bold]{item['name']}[/]  {item['summary']}")
-        if item["options"]:
-            console.print(plain_table(["option", "type", "default", "meaning"], item["options"]))
+    rows = [{"pass": p["name"], "what it does": p["summary"]} for p in described]
+    console.print(plain_table(["pass", "what it does"], rows))
+    console.print("`graphprune passes NAME` shows one, with its options and an example")
 
 
 def recipes_command(as_json: Json = False) -> None:
@@ -43,18 +62,35 @@ def recipes_command(as_json: Json = False) -> None:
 
 
 def models_command(as_json: Json = False) -> None:
-    """List the models that need no hub."""
-    from graphprune.models import builtin_names
+    """List the built-in models: what each is, and where it comes from."""
+    from graphprune.cli.tables import plain_table
+    from graphprune.models.loading.names import BUILT_IN
 
+    rows = [
+        {
+            "model": model.name,
+            "what it is": model.kind,
+            "parameters": model.parameters,
+            "task": model.task,
+            "comes from": model.source_text,
+        }
+        for model in BUILT_IN.values()
+    ]
     if as_json:
-        print_json(builtin_names())
-    else:
-        typer.echo("\n".join(builtin_names()))
+        print_json(rows)
+        return
+    console = stdout_console()
+    console.print(plain_table(list(rows[0]), rows))
+    console.print(
+        "tiny models have random weights, to try things out. Any other model: a folder, a hub id, "
+        "or FILE.py:FUNCTION, see `graphprune compile --help`",
+        soft_wrap=True,
+    )
 
 
 def describe_recipes() -> list[dict[str, str]]:
     """The built-in recipes: name, what each needs beside the model, what it does."""
-    from graphprune.pipeline.recipe import builtin_recipes, load
+    from graphprune.pipeline.recipe import load
 
     return [
         {
@@ -73,26 +109,130 @@ def _needs(steps: Sequence[Pass]) -> str:
 
 
 def describe_passes() -> list[dict[str, JSON]]:
-    """Every pass: name, first line of its docstring, options with type, default, meaning."""
-    from graphprune.pipeline.registry import meanings, options, registered
+    """Every pass as `describe_pass` does."""
+    from graphprune.pipeline.registry import registered
 
-    described: list[dict[str, JSON]] = []
-    for name, cls in registered().items():
-        summary = (inspect.getdoc(cls) or "").partition("\n")[0]
-        meaning = meanings(cls)
-        rows = [
-            {
-                "option": field.name,
-                "type": str(field.type).replace("graphprune.pipeline.base.", ""),
-                "default": "required"
-                if field.default is dataclasses.MISSING
-                else _yaml(field.default),
-                "meaning": meaning[field.name],
-            }
-            for field in options(cls)
-        ]
-        described.append({"name": name, "summary": summary, "options": rows})
-    return described
+    return [describe_pass(cls) for cls in registered().values()]
+
+
+def describe_pass(cls: type[Pass]) -> dict[str, JSON]:
+    """A pass: its documentation, what data it needs, its options, an example of both spellings."""
+    from graphprune.pipeline.recipe import dump
+    from graphprune.pipeline.registry import meanings, options
+
+    document = (inspect.getdoc(cls) or "").partition("Attributes:")[0]
+    summary, _, text = document.partition("\n")
+    meaning = meanings(cls)
+    rows = [
+        {
+            "option": field.name,
+            "type": str(field.type).replace("graphprune.pipeline.base.", ""),
+            "default": "required" if field.default is dataclasses.MISSING else _yaml(field.default),
+            "meaning": meaning[field.name],
+        }
+        for field in options(cls)
+    ]
+    step = example_of(cls)
+    return {
+        "name": cls.name,
+        "summary": summary,
+        "text": text.strip(),
+        "needs": "" if step is None else needs_of(step),
+        "options": rows,
+        "recipe": "" if step is None else dump([step]),
+        "python": "" if step is None else call_text(step),
+    }
+
+
+def example_of(cls: type[Pass]) -> Pass | None:
+    """The pass with usual values where it needs some; None where these are not known."""
+    from graphprune.pipeline.recipe import load
+
+    needed = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]  # type: ignore[arg-type]
+    needed += _ASKED.get(cls.name, ())
+    if not set(needed) <= set(_USUAL):
+        return None
+    (step,) = load([{cls.name: {name: _USUAL[name] for name in needed}}])
+    return step
+
+
+# Values for examples, by option; and what a pass needs although it has a default.
+_USUAL: Mapping[str, JSON] = {
+    "ratio": 0.5,
+    "sparsity": 0.5,
+    "final": 0.8,
+    "speedup": 2.0,
+    "scheme": "int8-dynamic",
+    "role": "neuron",
+    "passes": [{"prune-neurons": {"ratio": 0.5}}],
+}
+_ASKED = {
+    "budget": ("speedup",),
+    "drop-sublayers": ("ratio",),
+    "gradual-magnitude": ("final",),
+    "prune-axis": ("role",),
+    **dict.fromkeys(("magnitude", "sparsegpt", "sparsellm", "wanda"), ("sparsity",)),
+}
+
+
+def needs_of(step: Pass) -> str:
+    """What data a pass needs as it is configured, and what it may need otherwise, in words."""
+    if step.needs_training:
+        return "labeled data"
+    if step.needs_calibration:
+        return "calibration data" + (f", unless {step.without_data}" if step.without_data else "")
+    if step.without_data:
+        return f"no data if {step.without_data}, otherwise calibration data"
+    return "no data of its own" if step.inner else "no data"
+
+
+def call_text(step: Pass) -> str:
+    """Lines of Python that compile a model with a pass."""
+    data = ", training=training" if step.needs_training else ""
+    data += ", calibration=batches" if step.needs_calibration else ""
+    call = f"graphprune.compile(model, [{python_text(step)}], example_inputs=inputs{data})"
+    names = sorted({type(one).__name__ for one in (step, *step.inner)})
+    own = type(step).__module__.startswith("graphprune.")
+    imports = f"from graphprune.passes import {', '.join(names)}\n" if own else ""
+    return imports + call
+
+
+def python_text(step: Pass) -> str:
+    """A pass as it is written in Python, without the options that have their default."""
+    values = {f.name: getattr(step, f.name) for f in dataclasses.fields(step)}  # type: ignore[arg-type]
+    defaults = {f.name: f.default for f in dataclasses.fields(step)}  # type: ignore[arg-type]
+    changed = [
+        f"{name}={_python(value)}" for name, value in values.items() if value != defaults[name]
+    ]
+    return f"{type(step).__name__}({', '.join(changed)})"
+
+
+def _python(value: object) -> str:
+    from graphprune.pipeline.base import Pass
+
+    if isinstance(value, Pass):
+        return python_text(value)
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_python, value))}]"
+    return repr(value)
+
+
+def _print_pass(shown: Mapping[str, JSON], console: Console) -> None:
+    from graphprune.cli.tables import plain_table
+
+    console.print(shown["name"], style="bold", end="  ")
+    console.print(shown["summary"], markup=False)
+    if shown["text"]:
+        console.print(f"\n{shown['text']}", markup=False)
+    if shown["needs"]:
+        console.print(f"\nneeds: {shown['needs']}", markup=False)
+    if shown["options"]:
+        console.print(plain_table(["option", "type", "default", "meaning"], shown["options"]))
+    if shown["recipe"]:
+        recipe = textwrap.indent(shown["recipe"].rstrip(), "  ")
+        console.print(f"in a recipe:\n{recipe}", markup=False)
+        python = textwrap.indent(shown["python"], "  ")
+        console.print(f"in Python:\n{python}", markup=False, soft_wrap=True)
 
 
 def _yaml(value: object) -> str:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 def check_command(
     folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="A folder with an ONNX model, of anybody's.")
+        Path,
+        typer.Argument(metavar="FOLDER", help="A folder with an ONNX model, of any origin."),
     ],
     consumers: Annotated[
         str,
@@ -40,7 +41,7 @@ def check_command(
 
     names = listed(consumers)
     if consumers and not names:
-        raise GraphPruneError("--for names no consumer; leave it out for all of them")
+        raise GraphPruneError("--for names no consumer; omit it for all of them")
     found = check(folder, names)
     if as_json:
         print_json([finding.to_json() for finding in found])

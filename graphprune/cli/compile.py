@@ -10,13 +10,23 @@ from typing import TYPE_CHECKING, Annotated, Any, final
 import typer
 
 from graphprune.cli.app import (
+    CALIBRATION,
+    LABELED,
+    MEASURING,
+    OUTPUT,
+    PRUNING,
+    TRAINING,
     Batch,
     Calibration,
     Dynamic,
     Json,
     LabelColumn,
+    Metric,
     Model,
     Pickle,
+    Quantization,
+    Recipe,
+    Seed,
     TextColumn,
     Threads,
     listed,
@@ -31,19 +41,41 @@ from graphprune.cli.budget import (
     Milliseconds,
     has_budget,
 )
-from graphprune.cli.evaluate import NO_COLUMNS, evaluate_subject
+from graphprune.cli.early import (
+    check_artifact_folder,
+    check_choice,
+    check_ratio,
+    check_recipe,
+)
+from graphprune.cli.evaluate import NO_COLUMNS, evaluate_subject, own_metric
+from graphprune.cli.names import (
+    ALLOCATIONS,
+    LAYOUT_NAMES,
+    SCORES,
+    TARGETS,
+    WEIGHTS,
+    complete_task,
+    completing,
+)
 from graphprune.cli.sizes import input_names, parse_batch, timed_inputs
 from graphprune.cli.subject import Exported, Subject, opened
 from graphprune.cli.timing import opponents_of, timing_of
+from graphprune.cli.training import (
+    TrainingOptions,
+    check_plan,
+    check_training,
+    labeled_data,
+)
 from graphprune.errors import RecipeError
 
 if TYPE_CHECKING:
-    from graphprune.cli.progress import Step
     from graphprune.cli.summary import Summary
     from graphprune.cli.training import LabeledData
     from graphprune.exporters import Artifact
+    from graphprune.models.tasks import Task
     from graphprune.pipeline.base import Pass
     from graphprune.pipeline.events import JSON, Observer
+    from graphprune.progress import Step
 
 LINES = 1024  # calibration sentences or samples, at most
 
@@ -71,87 +103,152 @@ class Options:
     target: str = "onnxruntime"
     asked: Asked = field(default_factory=Asked)
     task: str = ""  # that quality is evaluated by, where it is not the model's own
+    metric: Task | None = None  # the same, a function of the user's
     data: Path | None = None
     bundled: bool = False  # without calibration, text that every Python has
 
 
 def compile_command(
     model: Model,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
-    recipe: Annotated[
-        str | None, typer.Option(help="A built-in recipe's name or a YAML file.")
-    ] = None,
+    *,
     faster: Faster = None,
     ms: Milliseconds = None,
     mb: Megabytes = None,
     max_drop: MaxDrop = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="What --max-drop decides by; nothing of it may calibrate."
-        ),
-    ] = None,
     device: Device = None,
+    recipe: Recipe = None,
     heads: Annotated[
         float | None,
         typer.Option(
-            metavar="RATIO", parser=parse_ratio, help="Part of the attention heads to remove."
+            metavar="RATIO",
+            parser=parse_ratio,
+            help="Fraction of the attention heads to remove.",
+            rich_help_panel=PRUNING,
         ),
     ] = None,
     neurons: Annotated[
         float | None,
         typer.Option(
-            metavar="RATIO", parser=parse_ratio, help="Part of the hidden neurons to remove."
+            metavar="RATIO",
+            parser=parse_ratio,
+            help="Fraction of the hidden neurons to remove.",
+            rich_help_panel=PRUNING,
         ),
     ] = None,
     score: Annotated[
-        str, typer.Option(help="For --heads and --neurons; default obs where there are data.")
+        str,
+        typer.Option(
+            help="Which heads and neurons go: obs, fluctuation, activation, taylor, magnitude or "
+            "random. Default: obs where there is data, else magnitude.",
+            rich_help_panel=PRUNING,
+            autocompletion=completing(SCORES),
+        ),
     ] = "",
-    allocation: Annotated[str, typer.Option(help="For --heads and --neurons.")] = "uniform",
-    round_to: Annotated[int, typer.Option(help="Kept neurons round up to a multiple of it.")] = 1,
-    quantize: Annotated[
-        str, typer.Option(metavar="SCHEME", help="After pruning: int8-dynamic and others.")
-    ] = "",
+    allocation: Annotated[
+        str,
+        typer.Option(
+            help="uniform: the ratio in every layer; global: over all layers together.",
+            rich_help_panel=PRUNING,
+            autocompletion=completing(ALLOCATIONS),
+        ),
+    ] = "uniform",
+    round_to: Annotated[
+        int,
+        typer.Option(
+            help="Round the neurons that stay up to a multiple of this.", rich_help_panel=PRUNING
+        ),
+    ] = 1,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Leave tensors of this name as they are; repeatable.",
+            rich_help_panel=PRUNING,
+        ),
+    ] = None,
+    quantize: Quantization = "",
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify/--no-verify",
+            help="Verify every removal: it must equal masking.",
+            rich_help_panel=PRUNING,
+        ),
+    ] = True,
     task: Annotated[
         str,
         typer.Option(
-            help="What a head is trained for: classification, regression or digits; or what "
-            "--max-drop is a drop on."
+            help="Train a head for classification, regression or digits; with --max-drop, the "
+            "task that decides.",
+            rich_help_panel=TRAINING,
+            autocompletion=complete_task,
         ),
     ] = "",
     train: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Labeled examples: TABs and a header line, no quotes."),
+        typer.Option(
+            metavar="FILE",
+            help="Labeled examples: a table with TABs and a header line, no quotes.",
+            rich_help_panel=LABELED,
+        ),
     ] = None,
     eval_file: Annotated[
         Path | None,
-        typer.Option("--eval", metavar="FILE", help="Others, to judge by after every epoch."),
+        typer.Option(
+            "--eval",
+            metavar="FILE",
+            help="Other labeled examples, to evaluate on after every epoch.",
+            rich_help_panel=LABELED,
+        ),
     ] = None,
     finetune: Annotated[
-        int | None, typer.Option(metavar="EPOCHS", help="After pruning: train on the labels.")
+        int | None,
+        typer.Option(
+            metavar="EPOCHS",
+            help="Train on the labels after pruning.",
+            rich_help_panel=TRAINING,
+        ),
     ] = None,
     distill: Annotated[
         int | None,
-        typer.Option(metavar="EPOCHS", help="After pruning: train towards the dense model too."),
+        typer.Option(
+            metavar="EPOCHS",
+            help="Train on the labels and the dense model's outputs after pruning.",
+            rich_help_panel=TRAINING,
+        ),
     ] = None,
     epochs: Annotated[
         int | None,
-        typer.Option(help="Of the dense model before pruning, where its head is new. Default 2."),
+        typer.Option(
+            help="Train the dense model for so long before pruning, where its head is new. "
+            "Default 2.",
+            rich_help_panel=TRAINING,
+        ),
     ] = None,
     lr: Annotated[
         float | None,
         typer.Option(
-            help="Highest learning rate of all training for which the recipe says none. Default "
-            "5e-5, for digits 1e-3."
+            help="Highest learning rate of training for which the recipe has none. Default 5e-5, "
+            "for digits 1e-3.",
+            rich_help_panel=TRAINING,
         ),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Examples of a training batch. Default 32.")
+        int | None,
+        typer.Option(help="Examples of a training batch. Default 32.", rich_help_panel=TRAINING),
     ] = None,
     checkpoints: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Write one after every epoch.")
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Write a checkpoint after every epoch.",
+            rich_help_panel=TRAINING,
+        ),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from those in there.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Continue from the checkpoints.", rich_help_panel=TRAINING),
+    ] = False,
     text_column: TextColumn = None,
     label_column: LabelColumn = "",
     calibration: Calibration = None,
@@ -159,59 +256,108 @@ def compile_command(
         int,
         typer.Option(
             help="At most so many sentences or samples of it; of running text, 32 tokens each. "
-            "Without --calibration they are drawn from the training data."
+            "Without --calibration they are drawn from the training data.",
+            rich_help_panel=CALIBRATION,
         ),
     ] = 1024,
-    ignore: Annotated[
-        list[str] | None, typer.Option(help="Name patterns to leave alone; repeatable.")
-    ] = None,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="The folder to write.", rich_help_panel=OUTPUT)
+    ],
     baseline: Annotated[
-        bool, typer.Option("--baseline/--no-baseline", help="Write the dense twin too.")
-    ] = True,
-    verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Prove every removal.")
-    ] = True,
-    measure: Annotated[
-        bool, typer.Option("--measure/--no-measure", help="Time dense against pruned.")
-    ] = True,
-    quality: Annotated[
-        bool, typer.Option("--quality/--no-quality", help="Judge by the model's own task.")
+        bool,
+        typer.Option(
+            "--baseline/--no-baseline",
+            help="Write the dense model too, to compare with.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = True,
     cache: Annotated[
-        bool, typer.Option("--cache", help="A decoder with its key/value cache, to generate with.")
+        bool,
+        typer.Option(
+            "--cache",
+            help="Write a decoder with its key/value cache, to generate with.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = False,
     dynamic: Dynamic = "",
     opset: Annotated[
         int | None,
         typer.Option(
-            help="23, for ONNX Runtime from 1.23 on; 20, from 1.21 on. Default: 20 where it can be."
+            help="23, for ONNX Runtime from 1.23 on; 20, from 1.21 on. Default: 20 if possible.",
+            rich_help_panel=OUTPUT,
         ),
     ] = None,
     layout: Annotated[
-        str, typer.Option(help="hub (config.json, onnx/model.onnx ...), flat, or auto.")
+        str,
+        typer.Option(
+            help="hub (config.json, onnx/model.onnx ...), flat, or auto.",
+            rich_help_panel=OUTPUT,
+            autocompletion=completing(LAYOUT_NAMES),
+        ),
     ] = "auto",
     weights: Annotated[
-        str, typer.Option(help="beside the graph, inside it, or auto: beside above 20 MB.")
+        str,
+        typer.Option(
+            help="beside the graph, inside it, or auto: beside above 20 MB.",
+            rich_help_panel=OUTPUT,
+            autocompletion=completing(WEIGHTS),
+        ),
     ] = "auto",
     target: Annotated[
         str,
-        typer.Option(help="What will run it: onnxruntime, or genai for a decoder with --cache."),
+        typer.Option(
+            help="What will run it: onnxruntime, or genai for a decoder with --cache.",
+            rich_help_panel=OUTPUT,
+            autocompletion=completing(TARGETS),
+        ),
     ] = "onnxruntime",
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="What --max-drop is evaluated on; nothing of it may calibrate.",
+            rich_help_panel=MEASURING,
+        ),
+    ] = None,
+    metric: Metric = "",
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure/--no-measure",
+            help="Time the dense and the pruned model.",
+            rich_help_panel=MEASURING,
+        ),
+    ] = True,
+    quality: Annotated[
+        bool,
+        typer.Option(
+            "--quality/--no-quality",
+            help="Evaluate both by the model's own task, or --metric.",
+            rich_help_panel=MEASURING,
+        ),
+    ] = True,
     batch: Batch = "",
     threads: Threads = 1,
-    seed: Annotated[int, typer.Option(help="Everything random comes from it.")] = 0,
+    seed: Seed = 0,
     as_json: Json = False,
     allow_pickle: Pickle = False,
 ) -> None:
-    """Prune MODEL, prove it, write the ONNX artifact, and show before and after."""
-    from graphprune.cli.calibration import check_calibration
-    from graphprune.cli.summary import present
-    from graphprune.cli.training import TrainingOptions, check_training, labeled_data
-    from graphprune.exporters.artifact.export import check_forms
-    from graphprune.exporters.onnx.convert import check_opset
-
-    asked = Asked(faster, ms, mb, max_drop, task, data, device, tuple(ignore or ()))
-    asked.check(threads)
+    """Prune MODEL, verify it, write an ONNX artifact, and show before and after."""
+    asked = Asked(faster, ms, mb, max_drop, task, metric, data, device, tuple(ignore or ()))
+    asked.check()
+    for name, ratio in (("--heads", heads), ("--neurons", neurons)):
+        check_ratio(name, ratio)
+    names = (
+        ("layout", layout, LAYOUT_NAMES),
+        ("place of weights", weights, WEIGHTS),
+        ("target", target, TARGETS),
+    )
+    for what, value, known in names:
+        check_choice(what, value, known)
+    sizes = parse_batch(batch)
+    asks = {"heads": heads, "neurons": neurons, "finetune": finetune, "distill": distill}
+    asks |= {"quantize": quantize or None}
+    check_asked(recipe, asks, asked, cache=cache)
     training = TrainingOptions(
         task="" if max_drop is not None else task,
         train=train,
@@ -225,6 +371,16 @@ def compile_command(
         resume=resume,
     )
     check_training(training)
+    check_artifact_folder(out)
+
+    # From here on torch is imported.
+    from graphprune.cli.calibration import check_calibration
+    from graphprune.cli.summary import present
+    from graphprune.exporters.artifact.export import check_forms
+    from graphprune.exporters.onnx.convert import check_opset
+
+    asked.check_fully(threads)
+    check_plan(training)
     has_data = calibration is not None or train is not None or training.brings_data
     score = score or ("obs" if has_data else "magnitude")
     removal = {"score": score, "allocation": allocation, "ignore": ignore or []}
@@ -237,12 +393,7 @@ def compile_command(
     }
     check_opset(opset, cached=cache)
     check_forms(layout, weights, target)
-    steps = steps_of(recipe, flags, none=cache or asked.anything, lr=training.own_rate)
-    if asked.anything and (recipe is not None or heads is not None or neurons is not None):
-        raise RecipeError(
-            "a budget chooses what is removed: leave --recipe, --heads and --neurons out, or the "
-            "budget"
-        )
+    steps = steps_of(recipe, flags, lr=training.own_rate)
     labeled = labeled_data(training, steps)
     trains = labeled is not None and labeled.trains
     bundled = asked.anything or has_budget(steps)
@@ -252,7 +403,7 @@ def compile_command(
         verify=verify,
         measure=measure,
         quality=quality,
-        sizes=parse_batch(batch),
+        sizes=sizes,
         threads=threads,
         seed=seed,
         calibration=calibration,
@@ -266,6 +417,7 @@ def compile_command(
         target=target,
         asked=asked,
         task=task if max_drop is not None else "",
+        metric=own_metric(metric, per_item=max_drop is not None),
         data=data,
         bundled=bundled,
     )
@@ -277,11 +429,39 @@ def _flag(**options: Any) -> Mapping[str, Any] | None:
     return None if next(iter(options.values())) is None else options
 
 
+def check_asked(
+    recipe: str | None, flags: Mapping[str, object], asked: Asked, *, cache: bool
+) -> None:
+    """Refuse a command line that asks for nothing, or for what does not go together.
+
+    Args:
+        recipe: its name or file.
+        flags: values of the flags that stand for single passes, by name; None where not given.
+        asked: the budget.
+        cache: whether a decoder with its cache is asked for, which is something to do.
+
+    Raises:
+        RecipeError: it is one of these, or there is no such recipe.
+    """
+    given = [name for name, value in flags.items() if value is not None]
+    if asked.anything and (recipe is not None or {"heads", "neurons"} & set(given)):
+        raise RecipeError(
+            "a budget chooses what is removed: omit --recipe, --heads and --neurons, or the budget"
+        )
+    if recipe is not None and given:
+        raise RecipeError("give either --recipe or flags such as --heads and --distill, not both")
+    if recipe is None and not given and not cache and not asked.anything:
+        raise RecipeError(
+            "nothing to do: give --faster TIMES, --recipe NAME|FILE, --heads RATIO or --neurons "
+            "RATIO; `graphprune recipes` and `graphprune passes` list what there is"
+        )
+    check_recipe(recipe)
+
+
 def steps_of(
     recipe: str | None,
     flags: Mapping[str, Mapping[str, Any] | None],
     *,
-    none: bool = False,
     lr: float | None = None,
 ) -> list[Pass]:
     """The passes that the command line asks for: a recipe, or flags that stand for single passes.
@@ -289,23 +469,15 @@ def steps_of(
     Args:
         recipe: its name or file.
         flags: options of passes by name; None for those that are not asked for.
-        none: whether there may be none, because there is something else to do.
         lr: learning rate of the passes that train and do not say theirs.
 
     Raises:
-        RecipeError: neither or both are given, or one of them is not valid.
+        RecipeError: one of them is not valid.
     """
     from graphprune.pipeline.pipeline import check_order
     from graphprune.pipeline.recipe import load
 
     wanted = [{name: options} for name, options in flags.items() if options is not None]
-    if recipe is not None and wanted:
-        raise RecipeError("give either --recipe or flags such as --heads and --distill, not both")
-    if recipe is None and not wanted and not none:
-        raise RecipeError(
-            "nothing to do: give --recipe NAME|FILE, --heads RATIO or --neurons RATIO; "
-            "`graphprune recipes` and `graphprune passes` list what there is"
-        )
     steps = load(wanted if recipe is None else recipe, lr)
     check_order(steps)
     return steps
@@ -342,7 +514,7 @@ def compiled_and_measured(
     step: Step,
     observer: Observer,
 ) -> Summary:
-    """Capture, prune, export, time, judge; each long step is announced through `step`."""
+    """Capture, prune, export, time, evaluate; each long step is announced through `step`."""
     from graphprune.api import compile
     from graphprune.cli.budget import as_timed, budget_pass
     from graphprune.cli.calibration import bundled_calibration, calibration
@@ -382,7 +554,13 @@ def compiled_and_measured(
         batches = calibration_from(training, options.lines)
     if options.asked.anything:
         chosen = budget_pass(
-            options.asked, subject, start.program, batches, options.sizes, options.threads
+            options.asked,
+            subject,
+            start.program,
+            batches,
+            options.sizes,
+            options.threads,
+            options.metric,
         )
         passes = [chosen, *passes]
         check_steps(passes, start.program)
@@ -440,19 +618,24 @@ def compiled_and_measured(
 
 def _quality(artifact: Artifact, subject: Subject, options: Options, step: Step) -> dict[str, JSON]:
     """Evaluate the artifact on labeled data or by the model's own task; nothing without either."""
-
     from graphprune.models.tasks import TASKS
 
-    task, data, columns = options.task or subject.task, options.data, NO_COLUMNS
+    task: str | Task | None = options.task or subject.task
+    data, columns = options.data, NO_COLUMNS
     labeled = options.labeled
-    if labeled is not None and labeled.evaluates:
+    if options.metric is not None:
+        task = options.metric
+    elif labeled is not None and labeled.evaluates:
         task, data = labeled.options.task, labeled.options.eval
         if labeled.schema is not None:
             columns = (labeled.schema.text, labeled.schema.label)
-    if task is None or (TASKS[task].compares and not artifact.has_baseline):
+    if task is None:
         return {}
-    with step(f"task {task}") as advance:
-        return evaluate_subject(Exported(artifact), task, data, advance, columns=columns)
+    record = TASKS[task] if isinstance(task, str) else task
+    if record.compares and not artifact.has_baseline:
+        return {}
+    with step(f"task {record.name}") as advance:
+        return evaluate_subject(Exported(artifact), record, data, advance, columns=columns)
 
 
 def _megabytes(artifact: Artifact) -> dict[str, float]:

@@ -10,19 +10,26 @@ import typer
 from graphprune.cli.app import Json, stdout_console
 from graphprune.cli.budget import Asked
 from graphprune.cli.compile import Options, run
+from graphprune.cli.early import check_artifact_folder
+from graphprune.cli.names import complete_model
 
 DEMO_MODEL = "minilm"
 FASTER = 3.0
 
 
 def demo_command(
-    model: Annotated[str, typer.Argument(help="Which model to show it on.")] = "minilm",
+    model: Annotated[
+        str, typer.Argument(help="Which model to show it on.", autocompletion=complete_model)
+    ] = DEMO_MODEL,
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")] = Path(
         "demo-out"
     ),
     as_json: Json = False,
 ) -> None:
     """Make a real sentence encoder three times faster, and measure what it gained and lost."""
+    check_artifact_folder(out)
+
+    # From here on torch is imported.
     from graphprune.cli.summary import present
     from graphprune.pipeline.recipe import load
 
@@ -35,7 +42,7 @@ def demo_command(
         how = (
             "by the size of weights alone: no data, nothing retrained"
             if not reads_text
-            else "calibrated on sentences of Python's help topics, other ones than those judged; "
+            else "calibrated on sentences of Python's help topics, not those it is evaluated on; "
             "nothing retrained"
         )
         stdout_console().print(

@@ -13,17 +13,21 @@ from graphprune.cli.app import (
     ArtifactOrModel,
     Json,
     LabelColumn,
+    Metric,
     Pickle,
     TextColumn,
     print_json,
     stdout_console,
 )
+from graphprune.cli.early import check_exists, check_metric
+from graphprune.cli.names import TASKS, complete_task
 from graphprune.cli.subject import Subject, opened
 from graphprune.errors import GraphPruneError, first_line
 
 if TYPE_CHECKING:
-    from graphprune.cli.progress import Advance
+    from graphprune.models.tasks import Task
     from graphprune.pipeline.events import JSON
+    from graphprune.progress import Advance
 
 Columns = tuple[tuple[str, ...], str]
 
@@ -35,15 +39,18 @@ def eval_command(
     task: Annotated[
         str,
         typer.Option(
-            help="sts, neighbors, digits, perplexity, piqa, lambada, classification or regression."
+            help="sts, neighbors, digits, perplexity, piqa, lambada, classification or regression.",
+            autocompletion=complete_task,
         ),
-    ],
+    ] = "",
+    metric: Metric = "",
     data: Annotated[
         Path | None,
         typer.Option(help="The task's file or folder; default: the one under $GRAPHPRUNE_DATA."),
     ] = None,
     window: Annotated[
-        int | None, typer.Option(min=2, help="perplexity: tokens of a window. Default 512.")
+        int | None,
+        typer.Option(min=2, help="perplexity: tokens of a window. Default 512."),
     ] = None,
     windows: Annotated[
         int | None, typer.Option(min=0, help="perplexity: so many, from the start. Default all.")
@@ -57,26 +64,53 @@ def eval_command(
     as_json: Json = False,
     allow_pickle: Pickle = False,
 ) -> None:
-    """Judge a model by a task; an artifact is judged beside its dense twin."""
-    from graphprune.cli.tables import quality_table
-
+    """Evaluate a model by a task or a metric of yours; an artifact beside the dense model."""
     given = {"window": window, "windows": windows, "limit": limit}
     options = {name: number for name, number in given.items() if number is not None}
-    check_task(task, data, options)
     columns = (tuple(text_column or ()), label_column)
+    if bool(task) == bool(metric):
+        raise GraphPruneError(
+            f"give --task, one of {', '.join(TASKS)}, or --metric FILE.py:FUNCTION, and not both"
+        )
+    if metric:
+        check_metric(metric)
+        other = {"--data": data, "--text-column": text_column, "--label-column": label_column}
+        other |= {f"--{name}": number for name, number in options.items()}
+        for name, value in other.items():
+            if value:
+                raise GraphPruneError(f"{name} is for --task; a metric reads its own data")
+
+    check_exists(data)
+
+    # From here on torch is imported.
+    from graphprune.cli.tables import quality_table
+
+    record = own_metric(metric) or checked_task(task, data, options)
     with (
         opened(model, allow_pickle) as (subject, display),
-        display.step(f"task {task}") as advance,
+        display.step(f"task {record.name}") as advance,
     ):
-        results = evaluate_subject(subject, task, data, advance, options, columns)
+        results = evaluate_subject(subject, record, data, advance, options, columns)
     if as_json:
         print_json({"model": model, **results})
     else:
         stdout_console().print(quality_table(results))
 
 
-def check_task(task: str, data: Path | None, options: Mapping[str, int] | None = None) -> None:
-    """Refuse an unknown task, a foreign option or missing data before a model is loaded.
+def own_metric(metric: str, *, per_item: bool = False) -> Task | None:
+    """The task of a function of the user's; None where none was given.
+
+    Args:
+        metric: FILE.py:FUNCTION; the file is run.
+        per_item: whether a drop is bounded by it.
+    """
+    from graphprune.models.tasks.own import own_task
+
+    return own_task(metric, per_item=per_item) if metric else None
+
+
+def checked_task(task: str, data: Path | None, options: Mapping[str, int] | None = None) -> Task:
+    """The task, whose options and data were checked before a model is loaded.
 
     Raises:
         GraphPruneError: there is no such task or option, or the task's data is missing.
@@ -86,11 +120,12 @@ def check_task(task: str, data: Path | None, options: Mapping[str, int] | None =
     check(task, options or {})
     if TASKS[task].file:
         TASKS[task].find_data(data)
+    return TASKS[task]
 
 
 def evaluate_subject(
     subject: Subject,
-    task: str,
+    task: Task,
     data: Path | None,
     advance: Advance,
     options: Mapping[str, int] | None = None,
@@ -99,10 +134,10 @@ def evaluate_subject(
     """Task results by "pruned" and "dense"; a model that is no artifact has only the latter.
 
     Args:
-        subject: what is judged.
-        task: a name from TASKS.
+        subject: what is evaluated.
+        task: the task, or one made of a metric.
         data: the task's file or folder, or None for the usual place.
-        advance: told of the progress, anew for each of the two models.
+        advance: called with the progress, from 0 for each of the two models.
         options: the task's own options.
         columns: a labeled file's columns of text, and of labels; by default those that the subject
             was trained on.
@@ -110,12 +145,10 @@ def evaluate_subject(
     Raises:
         GraphPruneError: the task needs what the subject does not have.
     """
-    from graphprune.models.tasks import TASKS
-
     common: dict[str, Any] = {"data": data, "tokenizer_dir": subject.tokenizer_dir}
     common |= options or {}
-    if TASKS[task].labeled:
-        schema = subject.schema(task)
+    if task.labeled:
+        schema = subject.schema(task.name)
         text, label = columns
         common["schema"] = replace(schema, text=text or schema.text, label=label or schema.label)
     try:
@@ -128,18 +161,18 @@ def evaluate_subject(
         if not foreign and not isinstance(e, ValueError | TypeError | RuntimeError | IndexError):
             raise
         raise GraphPruneError(
-            f"task {task!r} cannot feed this model: {first_line(e)}; "
+            f"task {task.name!r} cannot feed this model: {first_line(e)}; "
             "`graphprune eval --help` says what each task is for"
         ) from e
 
 
 def _results(
-    subject: Subject, task: str, common: Mapping[str, Any], advance: Advance
+    subject: Subject, task: Task, common: Mapping[str, Any], advance: Advance
 ) -> dict[str, JSON]:
-    from graphprune.models.tasks import TASKS, evaluate
+    from graphprune.models.tasks import evaluate
 
-    if TASKS[task].compares:
-        models = subject.models(comparing=task)
+    if task.compares:
+        models = subject.models(comparing=task.name)
         result = evaluate(task, models["pruned"], dense=models["dense"], progress=advance, **common)
         # The dense model agrees with itself.
         figures = result.to_json()

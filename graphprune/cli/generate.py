@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def generate_command(
     model: ArtifactOrModel,
-    prompt: Annotated[str, typer.Option(help="The text to go on from.")],
+    prompt: Annotated[str, typer.Option(help="The text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 128,
     temperature: Annotated[
         float, typer.Option(help="0 takes the likeliest token, above 0 one is drawn.")

@@ -12,13 +12,14 @@ from graphprune.cli.app import Dynamic, Json, Model, Pickle, listed, print_json,
 def inspect_command(
     model: Model,
     everything: Annotated[
-        bool, typer.Option("--all", help="One row a group, also for like ones of many layers.")
+        bool,
+        typer.Option("--all", help="A row for each group, not one for all layers."),
     ] = False,
     dynamic: Dynamic = "",
     as_json: Json = False,
     allow_pickle: Pickle = False,
 ) -> None:
-    """Show what could be removed from MODEL together, and what is frozen and why."""
+    """Show what can be removed from MODEL together, and what is frozen and why."""
     from graphprune.axes import axis_groups
     from graphprune.cli.subject import opened
     from graphprune.cli.tables import groups_footer, groups_table

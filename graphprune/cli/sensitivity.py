@@ -27,8 +27,8 @@ from graphprune.errors import GraphPruneError
 from graphprune.storage.folders import check_writable
 
 if TYPE_CHECKING:
-    from graphprune.cli.progress import Step
     from graphprune.ir.program import Program
+    from graphprune.progress import Step
     from graphprune.report.sensitivity import Sensitivity
 
 

@@ -62,7 +62,7 @@ def sized_inputs(program: Program, sizes: tuple[int, ...]) -> dict[str, Any]:
 
 
 def timed_inputs(program: Program, sizes: tuple[int, ...]) -> dict[str, Any]:
-    """What is timed: `sized_inputs`, or for a decoder with a cache one token behind 128 others.
+    """What is timed: `sized_inputs`, or for a decoder with a cache one token after 128 others.
 
     Args:
         program: its exported form is what is timed.
@@ -144,7 +144,7 @@ def problem_of(program: Program, inputs: Mapping[str, Any]) -> str:
 def batch_text(program: Program, inputs: Mapping[str, Any]) -> str:
     """The sizes of inputs as "1x128", or "1" where there is no sequence.
 
-    For a decoder with a cache "1x1 after 128": one token each, behind so many.
+    For a decoder with a cache "1x1 after 128": one token each, after so many.
     """
     if program.deployed != "forward":
         ids, mask = inputs["input_ids"], inputs["attention_mask"]

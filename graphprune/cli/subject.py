@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from graphprune.api import Compiled
-    from graphprune.cli.progress import Advance, Display
     from graphprune.exporters import Artifact
     from graphprune.models import LoadedModel
     from graphprune.models.data.tables import Schema, Table
+    from graphprune.progress import Advance, Display
 
 
 class Subject(ABC):
@@ -112,11 +112,16 @@ class Model(Subject):
     def captured(self, cache: bool = False, dynamic: Sequence[str] = ()) -> Compiled:
         from graphprune.api import compile
 
+        if dynamic and self.loaded.dynamic != "auto":
+            raise GraphPruneError(
+                f"{self.name!r} says itself which sizes are dynamic: omit --dynamic, or return "
+                "(module, example_inputs) alone"
+            )
         compiled = compile(
             self.loaded.module,
             [],
             example_inputs=dict(self.loaded.example_inputs),
-            dynamic_shapes=tuple(dynamic) or "auto",
+            dynamic_shapes=tuple(dynamic) or self.loaded.dynamic,
             cache=cache,
         )
         compiled.files = self.loaded.files()
@@ -133,8 +138,8 @@ class Model(Subject):
     def models(self, comparing: str = "") -> dict[str, Any]:
         if comparing:
             raise GraphPruneError(
-                f"the task {comparing!r} compares an artifact with its dense twin; compile the "
-                "model first, and judge the folder"
+                f"the task {comparing!r} compares an artifact with its dense model; compile the "
+                "model first, and evaluate the folder"
             )
         return {"dense": self.loaded.module}
 
@@ -221,10 +226,12 @@ def opened(name: str, allow_pickle: bool) -> Iterator[tuple[Subject, Display]]:
     """Open a subject under a progress display, which stays on while inside."""
     from rich.console import Console
 
-    from graphprune.cli.progress import Display
+    from graphprune.cli.quiet import quiet_libraries
+    from graphprune.progress import Display
 
     with Display(Console(stderr=True)) as display:
         with display.step(f"load {name}") as advance:
+            quiet_libraries()
             subject = open_subject(name, allow_pickle, advance)
         yield subject, display
 

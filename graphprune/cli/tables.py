@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -31,7 +30,7 @@ def groups_table(groups: AxisGroups, everything: bool) -> Table:
     for title in ("groups", "units", "cost"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("axis", overflow="fold", ratio=1)
-    rows = _alike(groups, everything)
+    rows = [(g.id, [g]) for g in groups] if everything else groups.alike()
     for frozen in (False, True):
         if frozen:
             table.add_section()
@@ -49,45 +48,20 @@ def groups_table(groups: AxisGroups, everything: bool) -> Table:
 
 
 def groups_footer(groups: AxisGroups) -> str:
-    """How many groups there are, and how many of them can be cut."""
-    free = sum(not g.frozen for g in groups)
-    return (
-        f"{len(groups)} axis groups, {free} free, {len(groups) - free} frozen; "
-        f"{groups.program.num_parameters():,} parameters. cost: parameters that go with one unit"
-    )
-
-
-def _alike(groups: AxisGroups, everything: bool) -> list[tuple[str, list[AxisGroup]]]:
-    """Groups by what distinguishes them beside the layer's number."""
-    if everything:
-        return [(g.id, [g]) for g in groups]
-    rows: dict[object, list[AxisGroup]] = {}
-    for group in groups:
-        key = (_starred(group.id), group.role, group.size, group.cost, _state(group).plain)
-        rows.setdefault(key, []).append(group)
-    return [
-        (_starred(members[0].id) if len(members) > 1 else members[0].id, members)
-        for members in rows.values()
-    ]
-
-
-def _starred(group_id: str) -> str:
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", group_id)
+    """How many groups there are, how many of them can be cut, and what a column means."""
+    return f"{groups.summary()}. cost: parameters that go with one unit"
 
 
 def _state(group: AxisGroup) -> Text:
     """What is written after a group's name: nothing where it is free."""
+    from graphprune.axes.groups import starred_numbers
+
     if group.frozen:
         more = f" (and {len(group.frozen) - 1} more)" if len(group.frozen) > 1 else ""
-        return Text(f"\n  frozen: {_starred_numbers(group.frozen[0])}{more}", style="yellow")
+        return Text(f"\n  frozen: {starred_numbers(group.frozen[0])}{more}", style="yellow")
     if group.normalized:
         return Text("\n  normalized: cutting it is not exact", style="cyan")
     return Text()
-
-
-def _starred_numbers(reason: str) -> str:
-    # Reasons name modules and graph nodes, both numbered through the layers.
-    return re.sub(r"(?<=\.)\d+\b|(?<=_)\d+\b", "*", reason)
 
 
 def passes_table(report: Report, found: Measured | None = None) -> Table:

@@ -35,8 +35,8 @@ def bench_command(
     against: Annotated[
         str,
         typer.Option(
-            help="dense (its own twin), int8 (the twin quantized), or another artifact's folder; "
-            "several with commas."
+            help="dense (its own baseline), int8 (the baseline quantized), or another artifact's "
+            "folder; several with commas."
         ),
     ] = "dense",
     batch: Batch = "",
@@ -47,7 +47,7 @@ def bench_command(
     as_json: Json = False,
     allow_pickle: Pickle = False,
 ) -> None:
-    """Measure on ONNX Runtime: interleaved repeats, pinned threads, median and spread.
+    """Time a model on ONNX Runtime: interleaved repeats, pinned threads, median and spread.
 
     Times are CPU time of one thread; with --threads above 1, of the wall clock. They are taken with
     the session options of docs/deploy.md, and again with ONNX Runtime's default ones.

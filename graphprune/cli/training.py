@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 
+from graphprune.cli.early import check_exists
+from graphprune.cli.names import BRINGS_DATA, TRAINABLE
 from graphprune.errors import GraphPruneError, RecipeError
-from graphprune.pipeline.base import Context, Pass
-from graphprune.pipeline.events import JSON, Event, Observer, PassStarted
+from graphprune.pipeline.events import JSON, Event, Observer, PassProgress, PassStarted
 from graphprune.storage.folders import check_writable
 from graphprune.suggest import suggest
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from graphprune.cli.subject import Subject
     from graphprune.models.data.tables import Schema, Table
     from graphprune.models.tasks import Task
+    from graphprune.pipeline.base import Pass
     from graphprune.training.spec import Training
 
 _RATE = 5e-5
@@ -66,7 +68,7 @@ class TrainingOptions:
     @property
     def brings_data(self) -> bool:
         """Whether the task has examples of its own."""
-        return self.record is not None and self.record.examples is not None
+        return self.task in BRINGS_DATA
 
     @property
     def own_rate(self) -> float | None:
@@ -114,7 +116,7 @@ class LabeledData:
 
     @property
     def evaluates(self) -> bool:
-        """Whether there is something to judge by."""
+        """Whether there is something to evaluate on."""
         return self.options.brings_data or self.eval is not None
 
 
@@ -150,28 +152,25 @@ def labeled_data(options: TrainingOptions, steps: Sequence[Pass]) -> LabeledData
         if file is not None
     }
     train = None if options.train is None else tables[options.train]
-    judged = None if options.eval is None else tables[options.eval]
-    first = train or judged
+    evaluated = None if options.eval is None else tables[options.eval]
+    first = train or evaluated
     assert first is not None
     schema = Schema(options.task, first.text, first.label)
     if train is not None:
         if options.task == "classification":
             schema = replace(schema, classes=train.classes())
-        for table in (train, *([] if judged is None else [judged])):
+        for table in (train, *([] if evaluated is None else [evaluated])):
             schema.targets(table)
-    return LabeledData(options, schema, train, judged, bool(training))
+    return LabeledData(options, schema, train, evaluated, bool(training))
 
 
 def check_training(options: TrainingOptions) -> None:
-    """Refuse options about training that are wrong, or that nothing would come of.
+    """Refuse, before torch is imported, options about training that are wrong or have no effect.
 
     Raises:
         RecipeError: an option has a wrong value, misses another one, or has no effect.
         ExportError: the folder for checkpoints cannot be written.
     """
-    from graphprune.models.tasks import TRAINABLE
-    from graphprune.training.optimizer import Plan
-
     learning = {
         "--epochs": options.epochs,
         "--lr": options.lr,
@@ -191,11 +190,10 @@ def check_training(options: TrainingOptions) -> None:
     if options.brings_data:
         _refuse(
             {**files, **columns},
-            f"is for a file of texts, and the task {options.task!r} brings its own images: leave "
-            "it away",
+            f"is for a file of texts, and the task {options.task!r} brings its own images: omit it",
         )
     elif options.train is None:
-        _refuse(learning, "is about training: give --train FILE, or leave it away")
+        _refuse(learning, "is about training: give --train FILE, or omit it")
     if len(options.text) > 2:
         raise RecipeError(
             f"--text-column is given once, or twice for pairs, not {len(options.text)} times"
@@ -204,9 +202,22 @@ def check_training(options: TrainingOptions) -> None:
         raise RecipeError(f"--batch-size must be at least 1, got {options.size}")
     if options.resume and options.checkpoints is None:
         raise RecipeError("--resume goes on from checkpoints: give --checkpoints FOLDER")
-    Plan(epochs=options.dense_epochs, lr=options.rate)
+    check_exists(options.train)
+    check_exists(options.eval)
     if options.checkpoints is not None:
         check_writable(options.checkpoints / "checkpoint")
+
+
+def check_plan(options: TrainingOptions) -> None:
+    """Refuse epochs and learning rates that have no meaning.
+
+    Raises:
+        RecipeError: one of these.
+    """
+    from graphprune.training.optimizer import Plan
+
+    if options.task:
+        Plan(epochs=options.dense_epochs, lr=options.rate)
 
 
 def _refuse(options: Mapping[str, object], why: str) -> None:
@@ -248,7 +259,7 @@ def with_task_head(
             idle |= {"--lr": options.lr, "--checkpoints": options.checkpoints}
         _refuse(
             idle,
-            "has no effect: the model has a trained head, which is kept; leave it away, or train "
+            "has no effect: the model has a trained head, which is kept; omit it, or train "
             "after pruning with --finetune EPOCHS or --distill EPOCHS",
         )
     return subject, labeled
@@ -269,12 +280,12 @@ def training_of(
     from graphprune.training.spec import Training
 
     options = labeled.options
-    judge: Batches | None = None
+    evaluation: Batches | None = None
     if labeled.schema is None:
         assert options.record is not None
         assert options.record.examples is not None
         data = Batches(*options.record.examples("train"), options.size)
-        judge = Batches(*options.record.examples("test"), options.size, shuffle=False)
+        evaluation = Batches(*options.record.examples("test"), options.size, shuffle=False)
         loss = "classification"
     else:
         assert folder is not None
@@ -290,9 +301,9 @@ def training_of(
         )
         data = batches(labeled.train)
         if labeled.eval is not None:
-            judge = batches(labeled.eval, shuffle=False)
+            evaluation = batches(labeled.eval, shuffle=False)
     return Training(
-        data, loss=loss, eval=judge, checkpoints=options.checkpoints, resume=options.resume
+        data, loss=loss, eval=evaluation, checkpoints=options.checkpoints, resume=options.resume
     )
 
 
@@ -313,10 +324,11 @@ def trained_first(
     """
     from graphprune.api import compile
     from graphprune.passes import Finetune
+    from graphprune.pipeline.base import Context
     from graphprune.pipeline.pipeline import Pipeline
 
     def announced(event: Event) -> None:
-        if isinstance(event, PassStarted):
+        if isinstance(event, PassStarted | PassProgress):
             event = replace(event, name="train the dense model")
         observer(event)
 

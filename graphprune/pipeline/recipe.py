@@ -15,7 +15,6 @@ import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +22,12 @@ import yaml
 
 from graphprune.errors import RecipeError, first_line
 from graphprune.pipeline.base import Pass
-from graphprune.pipeline.registry import lookup, options
+from graphprune.pipeline.recipe_names import FOLDER, no_recipe
+from graphprune.pipeline.recipe_names import builtin_recipes as builtin_recipes
+from graphprune.pipeline.registry import lookup, options, registered
 from graphprune.suggest import suggest
 
 Recipe = str | os.PathLike[str] | Mapping[str, Any] | Sequence[Any]
-
-
-def builtin_recipes() -> dict[str, str]:
-    """The built-in recipes: name -> the sentence in their first line."""
-    folder = files("graphprune") / "recipes"
-    found = {}
-    for item in folder.iterdir():
-        if item.name.endswith(".yaml"):
-            first = item.read_text(encoding="utf-8").partition("\n")[0]
-            found[item.name.removesuffix(".yaml")] = first.lstrip("# ").strip()
-    return dict(sorted(found.items()))
 
 
 def load(recipe: Recipe, lr: float | None = None) -> list[Pass]:
@@ -89,6 +79,9 @@ def _plain(value: Any) -> Any:
         return [_plain(v) for v in value]
     if isinstance(value, Mapping):
         return {k: _plain(v) for k, v in value.items()}
+    if callable(value):  # such as the task of a budget, which no recipe can hold
+        named = value if hasattr(value, "__qualname__") else type(value)
+        return f"{named.__module__}.{named.__qualname__}"
     return value
 
 
@@ -96,14 +89,16 @@ def _read(recipe: str | os.PathLike[str]) -> tuple[str, str]:
     """The text of a built-in recipe or of a file, and how to call it in errors."""
     known = builtin_recipes()
     if isinstance(recipe, str) and recipe in known:
-        text = (files("graphprune") / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")
+        text = (FOLDER / f"{recipe}.yaml").read_text(encoding="utf-8")
         return text, f"recipe {recipe!r}"
     path = Path(recipe)
     if not path.is_file():
-        raise RecipeError(
-            f"there is no recipe {str(recipe)!r}, neither built in nor as a file; "
-            f"{suggest(str(recipe), known)}"
-        )
+        passes = registered()
+        if str(recipe) in passes:
+            raise RecipeError(
+                f"{str(recipe)!r} is a pass: give [{str(recipe)!r}], a list of passes"
+            )
+        raise RecipeError(no_recipe(str(recipe), passes))
     try:
         return path.read_text(encoding="utf-8"), f"recipe {str(path)!r}"
     except (OSError, UnicodeDecodeError) as e:

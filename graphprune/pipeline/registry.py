@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from graphprune.errors import RecipeError
 from graphprune.pipeline.base import Pass
-from graphprune.suggest import suggest
+from graphprune.suggest import suggest, suggesting
 
 P = TypeVar("P", bound=type[Pass])
 
@@ -46,6 +46,9 @@ def register(cls: P) -> P:
         raise RecipeError(
             f"pass name {name!r} of {where} is taken by {held.__module__}.{held.__qualname__}"
         )
+    if held is None:
+        # By setattr, because a method is no variable to a type checker.
+        setattr(cls, "__init__", suggesting(cls.__init__, f"pass {name!r}"))  # noqa: B010
     _passes[name] = cls
     return cls
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, final
 
+from graphprune import notebook
 from graphprune.ir.program import Program
 from graphprune.pipeline.events import JSON, PassFinished
 from graphprune.report.budget import CANDIDATES, LEVELS, BudgetReport, budgets
@@ -78,6 +79,9 @@ class PassReport:
             skipped=_all_skipped(details),
             details=details,
         )
+
+    def __repr__(self) -> str:
+        return f"PassReport({self.name}: {self.removed})"
 
     def steps(self) -> Iterator[tuple[str, Mapping[str, JSON]]]:
         """Title and report of this pass, and of each that it ran inside: "round 2: finetune"."""
@@ -155,6 +159,21 @@ class Report:
         sizes = {key: ModelSize(**data[key]) for key in ("before", "after")}
         limits = tuple(data.get("limits", ()))
         return cls(**{**data, **sizes, "passes": passes, "limits": limits})
+
+    def __repr__(self) -> str:
+        a, b = self.before.parameters, self.after.parameters
+        passes = ", ".join(p.name for p in self.passes) or "no passes"
+        return f"Report({self.model}: {passes}; {a:,} -> {b:,} parameters, {change_text(a, b)})"
+
+    def _repr_html_(self) -> str:
+        return notebook.block(
+            self.model,
+            notebook.table(("", "before", "after", "change"), self.size_rows()),
+            notebook.table(HEADER, self.rows()) if self.passes else "",
+            notebook.paragraph(f"Verification: {self.verification()}."),
+            notebook.folded("skipped", self.skipped_lines()),
+            notebook.folded("frozen", self.frozen_lines()),
+        )
 
     def __str__(self) -> str:
         lines = [f"{self.model}: {self.headline()}", f"verification: {self.verification()}"]

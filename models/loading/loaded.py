@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 from torch import Tensor, nn
 
@@ -32,6 +32,7 @@ class LoadedModel:
         trained: False where its head was drawn at random.
         source: its hub id, for a built-in one; else "".
         license: of its weights; "" where its files say it, or nobody does.
+        dynamic: sizes that are dynamic, as `graphprune.compile` takes `dynamic_shapes`.
     """
 
     module: nn.Module
@@ -43,6 +44,7 @@ class LoadedModel:
     trained: bool = True
     source: str = ""
     license: str = ""
+    dynamic: Any = "auto"
 
     def files(self) -> dict[str, Path | bytes]:
         """Files that an artifact should carry beside the model (`Compiled.files`), by name.

@@ -1,20 +1,16 @@
-"""load_model: a built-in name, a local folder or a hub id -> a model ready for capture."""
+"""load_model: a name, a folder, a hub id or own.py:factory -> a model ready for capture."""
 
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib
 import importlib.util
 import json
 import logging
-import os
 import re
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 from torch import nn
@@ -23,12 +19,21 @@ from graphprune.errors import GraphPruneError
 from graphprune.models.hub.source import tokenizer_files
 from graphprune.models.loading.inputs import example_inputs, text_batch, with_segments
 from graphprune.models.loading.loaded import LoadedModel
+from graphprune.models.loading.names import (
+    BUILT_IN,
+    check_name,
+    hub_answers,
+    near,
+    own_source,
+    unreachable,
+)
+from graphprune.models.loading.names import builtin_names as builtin_names
+from graphprune.models.loading.own import from_factory
 from graphprune.models.zoo import tiny
 from graphprune.models.zoo.sentence import SentenceEncoder
 
 _log = logging.getLogger(__name__)
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _BERT_VOCABULARY = 30522
 
 
@@ -38,36 +43,33 @@ def load_model(
     allow_pickle: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> LoadedModel:
-    """Load a model by built-in name, folder or hub id; a built-in name wins over the other two.
+    """Load a model by built-in name, folder, hub id, or the function in a file that makes it.
+
+    A built-in name wins over a folder and a hub id of the same name.
 
     Args:
-        name: for instance "minilm", "./my-model" or "distilbert-base-uncased".
+        name: for instance "minilm", "./my-model", "distilbert-base-uncased" or "own.py:factory",
+            see `from_factory`, which runs that file.
         allow_pickle: load pickled weights (.bin) too. Reading a pickle can run any code in it.
         progress: called with (done, total) while a built-in model is trained the first time.
 
     Raises:
         GraphPruneError: there is no such model, or it cannot be loaded or fed.
     """
-    if name in _BUILT_IN:
-        with _quiet():
-            return _BUILT_IN[name](progress)
-    if name in tiny.tiny_names():
-        _need_transformers(name)
-        with _quiet():
-            module, inputs = tiny.tiny(name)
-        return LoadedModel(module, inputs, name)
-    _need_transformers(name)
+    check_name(name, allow_pickle)
+    own = own_source(name)
+    if own is not None:
+        return from_factory(name, *own)
     with _quiet():
+        if name in _LOADERS:
+            return _LOADERS[name](progress)
+        if name in BUILT_IN:
+            module, inputs = tiny.tiny(name)
+            return LoadedModel(module, inputs, name)
         return _pretrained(name, allow_pickle)
 
 
-def builtin_names() -> list[str]:
-    """The names that load without a hub: real models first, then the tiny random ones."""
-    return [*_BUILT_IN, *tiny.tiny_names()]
-
-
 def _minilm(progress: Callable[[int, int], None]) -> LoadedModel:
-    _need_transformers("minilm")
     from graphprune.models.loading.packaged import minilm
 
     module, folder = minilm()
@@ -83,7 +85,6 @@ def _minilm(progress: Callable[[int, int], None]) -> LoadedModel:
 
 
 def _smollm2(progress: Callable[[int, int], None]) -> LoadedModel:
-    _need_transformers("smollm2")
     from graphprune.models.loading.packaged import smollm2
 
     found = _pretrained(str(smollm2()), allow_pickle=False)
@@ -105,26 +106,17 @@ def _digits_vit(progress: Callable[[int, int], None]) -> LoadedModel:
     return LoadedModel(module, {"pixel_values": images[:3]}, "digits-vit", task="digits")
 
 
-_BUILT_IN: dict[str, Callable[[Callable[[int, int], None]], LoadedModel]] = {
+_LOADERS: dict[str, Callable[[Callable[[int, int], None]], LoadedModel]] = {
     "minilm": _minilm,
     "smollm2": _smollm2,
     "digits-vit": _digits_vit,
 }
 
 
-def _need_transformers(name: str) -> None:
-    if name in tiny._PLAIN or importlib.util.find_spec("transformers") is not None:
-        return
-    raise GraphPruneError(
-        f"loading {name!r} needs transformers, which is not installed: pip install 'graphprune[hf]'"
-    )
-
-
 def _pretrained(name: str, allow_pickle: bool) -> LoadedModel:
     local = Path(name).expanduser()
-    _check_exists(name, local, allow_pickle)
     source = str(local) if local.is_dir() else name
-    if not local.is_dir() and not _hub_answers():
+    if not local.is_dir() and not hub_answers():
         # What was downloaded before still loads; without this, minutes of retries come first.
         with _offline():
             return _from_source(name, source, allow_pickle)
@@ -146,44 +138,6 @@ def _from_source(name: str, source: str, allow_pickle: bool) -> LoadedModel:
     return LoadedModel(encoder, inputs, name, tokenizer_dir, task="neighbors")
 
 
-def _check_exists(name: str, local: Path, allow_pickle: bool) -> None:
-    """Refuse what cannot be a model before transformers turns it into a page of text."""
-    if local.is_file():
-        raise GraphPruneError(
-            f"{name!r} is a file; give the folder that holds config.json and model.safetensors"
-        )
-    if not local.is_dir():
-        if name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name):
-            raise GraphPruneError(
-                f"there is no folder {name!r}, and it is no hub id either{_near(name)}"
-            )
-        return
-    if not (local / "config.json").is_file():
-        raise GraphPruneError(
-            f"the folder {name!r} is no Hugging Face model: it has no config.json"
-        )
-    if any(local.glob("*.safetensors")) or allow_pickle:
-        return
-    if any(local.glob("*.bin")):
-        raise GraphPruneError(
-            f"the folder {name!r} holds pickled weights only, and reading a pickle can run code: "
-            "convert it to safetensors, or pass --allow-pickle (allow_pickle=True) if you trust it"
-        )
-    raise GraphPruneError(f"the folder {name!r} holds no weights: there is no .safetensors file")
-
-
-def _hub_answers() -> bool:
-    """Whether the hub's name resolves; with a proxy in between, the proxy decides."""
-    if any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return True
-    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
-    try:
-        socket.getaddrinfo(host, 443)
-    except OSError:
-        return False
-    return True
-
-
 @contextlib.contextmanager
 def _offline() -> Iterator[None]:
     """The hub library as with HF_HUB_OFFLINE=1, which it reads at import."""
@@ -195,11 +149,6 @@ def _offline() -> Iterator[None]:
         yield
     finally:
         constants.HF_HUB_OFFLINE = before
-
-
-def _near(name: str) -> str:
-    near = difflib.get_close_matches(name, builtin_names(), n=3)
-    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 def _config(source: str) -> Any:
@@ -223,16 +172,13 @@ def _why(source: str, error: Exception) -> str:
     if Path(source).is_dir():
         return f"the folder {source!r} cannot be loaded: {_first_sentence(text)}"
     if "connect" in text or "offline" in text.lower() or "resolve" in text.lower():
-        return (
-            f"{source!r} is not on this machine and the hub cannot be reached: download it where "
-            f"there is a network and give the folder, or use a built-in model{_near(source)}"
-        )
+        return str(unreachable(source))
     if "safetensors" in text:
         return (
             f"{source!r} has pickled weights only, and reading a pickle can run code: "
             "pass --allow-pickle (allow_pickle=True) if you trust it"
         )
-    return f"{source!r} cannot be loaded from the hub: {_first_sentence(text)}{_near(source)}"
+    return f"{source!r} cannot be loaded from the hub: {_first_sentence(text)}{near(source)}"
 
 
 def _first_sentence(text: str) -> str:

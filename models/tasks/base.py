@@ -276,11 +276,13 @@ def longest(model: Any, at_most: int = TOKENS) -> int:
 
 
 def _accepted(model: Any) -> set[str]:
-    """The inputs that a program or a module names."""
+    """The arguments that a program or a module names."""
     program = getattr(model, "program", None)
     entries = getattr(program() if callable(program) else model, "entries", None)
     if entries is not None:
-        return set(entries["forward"].input_names)
+        # By the names of the call: a flat input may have another. What was baked in is none.
+        arguments = entries["forward"].arguments
+        return {a.name for a in arguments if any(isinstance(leaf, str) for leaf in a.leaves)}
     return set(inspect.signature(getattr(model, "forward", model)).parameters)
 
 

@@ -88,6 +88,8 @@ class PruneRecover(Pass):
         rounds: list[dict[str, JSON]] = []
         stopped = False
         while len(rounds) < self.rounds and not stopped:
+            ctx.running = self.name  # a round leaves the name of its last pass
+            ctx.progress(len(rounds), self.rounds, "repeats")
             part = (len(rounds) + 1) / self.rounds
             current, reports = run_round(
                 [_scaled(step, part) for step in self.passes], current, ctx

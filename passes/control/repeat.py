@@ -59,6 +59,8 @@ class Repeat(Pass):
         current, settled = program, False
         rounds: list[list[dict[str, JSON]]] = []
         while len(rounds) < self.at_most and not settled:
+            ctx.running = self.name  # a round leaves the name of its last pass
+            ctx.progress(len(rounds), self.at_most, "repeats")
             current, reports = run_round(self.passes, current, ctx)
             settled = not any(report["modified"] for report in reports)
             rounds.append(reports)

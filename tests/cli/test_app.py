@@ -32,7 +32,7 @@ def test_a_fault_of_ours_is_exit_code_one(
     def broken() -> None:
         raise RuntimeError("oops")
 
-    monkeypatch.setattr("graphprune.pipeline.recipe.builtin_recipes", broken)
+    monkeypatch.setattr("graphprune.cli.catalog.builtin_recipes", broken)
     result = run("recipes")
     assert result.exit_code == 1
     assert "internal error, RuntimeError: oops" in sentence(result)

@@ -67,7 +67,7 @@ COMPILE = ("compile", "tiny-mlp", "-o", "out")
         (("bench", "tiny-mlp", "--against", "dense,int8"), "compile the model first"),
         (("eval", "tiny-mlp", "--task", "stss"), "'sts'"),
         (("eval", "tiny-mlp", "--task", "sts", "--data", "file-not-there"), "no file"),
-        (("eval", "tiny-mlp", "--task", "neighbors"), "dense twin"),
+        (("eval", "tiny-mlp", "--task", "neighbors"), "dense model"),
     ],
     ids=str,
 )

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from graphprune.errors import RecipeError
 from graphprune.passes import (
+    Budget,
     FoldBatchNorm,
     FoldConstants,
     PruneAxis,
@@ -18,7 +19,7 @@ from graphprune.passes import (
     Repeat,
 )
 from graphprune.pipeline.base import Pass
-from graphprune.pipeline.recipe import builtin_recipes, dump, load, loads
+from graphprune.pipeline.recipe import builtin_recipes, dump, load, loads, to_data
 
 TEXT = """
 passes:
@@ -62,6 +63,13 @@ def test_the_documented_recipes_exist() -> None:
 def test_nested_passes_round_trip() -> None:
     nested: list[Pass] = [Repeat((FoldConstants(max_growth=0), RemoveDeadNodes()), at_most=3)]
     assert loads(dump(nested)) == nested
+
+
+def test_a_function_in_a_pass_is_named_in_plain_data() -> None:
+    step = Budget(max_drop=0.1, task=dump)
+    assert to_data([step]) == [
+        {"budget": {"max_drop": 0.1, "task": "graphprune.pipeline.recipe.dump"}}
+    ]
 
 
 def test_only_what_differs_from_the_default_is_written() -> None:
