@@ -131,7 +131,7 @@ def test_compile_shows_its_progress_on_stderr(capsys: pytest.CaptureFixture[str]
 def test_passes_that_run_others_count_their_repeats() -> None:
     model, inputs = tiny("tiny-mlp")
     seen: list[object] = []
-    recipe = [PruneRecover([PruneNeurons(0.5)], rounds=2), Repeat([RemoveNoOps()], at_most=2)]
+    recipe = [PruneRecover((PruneNeurons(0.5),), rounds=2), Repeat((RemoveNoOps(),), at_most=2)]
     graphprune.compile(model, recipe, example_inputs=inputs, observers=[seen.append])
     repeats = [e for e in seen if isinstance(e, PassProgress) and e.unit == "repeats"]
     assert [(e.name, e.done, e.total) for e in repeats] == [

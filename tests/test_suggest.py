@@ -36,6 +36,6 @@ def test_a_pass_given_as_a_recipe_is_explained() -> None:
     with pytest.raises(RecipeError, match=r"'prune-heads' is a pass: give \['prune-heads'\]"):
         graphprune.compile(model, "prune-heads", example_inputs=inputs)
     with pytest.raises(RecipeError, match="did you mean 'prune-heads'"):
-        graphprune.compile(model, ["prune-haeds"], example_inputs=inputs)
+        graphprune.compile(model, ["prune-haeds"], example_inputs=inputs)  # type: ignore[list-item]
     with pytest.raises(RecipeError, match="did you mean 'prune-heads'"):
         graphprune.compile(model, "prune-haeds", example_inputs=inputs)

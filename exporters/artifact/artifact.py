@@ -21,7 +21,7 @@ from graphprune.exporters.runtime.timing import Clock, Comparison, compare_files
 from graphprune.ir.decoding import PAST, is_past
 from graphprune.ir.quantization import SCHEMES, Mark
 from graphprune.ir.sizes import check_sizes, limits_from_json
-from graphprune.report.report import megabytes_text
+from graphprune.report.measured import megabytes_text
 from graphprune.storage.folders import restore
 from graphprune.storage.layout import FLAT, LAYOUTS, MANIFEST, Layout, layout_of
 from graphprune.storage.program import check_hashes, digest, read_json

@@ -355,7 +355,12 @@ def compile_command(
     for what, value, known in names:
         check_choice(what, value, known)
     sizes = parse_batch(batch)
-    asks = {"heads": heads, "neurons": neurons, "finetune": finetune, "distill": distill}
+    asks: dict[str, object] = {
+        "heads": heads,
+        "neurons": neurons,
+        "finetune": finetune,
+        "distill": distill,
+    }
     asks |= {"quantize": quantize or None}
     check_asked(recipe, asks, asked, cache=cache)
     training = TrainingOptions(

@@ -74,7 +74,11 @@ def eval_command(
         )
     if metric:
         check_metric(metric)
-        other = {"--data": data, "--text-column": text_column, "--label-column": label_column}
+        other: dict[str, object] = {
+            "--data": data,
+            "--text-column": text_column,
+            "--label-column": label_column,
+        }
         other |= {f"--{name}": number for name, number in options.items()}
         for name, value in other.items():
             if value:

@@ -53,7 +53,7 @@ def function_in(file: Path, name: str) -> Callable[..., Any]:
         raise GraphPruneError(
             f"{name!r} in {str(file)!r} is no function but a {type(function).__name__}"
         )
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def from_factory(name: str, file: Path, function: str) -> LoadedModel:

@@ -312,7 +312,7 @@ def scored(
 
 def majority(labels: Tensor) -> float:
     """Accuracy of naming the most frequent of labels [n] for every item."""
-    return int(labels.unique(return_counts=True)[1].max()) / len(labels)
+    return int(torch.unique(labels, return_counts=True)[1].max()) / len(labels)
 
 
 def by_length(

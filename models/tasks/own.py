@@ -48,7 +48,8 @@ def own_task(metric: str, *, per_item: bool = False) -> Task:
             )
         return task.result(outcome)
 
-    task = Task(metric, f"what {name} returns", name, run, reads_text=False)
+    meaning = f"what {name} of {file.name} returns, on average over its items"
+    task = Task(metric, meaning, name, meaning, "items", run, reads_text=False)
     return task
 
 

@@ -54,7 +54,7 @@ def test_the_front_is_what_nothing_beats_in_all_three() -> None:
 
 
 def test_lower_perplexity_is_on_the_front() -> None:
-    lower = {"higher_is_better": False}
+    lower: dict[str, Any] = {"higher_is_better": False}
     found = Overview.of(
         [("a", artifact(2, 40, 0.9, **lower)), ("b", artifact(2, 40, 0.7, **lower))]
     )

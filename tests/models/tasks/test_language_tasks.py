@@ -153,19 +153,19 @@ def test_a_program_and_a_session_are_judged_as_the_module_is(tmp_path: Path, wor
 
 
 def test_tables_and_pages_say_which_way_is_better() -> None:
-    from graphprune.cli.summary import _quality_rows
-    from graphprune.report.page import _measured
+    from graphprune.report.measured import Measured
+    from graphprune.report.page import _measured_charts
 
     result = {"task": "perplexity", "metric": "perplexity", "value": 30.0, "count": 9}
     quality = {"pruned": {**result, "value": 33.5}, "dense": result}
     for higher, says in ((True, "more is better"), (False, "less is better")):
         for row in quality.values():
             row["higher_is_better"] = higher
-        ((title, *rest),) = _quality_rows(quality)
-        assert rest == ["30.000", "33.500", "+3.500"]
+        found = Measured({"results": {"quality": quality}})
+        ((title, *rest),) = found.rows([])
+        assert rest == ["30.0000", "33.5000", "+3.5000"]
         assert ("lower is better" in title) is not higher
-        _, charts = _measured({"results": {"quality": quality}})
-        assert says in str(charts)
+        assert says in str(_measured_charts(found))
 
 
 def test_wikitext_is_joined_by_blank_lines_and_other_text_is_left_alone() -> None:
