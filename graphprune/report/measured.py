@@ -21,6 +21,7 @@ THRESHOLDS = (
     f"kept. Yellow: not slower, not larger, at least {100 * _KEPT[1]:g} % kept. Red: worse than "
     "that. Gray: not measured."
 )
+_WIDE = 1.2  # upper quartile of the rounds' ratios by the lower one
 _DEPLOYED, _BASELINE = "model.onnx", "baseline.onnx"
 
 
@@ -177,9 +178,11 @@ class Measured:
         runtime = (self.manifest.get("versions") or {}).get("onnxruntime")
         where = [self.machine, batch, *([f"ONNX Runtime {runtime}"] if runtime else [])]
         spread = f"{times[0].low:.2f}x to {times[0].high:.2f}x"
+        wide = times[0].high > _WIDE * times[0].low
+        noisy = ", a wide spread: measure again when the machine is idle" if wide else ""
         return (
-            f"{', '.join(where)}; {timing['rounds']} interleaved rounds, the middle half of them "
-            f"{spread}"
+            f"{', '.join(where)}; the median ratio of {timing['rounds']} interleaved rounds, the "
+            f"middle half of them {spread}{noisy}"
         )
 
     @property

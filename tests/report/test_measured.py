@@ -132,6 +132,9 @@ def test_where_times_were_measured_and_the_command_are_said() -> None:
         assert "1,379 pairs" in shown
         assert "1.60x faster" in shown
     assert "takes 5 ms, 2.00x faster than in float; the pruned model is 1.25x slower" in page
+    assert "a wide spread" not in page
+    noisy = Measured(manifest(timing={**timing(1.6), "speedup_low": 1.2}))
+    assert "1.20x to 1.60x, a wide spread" in noisy.measured_on()
     found = Measured(manifest(**results))
     assert found.header() == ("", "dense", "dense int8", "pruned", "change")
     rows = {row[0]: row[1:] for row in found.rows([])}
