@@ -344,8 +344,14 @@ def run(*arguments: str) -> Result:
         (("--task", "perplexity", "--data", "not-there"), "no file 'not-there'"),
     ],
 )
-def test_eval_refuses_before_it_loads(arguments: tuple[str, ...], says: str) -> None:
-    result = run("eval", "no-such-model", *arguments)
+def test_eval_refuses_before_it_loads(
+    monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], says: str
+) -> None:
+    def loads(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("graphprune.models.load_model", loads)
+    result = run("eval", "tiny-mlp", *arguments)
     assert result.exit_code == 2
     assert says in result.stderr
 
