@@ -29,7 +29,7 @@ SEGMENTS = 64
 SEGMENT = 512
 _LINE = SEGMENTS * SEGMENT // LINES
 # The columns of a table that hold text, by preference.
-COLUMNS = ("text", "sentence", "sentence1")
+COLUMNS = ("text", "sentence", "sentence1", "question")
 
 CalibrationBatches = list[dict[str, Tensor]]
 
@@ -46,7 +46,7 @@ def calibration_batches(
     """CalibrationBatches for `compile(..., calibration=...)`, of 32 samples.
 
     1. *.npz: one array an input, its name the input's, the first dimension the samples.
-    2. *.tsv: a header line; the column text, sentence or sentence1.
+    2. *.tsv: a header line; the column text, sentence, sentence1 or question.
     3. any other file: text, one sentence a line.
     4. a folder: its train.tsv, or all of its .npz files.
 
