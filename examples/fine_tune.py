@@ -20,7 +20,7 @@ parser.add_argument("table", help="a header line, then a row each, with TABs")
 parser.add_argument("folder")
 parser.add_argument("--text", default="text")
 parser.add_argument("--label", default="label")
-parser.add_argument("--epochs", type=int, default=3)
+parser.add_argument("--epochs", type=int, default=2)
 options = parser.parse_args()
 
 # %%
