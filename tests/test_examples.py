@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -31,9 +32,15 @@ def test_every_example_is_listed() -> None:
     assert {p.stem for p in EXAMPLES.glob("*.py")} == {*NEEDS, "artifact_alone", "fine_tune"}
 
 
+# Minutes of a core each; `make docs` runs them too.
+LONG = ("encoder", "small_llm")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NEEDS)
 def test_example_runs(name: str, tmp_path: Path) -> None:
+    if name in LONG and "GRAPHPRUNE_LONG" not in os.environ:
+        pytest.skip("takes minutes: set GRAPHPRUNE_LONG=1, or run `make docs`")
     package = NEEDS[name]
     if package is not None and importlib.util.find_spec(package) is None:
         pytest.skip(f"the package {package} is not installed")
