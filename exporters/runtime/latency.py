@@ -32,7 +32,7 @@ from graphprune.pipeline.device import Cost, Device, Progress
 from graphprune.storage.folders import cache_dir
 
 Run = tuple[Program, tuple[Tensor, ...]]
-_AGAIN = 3
+_AGAIN = 3  # known programs that are timed again beside new ones: a median of three is robust
 
 
 @final

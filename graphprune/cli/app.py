@@ -219,15 +219,15 @@ def ratio_of(text: str) -> float:
 
 
 def parse_ratio(text: str) -> float:
-    """`ratio_of` for an option.
+    """Parse the fraction that an option was given, such as 0.5 or 50%.
 
     Raises:
-        typer.BadParameter: it is no number.
+        typer.BadParameter: it is not a number.
     """
     try:
         return ratio_of(text)
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is no number: write 0.5, or 50%") from None
+        raise typer.BadParameter(f"{text!r} is not a number: write 0.5, or 50%") from None
 
 
 def listed(names: str) -> tuple[str, ...]:

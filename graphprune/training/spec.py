@@ -107,7 +107,7 @@ def check_metric(value: Any) -> float:
     """Check and convert what eval returned.
 
     Raises:
-        TrainingError: it is no number, or NaN or infinite.
+        TrainingError: it is not a number, or not finite.
     """
     try:
         number = float(value)

@@ -89,7 +89,7 @@ class Table:
         """The labels as numbers.
 
         Raises:
-            GraphPruneError: one is no number, NaN or infinite; its line is named.
+            GraphPruneError: one is not a number, NaN or infinite; its line is named.
         """
         found = []
         for row, label in enumerate(self.labels):
@@ -99,7 +99,7 @@ class Table:
                 found.append(float("nan"))
             if not abs(found[-1]) < float("inf"):
                 raise GraphPruneError(
-                    f"{self.line(row)}: the {self.label} {label!r} is no number; correct it, or "
+                    f"{self.line(row)}: the {self.label} {label!r} is not a number; correct it, or "
                     "give the right column with --label-column"
                 )
         return found

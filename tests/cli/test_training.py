@@ -436,7 +436,7 @@ RECOVER = ("compile", "m", "--neurons", "0.5", "-o", "no")
         ((*RECOVER, *TASK, "--train", "broken.tsv"), "line 3"),
         ((*RECOVER, *TASK, "--train", "one.tsv"), "every row"),
         ((*RECOVER, *TASK, "--train", "train.tsv", "--eval", "other.tsv"), "'maybe' is none of"),
-        ((*RECOVER, "--task", "regression", "--train", "train.tsv"), "is no number"),
+        ((*RECOVER, "--task", "regression", "--train", "train.tsv"), "is not a number"),
         ((*RECOVER, *TASK, "--train", "train.tsv", "--label-column", "x"), "lacks the columns"),
         ((*RECOVER, *LEARN, "--distill", "0"), "epochs must be"),
         ((*RECOVER, *LEARN, "--epochs", "0"), "epochs must be"),

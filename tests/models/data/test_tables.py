@@ -103,7 +103,9 @@ def test_an_unknown_label_is_named_with_its_line(labels: tuple[str, ...]) -> Non
 @pytest.mark.parametrize("label", ["many", "nan", "inf"])
 def test_a_score_is_a_finite_number(label: str) -> None:
     assert _labeled("1", "-2.5").scores() == [1.0, -2.5]
-    with pytest.raises(GraphPruneError, match=f"'x.tsv', line 3: the label '{label}' is no number"):
+    with pytest.raises(
+        GraphPruneError, match=f"'x.tsv', line 3: the label '{label}' is not a number"
+    ):
         _labeled("1", label).scores()
 
 
