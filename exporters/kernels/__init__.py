@@ -1,0 +1,1 @@
+"""Sparse products for ONNX Runtime: packed weights, and which layers they make faster."""
