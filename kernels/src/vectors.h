@@ -1,0 +1,110 @@
+// What is common to vectors of all widths, in the vector extensions of GCC and Clang.
+//
+// All is in templates over an instruction set (isa/*.h). Nothing of the standard library that is
+// inline may be called here: each file that includes this is compiled for other instructions, and
+// the linker would keep one copy of std::min for all, maybe that with AVX-512.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "isa/inline.h"
+
+namespace graphprune {
+
+template <class Isa>
+struct Vectors {
+  using Floats = typename Isa::Floats;
+  using Ints = typename Isa::Ints;
+  using Codes = typename Isa::Codes;
+  static constexpr int LANES = Isa::BYTES / 4;
+
+  GRAPHPRUNE_INLINE Floats load(const float* from) {
+    Floats v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+  }
+  GRAPHPRUNE_INLINE Ints load(const int32_t* from) {
+    Ints v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+  }
+  GRAPHPRUNE_INLINE Ints load(const int8_t* from) {
+    Ints v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+  }
+  GRAPHPRUNE_INLINE Floats load_some(const float* from, int64_t count) {
+    Floats v = {};
+    std::memcpy(&v, from, count * sizeof(float));
+    return v;
+  }
+  GRAPHPRUNE_INLINE void store(float* to, Floats v) { std::memcpy(to, &v, sizeof v); }
+  GRAPHPRUNE_INLINE void store_some(float* to, Floats v, int64_t count) {
+    if (count >= LANES) return store(to, v);
+    if (count > 0) std::memcpy(to, &v, count * sizeof(float));
+  }
+
+  GRAPHPRUNE_INLINE Floats all(float x) { return x - Floats{}; }
+  GRAPHPRUNE_INLINE Ints all(int32_t x) { return x - Ints{}; }
+  // Four codes of a token, to every lane.
+  GRAPHPRUNE_INLINE Ints all(const uint8_t* four) {
+    int32_t x;
+    std::memcpy(&x, four, sizeof x);
+    return all(x);
+  }
+
+  GRAPHPRUNE_INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+  GRAPHPRUNE_INLINE Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
+  GRAPHPRUNE_INLINE Floats magnitude(Floats x) { return (Floats)((Ints)x & 0x7fffffff); }
+
+  // To the nearest, halves to even, for |x| < 2^22: after 1.5 * 2^23 is added no bit is left
+  // for a fraction.
+  GRAPHPRUNE_INLINE Floats round(Floats x) {
+    constexpr float SHIFT = 12582912.0f;
+    return (x + SHIFT) - SHIFT;
+  }
+
+  // The highest power's factor comes first.
+  template <int COUNT>
+  GRAPHPRUNE_INLINE Floats polynomial(const float (&factors)[COUNT], Floats x) {
+    Floats sum = all(factors[0]);
+    GRAPHPRUNE_UNROLL
+    for (int i = 1; i < COUNT; ++i) sum = Isa::fma(sum, x, all(factors[i]));
+    return sum;
+  }
+
+  // e^x with a relative error of about 2e-7; x is limited to -87 to 88.
+  //
+  //     e^x = 2^n e^r,   n = round(x / ln 2),   |r| <= ln 2 / 2: the Taylor series to r^7
+  GRAPHPRUNE_INLINE Floats exp(Floats x) {
+    constexpr float LN2_HIGH = 0x1.62e4p-1f, LN2_LOW = 0x1.7f7d1cp-20f;  // ln 2 = high + low
+    x = larger(smaller(x, all(88.0f)), all(-87.0f));
+    const Floats n = round(x * 0x1.715476p0f);
+    const Floats r = Isa::fma(n, all(-LN2_LOW), Isa::fma(n, all(-LN2_HIGH), x));
+    constexpr float TAYLOR[] = {1.0f / 5040, 1.0f / 720, 1.0f / 120, 1.0f / 24,
+                                1.0f / 6,    0.5f,       1.0f,       1.0f};
+    const Ints exponent = (__builtin_convertvector(n, Ints) + 127) << 23;
+    return polynomial(TAYLOR, r) * (Floats)exponent;
+  }
+
+  // NaN stays NaN: it is not less than zero.
+  GRAPHPRUNE_INLINE Floats relu(Floats x) { return x < 0.0f ? all(0.0f) : x; }
+
+  GRAPHPRUNE_INLINE Floats silu(Floats x) { return x / (1.0f + exp(-x)); }
+
+  // x (1 + erf(x / sqrt 2)) / 2 = relu(x) - |x| erfc(|x| / sqrt 2) / 2, without cancellation.
+  //
+  //     erfc(a) = (c1 t + ... + c5 t^5) e^(-a^2),   t = 1 / (1 + 0.3275911 a)
+  //
+  // with an error below 1.5e-7: Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26.
+  GRAPHPRUNE_INLINE Floats gelu(Floats x) {
+    const Floats a = magnitude(x) * 0.70710678f;
+    const Floats t = 1.0f / Isa::fma(a, all(0.3275911f), all(1.0f));
+    constexpr float FACTORS[] = {1.061405429f, -1.453152027f, 1.421413741f, -0.284496736f,
+                                 0.254829592f};
+    return relu(x) - magnitude(x) * 0.5f * (polynomial(FACTORS, t) * t * exp(-(a * a)));
+  }
+};
+
+}  // namespace graphprune
