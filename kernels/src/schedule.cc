@@ -6,13 +6,14 @@
 namespace graphprune {
 namespace {
 
-// Tokens that are quantized and multiplied together. A multiple of all tiles, so that only the
-// last unit has remains; enough for the weights to be read from the far caches seldom.
-constexpr int64_t TOKENS_OF_UNIT = 24;
+// Tokens that are quantized and multiplied together: at most. Enough for the weights to be read
+// seldom from the far caches, and few enough for the codes to stay in the near ones.
+constexpr int64_t MOST_TOKENS_OF_UNIT = 24;
+constexpr int64_t TILE = 4;  // most instruction sets multiply so many tokens at once
 
-// Up to so many tokens are one unit each, which is fewer than the threads of large machines: the
-// outputs are divided instead.
-constexpr int64_t FEW_TOKENS = 2 * TOKENS_OF_UNIT;
+// Up to so many tokens make fewer units than large machines have threads: the outputs are divided
+// instead.
+constexpr int64_t FEW_TOKENS = 48;
 
 // Multiplications below which waking a thread takes longer than it saves.
 constexpr int64_t WORK_OF_UNIT = 256 * 1024;
@@ -29,6 +30,8 @@ struct Scratch {
   void* memory;
 };
 
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
 struct Work {
   const KernelSet& kernels;
   const Packed& packed;
@@ -41,15 +44,15 @@ struct Work {
 
 struct ByTokens {
   Work work;
+  int64_t unit;  // tokens, but of the last
   std::atomic<bool> out_of_memory = false;
 };
 
 void run_tokens(void* data, size_t unit) {
   auto& job = *static_cast<ByTokens*>(data);
   const Work& w = job.work;
-  const int64_t first = static_cast<int64_t>(unit) * TOKENS_OF_UNIT;
-  const int64_t rest = w.tokens - first;
-  const int64_t tokens = rest < TOKENS_OF_UNIT ? rest : TOKENS_OF_UNIT;
+  const int64_t first = static_cast<int64_t>(unit) * job.unit;
+  const int64_t tokens = smaller(w.tokens - first, job.unit);
   const Scratch scratch(rows_bytes(tokens, w.packed.inputs));
   if (!scratch.memory) {
     job.out_of_memory = true;
@@ -60,9 +63,16 @@ void run_tokens(void* data, size_t unit) {
   w.kernels.multiply(w.packed, rows, 0, w.packed.strips(), w.y + first * w.packed.outputs);
 }
 
+// Units are a power of two if possible, as threads mostly are, so that all end together.
+int64_t tokens_of_unit(int64_t tokens) {
+  int64_t units = 2;
+  while (tokens > units * MOST_TOKENS_OF_UNIT) units *= 2;
+  return (tokens + units * TILE - 1) / (units * TILE) * TILE;
+}
+
 Outcome divide_tokens(const Work& work, const Parallel& parallel) {
-  ByTokens job{work};
-  const size_t units = (work.tokens + TOKENS_OF_UNIT - 1) / TOKENS_OF_UNIT;
+  ByTokens job{work, tokens_of_unit(work.tokens)};
+  const size_t units = (work.tokens + job.unit - 1) / job.unit;
   if (!parallel.run(parallel.context, run_tokens, units, &job)) return Outcome::not_parallel;
   return job.out_of_memory ? Outcome::out_of_memory : Outcome::done;
 }
@@ -96,8 +106,6 @@ void run_outputs(void* data, size_t unit) {
                             first_strip(job, u + 1), job.work.y);
 }
 
-int64_t smallest(int64_t a, int64_t b) { return a < b ? a : b; }
-
 Outcome divide_outputs(const Work& work, const Parallel& parallel) {
   const Packed& p = work.packed;
   const Scratch scratch(rows_bytes(work.tokens, p.inputs));
@@ -105,7 +113,7 @@ Outcome divide_outputs(const Work& work, const Parallel& parallel) {
   ByOutputs job{work, rows_in(scratch.memory, work.tokens, p.inputs), 1};
   work.kernels.quantize(work.x, job.rows);
   const int64_t products = work.tokens * p.starts[p.strips()] * p.block_bytes();
-  job.units = smallest(smallest(1 + products / WORK_OF_UNIT, p.strips()), MOST_UNITS);
+  job.units = smaller(smaller(1 + products / WORK_OF_UNIT, p.strips()), MOST_UNITS);
   if (job.units == 1) {
     run_outputs(&job, 0);
     return Outcome::done;

@@ -74,24 +74,30 @@ struct Vectors {
     return sum;
   }
 
-  // e^x with a relative error of about 2e-7; x is limited to -87 to 88.
+  // e^x for x <= 0 with a relative error of about 2e-7; 0 below -87.
   //
   //     e^x = 2^n e^r,   n = round(x / ln 2),   |r| <= ln 2 / 2: the Taylor series to r^7
   GRAPHPRUNE_INLINE Floats exp(Floats x) {
     constexpr float LN2_HIGH = 0x1.62e4p-1f, LN2_LOW = 0x1.7f7d1cp-20f;  // ln 2 = high + low
-    x = larger(smaller(x, all(88.0f)), all(-87.0f));
+    const Ints is_zero = x < -87.0f;
+    x = larger(x, all(-87.0f));
     const Floats n = round(x * 0x1.715476p0f);
     const Floats r = Isa::fma(n, all(-LN2_LOW), Isa::fma(n, all(-LN2_HIGH), x));
     constexpr float TAYLOR[] = {1.0f / 5040, 1.0f / 720, 1.0f / 120, 1.0f / 24,
                                 1.0f / 6,    0.5f,       1.0f,       1.0f};
     const Ints exponent = (__builtin_convertvector(n, Ints) + 127) << 23;
-    return polynomial(TAYLOR, r) * (Floats)exponent;
+    return (Floats)((Ints)(polynomial(TAYLOR, r) * (Floats)exponent) & ~is_zero);
   }
 
   // NaN stays NaN: it is not less than zero.
   GRAPHPRUNE_INLINE Floats relu(Floats x) { return x < 0.0f ? all(0.0f) : x; }
 
-  GRAPHPRUNE_INLINE Floats silu(Floats x) { return x / (1.0f + exp(-x)); }
+  // x / (1 + e^-x), by a power that does not overflow.
+  GRAPHPRUNE_INLINE Floats silu(Floats x) {
+    const Floats power = exp(-magnitude(x));
+    const Floats part = (x < 0.0f ? power : all(1.0f)) / (1.0f + power);
+    return x < -87.0f ? all(0.0f) : x * part;  // minus infinity times 0 would be NaN
+  }
 
   // x (1 + erf(x / sqrt 2)) / 2 = relu(x) - |x| erfc(|x| / sqrt 2) / 2, without cancellation.
   //
@@ -99,11 +105,12 @@ struct Vectors {
   //
   // with an error below 1.5e-7: Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26.
   GRAPHPRUNE_INLINE Floats gelu(Floats x) {
-    const Floats a = magnitude(x) * 0.70710678f;
+    const Floats size = smaller(magnitude(x), all(32.0f));  // erfc is 0 there, and infinity * 0 NaN
+    const Floats a = size * 0.70710678f;
     const Floats t = 1.0f / Isa::fma(a, all(0.3275911f), all(1.0f));
     constexpr float FACTORS[] = {1.061405429f, -1.453152027f, 1.421413741f, -0.284496736f,
                                  0.254829592f};
-    return relu(x) - magnitude(x) * 0.5f * (polynomial(FACTORS, t) * t * exp(-(a * a)));
+    return relu(x) - size * 0.5f * (polynomial(FACTORS, t) * t * exp(-(a * a)));
   }
 };
 
