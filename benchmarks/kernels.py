@@ -1,4 +1,4 @@
-"""SparseLinear against ONNX Runtime's own dynamic int8, on random weights with random blocks of zeros.
+"""SparseLinear against ONNX Runtime's own dynamic int8, on random weights with blocks of zeros.
 
 The stock layer is DynamicQuantizeMatMul with a scale an output and bias, seven-bit weights where the
 CPU lacks VNNI; all layers of a shape are timed interleaved, one thread by its CPU time, two by the
@@ -21,7 +21,7 @@ import numpy.typing as npt
 import onnxruntime
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from benchmarks.common import Row, Settings, main
+from benchmarks.common import Row, Settings, machine, main
 from graphprune.exporters.kernels.packing import WIDTH, Packed, pack
 from graphprune.exporters.runtime.timing import default_clock, interleaved
 
@@ -37,7 +37,8 @@ Arrays = dict[str, npt.NDArray[Any]]
 def measure(settings: Settings) -> Iterator[Row]:
     """A row for each layer, shape and number of threads."""
     rng = np.random.default_rng(0)
-    print(f"kernels: {graphprune_kernels.isa()}, {graphprune_kernels.needed_bits()} bits")
+    bits = graphprune_kernels.needed_bits()
+    print(f"{machine()['processor']}, kernels: {graphprune_kernels.isa()}, {bits} bits")
     for inputs, outputs in SHAPES[:1] if settings.quick else SHAPES:
         for tokens in TOKENS:
             layers = list(_layers(rng, inputs, outputs, COPIES[tokens]))
@@ -50,7 +51,7 @@ def measure(settings: Settings) -> Iterator[Row]:
                     "tokens": tokens,
                     "blocks": layer.blocks,
                     "zeros": layer.zeros,
-                    "ms": round(median(own) / COPIES[tokens], 4),
+                    "µs": round(1000 * median(own) / COPIES[tokens]),
                     "x int8": _ratio(single[0], own),
                     "quartiles": _quartiles(single[0], own),
                     "x int8, 2 threads": _ratio(double[0], both),
@@ -162,6 +163,8 @@ def _session(model: bytes, threads: int) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
+    # The pool of one session would compete with the next one's.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     graphprune_kernels.register(options)
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 

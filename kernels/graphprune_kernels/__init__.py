@@ -1,7 +1,7 @@
 """Block-sparse int8 products for ONNX Runtime on the CPU: the operator SparseLinear.
 
-    session = graphprune_kernels.session("out/")
-    session.run(None, feeds)
+session = graphprune_kernels.session("out/")
+session.run(None, feeds)
 """
 
 from __future__ import annotations

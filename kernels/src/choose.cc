@@ -80,7 +80,7 @@ Sentence unknown(const char* name) {
   for (auto set = KERNEL_SETS; *set; ++set) {
     known = sentence("%s%s%s", known.text, known ? ", " : "", (*set)->name);
   }
-  return sentence("GRAPHPRUNE_KERNELS_ISA is '%s', which graphprune-kernels has not: it has %s",
+  return sentence("GRAPHPRUNE_KERNELS_ISA is '%s', which graphprune-kernels does not have: it has %s",
                   name, known.text);
 }
 
