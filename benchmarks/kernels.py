@@ -1,9 +1,9 @@
 """SparseLinear against ONNX Runtime's own dynamic int8, on random weights with blocks of zeros.
 
-The stock layer is DynamicQuantizeMatMul with a scale an output and bias, seven-bit weights where the
-CPU lacks VNNI; all layers of a shape are timed interleaved, one thread by its CPU time, two by the
-wall clock. One token goes through four layers of one node each, so that weights come from the far
-caches as in a model. Needs graphprune-kernels.
+The stock layer is DynamicQuantizeMatMul with a scale an output and bias, seven-bit weights where
+the CPU lacks VNNI; all layers of a shape are timed interleaved, one thread by its CPU time, two by
+the wall clock. One token goes through four layers of one node each, so that weights come from the
+far caches as in a model. Needs graphprune-kernels.
 
     python -m benchmarks.kernels [--quick] [--json FILE]
 """

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cfloat>
-#include <cmath>
 
 #include "kernel_set.h"
 #include "vectors.h"
@@ -14,7 +13,6 @@ struct Quantizer {
   using V = Vectors<Isa>;
   using Floats = typename V::Floats;
   using Ints = typename V::Ints;
-  using Codes = typename V::Codes;
   static constexpr int LANES = V::LANES;
 
   // The range of a row, 0 included.
@@ -53,7 +51,8 @@ struct Quantizer {
   }
 
   struct Scale {
-    float scale, inverse, zero;
+    float scale, inverse;
+    int32_t zero;
   };
 
   GRAPHPRUNE_INLINE Scale scale_of(Range range) {
@@ -62,29 +61,33 @@ struct Quantizer {
     const float wanted = range.high / 255 - range.low / 255;
     const float scale = wanted > FLT_MIN ? wanted : FLT_MIN;
     const float inverse = 1 / scale;
-    return {scale, inverse, V::round(V::all(-range.low * inverse))[0]};
+    const Floats zero = V::round(V::all(-range.low * inverse));
+    return {scale, inverse, static_cast<int32_t>(zero[0])};
   }
 
-  GRAPHPRUNE_INLINE Codes codes_of(Floats x, Scale s) {
-    const Floats moved = V::round(x * s.inverse) + s.zero;
-    const Floats limited = V::smaller(V::larger(moved, V::all(0.0f)), V::all(255.0f));
-    return __builtin_convertvector(__builtin_convertvector(limited, Ints) - Isa::OFFSET, Codes);
+  GRAPHPRUNE_INLINE Ints codes_of(Floats x, Scale s) {
+    const Ints moved = __builtin_convertvector(V::round(x * s.inverse), Ints) + s.zero;
+    return V::smaller(V::larger(moved, V::all(0)), V::all(255)) - Isa::OFFSET;
   }
 
   // Writes codes of `count` inputs to groups that are `stride` bytes apart. Padding is zero like
   // x, whose code is the zero point, so that it counts nothing.
-  GRAPHPRUNE_INLINE void spread(uint8_t* to, int64_t stride, Codes codes, int64_t count) {
-    uint8_t flat[LANES];
-    std::memcpy(flat, &codes, sizeof flat);
-    for (int64_t g = 0; g * GROUP < count; ++g) std::memcpy(to + g * stride, flat + g * GROUP, 4);
+  GRAPHPRUNE_INLINE void spread(uint8_t* to, int64_t stride, Ints codes, int64_t count) {
+    const Ints groups = V::low_bytes(codes);
+    GRAPHPRUNE_UNROLL
+    for (int g = 0; g < LANES / GROUP; ++g) {
+      if (g * GROUP >= count) return;
+      const int32_t four = groups[g * GROUP];
+      std::memcpy(to + g * stride, &four, sizeof four);
+    }
   }
 
   GRAPHPRUNE_INLINE void quantize_row(const float* x, const Rows& rows, int64_t token, uint8_t* to,
                                       int64_t stride) {
     const Range range = range_of(x, rows.inputs);
     const Scale s = scale_of(range.finite ? range : Range{0, 0, true});
-    rows.scales[token] = range.finite ? s.scale : NAN;
-    rows.zeros[token] = static_cast<int32_t>(s.zero) - Isa::OFFSET;
+    rows.scales[token] = range.finite ? s.scale : __builtin_nanf("");
+    rows.zeros[token] = s.zero - Isa::OFFSET;
     constexpr int64_t GROUPS = LANES / GROUP;
     int64_t i = 0;
     for (; i + LANES <= rows.inputs; i += LANES, to += GROUPS * stride) {

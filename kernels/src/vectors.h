@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>  // sequences of numbers: types, no functions
 
 #include "isa/inline.h"
 
@@ -16,7 +17,7 @@ template <class Isa>
 struct Vectors {
   using Floats = typename Isa::Floats;
   using Ints = typename Isa::Ints;
-  using Codes = typename Isa::Codes;
+  using Bytes = typename Isa::Bytes;
   static constexpr int LANES = Isa::BYTES / 4;
 
   GRAPHPRUNE_INLINE Floats load(const float* from) {
@@ -45,6 +46,16 @@ struct Vectors {
     if (count > 0) std::memcpy(to, &v, count * sizeof(float));
   }
 
+  // The low bytes of four lanes side by side in the first of them.
+  GRAPHPRUNE_INLINE Ints low_bytes(Ints v) {
+    return low_bytes((Bytes)v, std::make_integer_sequence<int, Isa::BYTES>());
+  }
+  template <int... BYTE>
+  GRAPHPRUNE_INLINE Ints low_bytes(Bytes v, std::integer_sequence<int, BYTE...>) {
+    // Within 16 bytes, which is one instruction everywhere.
+    return (Ints)__builtin_shufflevector(v, v, (BYTE / 16 * 16 + BYTE % 4 * 4)...);
+  }
+
   GRAPHPRUNE_INLINE Floats all(float x) { return x - Floats{}; }
   GRAPHPRUNE_INLINE Ints all(int32_t x) { return x - Ints{}; }
   // Four codes of a token, to every lane.
@@ -54,8 +65,15 @@ struct Vectors {
     return all(x);
   }
 
-  GRAPHPRUNE_INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
-  GRAPHPRUNE_INLINE Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
+  // Where a is NaN, b.
+  template <class Vector>
+  GRAPHPRUNE_INLINE Vector larger(Vector a, Vector b) {
+    return a > b ? a : b;
+  }
+  template <class Vector>
+  GRAPHPRUNE_INLINE Vector smaller(Vector a, Vector b) {
+    return a < b ? a : b;
+  }
   GRAPHPRUNE_INLINE Floats magnitude(Floats x) { return (Floats)((Ints)x & 0x7fffffff); }
 
   // To the nearest, halves to even, for |x| < 2^22: after 1.5 * 2^23 is added no bit is left

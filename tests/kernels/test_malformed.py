@@ -1,4 +1,4 @@
-"""Malformed weights are an error of ONNX Runtime when the session starts, one sentence that names the node."""
+"""Malformed weights are a sentence that names the node, when the session starts."""
 
 from __future__ import annotations
 

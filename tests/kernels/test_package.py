@@ -113,7 +113,7 @@ def test_a_folder_without_a_model(
 
 
 def test_a_path_that_is_not_there(kernels: Any, tmp_path: Path) -> None:
-    with pytest.raises(kernels.KernelsError, match="there is no '.*nothing'"):
+    with pytest.raises(kernels.KernelsError, match=r"there is no '.*nothing'"):
         kernels.session(tmp_path / "nothing")
 
 
