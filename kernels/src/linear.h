@@ -81,10 +81,15 @@ struct Linear {
     return sums[0];
   }
 
-  // Sums to floats, without the activation. `output` is the first one, `token` the panel's.
-  template <int TOKENS, int VECTORS>
+  // Sums to floats, without the activation. `output` is the first one, `token` the panel's. Only
+  // the last strip may be cut, so that all others do without asking.
+  template <int TOKENS, int VECTORS, bool CUT>
   GRAPHPRUNE_INLINE void finish(const Packed& p, const Rows& rows, const Sums<TOKENS, VECTORS>& sums,
                                 int64_t token, int64_t output, float* y) {
+    const int32_t* const zeros = rows.zeros + token;
+    const float* const token_scales = rows.scales + token;
+    const int64_t stride = p.outputs, left = p.outputs - output;
+    y += token * stride + output;
     GRAPHPRUNE_UNROLL
     for (int v = 0; v < VECTORS; ++v) {
       const int64_t o = output + v * LANES;
@@ -93,10 +98,11 @@ struct Linear {
       const Floats bias = p.bias ? V::load(p.bias + o) : V::all(0.0f);
       GRAPHPRUNE_UNROLL
       for (int t = 0; t < TOKENS; ++t) {
-        const Ints whole = sums.of[t][v] - row_sums * rows.zeros[token + t];
-        const Floats scale = scales * rows.scales[token + t];
+        const Ints whole = sums.of[t][v] - row_sums * zeros[t];
+        const Floats scale = scales * token_scales[t];
         const Floats value = __builtin_convertvector(whole, Floats) * scale + bias;
-        V::store_some(y + (token + t) * p.outputs + o, value, p.outputs - o);
+        float* const to = y + t * stride + v * LANES;
+        CUT ? V::store_some(to, value, left - v * LANES) : V::store(to, value);
       }
     }
   }
@@ -112,7 +118,12 @@ struct Linear {
       const int8_t* first = p.blocks + p.starts[strip] * p.block_bytes() + part * Isa::BYTES;
       const auto sums =
           add_strip<TOKENS, VECTORS, CHUNKS>(p, strip, first, rows.panel(token));
-      finish(p, rows, sums, token, strip * HEIGHT + part * LANES, y);
+      const int64_t output = strip * HEIGHT + part * LANES;
+      if (output + VECTORS * LANES <= p.outputs) {
+        finish<TOKENS, VECTORS, false>(p, rows, sums, token, output, y);
+      } else {
+        finish<TOKENS, VECTORS, true>(p, rows, sums, token, output, y);
+      }
     }
   }
 
