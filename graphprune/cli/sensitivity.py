@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, final
 import typer
 
 from graphprune.cli.app import (
+    CALIBRATION,
+    MEASURING,
+    OUTPUT,
+    PRUNING,
     Batch,
     Calibration,
     Json,
@@ -63,31 +67,51 @@ class Analysis:
 def sensitivity_command(
     model: Model,
     ratios: Annotated[
-        str, typer.Option(help="Fractions of each group's units to remove.")
+        str,
+        typer.Option(help="Fractions of each group's units to remove.", rich_help_panel=PRUNING),
     ] = "0.25,0.5,0.75",
     score: Annotated[
-        str, typer.Option(help="obs, fluctuation, activation, magnitude or random.")
+        str,
+        typer.Option(
+            help="obs, fluctuation, activation, magnitude or random.", rich_help_panel=PRUNING
+        ),
     ] = "obs",
     role: Annotated[
-        list[str] | None, typer.Option(help="Which groups: head, kv_group, neuron …; repeatable.")
+        list[str] | None,
+        typer.Option(
+            help="Which groups: head, kv_group, neuron …; repeatable.", rich_help_panel=PRUNING
+        ),
     ] = None,
     calibration: Calibration = None,
     calibration_lines: Annotated[
         int,
         typer.Option(
-            help="At most so many sentences or samples of it; of running text, 32 tokens each."
+            help="At most so many sentences or samples of it; of running text, 32 tokens each.",
+            rich_help_panel=CALIBRATION,
         ),
     ] = 256,
-    measure: Annotated[
-        bool, typer.Option("--measure/--no-measure", help="Time the cuts too, role by role.")
-    ] = True,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE.html", help="Write the figures as a page too.")
+        Path | None,
+        typer.Option(
+            metavar="FILE.html", help="Write the figures as a page too.", rich_help_panel=OUTPUT
+        ),
     ] = None,
     recipe: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.yaml", help="Write a recipe that cuts what costs least."),
+        typer.Option(
+            metavar="FILE.yaml",
+            help="Write a recipe that cuts what costs least.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = None,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure/--no-measure",
+            help="Time the cuts too, role by role.",
+            rich_help_panel=MEASURING,
+        ),
+    ] = True,
     batch: Batch = "",
     threads: Threads = 1,
     seed: Annotated[int, typer.Option(help="For score random.")] = 0,

@@ -7,7 +7,11 @@ import sys
 from collections.abc import Callable
 
 import pytest
+import typer
 from typer.testing import Result
+
+import graphprune.cli  # noqa: F401 (it adds the commands)
+from graphprune.cli.app import app
 
 Run = Callable[..., Result]
 Sentence = Callable[[Result], str]
@@ -42,3 +46,14 @@ def test_version(run: Run) -> None:
     import graphprune
 
     assert run("--version").stdout == f"graphprune {graphprune.__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["compile", "front", "sensitivity"])
+def test_long_helps_have_panels(command: str) -> None:
+    parameters = typer.main.get_command(app).commands[command].params  # type: ignore[attr-defined]
+    loose = {
+        p.name
+        for p in parameters
+        if p.param_type_name == "option" and not getattr(p, "rich_help_panel", None)
+    }
+    assert loose <= {"out", "seed", "as_json", "allow_pickle"}
