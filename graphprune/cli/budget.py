@@ -34,7 +34,7 @@ from graphprune.storage.folders import check_writable
 from graphprune.validate import check_number
 
 if TYPE_CHECKING:
-    from graphprune.cli.compile import Options
+    from graphprune.cli.run import Options
     from graphprune.cli.subject import Subject
     from graphprune.cli.summary import Summary
     from graphprune.ir.program import Program
@@ -281,8 +281,8 @@ def front_command(
 
     # From here on torch is imported.
     from graphprune.cli.calibration import check_calibration
-    from graphprune.cli.compile import Options, check_output
     from graphprune.cli.evaluate import own_metric
+    from graphprune.cli.run import Options, check_output
     from graphprune.cli.subject import opened
     from graphprune.models.tasks import TASKS
     from graphprune.report.budget import FRONT
@@ -335,7 +335,7 @@ def _family(
     data: Path | None,
     display: Any,
 ) -> Front:
-    from graphprune.cli.compile import compiled_and_measured
+    from graphprune.cli.run import compiled_and_measured
     from graphprune.passes import Quantize
     from graphprune.report.budget import BudgetReport, Front
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, final
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -47,7 +46,7 @@ from graphprune.cli.early import (
     check_ratio,
     check_recipe,
 )
-from graphprune.cli.evaluate import NO_COLUMNS, evaluate_subject, own_metric
+from graphprune.cli.evaluate import own_metric
 from graphprune.cli.names import (
     ALLOCATIONS,
     LAYOUT_NAMES,
@@ -57,9 +56,8 @@ from graphprune.cli.names import (
     complete_task,
     completing,
 )
-from graphprune.cli.sizes import input_names, parse_batch, timed_inputs
-from graphprune.cli.subject import Exported, Subject, opened
-from graphprune.cli.timing import opponents_of, timing_of
+from graphprune.cli.run import Options, run
+from graphprune.cli.sizes import parse_batch
 from graphprune.cli.training import (
     TrainingOptions,
     check_plan,
@@ -69,43 +67,7 @@ from graphprune.cli.training import (
 from graphprune.errors import RecipeError
 
 if TYPE_CHECKING:
-    from graphprune.cli.summary import Summary
-    from graphprune.cli.training import LabeledData
-    from graphprune.exporters import Artifact
-    from graphprune.models.tasks import Task
     from graphprune.pipeline.base import Pass
-    from graphprune.pipeline.events import JSON, Observer
-    from graphprune.progress import Step
-
-LINES = 1024  # calibration sentences or samples, at most
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How `compiled_and_measured` goes about it; the command line's options."""
-
-    baseline: bool = True
-    verify: bool = True
-    measure: bool = True
-    quality: bool = True
-    sizes: tuple[int, ...] = ()
-    threads: int = 1
-    seed: int = 0
-    calibration: Path | None = None
-    lines: int = LINES
-    cache: bool = False
-    labeled: LabeledData | None = None
-    dynamic: tuple[str, ...] = ()
-    opset: int | None = None
-    layout: str = "auto"
-    weights: str = "auto"
-    target: str = "onnxruntime"
-    asked: Asked = field(default_factory=Asked)
-    task: str = ""  # that quality is evaluated by, where it is not the model's own
-    metric: Task | None = None  # the same, a function of the user's
-    data: Path | None = None
-    bundled: bool = False  # without calibration, text that every Python has
 
 
 def compile_command(
@@ -486,168 +448,3 @@ def steps_of(
     steps = load(wanted if recipe is None else recipe, lr)
     check_order(steps)
     return steps
-
-
-def check_output(path: Path) -> None:
-    """Refuse, before any work, a folder that cannot be written or is not ours to replace.
-
-    Raises:
-        ExportError: it is a file, holds what graphprune did not write, or is not writable.
-    """
-    from graphprune.exporters import is_artifact
-    from graphprune.storage.folders import check_target
-
-    check_target(path.expanduser(), is_artifact)
-
-
-def run(
-    model: str, steps: Sequence[Pass], out: Path, options: Options, allow_pickle: bool
-) -> Summary:
-    """Open a model, compile and measure it, with a progress display."""
-    check_output(out)
-    with opened(model, allow_pickle) as (subject, display):
-        return compiled_and_measured(
-            subject, steps, out, options, step=display.step, observer=display.observe
-        )
-
-
-def compiled_and_measured(
-    subject: Subject,
-    passes: Sequence[Pass],
-    path: Path,
-    options: Options,
-    step: Step,
-    observer: Observer,
-) -> Summary:
-    """Capture, prune, export, time, evaluate; each long step is announced through `step`."""
-    from graphprune.api import compile
-    from graphprune.cli.budget import as_timed, budget_pass
-    from graphprune.cli.calibration import bundled_calibration, calibration
-    from graphprune.cli.summary import Summary
-    from graphprune.cli.training import calibration_from, trained_first, training_of, with_task_head
-    from graphprune.exporters.artifact.export import check_runs
-    from graphprune.exporters.artifact.results import add_results
-    from graphprune.models.data.calibration import count_tokens
-    from graphprune.models.tasks.base import longest
-    from graphprune.pipeline.pipeline import check_steps
-
-    labeled = options.labeled
-    if labeled is not None:
-        subject, labeled = with_task_head(subject, labeled, options.seed)
-    with step("capture"):
-        start = subject.captured(options.cache, options.dynamic)
-        # What the model refuses is refused before the work.
-        check_steps(passes, start.program)
-        check_runs(options.target, start.program)
-        inputs = timed_inputs(start.program, options.sizes) if options.measure else {}
-    training = first = None
-    if labeled is not None and labeled.trains:
-        with step("training data"):
-            training = training_of(
-                labeled, input_names(start.program), subject.tokenizer_dir, longest(start.program)
-            )
-        if not subject.trained:
-            start, first = trained_first(start, training, labeled.options, options.seed, observer)
-    batches = None
-    if options.calibration is not None:
-        with step("calibration"):
-            batches = calibration(subject, start.program, options.calibration, options.lines)
-    elif training is None and options.bundled:
-        with step("calibration"):
-            batches = bundled_calibration(subject, start.program, options.lines)
-    elif training is not None and any(p.needs_calibration for p in passes):
-        batches = calibration_from(training, options.lines)
-    if options.asked.anything:
-        chosen = budget_pass(
-            options.asked,
-            subject,
-            start.program,
-            batches,
-            options.sizes,
-            options.threads,
-            options.metric,
-        )
-        passes = [chosen, *passes]
-        check_steps(passes, start.program)
-    passes = as_timed(passes, start.program, options.sizes, options.threads)
-    compiled = compile(
-        start,
-        passes,
-        calibration=batches,
-        training=training,
-        verify=options.verify,
-        seed=options.seed,
-        observers=[observer],
-    )
-    with step("export"):
-        artifact = compiled.export(
-            path,
-            target=options.target,
-            baseline=options.baseline,
-            opset=options.opset,
-            layout=options.layout,
-            weights=options.weights,
-        )
-    timing: Mapping[str, JSON] | None = None
-    operators: Mapping[str, JSON] | None = None
-    if options.measure and artifact.has_baseline:
-        with step("measure"):
-            opponents = opponents_of(artifact)
-            timing = timing_of(artifact, start.program, inputs, options.threads, opponents)
-            operators = artifact.operators(inputs, threads=options.threads)
-    quality: Mapping[str, JSON] = {}
-    if options.quality:
-        quality = _quality(artifact, subject, options, step)
-    results = {
-        "timing": timing,
-        "operators": operators,
-        "quality": quality,
-        "dense_training": first,
-    }
-    if noted := {key: value for key, value in results.items() if value}:
-        artifact = add_results(artifact, compiled.report, noted, compiled.described)
-    return Summary(
-        model=subject.name,
-        path=path,
-        upload=artifact.upload_bytes / 1e6,
-        report=compiled.report,
-        megabytes=_megabytes(artifact),
-        timing=timing,
-        quality=quality,
-        calibration=None if batches is None else count_tokens(batches),
-        bundled=options.bundled and options.calibration is None and training is None,
-        trained=first,
-        manifest=artifact.manifest,
-    )
-
-
-def _quality(artifact: Artifact, subject: Subject, options: Options, step: Step) -> dict[str, JSON]:
-    """Evaluate the artifact on labeled data or by the model's own task; nothing without either."""
-    from graphprune.models.tasks import TASKS
-
-    task: str | Task | None = options.task or subject.task
-    data, columns = options.data, NO_COLUMNS
-    labeled = options.labeled
-    if options.metric is not None:
-        task = options.metric
-    elif labeled is not None and labeled.evaluates:
-        task, data = labeled.options.task, labeled.options.eval
-        if labeled.schema is not None:
-            columns = (labeled.schema.text, labeled.schema.label)
-    if task is None:
-        return {}
-    record = TASKS[task] if isinstance(task, str) else task
-    if record.compares and not artifact.has_baseline:
-        return {}
-    with step(f"task {record.name}") as advance:
-        return evaluate_subject(Exported(artifact), record, data, advance, columns=columns)
-
-
-def _megabytes(artifact: Artifact) -> dict[str, float]:
-    """Size on disk of the ONNX files, weights beside them included."""
-    from graphprune.exporters.onnx.files import file_bytes
-
-    sizes = {"pruned": file_bytes(artifact.model_path)}
-    if artifact.has_baseline:
-        sizes["dense"] = file_bytes(artifact.baseline_path)
-    return {which: size / 1e6 for which, size in sizes.items()}

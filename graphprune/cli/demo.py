@@ -9,9 +9,9 @@ import typer
 
 from graphprune.cli.app import Json, stdout_console
 from graphprune.cli.budget import Asked
-from graphprune.cli.compile import Options, run
 from graphprune.cli.early import check_artifact_folder
 from graphprune.cli.names import complete_model
+from graphprune.cli.run import Options, run
 
 DEMO_MODEL = "minilm"
 FASTER = 3.0
