@@ -5,6 +5,7 @@ one when a stage ends, and while one runs at most one every ten seconds:
 
     capture: done in 4.2 s
     budget: models 31 of 100 (about 2 min 09 s left), 58 s so far
+    finetune: steps 341 of 513 (about 3 min 02 s left), epoch 2/3, loss 0.41, 6 min 01 s so far
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ class Stage:
         now: float,
         label: str = "",
         values: Mapping[str, float] | None = None,
+        where: str = "",
     ) -> None:
         """Take down how far it is; a count that begins again is estimated again."""
         held = self.counts.get(label)
@@ -94,7 +96,8 @@ class Stage:
         }
         # Another thread may be reading: a new dict, whole.
         self.counts = {**around, label: held}
-        self.note = ", ".join(f"{name} {value:.4g}" for name, value in (values or {}).items())
+        numbers = [f"{name} {value:.4g}" for name, value in (values or {}).items()]
+        self.note = ", ".join([where, *numbers] if where else numbers)
 
     def text(self, now: float) -> str:
         """How far it is, in words; empty where it does not say."""
@@ -275,7 +278,8 @@ class Display:
         elif self._pass is not None and isinstance(event, PassProgress):
             own = event.name == self._pass.title
             label = event.unit if own else f"{event.name}: {event.unit}"
-            self._pass.count(event.done, event.total, self._clock(), label, event.values)
+            now = self._clock()
+            self._pass.count(event.done, event.total, now, label, event.values, event.where)
             self._shown.update(self._pass)
         elif self._pass is not None and isinstance(event, PassFinished):
             self._shown.end(self._pass, _outcome(event, self._pass))

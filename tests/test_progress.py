@@ -42,6 +42,8 @@ def test_time_left_is_what_the_rest_takes_as_it_went() -> None:
     assert stage.text(65.0) == "steps 10 of 100 (about 45 s left)"
     stage.count(100, 100, 80.0, "steps")
     assert stage.text(80.0) == "steps 100 of 100"
+    stage.count(100, 100, 80.0, "steps", {"loss": 0.25}, "epoch 2/2")
+    assert stage.text(80.0) == "steps 100 of 100, epoch 2/2, loss 0.25"
 
 
 def test_a_loop_is_shown_with_what_runs_in_it() -> None:
@@ -101,11 +103,18 @@ def test_passes_are_followed(terminal: bool) -> None:
         display.observe(PassProgress("repeat", 1, 3, "repeats"))
         display.observe(PassProgress("finetune", 5, 10, "steps", {"loss": 0.5}))
         display.observe(PassFinished("repeat", 0, 1, True, 1.0, 0.0, {"verification": {}}))
+        display.observe(PassStarted("distill", 0, 1))
+        display.observe(PassProgress("distill", 10, 10, "steps", {"loss": 0.5}, "epoch 2/2"))
+        display.observe(PassFinished("distill", 0, 1, True, 1.0, 0.0, {"metric_after": 0.9}))
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()
     assert ("━" in text) == terminal
     if not terminal:
-        assert text == "capture: done in 0.0 s\nrepeat: done in 0.0 s, verified\n"
+        assert text.splitlines() == [
+            "capture: done in 0.0 s",
+            "repeat: done in 0.0 s, verified",
+            "distill: done in 0.0 s, epoch 2/2, loss 0.5",
+        ]
 
 
 def test_what_a_pass_runs_is_named_beside_its_repeats() -> None:

@@ -189,9 +189,11 @@ class Context:
         """The analysis of this program, computed once."""
         return self.run.get(analysis, program)
 
-    def progress(self, done: int, total: int, unit: str = "", **values: float) -> None:
+    def progress(
+        self, done: int, total: int, unit: str = "", *, where: str = "", **values: float
+    ) -> None:
         """Report the progress of the running pass to observers, with numbers such as the loss."""
-        self.run.emit(PassProgress(self.running, done, total, unit, values))
+        self.run.emit(PassProgress(self.running, done, total, unit, values, where))
 
     def shrink(
         self, program: Program, keep: Keep, prepared: Program | None = None

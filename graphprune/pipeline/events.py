@@ -33,7 +33,8 @@ class PassStarted:
 class PassProgress:
     """A long pass has done `done` of `total` units of its work.
 
-    `values` are numbers to watch on the way, such as the loss of a pass that trains.
+    `values` are numbers to watch on the way, such as the loss of a pass that trains, and `where`
+    says in words how far that is, such as "epoch 2/3".
     """
 
     name: str
@@ -41,6 +42,7 @@ class PassProgress:
     total: int
     unit: str = ""
     values: Mapping[str, float] = field(default_factory=dict)
+    where: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -399,7 +399,10 @@ class _Run:
         values = {"loss": loss}
         if self.place.log and self.place.log[-1].metric is not None:
             values["metric"] = self.place.log[-1].metric
-        self.ctx.progress(self.place.step, self.total, "steps", **values)
+        # Between two epochs it is at the end of the one before.
+        epoch = self.place.epoch + (self.place.round > 0)
+        where = f"epoch {epoch}/{self.plan.epochs}"
+        self.ctx.progress(self.place.step, self.total, "steps", where=where, **values)
 
     # --- structure -------------------------------------------------------------------------------
 

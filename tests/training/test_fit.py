@@ -620,6 +620,7 @@ def test_progress_tells_loss_and_metric(captured: Captured) -> None:
     steps = [event for event in seen if isinstance(event, PassProgress)]
     assert [e.done for e in steps if e.unit == "steps"] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
     assert all(math.isfinite(e.values["loss"]) and e.total == 8 for e in steps)
+    assert [e.where for e in steps] == ["epoch 1/2"] * 5 + ["epoch 2/2"] * 5
     assert "metric" not in steps[0].values
     assert 0 <= steps[-1].values["metric"] <= 1
 
