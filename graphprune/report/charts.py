@@ -8,6 +8,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from graphprune.report.dots import named
+
 if TYPE_CHECKING:
     from graphprune.report.budget import Front
     from graphprune.report.compare import Overview
@@ -300,7 +302,7 @@ def scatter(
     y_title: str,
     wide: bool = False,
 ) -> list[Chart]:
-    """Points (x, y, name) of several series, those of one series joined by a line."""
+    """Points (x, y, name) of several series with their names, those of one joined by a line."""
     if not series or not charts_available():
         return []
     options = {**_options(460), **_WIDE} if wide else {**_options(360), "include_x_axis": False}
@@ -311,7 +313,8 @@ def scatter(
             for x, y, label in marks
         ]
         chart.add(name, dots, stroke=len(dots) > 1)
-    return [_chart(chart, caption)]
+    texts = [label for marks in series.values() for _, _, label in marks]
+    return [_chart(chart, caption, texts)]
 
 
 _WIDE = {"width": 760, "include_x_axis": False}
@@ -368,13 +371,16 @@ def _options(height: int) -> dict[str, Any]:
     }
 
 
-def _chart(chart: Any, caption: str) -> Chart:
+def _chart(chart: Any, caption: str, texts: Sequence[str] = ()) -> Chart:
+    """A drawing for the page; `texts` are the names of its dots, where they are written out."""
     import markupsafe
 
     svg = str(chart.render(is_unicode=True))
     # Script and comments of the library: the page works without, and names no server.
     svg = re.sub(r"<script.*?</script>|<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = _titled(svg)
+    if texts:
+        svg = named(svg, texts)
     names = [str(more["title"]) for _, more in chart.raw_series]
     legend = [(name, _COLORS[i % len(_COLORS)]) for i, name in enumerate(names) if len(names) > 1]
     return {"svg": markupsafe.Markup(svg), "caption": caption, "legend": legend}
