@@ -26,7 +26,7 @@ _CIRCLE = re.compile(r'<circle cx="([-\d.e]+)" cy="([-\d.e]+)" r="[\d.]+" class=
 _RADIUS = re.compile(r'\br="[\d.]+"')
 _PLOT = re.compile(r'class="plot"><rect x="0" y="0" width="([\d.]+)" height="([\d.]+)"')
 _OVERLAY = re.compile(r'<g transform="[^"]*" class="plot text-overlay">')
-# The page's color around the letters: lines pass behind them.
+# The page's color around the letters: lines do not cross them.
 _STYLE = (
     "font-size: 12px; text-anchor: start; fill: var(--ink); "
     "paint-order: stroke; stroke: var(--page); stroke-width: 3px"
