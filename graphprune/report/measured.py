@@ -18,8 +18,8 @@ _KEPT = (0.99, 0.95)
 THRESHOLDS = (
     f"Green: at least {_FASTER[0]:g} times faster, and faster in three of four rounds; at least "
     f"{_SMALLER[0]:g} times smaller; at least {100 * _KEPT[0]:g} % of the dense model's quality "
-    f"kept. Yellow: not slower, not larger, at least {100 * _KEPT[1]:g} % kept. Red: worse than "
-    "that. Gray: not measured."
+    f"kept, or as much agreement. Yellow: not slower, not larger, at least {100 * _KEPT[1]:g} % "
+    "kept or agreed on. Red: worse than that. Gray: not measured."
 )
 _WIDE = 1.2  # upper quartile of the rounds' ratios by the lower one
 _DEPLOYED, _BASELINE = "model.onnx", "baseline.onnx"
@@ -292,14 +292,16 @@ class Measured:
         return Tile("Size", times_text(smaller, "smaller", "larger"), note, color)
 
     def _kept(self) -> Tile:
-        title = "Quality kept"
         pruned, dense = self.quality.get("pruned"), self.quality.get("dense")
         if pruned is None:
-            return Tile(title, "not measured", "no task evaluated this model", UNKNOWN)
+            return Tile("Quality kept", "not measured", "no task evaluated this model", UNKNOWN)
+        title = "Agreement with dense" if pruned.get("compares") else "Quality kept"
         on = f" on {self.items}" if self.items else ""
         if dense is None:
             return Tile(title, f"{pruned['value']:.3f}", f"{pruned['metric']}{on}", UNKNOWN)
         note = f"{pruned['metric']} {dense['value']:.3f} → {pruned['value']:.3f}{on}"
+        if pruned.get("compares"):
+            note = f"{pruned['metric']}{on}; no measure of quality"
         kept = self.kept
         if self.guessing():
             return Tile(title, "none to keep", f"the dense model guesses: {note}", POOR)

@@ -51,6 +51,7 @@ class TaskResult:
         guess: what a model gets that gives every item the same answer; None where that is unknown.
         meaning: what the figure says, in a sentence.
         items: what the things counted are called.
+        compares: whether it is an agreement with the dense model, which says nothing about either.
     """
 
     task: str
@@ -65,6 +66,7 @@ class TaskResult:
     guess: float | None = None
     meaning: str = ""
     items: str = "items"
+    compares: bool = False
 
     def to_json(self) -> dict[str, JSON]:
         """Plain data: the figures, without the outcome."""
@@ -149,6 +151,7 @@ class Task:
             higher_is_better=self.higher_is_better,
             meaning=self.meaning,
             items=self.items,
+            compares=self.compares,
             **more,
         )
 

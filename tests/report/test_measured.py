@@ -214,3 +214,12 @@ def test_operators_and_megabytes_are_on_the_page_largest_first() -> None:
     bare = report_page(quantized_report(), manifest())
     assert "Where the time goes" not in bare
     assert "Where the megabytes are" not in bare
+
+
+def test_an_agreement_is_not_called_quality() -> None:
+    agreed = {"task": "neighbors", "metric": "agreement of 10 nearest", "compares": True}
+    tile = Measured(manifest(quality=quality(1.0, 0.83, **agreed))).tiles()[2]
+    assert tile.title == "Agreement with dense"
+    assert tile.value == "83.0 %"
+    assert "quality" not in tile.note.replace("no measure of quality", "")
+    assert Measured(manifest(quality=quality(0.9, 0.83))).tiles()[2].title == "Quality kept"
