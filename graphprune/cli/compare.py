@@ -29,14 +29,16 @@ def compare_command(
     Nothing is measured: the figures are those that `compile` and `bench --note` recorded, and where
     they come from different machines it is said.
     """
+    if len(set(artifacts)) < 2:
+        raise GraphPruneError("compare takes two or more artifacts: graphprune compare OUT1 OUT2")
+    check_file(out, "--out writes an HTML page", (".html",))
+
+    # From here on torch is imported.
     from graphprune.exporters import open_artifact
     from graphprune.report.compare import Overview
     from graphprune.report.measured import Measured
     from graphprune.report.page import compare_page
 
-    if len(set(artifacts)) < 2:
-        raise GraphPruneError("compare takes two or more artifacts: graphprune compare OUT1 OUT2")
-    check_file(out, "--out writes an HTML page", (".html",))
     opened = [(name, open_artifact(Path(name).expanduser())) for name in dict.fromkeys(artifacts)]
     found = Overview.of([(name, Measured(artifact.manifest)) for name, artifact in opened])
     out.write_text(compare_page(found), encoding="utf-8")

@@ -123,21 +123,24 @@ def sensitivity_command(
     Without --calibration the outputs are compared on the model's example inputs only. Times are
     CPU time of one thread; with --threads above 1, of the wall clock.
     """
+    fractions = parse_ratios(ratios)
+    sizes = parse_batch(batch)
+    check_plot(plot)
+    check_recipe(recipe)
+
+    # From here on torch is imported.
     from graphprune.cli.calibration import check_calibration
     from graphprune.cli.tables import sensitivity_tables
     from graphprune.passes.structural.sensitivity import check_options
 
-    fractions = parse_ratios(ratios)
     check_options(fractions, score, role or [])
     check_calibration([], calibration)
-    check_plot(plot)
-    check_recipe(recipe)
     analysis = Analysis(
         ratios=fractions,
         score=score,
         roles=role or [],
         measure=measure,
-        sizes=parse_batch(batch),
+        sizes=sizes,
         threads=threads,
         seed=seed,
         calibration=calibration,

@@ -226,7 +226,23 @@ def _convert(value: Any, hint: Any, where: str, lr: float | None) -> Any:
             return None
     elif hint is Any or (isinstance(hint, type) and isinstance(value, hint)):
         return value
-    raise RecipeError(f"{where} must be {_words(hint)}, got {value!r}")
+    raise RecipeError(f"{where} must be {_words(hint)}, got {value!r}{_written(value, hint)}")
+
+
+def _written(value: Any, hint: Any) -> str:
+    """How a number is written that YAML reads as text, such as 50%, "8" or 1e-4; else nothing."""
+    kinds = (hint, *typing.get_args(hint))
+    if not isinstance(value, str) or not (float in kinds or int in kinds):
+        return ""
+    try:
+        number = float(value.removesuffix("%"))
+    except ValueError:
+        return ""
+    number = number / 100 if value.endswith("%") else number
+    if float not in kinds:
+        return f": write {int(number)}" if number.is_integer() else ""
+    # To YAML, 1.0e-4 is a number, and 1e-4 is text.
+    return f": write {yaml.safe_dump(number).split()[0]}"
 
 
 def _is_pass(hint: Any) -> bool:

@@ -56,6 +56,9 @@ CASES = {
     "eval tiny-mlp --metric own.py:f": "no file 'own.py'",
     "front tiny-mlp --faster 1 -o x": "above 1",
     "inspect tiny-mpl": "'tiny-mlp'",
+    "sensitivity tiny-mlp --ratios 2": "below 1",
+    "sensitivity tiny-mlp --plot page.pdf": ".html",
+    "compare out": "two or more",
 }
 COMPLETIONS = {
     "graphprune compile tiny-d": "tiny-deit tiny-distilbert",
