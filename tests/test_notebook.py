@@ -59,5 +59,5 @@ def test_what_people_hold_is_shown_in_a_line_and_in_a_notebook(tmp_path: Path) -
     quality = {"pruned": {"metric": "accuracy", "value": 0.5}}
     measured = {**artifact.manifest, "results": {"timing": timing, "quality": quality}}
     text = shown(Artifact(artifact.path, measured))
-    assert "1.50 ms, batch 1x8, 1 thread(s): 2.00x as fast as dense" in text
+    assert "1.50 ms, batch 1x8, 1 thread: 2.00x as fast as dense" in text
     assert "accuracy of pruned: 0.5000" in text

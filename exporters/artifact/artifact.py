@@ -21,7 +21,7 @@ from graphprune.exporters.runtime.timing import Clock, Comparison, compare_files
 from graphprune.ir.decoding import PAST, is_past
 from graphprune.ir.quantization import SCHEMES, Mark
 from graphprune.ir.sizes import check_sizes, limits_from_json
-from graphprune.report.measured import megabytes_text
+from graphprune.report.measured import megabytes_text, plural
 from graphprune.storage.folders import restore
 from graphprune.storage.layout import FLAT, LAYOUTS, MANIFEST, Layout, layout_of
 from graphprune.storage.program import check_hashes, digest, read_json
@@ -347,7 +347,7 @@ class Artifact:
         timing, quality = results.get("timing"), results.get("quality") or {}
         said = []
         if timing:
-            where = f"batch {timing['batch']}, {timing['threads']} thread(s)"
+            where = f"batch {timing['batch']}, {plural(timing['threads'], 'thread')}"
             times = f"{timing['speedup']:.2f}x as fast as {timing['against']}"
             said.append(f"{timing['pruned_ms']:.2f} ms, {where}: {times}")
         return said + [

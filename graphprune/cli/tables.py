@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from graphprune.pipeline.events import JSON
-from graphprune.report.measured import short
+from graphprune.report.measured import plural, short
 
 if TYPE_CHECKING:
     from graphprune.axes import AxisGroup, AxisGroups
@@ -116,7 +116,7 @@ def operators_table(operators: Mapping[str, Mapping[str, float]], most: int = 8)
     from graphprune.report.charts import largest_first
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("operator")
+    table.add_column("operator, wall time")
     for which in operators:
         table.add_column(f"{which}, ms", justify="right")
     for name, values in largest_first(operators, most):
@@ -131,7 +131,8 @@ def timing_table(timing: Mapping[str, JSON]) -> Table:
     """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     clock = "CPU" if timing["clock"] == "cpu" else "wall"
-    table.add_column(f"batch {timing['batch']}, {timing['threads']} thread(s), {clock} time")
+    threads = plural(timing["threads"], "thread")
+    table.add_column(f"batch {timing['batch']}, {threads} of {timing['cpu']}, {clock} time")
     for title in ("median", "quartiles"):
         table.add_column(title, justify="right")
     _add_times(table, timing, "")

@@ -9,15 +9,21 @@ from rich.console import Console
 from graphprune.cli.tables import memory_table, timing_table
 
 
-def test_times_have_three_digits_and_no_exponent_and_name_the_clock() -> None:
-    timing: dict[str, Any] = {"batch": "8x128", "threads": 1, "clock": "cpu"}
+def test_times_have_three_digits_and_no_exponent_and_name_machine_and_clock() -> None:
+    timing: dict[str, Any] = {"batch": "8x128", "threads": 1, "clock": "cpu", "cpu": "EPYC"}
     for name, values in (("dense", (1013.4, 999.9, 1e4)), ("pruned", (99.96, 0.01234, 12.34))):
         for key, value in zip(("_ms", "_low_ms", "_high_ms"), values, strict=True):
             timing[f"{name}{key}"] = value
     console = Console(width=120)
     with console.capture() as shown:
         console.print(timing_table(timing))
-    for text in ("1,010 ms", "1,000 to 10,000", "100 ms", "0.0123 to 12.3", "CPU time"):
+    for text in (
+        "1,010 ms",
+        "1,000 to 10,000",
+        "100 ms",
+        "0.0123 to 12.3",
+        "1 thread of EPYC, CPU time",
+    ):
         assert text in shown.get()
 
 
