@@ -123,8 +123,10 @@ class Compiled:
 
         Args:
             path: the folder to make; one that graphprune made before is replaced as a whole.
-            target: what will run it: "onnxruntime"; or "genai", which is onnxruntime-genai with a
-                cache that is not copied from token to token, for decoders compiled with cache=True.
+            target: what will run it: "onnxruntime"; "genai", which is onnxruntime-genai with a
+                cache that is not copied from token to token, for decoders compiled with cache=True;
+                or "onnxruntime+kernels", ONNX Runtime with the library of graphprune-kernels, where
+                products with zero blocks become sparse if that takes less time on this machine.
             baseline: write the dense model as baseline.onnx too, to measure against.
             calibration: batches for quantization that needs them; by default those that were given
                 to `compile`.

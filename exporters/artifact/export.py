@@ -31,6 +31,8 @@ from graphprune.exporters.artifact.artifact import (
 )
 from graphprune.exporters.artifact.results import MARKDOWN, PAGE, Finish, write_reports
 from graphprune.exporters.artifact.weights import bytes_by_role, tensor_roles
+from graphprune.exporters.kernels.choose import Chooser
+from graphprune.exporters.kernels.library import find_library
 from graphprune.exporters.onnx.convert import check_opset, to_onnx
 from graphprune.exporters.onnx.files import (
     WEIGHTS,
@@ -42,7 +44,7 @@ from graphprune.exporters.onnx.files import (
 )
 from graphprune.exporters.onnx.grouped import check_cache
 from graphprune.exporters.onnx.names import input_names, limits_by_input
-from graphprune.exporters.quantize.quantize import quantize
+from graphprune.exporters.quantize.quantize import Choose, quantize
 from graphprune.exporters.runtime.kv_cache import filled, shapes_of
 from graphprune.exporters.runtime.parity import check_parity, grouped_inputs
 from graphprune.exporters.runtime.probe import cpu
@@ -62,7 +64,12 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 # What runs an artifact, and the quantization schemes that it has operators for.
-TARGETS: Mapping[str, tuple[str, ...]] = {"onnxruntime": tuple(SCHEMES), "genai": tuple(SCHEMES)}
+KERNELS = "onnxruntime+kernels"
+TARGETS: Mapping[str, tuple[str, ...]] = {
+    "onnxruntime": tuple(SCHEMES),
+    "genai": tuple(SCHEMES),
+    KERNELS: ("int8-dynamic",),
+}
 GROUPED = ("genai",)  # targets whose past and present share a buffer (`onnx.grouped`)
 
 _Notes = dict[str, Any]
@@ -90,7 +97,9 @@ def export(
         path: the artifact's folder.
         target: what will run it: "onnxruntime", or "genai" for onnxruntime-genai with a cache that
             past and present share. That file runs in ONNX Runtime too, but reads several tokens on
-            top of a past for one sample at a time.
+            top of a past for one sample at a time. "onnxruntime+kernels" is ONNX Runtime with the
+            library of graphprune-kernels: products with enough zero blocks become sparse there,
+            each where that takes the least time on this machine.
         baseline: the dense program, written as baseline.onnx by the same exporter; or the
             baseline.onnx of an artifact that this program comes from, which is copied.
         extra: more files by name (tokenizer, labels), as paths to copy or bytes.
@@ -119,11 +128,15 @@ def export(
     mark = program.quantization
     check_forms(layout.name, weights, target)
     check_runs(target, program)
+    check_marked(target, mark)
     check_target(path, is_artifact)
     _check_extra(extra or {}, layout)
     notes: _Notes = {"parity": {}, "sizes": {}, "parameters": {}, "quantization": {}}
     batches = _calibration(program, calibration, mark)
-    options = _Options(opset, weights, tuple(optional), dict(metadata or {}), target in GROUPED)
+    chooser = Chooser(find_library()) if target == KERNELS else None
+    options = _Options(
+        opset, weights, tuple(optional), dict(metadata or {}), target in GROUPED, chooser
+    )
     with whole_folder(path) as folder:
         (folder / layout.onnx).mkdir(exist_ok=True)
         (folder / layout.own).mkdir(exist_ok=True)
@@ -149,6 +162,8 @@ def export(
         notes["weights"] = _weights(program, baseline, folder, files)
         _copy_extra(extra or {}, folder, layout)
         manifest = _manifest(program, target, model, notes, layout, files)
+        if chooser is not None:
+            manifest["kernels"] = chooser.library.to_json()
         manifest["beside"] = [n for n in files.values() if data_file(folder / n).is_file()]
         _copy_extra(finish(manifest), folder, layout)
         if program.report is None:
@@ -172,6 +187,7 @@ class _Options:
     optional: tuple[str, ...]
     metadata: Mapping[str, str]
     grouped: bool
+    choose: Choose | None
 
 
 def measure(program: Program, *, threads: int = 1, repeats: int = 10) -> float:
@@ -234,15 +250,31 @@ def check_runs(target: str, program: Program) -> None:
 
     Raises:
         ExportError: it has no operators for the quantization scheme, or takes no such cache.
+        GraphPruneError: it needs the library of kernels, which is not installed.
     """
     if target in GROUPED:
         check_cache(target, program.entries[program.deployed])
+    if target == KERNELS:
+        find_library()
     mark = program.quantization
     if mark is not None and mark.scheme not in TARGETS[target]:
         able = [name for name, schemes in TARGETS.items() if mark.scheme in schemes]
         raise ExportError(
             f"target {target!r} has no operators for scheme {mark.scheme!r}; it runs "
             f"{list(TARGETS[target])}, and {able} run {mark.scheme!r}"
+        )
+
+
+def check_marked(target: str, mark: Mark | None) -> None:
+    """Refuse a float program for a target whose own operators are in int8.
+
+    Raises:
+        ExportError: it is one.
+    """
+    if target == KERNELS and mark is None:
+        raise ExportError(
+            f"target {target!r} multiplies sparse blocks in int8, and nothing marks the model for "
+            "that: add Quantize('int8-dynamic') as the last pass, or --quantize int8-dynamic"
         )
 
 
@@ -265,7 +297,9 @@ def _write_quantized(
     source = folder / files["model"]
     name = quantized_name(mark.scheme) if layout is HUB else MODEL
     target = source.with_name(name)
-    notes["quantization"][name] = quantize(source, target, mark, feeds, batches, weights)
+    notes["quantization"][name] = quantize(
+        source, target, mark, feeds, batches, weights, options.choose
+    )
     notes["sizes"][name] = file_bytes(target)
     found = {"model": layout.onnx + name}
     if layout is HUB:

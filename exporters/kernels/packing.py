@@ -10,7 +10,7 @@ while it holds `height` sums. Outputs are padded to whole blocks, inputs to whol
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 
@@ -81,8 +81,8 @@ def pack(weight: Floats, height: int, bits: int) -> Packed:
     largest = np.abs(weight).max(axis=1, initial=0.0)
     scales = np.where(largest > 0, largest / LARGEST[bits], 1.0).astype(np.float32)
     tiles = _tiles(np.rint(weight / scales[:, None]).astype(np.int8), height)
-    alive = tiles.any(axis=(2, 3))
-    strips, columns = alive.nonzero()
+    alive = np.any(tiles, axis=(2, 3))
+    strips, columns = np.nonzero(alive)
     starts = np.concatenate([[0], np.cumsum(alive.sum(axis=1))])
     padded = np.pad(scales, (0, len(tiles) * height - outputs), constant_values=1.0)
     blocks = np.ascontiguousarray(tiles[strips, columns])
@@ -96,7 +96,7 @@ def density(weight: Floats, height: int) -> float:
     return float(_tiles(weight != 0, height).any(axis=(2, 3)).mean())
 
 
-def _tiles(array: npt.NDArray[np.generic], height: int) -> npt.NDArray[np.generic]:
+def _tiles(array: npt.NDArray[Any], height: int) -> npt.NDArray[Any]:
     """[outputs, inputs] in blocks, [strips, groups, height, WIDTH], padded with zeros."""
     outputs, inputs = array.shape
     padded = np.pad(array, ((0, -outputs % height), (0, -inputs % WIDTH)))

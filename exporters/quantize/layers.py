@@ -62,11 +62,11 @@ _KINDS: dict[str, dict[int, Kind]] = {
 
 
 def _swaps(node: onnx.NodeProto) -> bool:
-    return list(_attributes(node).get("perm", [1, 0])) == [1, 0]
+    return list(attributes(node).get("perm", [1, 0])) == [1, 0]
 
 
 def _fits(node: onnx.NodeProto, weight: onnx.TensorProto) -> bool:
-    a = _attributes(node)
+    a = attributes(node)
     if node.op_type == "Gemm":
         plain = a.get("alpha", 1.0) == 1.0 and a.get("beta", 1.0) == 1.0 and not a.get("transA", 0)
         return plain and len(weight.dims) == 2
@@ -75,7 +75,8 @@ def _fits(node: onnx.NodeProto, weight: onnx.TensorProto) -> bool:
     return node.op_type == "Conv" or len(weight.dims) == 2
 
 
-def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
+def attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    """A node's attributes by name, as plain values."""
     from onnx import helper
 
     return {a.name: helper.get_attribute_value(a) for a in node.attribute}
@@ -86,7 +87,7 @@ def half_tied(model: onnx.ModelProto, chosen: Collection[Layer]) -> dict[Layer, 
 
     Storing a tied table twice, in float and in int8, would make the file larger.
     """
-    readers = _readers(model.graph)
+    readers = readers_of(model.graph)
     taken = {layer.node for layer in chosen}
     shared = {layer.weight for layer in chosen if layer.tied or layer.kind == "embedding"}
     result: dict[Layer, str] = {}
@@ -109,7 +110,8 @@ def _through_transposes(
             yield node
 
 
-def _readers(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
+def readers_of(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
+    """The nodes that read each value, by its name."""
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
         for name in node.input:
@@ -121,7 +123,7 @@ class Editor:
     """Edits a model's nodes and initializers in place."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
-        self.graph = model.graph
+        self.model, self.graph = model, model.graph
         self.weights = {i.name: i for i in model.graph.initializer}
         self.nodes = {n.name: n for n in model.graph.node}
 
@@ -135,8 +137,7 @@ class Editor:
             Names of the nodes that compute the chosen products; some compute several (`_merge`).
         """
         for layer in layers:
-            if self.nodes[layer.node].op_type == "Gemm":
-                self._spell_out_gemm(layer)
+            self.spell_out(layer)
         for layer in chosen:
             if layer.tied:
                 self._untie(layer)
@@ -144,7 +145,7 @@ class Editor:
             if layer.kind == "embedding":
                 self._quantize_table(layer)
         names = self._merge_all([self.nodes[x.node] for x in chosen if x.kind == "matmul"])
-        self._drop_unread()
+        self.drop_unread()
         return [*names, *(x.node for x in chosen if x.kind == "conv")]
 
     def _merge_all(self, products: Iterable[onnx.NodeProto]) -> list[str]:
@@ -152,7 +153,7 @@ class Editor:
 
         A weight that others read too keeps its product, or the file would hold it twice.
         """
-        readers = _readers(self.graph)
+        readers = readers_of(self.graph)
         groups: dict[str, list[onnx.NodeProto]] = {}
         for node in products:
             alone = len(readers[node.input[1]]) == 1
@@ -170,22 +171,22 @@ class Editor:
 
         first, name = group[0], f"{group[0].name}_merged"
         stem = f"{first.input[1]}_merged"
-        weights = [self._array(node.input[1]) for node in group]
-        biases = [self._bias(node, readers) for node in group]
+        weights = [self.array(node.input[1]) for node in group]
+        biases = [self.bias(node, readers) for node in group]
         widths = [weight.shape[1] for weight in weights]
         whole = f"{first.output[0]}_merged"
-        weight = self._store(stem, np.concatenate(weights, 1))
+        weight = self.store(stem, np.concatenate(weights, 1))
         new = [helper.make_node("MatMul", [first.input[0], weight], [whole], name)]
         if any(biases):
             rows = [
-                self._array(found[1]) if found else np.zeros(width, np.float32)
+                self.array(found[1]) if found else np.zeros(width, np.float32)
                 for found, width in zip(biases, widths, strict=True)
             ]
-            inputs = [whole, self._store(f"{stem}_bias", np.concatenate(rows))]
+            inputs = [whole, self.store(f"{stem}_bias", np.concatenate(rows))]
             whole = f"{whole}_sum"
             new.append(helper.make_node("Add", inputs, [whole], f"{name}_bias"))
         ends = [found[0] if found else node for node, found in zip(group, biases, strict=True)]
-        inputs = [whole, self._store(f"{stem}_widths", np.array(widths, np.int64))]
+        inputs = [whole, self.store(f"{stem}_widths", np.array(widths, np.int64))]
         outputs = [node.output[0] for node in ends]
         new.append(helper.make_node("Split", inputs, outputs, f"{name}_split", axis=-1))
         position = list(self.graph.node).index(first)
@@ -195,7 +196,7 @@ class Editor:
             self.graph.node.insert(position + offset, node)
         return name
 
-    def _bias(
+    def bias(
         self, node: onnx.NodeProto, readers: Mapping[str, list[onnx.NodeProto]]
     ) -> tuple[onnx.NodeProto, str] | None:
         """The Add that alone reads a product, and the constant of its width that it adds."""
@@ -208,13 +209,14 @@ class Editor:
         found = [n for n in users[0].input if n in self.weights and self.weights[n].dims == width]
         return (users[0], found[0]) if found else None
 
-    def _array(self, name: str) -> npt.NDArray[np.float32]:
+    def array(self, name: str) -> npt.NDArray[np.float32]:
+        """A weight's values."""
         from onnx import numpy_helper
 
         array: npt.NDArray[np.float32] = numpy_helper.to_array(self.weights[name])
         return array
 
-    def _store(self, name: str, array: npt.NDArray[np.generic]) -> str:
+    def store(self, name: str, array: npt.NDArray[np.generic]) -> str:
         """Add a weight; one of that name holds the same values already."""
         from onnx import numpy_helper
 
@@ -224,17 +226,26 @@ class Editor:
             self.weights[name] = self.graph.initializer[-1]
         return name
 
+    def replace(self, name: str, array: npt.NDArray[np.generic]) -> None:
+        """Give a weight other values."""
+        from onnx import numpy_helper
+
+        self.weights[name].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array), name))
+
     def _untie(self, layer: Layer) -> None:
         node = self.nodes[layer.node]
-        node.input[1] = self._store(f"{layer.weight}_transposed", self._array(layer.weight).T)
+        node.input[1] = self.store(f"{layer.weight}_transposed", self.array(layer.weight).T)
 
-    def _spell_out_gemm(self, layer: Layer) -> None:
+    def spell_out(self, layer: Layer) -> None:
+        """Make a Gemm a MatMul and an Add; other layers stay as they are."""
         from onnx import helper
 
         node = self.nodes[layer.node]
-        if _attributes(node).get("transB", 0):
+        if node.op_type != "Gemm":
+            return
+        if attributes(node).get("transB", 0):
             turned = f"{node.input[1]}_transposed"
-            node.input[1] = self._store(turned, self._array(node.input[1]).T)
+            node.input[1] = self.store(turned, self.array(node.input[1]).T)
         bias = node.input[2] if len(node.input) > 2 else ""
         del node.attribute[:]
         node.op_type = "MatMul"
@@ -254,10 +265,10 @@ class Editor:
         node = self.nodes[layer.node]
         indices, output = node.input[1], node.output[0]
         coded, plain, steps = (f"{output}_row_{part}" for part in ("int8", "codes", "scales"))
-        codes, scales = quantized_rows(self._array(layer.weight))
-        node.input[0] = self._store(f"{layer.weight}_row_int8", codes)
+        codes, scales = quantized_rows(self.array(layer.weight))
+        node.input[0] = self.store(f"{layer.weight}_row_int8", codes)
         node.output[0] = coded
-        table_scales = self._store(f"{layer.weight}_row_scales", scales)
+        table_scales = self.store(f"{layer.weight}_row_scales", scales)
         following = [
             helper.make_node("Cast", [coded], [plain], to=1),
             helper.make_node("Gather", [table_scales, indices], [steps], axis=0),
@@ -268,7 +279,8 @@ class Editor:
             new.name = f"{node.name}_{new.op_type}"
             self.graph.node.insert(position + offset, new)
 
-    def _drop_unread(self) -> None:
+    def drop_unread(self) -> None:
+        """Drop weights that nothing reads, and the Transposes that alone read them."""
         for node in [n for n in self.graph.node if n.op_type == "Transpose"]:
             if node.output[0] not in self._read():
                 self.graph.node.remove(node)

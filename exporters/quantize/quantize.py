@@ -16,12 +16,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from graphprune.errors import ArtifactError, ExportError
+from graphprune.exporters.kernels.lower import Form, lower
 from graphprune.exporters.onnx.files import file_bytes, save_onnx
 from graphprune.exporters.quantize.layers import Editor, Layer, find_layers, half_tied
 from graphprune.exporters.runtime.drift import Outputs, drifts, run_all, worst
@@ -38,6 +40,26 @@ _MEASURED = 8  # calibration batches that drift is measured on, beside the examp
 Notes = dict[str, Any]
 
 
+@final
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Forms of layers that are not those of the scheme.
+
+    Attributes:
+        sparse: layers that become sparse products.
+        floats: layers that stay float, with the reason.
+        records: of each choice, JSON for the manifest.
+    """
+
+    sparse: dict[Layer, Form] = field(default_factory=dict)
+    floats: dict[Layer, str] = field(default_factory=dict)
+    records: list[dict[str, Any]] = field(default_factory=list)
+
+
+Choose = Callable[["onnx.ModelProto", Sequence[Layer], Feeds, Mark], Choice]
+"""Chooses among the layers of a float model which leave the scheme, at the sizes of some inputs."""
+
+
 class NothingToQuantizeError(ExportError):
     """The scheme has no operator for any layer of the file."""
 
@@ -49,6 +71,7 @@ def quantize(
     feeds: Sequence[Feeds],
     calibration: Sequence[Feeds] = (),
     weights: str = "auto",
+    choose: Choose | None = None,
 ) -> Notes:
     """Write `target`, the file `source` quantized, and measure how far it drifts.
 
@@ -59,6 +82,7 @@ def quantize(
         feeds: inputs to measure drift on.
         calibration: inputs that fix the ranges of activations in scheme "int8-static".
         weights: where `target` has them (`files.save_onnx`).
+        choose: which layers leave the scheme, for other forms; by default none.
 
     Returns:
         JSON for the manifest: how many layers are quantized, those left in float with the reason,
@@ -76,7 +100,7 @@ def quantize(
     with tempfile.TemporaryDirectory(prefix="graphprune-") as folder:
         feeds = [*feeds, *calibration[:_MEASURED]]
         work = _Work(source, Path(folder), mark, feeds, calibration)
-        chosen, notes = work.choose()
+        chosen, notes = work.choose(choose)
         work.write(chosen, target, weights)
         session = _session(target, mark)
         found = drifts(work.outputs, work.expected, run_all(session, feeds))
@@ -84,6 +108,7 @@ def quantize(
         "scheme": mark.scheme,
         "products": sum(layer.kind != "embedding" for layer in chosen),
         "tables": sum(layer.kind == "embedding" for layer in chosen),
+        "sparse": sum(layer in work.sparse for layer in chosen),
         **notes,
         "drift": [d.to_json() for d in found],
     }
@@ -111,10 +136,11 @@ class _Work:
         ]
         self.large = file_bytes(source) > _LARGE
         self.layers = find_layers(self.model)
+        self.sparse: Mapping[Layer, Form] = {}
         self.outputs = [output.name for output in self.model.graph.output]
         self.expected: Outputs = run_all(open_session(source, 1), feeds)
 
-    def choose(self) -> tuple[list[Layer], Notes]:
+    def choose(self, choose: Choose | None) -> tuple[list[Layer], Notes]:
         """The layers to quantize, and the others with the reason."""
         chosen, left = [], {}
         for layer in self.layers:
@@ -130,8 +156,15 @@ class _Work:
                 f"{next(iter(left.values()), 'there is no layer with a constant weight')}"
             )
         notes: Notes = {}
+        if choose is not None:
+            choice = choose(self.model, chosen, self.feeds[0], self.mark)
+            self.sparse = choice.sparse
+            left.update(choice.floats)
+            chosen = [layer for layer in chosen if layer not in choice.floats]
+            notes["choices"] = choice.records
         if self.mark.keep_error is not None:
-            chosen, notes = self._within(self.mark.keep_error, chosen, left)
+            chosen, within = self._within(self.mark.keep_error, chosen, left)
+            notes |= within
         return chosen, {"float": {layer.weight: why for layer, why in left.items()}, **notes}
 
     def _obstacle(self, layer: Layer) -> str:
@@ -203,10 +236,12 @@ class _Work:
 
         model = onnx.ModelProto()
         model.CopyFrom(self.model)
-        names = Editor(model).prepare(list(chosen), self.layers)
+        stock = [layer for layer in chosen if layer not in self.sparse]
+        names = Editor(model).prepare(stock, self.layers)
         if names:
             with _quiet():
                 model = self._products(model, names)
+        lower(model, {layer: self.sparse[layer] for layer in chosen if layer in self.sparse})
         del model.graph.value_info[:]
         _save(model, target, weights)
 

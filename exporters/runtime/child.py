@@ -15,6 +15,7 @@ from typing import Any, final
 import numpy as np
 
 from graphprune.errors import GraphPruneError
+from graphprune.exporters.kernels.library import with_library
 from graphprune.exporters.runtime import probe
 from graphprune.exporters.runtime.kv_cache import Feeds, Shapes, filled
 from graphprune.exporters.runtime.session import check_threads
@@ -77,7 +78,7 @@ class Child:
             "open",
             paths=self._paths,
             threads=threads,
-            config=dict(config),
+            config=with_library(config, paths),
             profile=str(folder) if profile else "",
         )
         self.inputs: list[Shapes] = answer["inputs"]

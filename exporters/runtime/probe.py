@@ -29,7 +29,8 @@ def new_session(
 ) -> Any:
     """Open an onnxruntime.InferenceSession on the CPU, with configuration entries by key.
 
-    With `profile`, which its file's name begins with, it writes ONNX Runtime's profile.
+    The key "custom_ops_library" is no entry: it names a library of operators. With `profile`, which
+    its file's name begins with, the session writes ONNX Runtime's profile.
     """
     import onnxruntime
 
@@ -42,7 +43,10 @@ def new_session(
     if threads is not None:
         options.intra_op_num_threads = threads
     for key, value in config.items():
-        options.add_session_config_entry(key, value)
+        if key == "custom_ops_library":
+            options.register_custom_ops_library(value)
+        else:
+            options.add_session_config_entry(key, value)
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from graphprune.errors import ArtifactError, GraphPruneError
+from graphprune.exporters.kernels.library import with_library
 from graphprune.exporters.runtime.kv_cache import Feeds as Feeds
 from graphprune.exporters.runtime.kv_cache import optional_inputs
 from graphprune.exporters.runtime.probe import new_session
@@ -31,7 +32,8 @@ DEFAULT: Mapping[str, str] = {}
 def open_session(path: Path, threads: int | None = None) -> Any:
     """An onnxruntime.InferenceSession on the CPU with pinned thread counts.
 
-    It has the options `TUNED`, without the flag for denormals.
+    It has the options `TUNED`, without the flag for denormals, and the library of kernels where the
+    file needs it.
 
     Args:
         path: the ONNX file.
@@ -39,10 +41,13 @@ def open_session(path: Path, threads: int | None = None) -> Any:
 
     Raises:
         ArtifactError: ORT refuses the file.
+        GraphPruneError: the library of kernels is needed, and not installed.
     """
     check_threads(threads)
     try:
-        return new_session(str(path), threads, UNFUSED)
+        return new_session(str(path), threads, with_library(UNFUSED, [path]))
+    except GraphPruneError:
+        raise
     except Exception as e:
         raise ArtifactError(f"ONNX Runtime cannot load {str(path)!r}: {e}") from e
 

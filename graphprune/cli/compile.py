@@ -268,7 +268,8 @@ def compile_command(
     target: Annotated[
         str,
         typer.Option(
-            help="What will run it: onnxruntime, or genai for a decoder with --cache.",
+            help="What will run it: onnxruntime; genai for a decoder with --cache; or "
+            "onnxruntime+kernels, with graphprune-kernels.",
             rich_help_panel=OUTPUT,
             autocompletion=completing(TARGETS),
         ),

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from graphprune.pipeline.events import JSON
-from graphprune.report.measured import plural, short
+from graphprune.report.measured import CHOICES_HEADER, choice_row, plural, short
 
 if TYPE_CHECKING:
     from graphprune.axes import AxisGroup, AxisGroups
@@ -122,6 +122,11 @@ def operators_table(operators: Mapping[str, Mapping[str, float]], most: int = 8)
     for name, values in largest_first(operators, most):
         table.add_row(Text(name), *("" if v is None else short(v) for v in values))
     return table
+
+
+def choices_table(choices: Sequence[Mapping[str, JSON]]) -> Table:
+    """What each product with zeros takes in which form, and the form that was written."""
+    return texts_table(CHOICES_HEADER, [choice_row(record) for record in choices])
 
 
 def timing_table(timing: Mapping[str, JSON]) -> Table:

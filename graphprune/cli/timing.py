@@ -52,7 +52,7 @@ def bench_command(
     Times are CPU time of one thread; with --threads above 1, of the wall clock. They are taken with
     the session options of docs/deploy.md, and again with ONNX Runtime's default ones.
     """
-    from graphprune.cli.tables import memory_table, operators_table, timing_table
+    from graphprune.cli.tables import choices_table, memory_table, operators_table, timing_table
 
     sizes = parse_batch(batch)
     check_opponents(model, against)
@@ -66,6 +66,8 @@ def bench_command(
         console.print(timing_table(timing))
         console.print(operators_table(timing["operators"]))
         console.print(memory_table(timing["memory"]))
+        if timing.get("choices"):
+            console.print(choices_table(timing["choices"]))
         if note:
             console.print(f"noted in the reports of {model}", soft_wrap=True, markup=False)
 
@@ -103,6 +105,7 @@ def bench(
     if note and not subject.compared:
         raise GraphPruneError("--note writes into an artifact; compile the model first")
     from graphprune.exporters.artifact.results import add_results
+    from graphprune.report.measured import Measured
 
     compiled = subject.captured()
     inputs = timed_inputs(compiled.program, sizes)
@@ -122,7 +125,9 @@ def bench(
         timing = {key: value for key, value in timing.items() if key in _ALONE}
         timing["default"] = {key: value for key, value in default.items() if key in _ALONE}
         operators = {"dense": operators["dense"]}
-    return {**timing, "memory": memory, "operators": operators}
+        choices = Measured(artifact.manifest).quantized.get("choices") or []
+    sparse = {"choices": choices} if choices else {}
+    return {**timing, "memory": memory, "operators": operators, **sparse}
 
 
 def opponents_of(artifact: Artifact) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from graphprune.errors import GraphPruneError, PassError, RecipeError, VerificationError
 from graphprune.ir.program import Program
-from graphprune.ir.quantization import KEY, too_late
+from graphprune.ir.quantization import KEY, Mark, too_late
 from graphprune.pipeline.base import Context, Invariant, Pass, PassResult, Run, flat
 from graphprune.pipeline.dump import DUMP, dump_graphs
 from graphprune.pipeline.events import (
@@ -70,8 +70,9 @@ class Pipeline:
         start = time.perf_counter()
         check_steps(self.passes, program)
         run = Run(self.verify, self.observers)
-        marks = [mark for step in flat(self.passes) if (mark := step.quantization(program))]
-        ctx = (Context() if ctx is None else ctx).during(run, program, next(iter(marks), None))
+        ctx = (Context() if ctx is None else ctx).during(
+            run, program, mark_of(self.passes, program)
+        )
         run.emit(PipelineStarted(tuple(step.name for step in self.passes)))
         results: list[PassFinished] = []
         for index, step in enumerate(self.passes):
@@ -83,6 +84,12 @@ class Pipeline:
         result = PipelineResult(program, tuple(results), seconds)
         run.emit(PipelineFinished(result.modified, seconds))
         return result
+
+
+def mark_of(steps: Iterable[Pass], program: Program) -> Mark | None:
+    """How the program will be quantized when these have run; None for float."""
+    marks = [mark for step in flat(steps) if (mark := step.quantization(program))]
+    return next(iter(marks), program.quantization)
 
 
 def check_order(steps: Iterable[Pass]) -> None:

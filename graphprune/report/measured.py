@@ -263,6 +263,10 @@ class Measured:
         drift = self.quantized.get("drift")
         return max((d["error"] for d in drift), default=0.0) if drift is not None else None
 
+    def choices(self) -> list[tuple[str, ...]]:
+        """Layers with zeros under `CHOICES_HEADER`: what was chosen of which times."""
+        return [choice_row(record) for record in self.quantized.get("choices") or ()]
+
     # --- all of it -----------------------------------------------------------------------------
 
     def tiles(self) -> tuple[Tile, Tile, Tile]:
@@ -410,3 +414,30 @@ def plural(count: int, noun: str) -> str:
 def capital(text: str) -> str:
     """A text with its first letter large."""
     return text[:1].upper() + text[1:]
+
+
+CHOICES = (
+    "What each product with zeros takes alone in milliseconds, products that read one value "
+    'together. The fastest form was written; "pays from" is the part of zero blocks at which '
+    "32x4 blocks are as fast as the faster of float and int8."
+)
+CHOICES_HEADER = ("layers", "tokens", "zero blocks", "float", "int8", "sparse", "form", "pays from")
+
+
+def choice_row(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """A choice among forms, as the manifest has it, under `CHOICES_HEADER`."""
+    first, *more = record["layers"]
+    ms = dict(record["ms"])
+    stock = [short(ms.pop(name)) for name in ("float", "int8")]
+    best = min(ms, key=lambda name: ms[name], default=None)
+    pattern = best or next(iter(record["zeros"]))
+    pays = record["pays_from"]
+    return (
+        f"{first} and {len(more)} more" if more else str(first),
+        str(record["rows"]),
+        f"{record['zeros'][pattern]:.0%} of {pattern}",
+        *stock,
+        "" if best is None else short(ms[best]),
+        str(record["form"]),
+        "nowhere" if pays is None else f"{pays:.0%}",
+    )

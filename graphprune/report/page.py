@@ -15,6 +15,8 @@ from graphprune.report.advice import PLACES, next_steps
 from graphprune.report.budget import CANDIDATES, FRONT, BudgetReport, Front
 from graphprune.report.charts import Chart
 from graphprune.report.measured import (
+    CHOICES,
+    CHOICES_HEADER,
     THRESHOLDS,
     Measured,
     short,
@@ -65,6 +67,9 @@ def report_page(report: Report, manifest: Mapping[str, Any]) -> str:
         operators=_operator_rows(found),
         operator_header=_sides(found.operators, "ms"),
         operator_charts=charts.operator_charts(found.operators) if found.operators else [],
+        choices=found.choices(),
+        choices_header=CHOICES_HEADER,
+        choices_meaning=CHOICES,
         weights=_weight_rows(found),
         weight_header=_sides(found.weights, "MB"),
         weight_charts=charts.weight_charts(found.weights) if found.weights else [],

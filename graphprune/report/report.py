@@ -10,7 +10,15 @@ from graphprune import notebook
 from graphprune.ir.program import Program
 from graphprune.pipeline.events import JSON, PassFinished
 from graphprune.report.budget import CANDIDATES, LEVELS, BudgetReport, budgets
-from graphprune.report.measured import THRESHOLDS, Measured, change_text, megabytes_text, plural
+from graphprune.report.measured import (
+    CHOICES,
+    CHOICES_HEADER,
+    THRESHOLDS,
+    Measured,
+    change_text,
+    megabytes_text,
+    plural,
+)
 
 
 @final
@@ -211,6 +219,9 @@ class Report:
         ]
         if self.passes:
             lines += ["", *_markdown(HEADER, self.rows(found), left=2)]
+        if choices := found.choices():
+            lines += ["", "## Sparse products", "", CHOICES, ""]
+            lines += _markdown(CHOICES_HEADER, choices, left=1)
         for title, budget in self.budgets():
             lines += ["", *_budget_markdown(title, budget)]
         sections = {
@@ -371,8 +382,9 @@ def quantized_text(notes: Mapping[str, Any]) -> str:
     if not notes:
         return ""
     left = len(notes.get("float") or ())
+    sparse = f", {notes['sparse']} of them sparse" if notes.get("sparse") else ""
     return (
-        f"{plural(notes['products'], 'product')} and {plural(notes['tables'], 'table')} in "
+        f"{plural(notes['products'], 'product')}{sparse} and {plural(notes['tables'], 'table')} in "
         f"{notes['scheme']}, {left} left in float"
     )
 
