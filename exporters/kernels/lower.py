@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, final
 
 import numpy as np
 
+from graphprune.exporters.kernels.fallback import fallback
 from graphprune.exporters.kernels.library import DOMAIN, OPERATOR
 from graphprune.exporters.kernels.packing import WIDTH, pack
 from graphprune.exporters.quantize.layers import Editor, Layer, attributes, readers_of
@@ -63,6 +64,7 @@ def lower(model: onnx.ModelProto, forms: Mapping[Layer, Form]) -> None:
     editor.drop_unread()
     if DOMAIN not in {opset.domain for opset in model.opset_import}:
         model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
+        model.functions.append(fallback())
 
 
 def _replace(editor: Editor, layer: Layer, form: Form) -> None:
@@ -80,10 +82,9 @@ def _replace(editor: Editor, layer: Layer, form: Form) -> None:
         editor.store(f"{stem}_starts", packed.starts),
         editor.store(f"{stem}_scales", packed.scales),
     ]
-    if chain.bias:
-        bias = editor.array(chain.bias)
-        padded = np.pad(bias, (0, len(packed.scales) - len(bias)))
-        inputs.append(editor.store(f"{chain.bias}_{form.pattern}", padded))
+    bias = editor.array(chain.bias) if chain.bias else np.zeros(packed.outputs, np.float32)
+    padded = np.pad(bias, (0, len(packed.scales) - len(bias)))
+    inputs.append(editor.store(f"{chain.bias or stem}_{form.pattern}_bias", padded))
     new = helper.make_node(
         OPERATOR,
         inputs,

@@ -117,6 +117,7 @@ def bench(
             for form in forms
         }
         operators = artifact.operators(inputs, threads=threads)
+        choices = Measured(artifact.manifest).quantized.get("choices")
         if note:
             noted = {"timing": timing, "operators": operators}
             add_results(artifact, compiled.report, noted, compiled.described)
@@ -125,7 +126,6 @@ def bench(
         timing = {key: value for key, value in timing.items() if key in _ALONE}
         timing["default"] = {key: value for key, value in default.items() if key in _ALONE}
         operators = {"dense": operators["dense"]}
-        choices = Measured(artifact.manifest).quantized.get("choices") or []
     sparse = {"choices": choices} if choices else {}
     return {**timing, "memory": memory, "operators": operators, **sparse}
 
