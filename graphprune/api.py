@@ -105,6 +105,9 @@ class Compiled:
         path: str | os.PathLike[str],
         *,
         target: str = "onnxruntime",
+        device: str | os.PathLike[str] | None = None,
+        batch: Sequence[int] = (),
+        threads: int = 1,
         baseline: bool = True,
         calibration: Iterable[Any] | None = None,
         opset: int | None = None,
@@ -126,7 +129,13 @@ class Compiled:
             target: what will run it: "onnxruntime"; "genai", which is onnxruntime-genai with a
                 cache that is not copied from token to token, for decoders compiled with cache=True;
                 or "onnxruntime+kernels", ONNX Runtime with the library of graphprune-kernels, where
-                products with zero blocks become sparse if that takes less time on this machine.
+                products with zero blocks become sparse if that takes less time on this machine,
+                or on `device`.
+            device: JSON that a device kit of this model, made from an artifact with that target,
+                wrote on another machine.
+            batch: samples, and tokens of each, at which that target times layers, such as (1, 128);
+                the example inputs' where it is empty.
+            threads: of ONNX Runtime, with which it times them.
             baseline: write the dense model as baseline.onnx too, to measure against.
             calibration: batches for quantization that needs them; by default those that were given
                 to `compile`.
@@ -171,6 +180,9 @@ class Compiled:
             program,
             Path(path).expanduser(),
             target=target,
+            device=None if device is None else Path(device).expanduser(),
+            batch=batch,
+            threads=threads,
             baseline=self._dense if baseline else None,
             extra=self.files,
             calibration=self.calibration if calibration is None else _listed(calibration),

@@ -45,12 +45,13 @@ from graphprune.exporters.onnx.files import (
 from graphprune.exporters.onnx.grouped import check_cache
 from graphprune.exporters.onnx.names import input_names, limits_by_input
 from graphprune.exporters.quantize.quantize import Choose, quantize
+from graphprune.exporters.runtime.device_kit import KitDevice
 from graphprune.exporters.runtime.kv_cache import filled, shapes_of
 from graphprune.exporters.runtime.parity import check_parity, grouped_inputs
 from graphprune.exporters.runtime.probe import cpu
 from graphprune.exporters.runtime.session import Feeds, feeds_of, open_session
 from graphprune.exporters.runtime.timing import compare, default_clock, interleaved
-from graphprune.ir.batches import second_inputs
+from graphprune.ir.batches import second_inputs, sized
 from graphprune.ir.decoding import IDS, MASK, empty_cache
 from graphprune.ir.history import kept_indices
 from graphprune.ir.program import Program
@@ -80,6 +81,9 @@ def export(
     path: Path,
     *,
     target: str = "onnxruntime",
+    device: Path | None = None,
+    batch: Sequence[int] = (),
+    threads: int = 1,
     baseline: Program | Path | None = None,
     extra: Mapping[str, Path | bytes] | None = None,
     calibration: Iterable[Any] | None = None,
@@ -99,7 +103,11 @@ def export(
             past and present share. That file runs in ONNX Runtime too, but reads several tokens on
             top of a past for one sample at a time. "onnxruntime+kernels" is ONNX Runtime with the
             library of graphprune-kernels: products with enough zero blocks become sparse there,
-            each where that takes the least time on this machine.
+            each where that takes the least time on this machine, or on `device`.
+        device: what a kit of sparse products wrote on another machine (`kernels.kit`).
+        batch: sizes at which those products are timed: samples, and tokens of each (after a cache:
+            tokens of past); the example inputs' where it is empty.
+        threads: of ONNX Runtime, with which they are timed.
         baseline: the dense program, written as baseline.onnx by the same exporter; or the
             baseline.onnx of an artifact that this program comes from, which is copied.
         extra: more files by name (tokenizer, labels), as paths to copy or bytes.
@@ -133,7 +141,14 @@ def export(
     _check_extra(extra or {}, layout)
     notes: _Notes = {"parity": {}, "sizes": {}, "parameters": {}, "quantization": {}}
     batches = _calibration(program, calibration, mark)
-    chooser = Chooser(find_library()) if target == KERNELS else None
+    chooser = None
+    if target == KERNELS:
+        chooser = Chooser(
+            find_library(),
+            timed_feeds(program, batch),
+            threads=threads,
+            device=None if device is None else KitDevice(device, threads),
+        )
     options = _Options(
         opset, weights, tuple(optional), dict(metadata or {}), target in GROUPED, chooser
     )
@@ -163,7 +178,7 @@ def export(
         _copy_extra(extra or {}, folder, layout)
         manifest = _manifest(program, target, model, notes, layout, files)
         if chooser is not None:
-            manifest["kernels"] = chooser.library.to_json()
+            manifest["kernels"] = chooser.to_json()
         manifest["beside"] = [n for n in files.values() if data_file(folder / n).is_file()]
         _copy_extra(finish(manifest), folder, layout)
         if program.report is None:
@@ -365,6 +380,14 @@ def _examples(program: Program, name: str, grouped: bool = False) -> list[Feeds]
     if grouped:
         inputs = [grouped_inputs(entry, flat) for flat in inputs]
     return [feeds_of(tuple(flat), input_names(entry)) for flat in inputs]
+
+
+def timed_feeds(program: Program, batch: Sequence[int]) -> Feeds:
+    """Inputs of the deployed entry at some sizes; of its examples' where there are none."""
+    program = program.in_float32()
+    entry = program.entries[program.deployed]
+    inputs = tuple(sized(entry, batch)) if batch else entry.example
+    return feeds_of(inputs, input_names(entry))
 
 
 def _measurements(

@@ -30,6 +30,7 @@ from graphprune.exporters.quantize.layers import Editor, Layer, find_layers
 from graphprune.exporters.quantize.quantize import Choice, NothingToQuantizeError, quantize
 from graphprune.exporters.runtime.child import child
 from graphprune.exporters.runtime.costs import Costs
+from graphprune.exporters.runtime.device_kit import KitDevice
 from graphprune.exporters.runtime.latency import cost
 from graphprune.exporters.runtime.measure import RUNS
 from graphprune.exporters.runtime.probe import cpu, until_stable
@@ -86,22 +87,33 @@ class Variant:
 
 @final
 class Chooser:
-    """Chooses by times measured on this machine, which are kept for 30 days.
+    """Chooses by times measured on this machine, which are kept for 30 days, or by a kit's.
 
     Attributes:
         library: of the kernels.
         threads: within operators.
     """
 
-    def __init__(self, library: Library, threads: int = 1, cache: Path | None = None) -> None:
+    def __init__(
+        self,
+        library: Library,
+        feeds: Feeds,
+        *,
+        threads: int = 1,
+        cache: Path | None = None,
+        device: KitDevice | None = None,
+    ) -> None:
         """Measure nothing yet.
 
         Args:
             library: of the kernels.
+            feeds: inputs at whose sizes layers are timed.
             threads: within operators.
             cache: folder of what was measured; by default "kernels" in the user's cache folder.
+            device: another machine, which a kit of sparse products was measured on.
         """
-        self.library, self.threads = library, threads
+        self.library, self.feeds = library, feeds
+        self.threads, self.device = threads, device
         environment = {
             "cpu": cpu(),
             "threads": threads,
@@ -112,21 +124,18 @@ class Chooser:
         }
         self._costs = Costs(cache or cache_dir() / "kernels", environment)
 
-    def __call__(
-        self, model: onnx.ModelProto, layers: Sequence[Layer], feeds: Feeds, mark: Mark
-    ) -> Choice:
+    def __call__(self, model: onnx.ModelProto, layers: Sequence[Layer], mark: Mark) -> Choice:
         """Choose a form for each product that has zeros.
 
         Args:
             model: in float; stays as it is.
             layers: of the model, those that may be quantized.
-            feeds: inputs at whose sizes layers are timed.
             mark: how stock layers are quantized.
         """
-        products = [x for x in layers if x.kind == "matmul" and not x.tied]
-        bits = 7 if mark.reduce_range else self.library.bits
+        # Seven bits are exact on every CPU.
+        bits = 7 if mark.reduce_range or self.device is not None else self.library.bits
         choice = Choice()
-        for group, times in self._timed(groups_of(model, products, feeds), bits, mark):
+        for group, times in self._timed(groups_of(model, layers, self.feeds), bits, mark):
             decided = _decided(group, times)
             choice.records.append(decided)
             for layer in group.layers:
@@ -136,16 +145,27 @@ class Chooser:
                     choice.floats[layer] = decided["reason"]
         return choice
 
+    def to_json(self) -> dict[str, Any]:
+        """The library, and the machine that was chosen for, as JSON for the manifest."""
+        name = cpu()["name"] if self.device is None else self.device.name
+        return {**self.library.to_json(), "cpu": name, "threads": self.threads}
+
     def _timed(
         self, groups: Sequence[Group], bits: int, mark: Mark
     ) -> list[tuple[Group, dict[Variant, Cost]]]:
         """Each group with the times of its variants."""
         keys = {
-            (number, variant): _key(group, variant, bits, mark)
+            (number, variant): key_of(group, variant, bits, mark)
             for number, group in enumerate(groups)
-            for variant in _variants(group)
+            for variant in variants_of(group)
         }
-        known = self._costs.read(set(keys.values()))
+        if self.device is None:
+            known = self._costs.read(set(keys.values()))
+        else:
+            named = {
+                name_of(groups[number], variant): key for (number, variant), key in keys.items()
+            }
+            known = {named[name]: cost for name, cost in self.device.lookup(named).items()}
         # Times of one group come from one run, or a busy minute would decide.
         anew = {number for (number, _), key in keys.items() if key not in known}
         wanted = {
@@ -179,9 +199,10 @@ class Chooser:
 
 
 def groups_of(model: onnx.ModelProto, layers: Sequence[Layer], feeds: Feeds) -> list[Group]:
-    """Layers with zeros, those that read one value together."""
+    """Products with zeros, those that read one value together."""
     import onnx
 
+    layers = [layer for layer in layers if layer.kind == "matmul" and not layer.tied]
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     editor = Editor(copy)
@@ -263,7 +284,7 @@ def _group(editor: Editor, layers: Sequence[Layer], weights: Sequence[Floats], r
     return Group(tuple(layers), rows, part, kinds, zeros)
 
 
-def _variants(group: Group) -> list[Variant]:
+def variants_of(group: Group) -> list[Variant]:
     """What is timed: stock forms, patterns that have zeros here, and those that tell a trend."""
     first, second = PATTERNS
     found = [Variant(name) for name in STOCK]
@@ -274,7 +295,13 @@ def _variants(group: Group) -> list[Variant]:
     return found + [Variant(first, zeros) for zeros in _TRIED]
 
 
-def _key(group: Group, variant: Variant, bits: int, mark: Mark) -> str:
+def name_of(group: Group, variant: Variant) -> str:
+    """A variant in words."""
+    zeros = "" if variant.zeros is None else f" at {variant.zeros:.0%} zeros"
+    return f"{group.layers[0].weight} as {variant.name}{zeros}"
+
+
+def key_of(group: Group, variant: Variant, bits: int, mark: Mark) -> str:
     """One text for all groups that take the same time in a form."""
     zeros = group.zeros.get(variant.name, 0.0) if variant.zeros is None else variant.zeros
     form: list[Any] = [variant.name]

@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 
 INPUTS = ("x", "blocks", "columns", "starts", "scales", "bias")
 ATTRIBUTES = ("outputs", "inputs", "bits", "activation")
-OPSET = 20  # the oldest that files are written with; has Gelu
 
 # Strips are `height` outputs, groups are WIDTH inputs; a block is the tile of a strip and a group.
-_BODY = f"""
-<ir_version: 10, opset_import: ["" : {OPSET}, "{DOMAIN}" : 1]>
+_HEAD = f"""
+<ir_version: 10, opset_import: ["" : OPSET, "{DOMAIN}" : 1]>
 agraph (float[n] x) => (float[n] y) {{ y = {DOMAIN}.{OPERATOR}(x) }}
-<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>
+<domain: "{DOMAIN}", opset_import: ["" : OPSET]>
+"""
+_BODY = f"""
 {OPERATOR} <{", ".join(ATTRIBUTES)}> ({", ".join(INPUTS)}) => (y)
 {{
   zero = Constant<value_ints: ints = [0]>()
@@ -96,9 +97,14 @@ agraph (float[n] x) => (float[n] y) {{ y = {DOMAIN}.{OPERATOR}(x) }}
 """
 
 
-def fallback() -> onnx.FunctionProto:
-    """The function, of the operator's domain and name."""
+def fallback(opset: int) -> onnx.FunctionProto:
+    """The function, of the operator's domain and name.
+
+    Args:
+        opset: of the model, which its functions must share; from 20 on, which has Gelu.
+    """
     import onnx.parser
 
-    function: onnx.FunctionProto = onnx.parser.parse_model(_BODY).functions[0]
+    text = _HEAD.replace("OPSET", str(opset)) + _BODY
+    function: onnx.FunctionProto = onnx.parser.parse_model(text).functions[0]
     return function

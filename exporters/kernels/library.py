@@ -48,7 +48,7 @@ def find_library() -> Library:
         GraphPruneError: it is not installed, or does not load.
     """
     try:
-        import graphprune_kernels as kernels  # type: ignore[import-not-found, unused-ignore]
+        import graphprune_kernels as kernels
     except ImportError as e:
         raise GraphPruneError(
             f"blocks of zeros need the package {PACKAGE!r}, which is not installed: "

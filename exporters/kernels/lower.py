@@ -62,9 +62,10 @@ def lower(model: onnx.ModelProto, forms: Mapping[Layer, Form]) -> None:
         editor.spell_out(layer)
         _replace(editor, layer, form)
     editor.drop_unread()
-    if DOMAIN not in {opset.domain for opset in model.opset_import}:
+    versions = {opset.domain: opset.version for opset in model.opset_import}
+    if DOMAIN not in versions:
         model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
-        model.functions.append(fallback())
+        model.functions.append(fallback(versions[""]))
 
 
 def _replace(editor: Editor, layer: Layer, form: Form) -> None:

@@ -56,8 +56,8 @@ class Choice:
     records: list[dict[str, Any]] = field(default_factory=list)
 
 
-Choose = Callable[["onnx.ModelProto", Sequence[Layer], Feeds, Mark], Choice]
-"""Chooses among the layers of a float model which leave the scheme, at the sizes of some inputs."""
+Choose = Callable[["onnx.ModelProto", Sequence[Layer], Mark], Choice]
+"""Chooses among the layers of a float model which leave the scheme."""
 
 
 class NothingToQuantizeError(ExportError):
@@ -157,7 +157,7 @@ class _Work:
             )
         notes: Notes = {}
         if choose is not None:
-            choice = choose(self.model, chosen, self.feeds[0], self.mark)
+            choice = choose(self.model, chosen, self.mark)
             self.sparse = choice.sparse
             left.update(choice.floats)
             chosen = [layer for layer in chosen if layer not in choice.floats]

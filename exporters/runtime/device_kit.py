@@ -22,16 +22,18 @@ from graphprune.errors import GraphPruneError, first_line
 from graphprune.exporters.runtime import measure as script
 from graphprune.exporters.runtime import probe
 from graphprune.exporters.runtime.costs import check_cost
-from graphprune.exporters.runtime.latency import runs_of, write_files
+from graphprune.exporters.runtime.latency import File, runs_of, write_files
 from graphprune.exporters.runtime.session import TUNED
 from graphprune.exporters.runtime.signature import signature
 from graphprune.ir.program import Program
+from graphprune.ir.quantization import Mark
 from graphprune.pipeline.device import Cost, Progress
 from graphprune.storage.folders import check_target, whole_folder
 
 _log = logging.getLogger(__name__)
 
 KIT = "kit.json"
+SCRIPT = Path(str(script.__file__)).name
 FORMAT = "graphprune device kit"
 VERSION = 1
 _TYPES = {
@@ -70,34 +72,67 @@ def write_kit(
     distinct = {keys[name]: run for name, run in runs.items()}
     marks = [program.quantization for program in models.values() if program.quantization]
     with whole_folder(folder) as fresh:
-        files = write_files(distinct, fresh, progress)
-        described = {}
-        for key, file in zip(distinct, files, strict=True):
-            # By position: a keyword of savez may be an input's name.
-            np.savez(fresh / f"{key}.npz", *file.feeds.values())
-            described[key] = {
-                "names": [name for name in models if keys[name] == key],
-                "file": file.path.name,
-                "feeds": f"{key}.npz",
-                "inputs": list(file.feeds),
-                "bytes": file.bytes,
-            }
-        kit = {
-            "format": FORMAT,
-            "version": VERSION,
-            "graphprune": graphprune.__version__,
-            "onnxruntime": version("onnxruntime"),
-            "model": next((p.model for p in models.values()), ""),
-            "mark": marks[0].to_json() if marks else None,
-            "threads": threads,
-            "session": dict(TUNED),
-            "models": described,
+        files = dict(zip(distinct, write_files(distinct, fresh, progress), strict=True))
+        names = {key: [name for name in models if keys[name] == key] for key in files}
+        finish_kit(
+            fresh,
+            files,
+            names,
+            model=next((p.model for p in models.values()), ""),
+            mark=marks[0] if marks else None,
+            threads=threads,
+        )
+    return folder / SCRIPT
+
+
+def finish_kit(
+    folder: Path,
+    files: Mapping[str, File],
+    names: Mapping[str, Sequence[str]],
+    *,
+    model: str,
+    mark: Mark | None,
+    threads: int,
+    library: bool = False,
+) -> None:
+    """Write what lies beside a kit's ONNX files: inputs, kit.json and the scripts.
+
+    Args:
+        folder: the kit's, with the files.
+        files: by the key that their costs will have.
+        names: what each is a part of, for people.
+        model: the whole model's name.
+        mark: how parts are quantized.
+        threads: that the script takes without --threads.
+        library: whether files need the library of kernels, which is installed there.
+    """
+    described = {}
+    for key, file in files.items():
+        # By position: a keyword of savez may be an input's name.
+        np.savez(folder / f"{key}.npz", *file.feeds.values())
+        described[key] = {
+            "names": list(names[key]),
+            "file": file.path.name,
+            "feeds": f"{key}.npz",
+            "inputs": list(file.feeds),
+            "bytes": file.bytes,
         }
-        (fresh / KIT).write_text(json.dumps(kit, indent=1) + "\n", encoding="utf-8")
-        for module in (script, probe):
-            source = Path(str(module.__file__))
-            shutil.copyfile(source, fresh / source.name)
-    return folder / Path(str(script.__file__)).name
+    kit = {
+        "format": FORMAT,
+        "version": VERSION,
+        "graphprune": graphprune.__version__,
+        "onnxruntime": version("onnxruntime"),
+        "model": model,
+        "mark": None if mark is None else mark.to_json(),
+        "threads": threads,
+        "session": dict(TUNED),
+        "library": library,
+        "models": described,
+    }
+    (folder / KIT).write_text(json.dumps(kit, indent=1) + "\n", encoding="utf-8")
+    for module in (script, probe):
+        source = Path(str(module.__file__))
+        shutil.copyfile(source, folder / source.name)
 
 
 def is_kit(folder: Path) -> bool:
@@ -176,9 +211,17 @@ class KitDevice:
             GraphPruneError: the file does not hold one of them.
         """
         keys = {name: signature(*run) for name, run in runs_of(models, inputs).items()}
-        unknown = [name for name, key in keys.items() if key not in self._costs]
-        if unknown:
+        if any(key not in self._costs for key in keys.values()):
             self._check_scheme(models)
+        return self.lookup(keys)
+
+    def lookup(self, keys: Mapping[str, str]) -> dict[str, Cost]:
+        """Costs by the names of keys.
+
+        Raises:
+            GraphPruneError: the file does not hold one of them.
+        """
+        unknown = [name for name, key in keys.items() if key not in self._costs]
         if len(unknown) == len(keys) and unknown:
             raise GraphPruneError(
                 f"{str(self._path)!r} knows no part of this model: it was measured for "

@@ -2,7 +2,8 @@
 
     python measure.py --threads 1 > device.json
 
-It needs numpy and onnxruntime. `graphprune device-kit` made this folder, and
+It needs numpy and onnxruntime, and graphprune-kernels where the kit is of sparse products.
+`graphprune device-kit` made this folder, and
 `graphprune compile ... --device device.json` reads the result.
 """
 
@@ -59,10 +60,11 @@ def main(arguments: list[str] | None = None) -> None:
 def measured(kit: dict[str, Any], threads: int, seconds: float) -> dict[str, Any]:
     """Median, quartiles and bytes of every model of a kit, by signature."""
     probe = beside("probe")
+    config = {**kit["session"], **(library() if kit.get("library") else {})}
     sessions, feeds = [], []
     for number, model in enumerate(kit["models"].values(), 1):
         said(f"loading {number} of {len(kit['models'])}")
-        session = probe.new_session(str(HERE / model["file"]), threads, kit["session"])
+        session = probe.new_session(str(HERE / model["file"]), threads, config)
         with np.load(HERE / model["feeds"]) as data:
             feeds.append({n: data[key] for n, key in zip(model["inputs"], data.files, strict=True)})
         sessions.append(session)
@@ -80,6 +82,15 @@ def measured(kit: dict[str, Any], threads: int, seconds: float) -> dict[str, Any
         low, middle, high = (float(x) for x in np.quantile(times, [0.25, 0.5, 0.75]))
         result[name] = {"ms": middle, "bytes": model["bytes"], "low": low, "high": high}
     return result
+
+
+def library() -> dict[str, str]:
+    """The entry of a session's configuration that names the library of kernels."""
+    try:
+        import graphprune_kernels
+    except ImportError:
+        sys.exit("this kit needs graphprune-kernels: install its wheel here, and measure again")
+    return {"custom_ops_library": str(graphprune_kernels.library_path())}
 
 
 def said(what: str) -> None:

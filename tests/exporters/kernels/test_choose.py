@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
-from graphprune.exporters.kernels import choose
 from graphprune.exporters.kernels.choose import Chooser, Group, Variant, groups_of, pays_from
 from graphprune.exporters.kernels.library import Library
 from graphprune.exporters.kernels.lower import Form
 from graphprune.exporters.quantize.layers import find_layers
+from graphprune.exporters.quantize.quantize import Choice
 from graphprune.ir.quantization import Mark
 from graphprune.pipeline.device import Cost
 from tests.exporters.kernels.networks import FLOAT, blocky, network, run
@@ -103,7 +103,7 @@ def test_the_fastest_form_is_taken(fastest: str, timed: Timed, tmp_path: Path) -
     timed.times[fastest] = 0.5
     model = siblings(0.5)
     feeds = {"x": np.zeros((2, 5, 16), np.float32)}
-    choice = Chooser(LIBRARY, cache=tmp_path)(model, find_layers(model), feeds, MARK)
+    choice = Chooser(LIBRARY, feeds, cache=tmp_path)(model, find_layers(model), MARK)
     (record,) = choice.records
     assert record["form"] == fastest
     group = ["wa", "wb", "wc"]
@@ -117,21 +117,21 @@ def test_seven_bits_where_the_mark_or_the_cpu_wants_them(timed: Timed, tmp_path:
     feeds = {"x": np.zeros((2, 5, 16), np.float32)}
     narrow = Library("/nowhere", "1.0", "avx2", 7)
     for library, mark in ((LIBRARY, Mark("int8-dynamic", reduce_range=True)), (narrow, MARK)):
-        choice = Chooser(library, cache=tmp_path)(model, find_layers(model), feeds, mark)
+        choice = Chooser(library, feeds, cache=tmp_path)(model, find_layers(model), mark)
         assert {form.bits for form in choice.sparse.values()} == {7}
 
 
 def test_what_was_measured_is_not_measured_again(timed: Timed, tmp_path: Path) -> None:
     model = siblings(0.5)
     feeds = {"x": np.zeros((2, 5, 16), np.float32)}
-    first = Chooser(LIBRARY, cache=tmp_path)(model, find_layers(model), feeds, MARK)
+    first = Chooser(LIBRARY, feeds, cache=tmp_path)(model, find_layers(model), MARK)
     asked = timed.asked
     assert asked
-    again = Chooser(LIBRARY, cache=tmp_path)(model, find_layers(model), feeds, MARK)
+    again = Chooser(LIBRARY, feeds, cache=tmp_path)(model, find_layers(model), MARK)
     assert timed.asked == asked
     assert again == first
     longer = {"x": np.zeros((2, 6, 16), np.float32)}
-    Chooser(LIBRARY, cache=tmp_path)(model, find_layers(model), longer, MARK)
+    Chooser(LIBRARY, longer, cache=tmp_path)(model, find_layers(model), MARK)
     assert timed.asked == 2 * asked
 
 
@@ -139,7 +139,7 @@ def test_other_zeros_are_measured_apart(timed: Timed, tmp_path: Path) -> None:
     feeds = {"x": np.zeros((2, 5, 16), np.float32)}
     for zeros, expected in ((0.5, 5), (0.9, 10)):
         model = siblings(zeros)
-        Chooser(LIBRARY, cache=tmp_path)(model, find_layers(model), feeds, MARK)
+        Chooser(LIBRARY, feeds, cache=tmp_path)(model, find_layers(model), MARK)
         # A group's times come from one run: stock, its own zeros, and two that tell the trend.
         assert timed.asked == expected
 
@@ -147,8 +147,8 @@ def test_other_zeros_are_measured_apart(timed: Timed, tmp_path: Path) -> None:
 def test_layers_without_zeros_are_left_to_the_scheme(timed: Timed, tmp_path: Path) -> None:
     model = siblings(0.0)
     feeds = {"x": np.zeros((2, 5, 16), np.float32)}
-    choice = Chooser(LIBRARY, cache=tmp_path)(model, find_layers(model), feeds, MARK)
-    assert choice == choose.Choice()
+    choice = Chooser(LIBRARY, feeds, cache=tmp_path)(model, find_layers(model), MARK)
+    assert choice == Choice()
     assert not timed.asked
 
 

@@ -54,7 +54,7 @@ def test_the_manifest_says_what_was_chosen(artifact: Artifact) -> None:
     layers = [layer for record in notes["choices"] for layer in record["layers"]]
     assert artifact.manifest["target"] == TARGET
     assert notes["sparse"] == len(layers) > 0
-    assert set(artifact.manifest["kernels"]) == {"version", "isa", "bits"}
+    assert set(artifact.manifest["kernels"]) == {"version", "isa", "bits", "cpu", "threads"}
     assert needs_library(artifact.model_path)
     assert not needs_library(artifact.baseline_path)
 
