@@ -27,7 +27,7 @@ from graphprune.cli.app import (
     stdout_console,
 )
 from graphprune.cli.early import check_artifact_folder, check_exists, check_metric
-from graphprune.cli.names import COMPARING
+from graphprune.cli.names import COMPARING, KERNELS
 from graphprune.cli.sizes import parse_batch
 from graphprune.errors import GraphPruneError, RecipeError
 from graphprune.storage.folders import check_writable
@@ -92,6 +92,7 @@ class Asked:
     data: Path | None = None
     device: Path | None = None
     ignore: tuple[str, ...] = ()
+    target: str = "onnxruntime"
 
     @property
     def anything(self) -> bool:
@@ -106,8 +107,16 @@ class Asked:
         """
         if self.metric:
             check_metric(self.metric)
-        if self.device is not None and not self.anything:
-            raise RecipeError("--device is for a budget: give --faster, --ms or --mb with it")
+        if self.device is not None and not self.anything and self.target != KERNELS:
+            raise RecipeError(
+                "--device is for a budget, or sparse products: give --faster, --ms or --mb with "
+                f"it, or --target {KERNELS}"
+            )
+        if self.device is not None and self.anything and self.target == KERNELS:
+            raise RecipeError(
+                f"--device is of a budget or of --target {KERNELS}, whose kits differ: compile to "
+                "the budget first, and the result for that target after"
+            )
         if self.data is not None and self.max_drop is None:
             raise RecipeError("--data is what --max-drop decides by: give --max-drop 0.01 with it")
         if self.faster is not None:
@@ -418,7 +427,8 @@ def device_kit_command(
 
     It holds small models and a script, which needs onnxruntime and numpy alone: copy the folder,
     run `python kit/measure.py > device.json` there, and give the file to `graphprune compile
-    --device`.
+    --device`. Of an artifact with quantized zeros it times sparse products, for --target
+    onnxruntime+kernels.
     """
     sizes = parse_batch(batch)
     check_writable(out.expanduser())
@@ -433,7 +443,8 @@ def device_kit_command(
         with display.step("capture"):
             start = subject.captured(cache)
         with display.step("write") as advance:
-            count = write_device_kit(start.program, out, sizes, quantize, threads, advance)
+            write = write_device_kit if start.program.quantization is None else write_sparse_kit
+            count = write(start.program, out, sizes, quantize, threads, advance)
     if as_json:
         print_json({"model": model, "path": str(out), "models": count})
         return
@@ -443,6 +454,38 @@ def device_kit_command(
         soft_wrap=True,
         markup=False,
     )
+
+
+def write_sparse_kit(
+    program: Program,
+    out: Path,
+    sizes: tuple[int, ...],
+    quantize: str,
+    threads: int,
+    progress: Any,
+) -> int:
+    """Write the forms of a quantized program's products with zeros; how many they are.
+
+    Raises:
+        GraphPruneError: it was quantized otherwise, or no product has zeros.
+    """
+    from graphprune.cli.sizes import timed_sizes
+    from graphprune.exporters.artifact.export import timed_feeds
+    from graphprune.exporters.kernels.kit import write_forms_kit
+
+    assert program.quantization is not None
+    scheme = program.quantization.scheme
+    if quantize not in ("", scheme):
+        raise GraphPruneError(f"the model is quantized by {scheme} already: leave --quantize out")
+    feeds = timed_feeds(program, timed_sizes(program, sizes))
+    script = write_forms_kit(
+        program,
+        out,
+        feeds,
+        threads=threads,
+        progress=lambda done, total, unit: progress(done, total),
+    )
+    return len(list(script.parent.glob("*.onnx")))
 
 
 def write_device_kit(

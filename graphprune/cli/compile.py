@@ -306,7 +306,7 @@ def compile_command(
     allow_pickle: Pickle = False,
 ) -> None:
     """Prune MODEL, verify it, write an ONNX artifact, and show before and after."""
-    asked = Asked(faster, ms, mb, max_drop, task, metric, data, device, tuple(ignore or ()))
+    asked = Asked(faster, ms, mb, max_drop, task, metric, data, device, tuple(ignore or ()), target)
     asked.check()
     for name, ratio in (("--heads", heads), ("--neurons", neurons)):
         check_ratio(name, ratio)

@@ -34,7 +34,8 @@ SCORES = ("magnitude", "random", "fluctuation", "activation", "obs", "taylor")
 ALLOCATIONS = ("uniform", "global")
 LAYOUT_NAMES = ("auto", *LAYOUTS)
 WEIGHTS = ("auto", "beside", "inside")
-TARGETS = ("onnxruntime", "genai")
+KERNELS = "onnxruntime+kernels"
+TARGETS = ("onnxruntime", "genai", KERNELS)
 
 _PASS_NAME = re.compile(r'^    name: ClassVar\[str\] = "([a-z0-9-]+)"', re.MULTILINE)
 

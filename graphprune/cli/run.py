@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
 from graphprune.cli.budget import Asked
 from graphprune.cli.evaluate import NO_COLUMNS, evaluate_subject
-from graphprune.cli.sizes import input_names, timed_inputs
+from graphprune.cli.names import KERNELS
+from graphprune.cli.sizes import input_names, timed_inputs, timed_sizes
 from graphprune.cli.subject import Exported, Subject, opened
 from graphprune.cli.timing import opponents_of, timing_of
 
@@ -144,6 +145,7 @@ def compiled_and_measured(
         artifact = compiled.export(
             path,
             target=options.target,
+            **(_sparse(options, compiled.program) if options.target == KERNELS else {}),
             baseline=options.baseline,
             opset=options.opset,
             layout=options.layout,
@@ -180,6 +182,15 @@ def compiled_and_measured(
         trained=first,
         manifest=artifact.manifest,
     )
+
+
+def _sparse(options: Options, program: Program) -> dict[str, Any]:
+    """How the forms of sparse products are chosen: at which sizes, for which machine."""
+    return {
+        "device": options.asked.device,
+        "batch": timed_sizes(program, options.sizes),
+        "threads": options.threads,
+    }
 
 
 def _batches(
