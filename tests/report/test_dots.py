@@ -57,7 +57,7 @@ def test_a_full_plot_keeps_names_inside() -> None:
 def test_a_drawing_has_its_names_as_text() -> None:
     if not charts.charts_available():
         pytest.skip("pygal is not installed")
-    series = {
+    series: dict[str, list[tuple[float, float, str]]] = {
         "a<b": [(2.0, 0.9, "a<b")],
         "c": [(2.0, 0.9, "c")],
         "f": [(1, 0.8, "1x"), (3, 1, "3x")],
