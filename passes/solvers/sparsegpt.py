@@ -12,6 +12,10 @@ surgeon's formulas (`obs`, one column) with B become, for an entry w of column j
     update  W[row, j:] -= e · U[j, j:]             zero at j, compensation to the right
 
 All rows share U. The sum of all e² is tr(ΔW H ΔWᵀ).
+
+Columns to the left are frozen because every row has zeros of its own, and exact compensation would
+take an inverse a row. Where many rows lose the same columns, as in blocks of many outputs, it takes
+an inverse for all of them: `block_obs` compensates with all columns, and chooses by that.
 """
 
 from __future__ import annotations
@@ -23,13 +27,18 @@ from typing import final
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from graphprune.passes.solvers.block_obs import cheapest_blocks, fitted_blocks
 from graphprune.passes.solvers.obs import Problem, damped, greedy, loss, refit
 from graphprune.passes.sparsity.sparsity_pattern import Pattern, lowest, removed_count
 
 log = logging.getLogger(__name__)
 
 BLOCK = 128  # columns whose mask is chosen together, and whose updates of the rest are applied once
+TALL = 8  # outputs of a block from which on compensation is exact
+# Multiply-adds (strips · in³) up to which the choice is exact too: minutes a matrix, on one core.
+_AFFORDABLE = 4e12
 
 
 @final
@@ -90,11 +99,13 @@ def sparsegpt(
 ) -> Tensor:
     """Prune a weight; float64 [out, in].
 
-    1. Unstructured, and blocks of outputs x inputs: in every `block` of columns the lowest fraction
+    1. Unstructured, and blocks of few outputs: in every `block` of columns the lowest fraction
        goes, over all rows together; a block of weights is scored by the cost of removing it whole.
-    2. n:m: in every row and every m columns, when the sweep comes there.
-    3. Columns: structured OBS, greedily, then least squares on the columns that stay.
-    4. Rows: those that cost least; nothing compensates for a whole row.
+    2. Blocks of `TALL` outputs and more: structured OBS in every strip of outputs, greedily, then
+       least squares on what stays. In very large matrices they are chosen as in case 1.
+    3. n:m: in every row and every m columns, when the sweep comes there.
+    4. Columns: structured OBS, greedily, then least squares on the columns that stay.
+    5. Rows: those that cost least; nothing compensates for a whole row.
 
     Args:
         weight: [out, in].
@@ -105,9 +116,8 @@ def sparsegpt(
         block: columns a step, rounded up to hold the pattern.
 
     Raises:
-        UnsupportedError: for columns, the Gram matrix is not positive definite.
+        UnsupportedError: for columns and tall blocks, the Gram matrix is not positive definite.
     """
-    rows, columns = weight.shape
     weight = weight.to(torch.float64).clone()
     if mask is None and sparsity == 0 and not pattern.of:
         return weight
@@ -116,9 +126,35 @@ def sparsegpt(
         return _columns(weight, inputs, sparsity)
     if mask is None and pattern.text == "rows":
         costs = ((weight @ inputs.gram) * weight).sum(1)[None]
-        gone = lowest(costs, removed_count(sparsity, rows))[0]
+        gone = lowest(costs, removed_count(sparsity, len(weight)))[0]
         weight[gone] = 0
         return weight
+    if mask is None and pattern.is_block and pattern.height >= TALL:
+        return _blocks(weight, inputs, sparsity, pattern)
+    return _swept(weight, inputs, sparsity, pattern, mask, block)
+
+
+def _blocks(weight: Tensor, inputs: Inputs, sparsity: float, pattern: Pattern) -> Tensor:
+    """Blocks of many outputs, with exact compensation."""
+    rows, columns = weight.shape
+    if pattern.shape(rows, columns)[0] * columns**3 <= _AFFORDABLE:
+        gone = cheapest_blocks(weight, inputs.upper.T @ inputs.upper, sparsity, pattern)
+    else:
+        gone = _swept(weight.clone(), inputs, sparsity, pattern, None, BLOCK) == 0
+        gone = pattern.spread(pattern.units(~gone) == 0, rows, columns)
+    return fitted_blocks(weight, inputs.gram, gone, pattern)
+
+
+def _swept(
+    weight: Tensor,
+    inputs: Inputs,
+    sparsity: float,
+    pattern: Pattern,
+    mask: Tensor | None,
+    block: int,
+) -> Tensor:
+    """Prune a weight in place, in one sweep from left to right; see `sparsegpt`."""
+    rows, columns = weight.shape
     step = pattern.of or pattern.width or 1
     block = math.ceil(block / step) * step
     upper = inputs.upper
@@ -166,25 +202,29 @@ def _sweep(weight: Tensor, factor: Tensor, gone: Tensor, pattern: Pattern | None
 
 def _cheapest(weight: Tensor, factor: Tensor, pattern: Pattern, count: int) -> Tensor:
     """The `count` units of a block of columns whose removal costs least; bool, as the weight."""
+    rows, columns = weight.shape
     if pattern.width == 1:
         errors = weight / factor.diagonal()
     else:
         # Removing the consecutive features G one after another gives errors e with e U[G, G] = w_G:
-        # |e|² is the cost of all of them.
-        parts = weight.reshape(len(weight), -1, pattern.width)
-        index = torch.arange(weight.shape[1]).reshape(-1, pattern.width)
+        # |e|² is the cost of all of them. Features beyond the last are zero.
+        more = -columns % pattern.width
+        factor = F.pad(factor, (0, more, 0, more))
+        factor.diagonal()[columns:] = 1
+        parts = F.pad(weight, (0, more)).unflatten(1, (-1, pattern.width))
+        index = torch.arange(columns + more).reshape(-1, pattern.width)
         corners = factor[index[:, :, None], index[:, None, :]]
         errors = torch.linalg.solve_triangular(
             corners, parts.transpose(0, 1), upper=True, left=False
         )
-        errors = errors.transpose(0, 1).reshape(weight.shape)
-    units = pattern.units(errors.square())
+        errors = errors.transpose(0, 1).flatten(1)[:, :columns]
+    units = pattern.units(errors.abs())
     gone = lowest(units.reshape(1, -1), count).reshape(units.shape)
-    return pattern.spread(gone, *weight.shape)
+    return pattern.spread(gone, rows, columns)
 
 
 def _count(sparsity: float, rows: int, columns: int, pattern: Pattern) -> int:
-    return removed_count(sparsity, (rows // pattern.height) * (columns // pattern.width))
+    return removed_count(sparsity, math.prod(pattern.shape(rows, columns)))
 
 
 def _columns(weight: Tensor, inputs: Inputs, sparsity: float) -> Tensor:

@@ -19,8 +19,9 @@ from graphprune.validate import check_number
 class CompensatedPass(ZeroingPass):
     """A pass that prunes matrices by SparseGPT's solver, which adjusts the weights that stay.
 
-    Blocks are scored and compensated jointly, whole columns by structured OBS; whole rows leave
-    nothing to compensate with.
+    Blocks are scored by the cost of the whole block. From 8 outputs a block on ("32x4"), and for
+    whole columns, every weight that stays compensates (structured OBS), at the price of more time
+    than a sweep takes. Whole rows leave nothing to compensate with.
 
     Attributes:
         damping: fraction of the mean squared input added to the Gram matrix's diagonal.

@@ -3,17 +3,26 @@
 Scores are of a matrix [out, in]: rows are output units, columns input features. Counting is the
 same everywhere: of n units, floor(sparsity · n + 0.5) go, the lowest scores first, exactly so many
 whatever the ties; one at least stays.
+
+A unit is scored by the L2 norm of its weights' scores. Zeroing a block B changes the outputs by
+tr(W_B H_BB W_Bᵀ) in all, H the Gram matrix of the inputs; for uncorrelated inputs that is
+Σ w² ‖x‖², the square of the norm of |w| · ‖x‖, and of |w| where inputs are equally large too.
+
+Blocks at the lower and right edge hold what is left where their shape does not divide the matrix's.
+They count as whole ones, because a kernel takes as long for them, and their norm is of fewer
+weights, because that is what they cost.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from graphprune.errors import RecipeError
 
@@ -45,26 +54,49 @@ class Pattern:
         """The sparsity that the pattern alone fixes, if it does."""
         return 1 - self.keep / self.of if self.of else None
 
+    @property
+    def is_block(self) -> bool:
+        """Whether blocks of several weights go together."""
+        return self.height * self.width > 1
+
+    @property
+    def transposed(self) -> Pattern:
+        """The same blocks of the transposed matrix."""
+        return replace(self, height=self.width, width=self.height)
+
     def obstacle(self, rows: int, columns: int) -> str:
         """Why a matrix of this shape cannot take the pattern; empty where it can."""
         if self.of and columns % self.of:
             return f"its {columns} inputs are no multiple of {self.of}"
-        if self.height and rows % self.height:
-            return f"its {rows} outputs are no multiple of {self.height}"
-        if self.width and columns % self.width:
-            return f"its {columns} inputs are no multiple of {self.width}"
+        if self.is_block and rows <= self.height and columns <= self.width:
+            return f"all of its {rows} outputs and {columns} inputs are one block"
         return ""
 
+    def shape(self, rows: int, columns: int) -> tuple[int, int]:
+        """How many units there are along outputs and along inputs."""
+        return math.ceil(rows / (self.height or rows)), math.ceil(columns / (self.width or columns))
+
     def units(self, scores: Tensor) -> Tensor:
-        """Scores of the units that go together: sums over blocks, [out / height, in / width]."""
-        rows, columns = scores.shape
+        """The L2 norm of the scores [..., out, in] of each unit, float64 [..., *shape].
+
+        Of single weights the scores as they are.
+        """
+        if self.height == self.width == 1:
+            return scores
+        return torch.linalg.vector_norm(self.tiles(scores.double()), dim=(-3, -1))
+
+    def tiles(self, matrix: Tensor) -> Tensor:
+        """A matrix [..., out, in] by units, [..., units, height, units, width], zeros beyond it."""
+        rows, columns = matrix.shape[-2:]
         height, width = self.height or rows, self.width or columns
-        return scores.reshape(rows // height, height, columns // width, width).sum((1, 3))
+        padded = F.pad(matrix, (0, -columns % width, 0, -rows % height))
+        return padded.unflatten(-1, (-1, width)).unflatten(-3, (-1, height))
 
     def spread(self, units: Tensor, rows: int, columns: int) -> Tensor:
-        """A value a unit as a value a weight, [out, in]."""
+        """A value a unit as a value a weight, [..., out, in]."""
         height, width = self.height or rows, self.width or columns
-        return units.repeat_interleave(height, 0).repeat_interleave(width, 1)
+        wide = units.repeat_interleave(height, -2).repeat_interleave(width, -1)
+        return wide[..., :rows, :columns]
 
 
 def parse_pattern(text: str) -> Pattern:
@@ -102,7 +134,7 @@ def removed_mask(scores: Tensor, sparsity: float, pattern: Pattern, per_row: boo
     """The weights to remove: the lowest scores under a pattern; bool [out, in].
 
     Args:
-        scores: [out, in], higher is more important.
+        scores: [out, in], 0 or more, higher is more important.
         sparsity: fraction of the units to remove; an n:m pattern has its own.
         pattern: what goes together; it must fit the shape.
         per_row: choose the same number in every row of units, instead of over the whole matrix;

@@ -44,7 +44,8 @@ class PatternPass(SitePass):
     Attributes:
         pattern: what goes together: "unstructured" (each weight alone), "n:m" (keeps n of every m
             consecutive inputs of a row), "OUTxIN" blocks such as "32x4", whole "rows" or "columns".
-            Units are scored by the sum of their weights' scores.
+            Units are scored by the L2 norm of their weights' scores. Blocks at the edges of a
+            matrix may be smaller; they count as whole ones.
         allocation: "uniform" (the sparsity in every matrix), "owl" (more where outliers are few;
             needs calibration) or "global" (one ranking of all matrices: by |w|, or with activations
             by |w| · ‖x‖ relative to the matrix's mean).

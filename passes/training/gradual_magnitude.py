@@ -37,7 +37,9 @@ class GradualMagnitude(PatternPass, GradualPass):
     1. The sparsity follows a schedule from `initial` to `final`, which it reaches exactly; the
        steps after `end` are for recovery.
     2. What is zero once stays zero: masks only grow. Zeros of earlier passes count among them.
-    3. An n:m pattern grows too: of every m the weights that it would take are candidates, and
+    3. Blocks go by their L2 norms, whole: the norm's square is what a block adds to the outputs
+       where inputs are uncorrelated and equally large.
+    4. An n:m pattern grows too: of every m the weights that it would take are candidates, and
        the smallest of all candidates go first.
 
     Zeros alone make nothing faster in ONNX Runtime: remove structure, or quantize, for speed.
@@ -200,7 +202,7 @@ class _Growing:
     def _removed(self, scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
         pattern = parse_pattern(self.options.pattern)
         if pattern.of:
-            # Case 3: what the pattern would leave comes last, and the count does not reach it.
+            # Case 4: what the pattern would leave comes last, and the count does not reach it.
             chosen = {n: removed_mask(s, sparsity, pattern, False) for n, s in scores.items()}
             last = {n: s.masked_fill(~chosen[n], torch.inf) for n, s in scores.items()}
             counts = {n: removed_count(sparsity, s.numel()) for n, s in scores.items()}

@@ -129,7 +129,7 @@ def test_half_of_the_units_go_whatever_the_scope(cls: Any, pattern: str, scope: 
     assert int((found == 0).sum()) == 48
 
 
-def test_units_are_scored_by_their_sums() -> None:
+def test_units_are_scored_by_their_norms() -> None:
     x, weight = torch.randn(60, 12) * torch.linspace(0.1, 3, 12), torch.randn(8, 12)
     for pattern in ("2x3", "4x1", "rows", "columns"):
         parsed = parse_pattern(pattern)

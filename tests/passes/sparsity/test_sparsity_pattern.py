@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -27,22 +28,23 @@ def table(seed: int, rows: int, columns: int, distinct: int) -> Tensor:
 @given(
     st.sampled_from(PATTERNS),
     st.integers(0, 1000),
-    st.integers(1, 4),
-    st.integers(1, 4),
+    st.integers(1, 17),
+    st.integers(1, 30),
     st.floats(0, 0.99),
     st.sampled_from([1, 2, 10, 10**6]),
     st.booleans(),
 )
 def test_exactly_so_many_units_go_and_they_are_the_lowest(
-    text: str, seed: int, high: int, wide: int, sparsity: float, distinct: int, per_row: bool
+    text: str, seed: int, rows: int, columns: int, sparsity: float, distinct: int, per_row: bool
 ) -> None:
-    """Straight from the definition: units are summed one by one and sorted as Python lists."""
+    """Straight from the definition: squares are summed unit by unit, and sorted as Python lists.
+
+    Units at the edges hold what is left.
+    """
     pattern = parse_pattern(text)
-    unit_rows = pattern.height or 4 * high
-    unit_columns = pattern.of or pattern.width or 12 * wide
-    rows, columns = unit_rows * (4 if pattern.height else 1), unit_columns * 12
-    if pattern.width == 0:
-        columns = unit_columns
+    if pattern.of:
+        columns *= pattern.of
+    unit_rows, unit_columns = pattern.height or rows, pattern.width or columns
     scores = table(seed, rows, columns, distinct)
     gone = removed_mask(scores, sparsity, pattern, per_row)
     assert gone.shape == scores.shape
@@ -60,8 +62,8 @@ def test_exactly_so_many_units_go_and_they_are_the_lowest(
         (r, c): scores[
             r * unit_rows : (r + 1) * unit_rows, c * unit_columns : (c + 1) * unit_columns
         ]
-        for r in range(rows // unit_rows)
-        for c in range(columns // unit_columns)
+        for r in range(math.ceil(rows / unit_rows))
+        for c in range(math.ceil(columns / unit_columns))
     }
     whole: dict[tuple[int, int], bool] = {}
     for r, c in units:
@@ -69,11 +71,11 @@ def test_exactly_so_many_units_go_and_they_are_the_lowest(
         assert bool(part.all()) == bool(part.any()), "a unit goes whole or not at all"
         whole[r, c] = bool(part.any())
     # Within a row of one unit there is nothing to choose: then it is over the matrix.
-    split = per_row and columns // unit_columns > 1
+    split = per_row and columns > unit_columns
     tables = [[k for k in units if k[0] == r] for r in {r for r, _ in units}] if split else [units]
     for keys in tables:
         count = min(math.floor(sparsity * len(keys) + 0.5), len(keys) - 1)
-        expected_units = sorted(keys, key=lambda k: (float(units[k].sum()), k))[:count]
+        expected_units = sorted(keys, key=lambda k: (float(units[k].square().sum()), k))[:count]
         assert {k for k in keys if whole[k]} == set(expected_units)
 
 
@@ -101,11 +103,40 @@ def test_n_of_m_keeps_n() -> None:
     assert parse_pattern("unstructured").sparsity is None
 
 
-def test_blocks_are_scored_by_their_sum() -> None:
-    """A block with the largest value, but the smaller sum, goes first."""
-    scores = torch.tensor([[9.0, 0.0, 3.0, 3.0], [0.0, 0.0, 3.0, 3.0]])
-    gone = removed_mask(scores, 0.5, parse_pattern("2x2"), False)
-    assert gone.tolist() == [[True, True, False, False]] * 2
+def test_blocks_are_scored_by_their_norm() -> None:
+    """Neither the largest value nor the largest sum decides: 36 + 0 < 4 · 16, 36 > 4 · 4."""
+    for large, first in ((4.0, True), (2.0, False)):
+        scores = torch.tensor([[6.0, 0.0, large, large], [0.0, 0.0, large, large]])
+        gone = removed_mask(scores, 0.5, parse_pattern("2x2"), False)
+        assert gone.tolist() == [[first, first, not first, not first]] * 2
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(0, 1000), st.integers(1, 20), st.integers(1, 12), st.sampled_from(["3x2", "8x4"])
+)
+def test_the_norm_is_what_zeroing_a_block_costs(
+    seed: int, rows: int, columns: int, text: str
+) -> None:
+    """With uncorrelated inputs Σ |ΔW x|² is the squared norm of |w| · ‖x‖, at the edges too."""
+    pattern, generator = parse_pattern(text), torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    size = torch.rand(columns, generator=generator, dtype=torch.float64)
+    units = pattern.units(weight.abs() * size)
+    assert units.shape == pattern.shape(rows, columns)
+    for r, c in itertools.product(*map(range, units.shape)):
+        one = torch.zeros_like(units)
+        one[r, c] = 1
+        change = weight * pattern.spread(one, rows, columns)
+        cost = float((change @ size.square().diag() @ change.T).trace())
+        assert cost == pytest.approx(float(units[r, c]) ** 2)
+
+
+def test_the_smallest_numbers_have_norms_too() -> None:
+    """Or a block of them could go before one of zeros, which would come back."""
+    scores = torch.tensor([[1e-44, 1e-30, 0.0, 0.0]])
+    gone = removed_mask(scores, 0.5, parse_pattern("1x2"), False)
+    assert gone.tolist() == [[False, False, True, True]]
 
 
 def test_outputs_come_first_in_a_block() -> None:
@@ -139,8 +170,10 @@ def test_where_a_row_is_one_unit_rows_compete(pattern: str, shape: tuple[int, in
     ("pattern", "shape", "sentence"),
     [
         ("2:4", (3, 6), "its 6 inputs are no multiple of 4"),
-        ("32x4", (48, 8), "its 48 outputs are no multiple of 32"),
-        ("32x4", (64, 6), "its 6 inputs are no multiple of 4"),
+        ("32x4", (20, 3), "all of its 20 outputs and 3 inputs are one block"),
+        ("32x4", (32, 4), "all of its 32 outputs and 4 inputs are one block"),
+        ("32x4", (33, 4), ""),
+        ("32x4", (1, 5), ""),
         ("2:4", (3, 8), ""),
         ("32x4", (64, 8), ""),
         ("unstructured", (1, 1), ""),
@@ -170,11 +203,18 @@ def test_n_must_lie_below_m(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", PATTERNS)
-def test_values_of_units_spread_over_their_weights(text: str) -> None:
+@pytest.mark.parametrize("lead", [(), (3,)])
+def test_values_of_units_spread_over_their_weights(text: str, lead: tuple[int, ...]) -> None:
     pattern = parse_pattern(text)
-    scores = torch.rand(4, 12, dtype=torch.float64)
-    units = pattern.units(scores)
-    spread = pattern.spread(units, 4, 12)
-    assert spread.shape == scores.shape
-    size = (pattern.height or 4) * (pattern.width or 12)
-    torch.testing.assert_close(pattern.units(spread), units * size)
+    units = pattern.units(torch.rand(*lead, 5, 13, dtype=torch.float64))
+    assert units.shape == (*lead, *pattern.shape(5, 13))
+    spread = pattern.spread(units, 5, 13)
+    assert spread.shape == (*lead, 5, 13)
+    sizes = pattern.units(torch.ones(5, 13, dtype=torch.float64)).square()
+    torch.testing.assert_close(pattern.units(spread), units * sizes.sqrt())
+    assert float(sizes.sum()) == pytest.approx(5 * 13)
+
+
+def test_a_transposed_pattern_is_that_of_the_transposed_matrix() -> None:
+    pattern, scores = parse_pattern("3x2"), torch.rand(8, 5, dtype=torch.float64)
+    assert torch.equal(pattern.transposed.units(scores.T).T, pattern.units(scores))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -424,7 +425,7 @@ def test_one_block_alone_is_a_block_still(captured: Captured) -> None:
     [
         ("1:5", r"does not fit 'encoder.layer.0.attention.self.query.weight': its 32 inputs are "
                 r"no multiple of 5; name it in ignore, give indivisible='skip'"),
-        ("48x4", "its 32 outputs are no multiple of 48"),
+        ("128x128", "all of its 32 outputs and 32 inputs are one block"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_or_skipped(
@@ -440,12 +441,34 @@ def test_what_does_not_fit_is_refused_or_skipped(
 
 def test_what_fits_is_pruned_where_the_rest_is_skipped(captured: Captured) -> None:
     program = captured("tiny-bert")
-    compiled = gp.compile(program, [Magnitude(0.5, pattern="64x4", indivisible="skip")])
-    assert list(sites_of(compiled)) == [
-        f"encoder.layer.{i}.intermediate.dense.weight" for i in range(2)
-    ]
-    reason = skipped_of(compiled)["encoder.layer.0.output.dense.weight"]
-    assert reason == "pattern '64x4' does not fit: its 32 outputs are no multiple of 64"
+    compiled = gp.compile(program, [Magnitude(0.5, pattern="32x32", indivisible="skip")])
+    assert {name.rpartition("layer.")[2][1:] for name in sites_of(compiled)} == {
+        ".intermediate.dense.weight",
+        ".output.dense.weight",
+    }
+    reason = skipped_of(compiled)["encoder.layer.0.attention.self.query.weight"]
+    assert (
+        reason == "pattern '32x32' does not fit: all of its 32 outputs and 32 inputs are one block"
+    )
+
+
+@pytest.mark.parametrize("cls", [Magnitude, Wanda, SparseGPT, SparseLLM])
+@pytest.mark.parametrize("pattern", ["32x4", "16x4", "4x4"])
+def test_blocks_at_the_edges_are_smaller(cls: Any, pattern: str) -> None:
+    """After structure shapes are no multiples: 42 outputs, 42 inputs. Exactly half goes, whole."""
+    x = torch.randn(80, 30)
+    model = nn.Sequential(nn.Linear(30, 60), nn.ReLU(), nn.Linear(60, 21), nn.Linear(21, 5))
+    scope = {"scope": "layer"} if cls is Wanda else {}
+    steps: list[Any] = [gp_passes.PruneNeurons(0.3), cls(0.5, pattern=pattern, **scope)]
+    compiled = gp.compile(model, steps, example_inputs=(x[:4],), calibration=[x])
+    parsed = parse_pattern(pattern)
+    for name, shape in (("0.weight", (42, 30)), ("2.weight", (15, 42))):
+        weight = compiled.program.tensors[name]
+        assert weight.shape == shape
+        alive = parsed.units(weight.abs()) > 0
+        sizes = parsed.units(torch.ones(shape)).square()
+        assert int((~alive).sum()) == math.floor(0.5 * alive.numel() + 0.5)
+        assert int((weight == 0).sum()) == round(float(sizes[~alive].sum()))
 
 
 CLASSES: list[Any] = [Magnitude, Wanda, SparseGPT, SparseLLM]

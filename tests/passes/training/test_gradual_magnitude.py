@@ -16,8 +16,8 @@ from graphprune.axes import axis_groups
 from graphprune.axes.sites import linear_sites
 from graphprune.errors import PassError, RecipeError, UnsupportedError
 from graphprune.ir.program import Program
-from graphprune.passes import Finetune, GradualMagnitude, Magnitude
-from graphprune.passes.sparsity.sparsity_pattern import removed_count
+from graphprune.passes import Finetune, GradualMagnitude, Magnitude, PruneNeurons
+from graphprune.passes.sparsity.sparsity_pattern import parse_pattern, removed_count
 from graphprune.passes.training.schedule import scheduled
 from graphprune.pipeline.base import Context
 from graphprune.pipeline.pipeline import Pipeline
@@ -85,6 +85,8 @@ def test_the_end_is_exact(model: str, final: float, captured: Captured) -> None:
         {"pattern": "1:4", "schedule": "linear"},
         {"pattern": "4x2"},
         {"pattern": "8x1", "allocation": "global"},
+        {"pattern": "32x4"},
+        {"pattern": "24x5", "allocation": "global"},
         {"pattern": "rows"},
         {"initial": 0.3, "begin": 0.4},
         {"end": 0.0},
@@ -108,7 +110,12 @@ def test_weights_that_stand_still_end_as_one_shot(
 
 @pytest.mark.parametrize(
     "options",
-    [{"final": 0.8}, {"final": 0.8, "allocation": "global"}, {"pattern": "2:4"}],
+    [
+        {"final": 0.8},
+        {"final": 0.8, "allocation": "global"},
+        {"pattern": "2:4"},
+        {"final": 0.8, "pattern": "3x4"},
+    ],
     ids=str,
 )
 def test_no_weight_comes_back(options: Any, captured: Captured) -> None:
@@ -127,6 +134,35 @@ def test_no_weight_comes_back(options: Any, captured: Captured) -> None:
         assert all(bool(after[name][zeros].all()) for name, zeros in before.items())
         grown += sum(int(after[n].sum()) > int(z.sum()) for n, z in before.items())
     assert grown > 3
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+def test_zeros_are_whole_blocks_on_top_of_structure_and_stay(
+    allocation: str, captured: Captured
+) -> None:
+    """After neurons went no shape is a multiple; distilled, without labels, then fine-tuned."""
+    dense = captured("tiny-encoder")
+    batch = dict(zip(dense.forward.input_names, dense.forward.example, strict=True))
+    step = GradualMagnitude(
+        0.5, pattern="16x4", allocation=allocation, distill=True, epochs=6, lr=1e-2, every=1
+    )
+    steps: list[Any] = [PruneNeurons(0.37), step, Finetune(3, lr=1e-2)]
+    training = replace(_example(dense), data=[batch])
+    result = Pipeline(steps).run(dense, Context(reference=dense, training=training))
+    pattern = parse_pattern("16x4")
+    names = {site["name"] for site in result.results[1].report["matrices"]}
+    sites = {s.name: s for s in linear_sites(axis_groups(result.program)) if s.name in names}
+    blocks, gone, odd = 0, 0, 0
+    for site in sites.values():
+        weight = site.matrix(result.program)
+        odd += bool(weight.shape[0] % 16 or weight.shape[1] % 4)
+        alive = pattern.units(weight.abs()) > 0
+        assert torch.equal(pattern.spread(alive, *weight.shape), weight != 0)
+        if allocation == "uniform":
+            assert int((~alive).sum()) == removed_count(0.5, alive.numel())
+        blocks, gone = blocks + alive.numel(), gone + int((~alive).sum())
+    assert odd
+    assert gone == removed_count(0.5, blocks) or allocation == "uniform"
 
 
 def test_weights_that_move_choose_other_ones_than_one_shot(captured: Captured) -> None:
@@ -259,7 +295,7 @@ def test_options_out_of_range(options: Any, says: str) -> None:
 
 def test_a_pattern_that_does_not_fit_is_refused_before_training(captured: Captured) -> None:
     with pytest.raises(UnsupportedError, match="does not fit 'layers"):
-        _run(captured("tiny-mlp"), GradualMagnitude(0.5, pattern="5x7"))
+        _run(captured("tiny-mlp"), GradualMagnitude(pattern="1:7"))
 
 
 def test_weights_that_do_not_train_are_refused(captured: Captured) -> None:
