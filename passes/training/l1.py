@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, final
 
+import torch
 from torch import Tensor
 
 from graphprune.ir.program import Program
-from graphprune.passes.training.penalties import l1_penalty, views
+from graphprune.passes.training.penalties import connections, seen
 from graphprune.passes.training.training_pass import trained_report
 from graphprune.passes.training.zeros import PenaltyPass, sparsity_of, topology
 from graphprune.pipeline.base import Context, PassResult
@@ -23,6 +24,8 @@ from graphprune.validate import check_number
 @dataclass(frozen=True, slots=True)
 class L1(PenaltyPass):
     """Train with alpha · Σ|w| over feed-forward, query, key and value; then zero small ones.
+
+    With blocks, |w| is a block's L2 norm times the root of its size (a group lasso).
 
     Attributes:
         alpha: weight of the penalty.
@@ -41,7 +44,11 @@ class L1(PenaltyPass):
         threshold = self.zero_below or 1e-4
 
         def penalty(tensors: Mapping[str, Tensor]) -> Tensor:
-            return self.alpha * l1_penalty(views(parts.all, tensors))
+            strengths = [
+                connections(view, part.oriented(self.blocks)).sum()
+                for part, view in seen(parts.all, tensors)
+            ]
+            return self.alpha * torch.stack(strengths).sum()
 
         fitted = fit(
             program,
@@ -51,7 +58,7 @@ class L1(PenaltyPass):
             Hooks(penalty=penalty, after_training=self.zeroed),
             settings={
                 "alpha": self.alpha,
-                "zeroing": [self.zero_below, self.sparsity],
+                "zeroing": [self.zero_below, self.sparsity, self.pattern],
             },
         )
         result = fitted.program

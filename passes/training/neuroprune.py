@@ -12,6 +12,9 @@ grows as s_i gets small, which empties whole features.
 Heads h and k whose incoming weights (q, k, v and biases) are equal have the same output a, and with
 the output projection O_h a + O_k a = (O_h + O_k) a: one of them can go. Here they may differ by
 theta, so merging is exact at theta = 0 alone.
+
+With a pattern of blocks a connection is a block, see `penalties`: units are rows of blocks (so many
+neurons, or input features), which die together.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from graphprune.passes.training.penalties import (
     attachment_penalty,
     find_parts,
     group_penalty,
+    seen,
     views,
 )
 from graphprune.passes.training.training_pass import trained_report
@@ -60,6 +64,8 @@ class NeuroPrune(PenaltyPass):
        merged into it: their outgoing weights are added, and they are removed, verified. The last
        head stays; grouped-query attention merges whole groups. Position biases must match too.
     4. In the end small weights become zero for good. Zeros alone make nothing faster.
+    5. With blocks, a connection is a block in cases 1, 2 and 4, its size the L2 norm times the root
+       of how many weights it has. This is ours: the paper knows single weights only.
 
     The paper leaves open which of alpha and beta is which, the exact weights of case 1, how often
     they are computed (here: at every step), and the rule of case 4. This is one reading, with
@@ -69,7 +75,7 @@ class NeuroPrune(PenaltyPass):
         alpha: weight of the feed-forward penalty.
         beta: weight of the attention penalty.
         theta: largest difference of two heads that count as one; None merges none.
-        threshold: a connection below it counts as dead.
+        threshold: a connection below it counts as dead; of blocks their root mean square is meant.
         contracting: units of the weights that read neurons: "rows" (outputs, as in the paper), or
             "columns" (the neurons, which then die from both sides).
     """
@@ -116,7 +122,7 @@ class NeuroPrune(PenaltyPass):
                 "beta": self.beta,
                 "theta": self.theta,
                 "wiring": [self.threshold, self.contracting],
-                "zeroing": [self.zero_below, self.sparsity],
+                "zeroing": [self.zero_below, self.sparsity, self.pattern],
             },
         )
         result = fitted.program
@@ -158,11 +164,13 @@ class _State:
         """alpha · feed-forward + beta · attention."""
         some = next(iter(tensors.values()))
         total = some.new_zeros(())
-        for view in views((*self.parts.expanding, *self.parts.contracting), tensors):
-            total = total + self.options.alpha * attachment_penalty(view, self.options.threshold)
+        own, blocks = self.options, self.options.blocks
+        for part, view in seen((*self.parts.expanding, *self.parts.contracting), tensors):
+            attachment = attachment_penalty(view, own.threshold, part.oriented(blocks))
+            total = total + own.alpha * attachment
         for parts in self.parts.attention:
-            if seen := views(parts, tensors):
-                total = total + self.options.beta * group_penalty(seen)
+            if together := views(parts, tensors):
+                total = total + own.beta * group_penalty(together, parts[0].oriented(blocks))
         return total
 
     def merged(self, program: Program, epoch: int) -> tuple[Program, Keep]:

@@ -7,11 +7,16 @@ The first is preferential attachment (NeuroPrune, arXiv 2404.01306): a unit with
 pays more for each, so rows die whole. The second is a group penalty on input features. Both are
 found from axis groups and linear sites, in fused, transposed and gated weights too. Their gradients
 are v_u sign(w) and sign(w) / (2 (s_i + δ)^½), s_i the sum under the root.
+
+On blocks a connection is a block B of n weights, its strength √n ‖w_B‖ in place of |w| (a group
+lasso, whose root of the size makes blocks of unlike size comparable), and a unit is a row of
+blocks: |w| is the same of a block of one. The gradient of √n ‖w_B‖ is √n w_B / ‖w_B‖, which moves
+all weights of a block to zero together, and 0 at a dead block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -21,7 +26,9 @@ from torch import Tensor
 from graphprune.axes import AxisGroup, AxisGroups
 from graphprune.axes.sites import LinearSite, linear_sites
 from graphprune.ir.program import Program
+from graphprune.passes.sparsity.sparsity_pattern import Pattern
 
+SINGLE = Pattern("unstructured")
 DELTA = 1e-8  # under the root: the slope at a dead group stays finite
 
 
@@ -36,6 +43,7 @@ class Part:
         other_dim: the dimension that a unit's connections run along.
         units: positions along `unit_dim` that belong to it; None for all.
         others: likewise along `other_dim`.
+        by_outputs: whether units are the outputs of the matrix, or else its inputs.
     """
 
     tensor: str
@@ -43,6 +51,16 @@ class Part:
     other_dim: int
     units: tuple[int, ...] | None = None
     others: tuple[int, ...] | None = None
+    by_outputs: bool = True
+
+    def oriented(self, pattern: Pattern) -> Pattern:
+        """Blocks OUTxIN as blocks of units x others."""
+        return pattern if self.by_outputs else pattern.transposed
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The whole weight as [..., out, in], a view."""
+        dims = (self.unit_dim, self.other_dim)
+        return weight.movedim(dims if self.by_outputs else dims[::-1], (-2, -1))
 
     def view(self, weight: Tensor) -> Tensor:
         """The weight as [..., units, others], differentiable."""
@@ -97,7 +115,8 @@ def find_parts(groups: AxisGroups, columns: bool = False) -> Parts:
                 expanding.setdefault(Part(site.tensor, row, column, units=_or_all(made)))
             read = _positions(groups, [group], site, column)
             if read is not None and columns:
-                contracting.setdefault(Part(site.tensor, column, row, units=_or_all(read)))
+                part = Part(site.tensor, column, row, units=_or_all(read), by_outputs=False)
+                contracting.setdefault(part)
             elif read is not None:
                 contracting.setdefault(Part(site.tensor, row, column, others=_or_all(read)))
     for members in _attentions(groups, {site.tensor for site in sites}):
@@ -107,39 +126,72 @@ def find_parts(groups: AxisGroups, columns: bool = False) -> Parts:
             row, column = site_dims(site)
             made = _positions(groups, members, site, row)
             if made is not None:
-                part = Part(site.tensor, column, row, others=_or_all(made))
+                part = Part(site.tensor, column, row, others=_or_all(made), by_outputs=False)
                 inputs.setdefault((site.entry, site.operand.name), {}).setdefault(part)
         for parts in inputs.values():
             attention.setdefault(tuple(parts))
     return Parts(tuple(expanding), tuple(contracting), tuple(attention))
 
 
-def connectivity(weight: Tensor, threshold: float) -> Tensor:
-    """The fraction of each unit's connections that is alive, at least one of them; [..., units]."""
+def connectivity(weight: Tensor, threshold: float, pattern: Pattern = SINGLE) -> Tensor:
+    """The fraction of each unit's connections that is alive, at least one of them; [..., units].
+
+    A block is alive where its root mean square is `threshold` or more.
+    """
+    weight = weight.detach()
+    if pattern.is_block:
+        weight = _norms(weight, pattern) / _roots(weight, pattern)
     count = weight.shape[-1]
-    alive = (weight.detach().abs() >= threshold).sum(-1).to(weight.dtype)
+    alive = (weight.abs() >= threshold).sum(-1).to(weight.dtype)
     return (alive / count).clamp_min(1 / count)
 
 
-def attachment_penalty(weight: Tensor, threshold: float) -> Tensor:
-    """Return Σ_u v_u Σ_j |w_uj| of [..., units, others]; v is a constant for the gradient."""
-    return (weight.abs().sum(-1) / connectivity(weight, threshold)).sum()
+def connections(weight: Tensor, pattern: Pattern = SINGLE) -> Tensor:
+    """|w|, or √n ‖w‖ of each block of n weights; [..., units, others] or so many blocks."""
+    if not pattern.is_block:
+        return weight.abs()
+    return _norms(weight, pattern) * _roots(weight, pattern)
 
 
-def group_penalty(weights: Sequence[Tensor]) -> Tensor:
-    """Return Σ_i (Σ |w| of unit i in all weights)^½, weights [..., units, others], equal units."""
-    sums = torch.stack([w.abs().sum(-1) for w in weights]).sum(0)
+def attachment_penalty(weight: Tensor, threshold: float, pattern: Pattern = SINGLE) -> Tensor:
+    """Return Σ_u v_u Σ_j |w_uj| of [..., units, others]; v is a constant for the gradient.
+
+    On blocks of units x others |w_uj| is a block's strength, and u a row of blocks.
+    """
+    strengths = connections(weight, pattern).sum(-1)
+    return (strengths / connectivity(weight, threshold, pattern)).sum()
+
+
+def group_penalty(weights: Sequence[Tensor], pattern: Pattern = SINGLE) -> Tensor:
+    """Return Σ_i (Σ |w| of unit i in all weights)^½, weights [..., units, others], equal units.
+
+    On blocks of units x others |w| is a block's strength, and i a row of blocks.
+    """
+    sums = torch.stack([connections(w, pattern).sum(-1) for w in weights]).sum(0)
     return (sums + DELTA).sqrt().sum()
 
 
-def l1_penalty(weights: Sequence[Tensor]) -> Tensor:
-    """Return Σ |w| over all weights."""
-    return torch.stack([w.abs().sum() for w in weights]).sum()
+def _norms(weight: Tensor, pattern: Pattern) -> Tensor:
+    # Its gradient is 0 where the norm is, not NaN as of a root.
+    return torch.linalg.vector_norm(pattern.tiles(weight), dim=(-3, -1))
+
+
+def _roots(weight: Tensor, pattern: Pattern) -> Tensor:
+    """√n of each block of n weights: fewer at the edges."""
+    ones = torch.ones(weight.shape[-2:], dtype=weight.dtype, device=weight.device)
+    return _norms(ones, pattern)
 
 
 def views(parts: Sequence[Part], tensors: Mapping[str, Tensor]) -> list[Tensor]:
     """The parts that train, seen in these tensors."""
-    return [part.view(tensors[part.tensor]) for part in parts if part.tensor in tensors]
+    return [view for _, view in seen(parts, tensors)]
+
+
+def seen(parts: Sequence[Part], tensors: Mapping[str, Tensor]) -> Iterator[tuple[Part, Tensor]]:
+    """The parts that train, each with its view of these tensors."""
+    for part in parts:
+        if part.tensor in tensors:
+            yield part, part.view(tensors[part.tensor])
 
 
 def degrees(parts: Sequence[Part], program: Program, threshold: float) -> Tensor:

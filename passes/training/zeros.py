@@ -9,9 +9,17 @@ import torch
 from torch import Tensor
 
 from graphprune.axes import axis_groups
-from graphprune.errors import UnsupportedError
+from graphprune.errors import RecipeError, UnsupportedError
 from graphprune.ir.program import JSON, Program
-from graphprune.passes.training.penalties import Part, Parts, degrees, find_parts, views
+from graphprune.passes.sparsity.sparsity_pattern import Pattern, parse_pattern
+from graphprune.passes.training.penalties import (
+    SINGLE,
+    Part,
+    Parts,
+    degrees,
+    find_parts,
+    views,
+)
 from graphprune.passes.training.training_pass import PlainTrainingPass
 from graphprune.pipeline.base import Context
 from graphprune.validate import check_number
@@ -25,9 +33,12 @@ class PenaltyPass(PlainTrainingPass):
     """A pass that trains with a penalty on some weights, and zeroes the small ones of them.
 
     Attributes:
-        zero_below: after the last epoch, weights of smaller magnitude become zero; 0 for none.
+        zero_below: after the last epoch, weights of smaller magnitude become zero; 0 for none. Of
+            blocks their root mean square is meant.
         sparsity: instead, this fraction of all weights under penalty becomes zero, the smallest
-            ones.
+            ones; of all blocks, those of smallest L2 norm.
+        pattern: "unstructured", or "OUTxIN" blocks such as "32x4": what the penalty acts on, and
+            becomes zero, together.
     """
 
     __slots__ = ()
@@ -35,6 +46,7 @@ class PenaltyPass(PlainTrainingPass):
     epochs: int = 3
     zero_below: float = 1e-4
     sparsity: float | None = None
+    pattern: str = "unstructured"
 
     def __post_init__(self) -> None:
         PlainTrainingPass.__post_init__(self)
@@ -42,6 +54,16 @@ class PenaltyPass(PlainTrainingPass):
         if self.sparsity is not None:
             rule = "a fraction of all weights, 0 to 1"
             check_number("sparsity", self.sparsity, rule, low=0, high=1)
+        if not (self.blocks.is_block or self.blocks.text == "unstructured"):
+            raise RecipeError(
+                f"{self.name} acts on single weights or blocks, not on pattern {self.pattern!r}: "
+                "write 'unstructured', or blocks such as '32x4'"
+            )
+
+    @property
+    def blocks(self) -> Pattern:
+        """What goes together."""
+        return parse_pattern(self.pattern)
 
     def parts(self, program: Program) -> Parts:
         """Return the weights under penalty."""
@@ -65,34 +87,51 @@ class PenaltyPass(PlainTrainingPass):
         """The program with its small weights under penalty zeroed."""
         if self.sparsity is None and not self.zero_below:
             return program
-        return zero_small(program, self.parts(program).all, self.zero_below, self.sparsity)
+        parts = self.parts(program).all
+        return zero_small(program, parts, self.zero_below, self.sparsity, self.blocks)
 
 
 def zero_small(
-    program: Program, parts: Sequence[Part], below: float, sparsity: float | None
+    program: Program,
+    parts: Sequence[Part],
+    below: float,
+    sparsity: float | None,
+    pattern: Pattern = SINGLE,
 ) -> Program:
-    """Zero the small weights of the parts, and note them as zeroed.
+    """Zero the small weights of the parts, or small blocks of them, and note them as zeroed.
+
+    A block that parts hold a piece of only stays.
 
     Args:
-        below: weights of smaller magnitude go.
-        sparsity: instead, this fraction of all of the parts' weights goes, the smallest of them.
+        below: weights of smaller magnitude, blocks of smaller root mean square, go.
+        sparsity: instead, this fraction of all of the parts' weights or blocks goes, those of
+            smallest magnitude or L2 norm.
+        pattern: unstructured, or blocks.
     """
-    names = list(dict.fromkeys(part.tensor for part in parts))
-    chosen = {name: torch.zeros_like(program.tensors[name], dtype=torch.bool) for name in names}
+    tensors = {part.tensor: part for part in parts}
+    chosen = {name: torch.zeros_like(program.tensors[name], dtype=torch.bool) for name in tensors}
     for part in parts:
         _view_of(part, chosen[part.tensor])
-    sizes = {name: program.tensors[name].abs().double() for name in names}
-    limit = below
-    if sparsity is not None and names:
-        flat = torch.cat([sizes[name][chosen[name]] for name in names])
+    norms, sizes, whole = {}, {}, {}
+    for name, part in tensors.items():
+        matrix = part.matrix(program.tensors[name]).abs().double()
+        norms[name] = pattern.units(matrix)
+        sizes[name] = pattern.units(torch.ones_like(matrix))  # their roots
+        whole[name] = pattern.units(1.0 - part.matrix(chosen[name]).double()) == 0
+    if sparsity is None or not tensors:
+        gone = {name: norms[name] < below * sizes[name] for name in tensors}
+    else:
+        flat = torch.cat([norms[name][whole[name]] for name in tensors])
         count = int(sparsity * len(flat) + 0.5)
         # Exactly so many but for ties: those below the value that comes next.
         limit = float(flat.sort().values[count]) if count < len(flat) else float("inf")
-    changed = {
-        name: program.tensors[name].masked_fill(chosen[name] & (sizes[name] < limit), 0)
-        for name in names
-    }
-    return replace(program.with_tensors(changed), zeroed=program.zeroed.union(names))
+        gone = {name: norms[name] < limit for name in tensors}
+    changed = {}
+    for name, part in tensors.items():
+        changed[name] = program.tensors[name].clone()
+        matrix = part.matrix(changed[name])
+        matrix[pattern.spread(gone[name] & whole[name], *matrix.shape[-2:])] = 0
+    return replace(program.with_tensors(changed), zeroed=program.zeroed.union(tensors))
 
 
 def sparsity_of(program: Program, parts: Sequence[Part], threshold: float) -> float:

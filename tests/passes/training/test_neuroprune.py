@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,15 +12,19 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import graphprune as gp
 from graphprune.axes import axis_groups
+from graphprune.axes.sites import linear_sites
 from graphprune.capture.capture import capture
 from graphprune.errors import RecipeError, UnsupportedError
 from graphprune.ir.program import Program
 from graphprune.passes import L1, Finetune, NeuroPrune, PruneNeurons
+from graphprune.passes.sparsity.sparsity_pattern import parse_pattern
 from graphprune.passes.training.merge import (
     Merge,
     merge_units,
@@ -28,10 +34,10 @@ from graphprune.passes.training.merge import (
 from graphprune.passes.training.penalties import (
     Part,
     attachment_penalty,
+    connections,
     connectivity,
     find_parts,
     group_penalty,
-    l1_penalty,
 )
 from graphprune.passes.training.zeros import sparsity_of, topology, zero_small
 from graphprune.pipeline.base import Context
@@ -72,6 +78,75 @@ def test_gradients_are_the_analytic_ones(experts: tuple[int, ...]) -> None:
     total = weight.abs().sum(-1, keepdim=True) + other.abs().sum(-1, keepdim=True)
     torch.testing.assert_close(slope, 0.5 * weight.sign() * (total + 1e-8) ** -0.5)
     assert (slope[..., 1, :] == 0).all()  # no NaN at a dead group
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 99), st.integers(1, 9), st.integers(1, 11))
+@pytest.mark.parametrize("text", ["1x1", "3x2", "4x4"])
+@pytest.mark.parametrize("lead", [(), (2,)])
+def test_penalties_on_blocks_are_those_of_their_norms(
+    text: str, lead: tuple[int, ...], seed: int, units: int, others: int
+) -> None:
+    """Block by block, from the definition; of blocks of one they are the plain ones."""
+    pattern, generator = parse_pattern(text), torch.Generator().manual_seed(seed)
+    weight = torch.randn(*lead, units, others, generator=generator, dtype=torch.float64)
+    weight[..., :3, :4] *= 1e-6
+    attached, grouped = 0.0, 0.0
+    for one in weight.reshape(-1, units, others):
+        for r in range(0, units, pattern.height):
+            row = one[r : r + pattern.height]
+            blocks = [row[:, c : c + pattern.width] for c in range(0, others, pattern.width)]
+            strengths = [math.sqrt(b.numel()) * float(b.norm()) for b in blocks]
+            alive = sum(float(b.square().mean().sqrt()) >= 1e-4 for b in blocks)
+            attached += sum(strengths) * len(blocks) / max(alive, 1)
+            grouped += math.sqrt(2 * sum(strengths) + 1e-8)
+    assert float(attachment_penalty(weight, 1e-4, pattern)) == pytest.approx(attached)
+    assert float(group_penalty([weight, weight], pattern)) == pytest.approx(grouped)
+    if text == "1x1":
+        assert float(attachment_penalty(weight, 1e-4)) == pytest.approx(attached)
+        assert float(group_penalty([weight, weight])) == pytest.approx(grouped)
+
+
+def test_gradients_on_blocks_shrink_whole_blocks() -> None:
+    """v √n w / ‖w‖, by the block's size at the edges; 0 at a dead block, not NaN."""
+    pattern = parse_pattern("2x3")
+    weight = torch.randn(5, 7, dtype=torch.float64)
+    weight[:2, :3] = 0
+    leaf = weight.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(attachment_penalty(leaf, 1e-4, pattern), leaf)
+    expected = torch.zeros_like(weight)
+    for r, c in itertools.product(range(0, 5, 2), range(0, 7, 3)):
+        block = weight[r : r + 2, c : c + 3]
+        v = 3 / 2 if r == 0 else 1.0
+        if block.any():
+            expected[r : r + 2, c : c + 3] = v * math.sqrt(block.numel()) * block / block.norm()
+    torch.testing.assert_close(slope, expected)
+    leaf = weight.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(group_penalty([leaf], pattern), leaf)
+    assert slope.isfinite().all()
+    assert not slope[:2, :3].any()
+
+
+@pytest.mark.parametrize("model", ["tiny-bert", "tiny-gpt2", "tiny-mixtral"])
+@pytest.mark.parametrize("columns", [False, True])
+def test_blocks_are_of_outputs_and_inputs_whatever_the_units(
+    model: str, columns: bool, captured: Captured
+) -> None:
+    """A part's matrix is the site's, and its blocks of units x others are the site's OUTxIN."""
+    program = captured(model)
+    groups = axis_groups(program)
+    sites = {s.tensor: s for s in linear_sites(groups)}
+    for part in find_parts(groups, columns).all:
+        tensor = program.tensors[part.tensor]
+        matrix = part.matrix(tensor)
+        site = sites[part.tensor]
+        one = matrix if site.expert is None else matrix[site.expert]
+        assert torch.equal(one, site.matrix(program))
+        blocks = parse_pattern("8x4")
+        if part.units is part.others is None:
+            seen = connections(part.view(tensor), part.oriented(blocks))
+            expected = connections(matrix, blocks)
+            torch.testing.assert_close(seen if part.by_outputs else seen.mT, expected)
 
 
 def test_query_may_die_while_value_stays() -> None:
@@ -129,7 +204,7 @@ def test_a_part_of_a_weight_is_seen_alone() -> None:
     weight = torch.arange(24.0).reshape(4, 6)
     part = Part("w", 1, 0, units=(0, 5), others=(1, 2))
     assert part.view(weight).equal(weight[[1, 2]][:, [0, 5]].T)
-    assert float(l1_penalty([part.view(weight)])) == 6 + 11 + 12 + 17
+    assert float(connections(part.view(weight)).sum()) == 6 + 11 + 12 + 17
 
 
 # --- redundant heads ---------------------------------------------------------------------------
@@ -238,6 +313,46 @@ def test_only_the_part_is_zeroed(captured: Captured) -> None:
     part = Part("layers.2.weight", 1, 0, units=(0, 5), others=(1, 2))
     weight = zero_small(program, [part], 0.0, 1.0).tensors["layers.2.weight"]
     assert sorted((weight == 0).nonzero().tolist()) == [[1, 0], [1, 5], [2, 0], [2, 5]]
+
+
+@pytest.mark.parametrize("model", ["tiny-bert", "tiny-gpt2", "tiny-mixtral"])
+@pytest.mark.parametrize("text", ["8x4", "5x3"])
+def test_of_blocks_exactly_a_fraction_goes_the_lowest_norms(
+    model: str, text: str, captured: Captured
+) -> None:
+    program, pattern = captured(model), parse_pattern(text)
+    parts = find_parts(axis_groups(program)).all
+    zeroed = zero_small(program, parts, 0.0, 0.3, pattern)
+    norms, dead = [], []
+    for part in {part.tensor: part for part in parts}.values():
+        before, after = (part.matrix(p.tensors[part.tensor]) for p in (program, zeroed))
+        alive = pattern.units(after.abs()) > 0
+        assert torch.equal(after, before * pattern.spread(alive, *after.shape[-2:]))
+        norms.append(pattern.units(before.abs()).flatten())
+        dead.append(~alive.flatten())
+    norm, gone = torch.cat(norms), torch.cat(dead)
+    assert int(gone.sum()) == int(0.3 * len(norm) + 0.5)
+    assert float(norm[gone].max()) <= float(norm[~gone].min())
+    largest = max(
+        float(n[d].max()) / math.sqrt(pattern.height * pattern.width)
+        for n, d in zip(norms, dead, strict=True)
+        if d.any()
+    )
+    small = zero_small(program, parts, 2 * largest, None, pattern)
+    for part in parts:  # those of smaller root mean square, the smaller ones at the edges too
+        matrix, after = (part.matrix(p.tensors[part.tensor]) for p in (program, small))
+        sizes = pattern.units(torch.ones_like(matrix))
+        below = pattern.units(matrix.abs()) / sizes < 2 * largest
+        assert torch.equal(after == 0, pattern.spread(below, *matrix.shape[-2:]))
+
+
+def test_a_block_that_a_part_holds_a_piece_of_stays(captured: Captured) -> None:
+    program = captured("tiny-mlp")
+    part = Part("layers.2.weight", 0, 1, units=tuple(range(5)), others=tuple(range(2, 9)))
+    weight = zero_small(program, [part], 0.0, 1.0, parse_pattern("4x2")).tensors[part.tensor]
+    expected = torch.zeros_like(weight, dtype=torch.bool)
+    expected[:4, 2:8] = True
+    assert torch.equal(weight == 0, expected)
 
 
 def test_topology_counts_living_connections(captured: Captured) -> None:
@@ -431,3 +546,48 @@ def test_refusals(captured: Captured) -> None:
     for step in (NeuroPrune(), L1()):
         with pytest.raises(UnsupportedError, match="neither feed-forward nor attention"):
             Pipeline([step]).run(program, Context(training=_training(program)))
+
+
+@pytest.mark.parametrize("step", [NeuroPrune, L1])
+def test_zeros_are_whole_blocks_and_survive_finetuning(step: Any, captured: Captured) -> None:
+    program, pattern = captured("tiny-bert"), parse_pattern("16x4")
+    pruning = step(alpha=1e-3, sparsity=0.5, pattern="16x4", epochs=2, lr=1e-2)
+    training = _training(program)
+    steps = [PruneNeurons(0.4), pruning, Finetune(2, lr=1e-2)]
+    done = Pipeline(steps).run(program, Context(training=replace(training, loss=_squares)))
+    blocks, gone = 0, 0
+    for part in {p.tensor: p for p in find_parts(axis_groups(done.program)).all}.values():
+        matrix = part.matrix(done.program.tensors[part.tensor])
+        alive = pattern.units(matrix.abs()) > 0
+        assert torch.equal(pattern.spread(alive, *matrix.shape), matrix != 0)
+        blocks, gone = blocks + alive.numel(), gone + int((~alive).sum())
+    assert gone == int(0.5 * blocks + 0.5)
+
+
+def _squares(outputs: Any, batch: Any) -> Tensor:
+    return logits_of(outputs).square().mean()
+
+
+@pytest.mark.parametrize("step", [NeuroPrune(0.1, 0.1, None), L1(0.1)], ids=["neuroprune", "l1"])
+def test_penalized_blocks_die_whole(step: Any, captured: Captured) -> None:
+    """Weights of a block shrink together: more of them are dead than under the plain penalty."""
+    program, pattern = captured("tiny-mlp"), parse_pattern("8x4")
+    dead = []
+    for text in ("unstructured", "8x4"):
+        same = replace(step, pattern=text, zero_below=0.0, epochs=40, lr=3e-3)
+        training = replace(_training(program), loss=_squares)
+        found = Pipeline([same]).run(program, Context(training=training)).program
+        norms = [
+            pattern.units(p.matrix(found.tensors[p.tensor]).abs()) / math.sqrt(32)
+            for p in find_parts(axis_groups(found)).all
+        ]
+        dead.append(sum(int((n < 1e-2).sum()) for n in norms))
+    assert dead[1] > dead[0]
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "rows", "columns"])
+def test_patterns_that_no_penalty_has(pattern: str) -> None:
+    with pytest.raises(RecipeError, match="neuroprune acts on single weights or blocks"):
+        NeuroPrune(pattern=pattern)
+    with pytest.raises(RecipeError, match="there is no pattern"):
+        L1(pattern="32x")
