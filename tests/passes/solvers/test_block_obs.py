@@ -89,6 +89,20 @@ def test_every_further_block_is_the_best_of_those_left(
         assert loss(weight, pruned, inputs.gram) == pytest.approx(float(costs.min()), rel=1e-6)
 
 
+def test_a_block_that_is_cheap_after_a_costly_one_waits_for_it() -> None:
+    """Inputs with a correlation of -1/2: equal weights cost 0.75, then 0.25; opposite ones rise."""
+    gram = torch.tensor([[1.0, -0.5], [-0.5, 1.0]], dtype=torch.float64)
+    weight = torch.zeros(16, 2, dtype=torch.float64)
+    weight[0] = torch.tensor([1.0, 1.01])
+    weight[8] = torch.tensor([0.7, -0.7])
+    pattern = parse_pattern("8x1")
+    order, costs = block_obs.sequences(weight, torch.linalg.inv(gram), pattern)
+    assert float(costs[0, 1]) < float(costs[1, 0]) < float(costs[0, 0]) < float(costs[1, 1])
+    gone = block_obs.cheapest_blocks(weight, torch.linalg.inv(gram), 0.5, pattern)
+    firsts = [tuple(row) for row in gone[[0, 8]].nonzero().tolist()]
+    assert firsts == [(0, int(order[0, 0])), (1, int(order[1, 0]))]
+
+
 @settings(max_examples=15, deadline=None)
 @given(seeds, st.integers(1, 8), st.integers(1, 12))
 def test_one_strip_is_structured_obs(seed: int, rows: int, units: int) -> None:
