@@ -167,11 +167,11 @@ class Chooser:
             }
             known = {named[name]: cost for name, cost in self.device.lookup(named).items()}
         # Times of one group come from one run, or a busy minute would decide.
-        anew = {number for (number, _), key in keys.items() if key not in known}
+        stale = {number for (number, _), key in keys.items() if key not in known}
         wanted = {
             key: (groups[number], variant)
             for (number, variant), key in keys.items()
-            if number in anew
+            if number in stale
         }
         measured = self._measured(wanted, bits, mark) if wanted else {}
         self._costs.write(measured)
