@@ -89,6 +89,7 @@ CUTS = (
 )
 BLOCKS_ON = ("half", "small")
 SPARSITIES = (0.5, 0.8)
+PRECISE = ("quality", "cosine", "divergence")
 COMPARED = 512  # sentences whose embeddings are compared with the dense model's
 
 
@@ -472,8 +473,10 @@ def _row(
 
 def compared(row: Row, rows: Sequence[Row]) -> Row:
     """A point, and what structure alone has at its time; trained points with trained ones."""
+    # As text: a table shows two digits of a number, too few for a correlation.
+    shown = {k: f"{v:.4f}" if k in PRECISE else v for k, v in row.items()}
     if not row.get("blocks") or "ms" not in row or row["part"] == "smollm2":
-        return row
+        return shown
     trained = row["way"] != "one shot"
     alone = [
         other
@@ -485,8 +488,8 @@ def compared(row: Row, rows: Sequence[Row]) -> Row:
     ]
     there = interpolated({r["ms"]: r["quality"] for r in alone}, row["ms"])
     if there is None:
-        return row
-    return {**row, "structure there": f"{there:.4f}", "gain": f"{row['quality'] - there:+.4f}"}
+        return shown
+    return {**shown, "structure there": f"{there:.4f}", "gain": f"{row['quality'] - there:+.4f}"}
 
 
 def interpolated(points: Mapping[float, float], ms: float) -> float | None:
