@@ -11,10 +11,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 WHERE = (
-    "graphprune", "passes", "exporters", "models", "benchmarks", "examples", "README.md",
-    "CONTRIBUTING.md", "docs",
+    "graphprune", "passes", "exporters", "models", "kernels", "benchmarks", "examples",
+    "README.md", "CONTRIBUTING.md", "docs",
 )  # fmt: skip
-ENDINGS = (".py", ".md", ".yaml", ".toml", ".html", ".j2", ".css", ".js")
+ENDINGS = (".py", ".md", ".yaml", ".toml", ".html", ".j2", ".css", ".js", ".cc", ".h")
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from onnx import TensorProto, helper, numpy_helper
+from onnx import FunctionProto, TensorProto, helper, numpy_helper
 
 from graphprune.exporters.kernels.packing import WIDTH, Packed, pack
 
@@ -27,12 +27,14 @@ class Layer:
         attributes: of the node.
         dims: of x.
         fed: initializers that are inputs of the model instead.
+        function: the model has a function of the operator's name, which adds up x.
     """
 
     arrays: Mapping[str, npt.NDArray[Any]]
     attributes: Mapping[str, int | str]
     dims: Sequence[int | str | None] = ("tokens", None)
     fed: Sequence[str] = field(default=())
+    function: bool = False
 
     def having(self, **changes: Any) -> Layer:
         """The same with other arrays and attributes; None drops one."""
@@ -63,7 +65,16 @@ class Layer:
             [t for t in tensors if t.name not in self.fed],
         )  # fmt: skip
         opsets = [helper.make_opsetid("", 17), helper.make_opsetid("graphprune", 1)]
-        return helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString()
+        functions = [self._function()] if self.function else []
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=8, functions=functions)
+        return model.SerializeToString()
+
+    def _function(self) -> FunctionProto:
+        return helper.make_function(
+            "graphprune", "SparseLinear", ["x", *self.arrays], ["y"],
+            [helper.make_node("ReduceSum", ["x"], ["y"])],
+            [helper.make_opsetid("", 17)], attributes=list(self.attributes),
+        )  # fmt: skip
 
 
 def layer_of(packed: Packed, bias: Floats | None = None, activation: str = "none") -> Layer:

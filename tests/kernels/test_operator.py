@@ -21,7 +21,7 @@ from tests.kernels.models import (
     random_packed,
 )
 
-SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+SHARED = settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 
 
 def run(session: Any, x: Floats) -> Floats:
@@ -163,3 +163,17 @@ def test_the_activation_may_be_left_out(kernels: Any, opened: Opens) -> None:
     layer: Layer = layer_of(packed)
     x = np.ones((3, 30), np.float32)
     assert (run(opened(layer.having(activation=None)), x) == run(opened(layer), x)).all()
+
+
+def test_a_function_of_the_same_name_runs_where_the_library_is_missing(
+    kernels: Any, opened: Opens
+) -> None:
+    """And the kernel runs where it is there, so that files can bring a fallback along."""
+    import onnxruntime
+
+    packed = random_packed(np.random.default_rng(0), 40, 30, 32, kernels.needed_bits(), 0.5)
+    layer = replace(layer_of(packed), function=True)
+    x = np.ones((3, 30), np.float32)
+    plain = onnxruntime.InferenceSession(layer.model(), providers=["CPUExecutionProvider"])
+    assert (run(plain, x) == 90).all()
+    assert_close(run(opened(layer), x), expected(x, packed))
