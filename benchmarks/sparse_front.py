@@ -221,7 +221,8 @@ class Encoder(Part):
 
     def compiled(self, point: Point, data: Sequence[Any], calibration: Sequence[Any]) -> Program:
         """The dense model after a point's passes; what several points begin with is made once."""
-        current, done = graphprune.compile(self.dense, []), ""
+        # Without a report it counts as dense, and is what distillation learns from.
+        current, done = graphprune.compile(replace(self.dense, report=None), []), ""
         for step in point.passes:
             done += dump([step])
             if done in self.begun:
