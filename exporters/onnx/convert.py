@@ -29,6 +29,7 @@ from graphprune.exporters.onnx.names import (
     size_name,
 )
 from graphprune.exporters.onnx.optional import make_optional
+from graphprune.exporters.onnx.recurrent import lower_recurrent
 from graphprune.exporters.onnx.side_by_side import part_name, side_by_side
 from graphprune.exporters.onnx.simplify import simplify
 from graphprune.exporters.onnx.translations import OPSET, translations
@@ -183,6 +184,7 @@ def lower(program: Program, entry: str = "forward") -> fx.GraphModule:
     output.args = (tuple(n for n, keep in zip(values, flags, strict=True) if keep),)
     simplify(module.graph)
     lower_attention(module.graph)
+    lower_recurrent(module)
     _write_sizes(module.graph)
     module.graph.eliminate_dead_code()
     module.recompile()

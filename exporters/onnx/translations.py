@@ -9,6 +9,7 @@ import torch
 
 import graphprune.exporters.onnx.operators
 import graphprune.ir.operators  # noqa: F401  (both register the operators translated here)
+from graphprune.exporters.onnx.recurrent import onnx_layer
 
 OPSET = 23  # the first with Attention and RMSNormalization
 
@@ -19,6 +20,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         torch.ops.graphprune.attention.default: _attention,
         torch.ops.graphprune.cached_attention.default: _cached_attention,
         torch.ops.graphprune.grouped_mm.default: _grouped_mm,
+        torch.ops.graphprune.recurrent_layer.default: onnx_layer(_op()),
         torch.ops.aten.histc.default: _histc,
     }
 

@@ -16,14 +16,18 @@ other side. Two structures are split to their common refinement, from the outsid
     12 × 32 = 4 × 96       4 divides 12:  12 = 4 × 3 and then 96 = 3 × 32    ->  4 × 3 × 32
     32 | 64 = 48 | 48      32 < 48:       48 = 32 | 16 and 64 = 16 | 48      ->  32 | 16 | 48
 
+    20 × 60 = 30 × 40     10 divides both:  20 = 10 × 2, 30 = 10 × 3    ->  10 × (2 × 60 = 3 × 40)
+    21 × 60 | 20 = 32 × 40   both have a boundary at 1200:  20 × 60 = 30 × 40 and 60 | 20 = 2 × 40
+
 A split leaf is split wherever it occurs, because all its occurrences are one node (union-find,
-by forwarding). Where there is no common refinement (2 × 3 = 3 × 2, say), every leaf of both sides
-is frozen, with the reason. Sizes are integers or sympy expressions of the symbolic input sizes.
+by forwarding). What has no common refinement (2 × 60 = 3 × 40 above) is frozen, with the reason.
+Sizes are integers or sympy expressions of the symbolic input sizes.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
@@ -211,13 +215,12 @@ def unify(a: Axis, b: Axis, where: str) -> None:
             part.normalized |= one.normalized
         one._forward = other
     elif a.kind == b.kind == "product":
-        if not _refine_products(factors(a), factors(b), where):
-            _give_up(a, b, f"{a!r} and {b!r} have no common refinement at {where}")
+        _freeze_unlike(*_refine_products(factors(a), factors(b), where), where)
     elif not _refine_segments(segments(a), segments(b), where) and (
         # The only factor of a concatenation is itself: two of them would be unified for ever.
-        a.kind == b.kind or not _refine_products(factors(a), factors(b), where)
+        a.kind == b.kind or any(_refine_products(factors(a), factors(b), where))
     ):
-        _give_up(a, b, f"{a!r} and {b!r} have no common refinement at {where}")
+        _refine_between(segments(a), segments(b), where)
 
 
 def _give_up(a: Axis, b: Axis, reason: str) -> None:
@@ -225,8 +228,21 @@ def _give_up(a: Axis, b: Axis, reason: str) -> None:
     freeze(b, reason)
 
 
-def _refine_products(left: list[Axis], right: list[Axis], where: str) -> bool:
-    """Unify two lists of factors, outermost first; whether both end together."""
+def _freeze_unlike(left: Sequence[Axis], right: Sequence[Axis], where: str) -> None:
+    """Freeze the factors of two sides that have no common refinement."""
+    if left or right:
+        a, b = product(left), product(right)
+        _give_up(a, b, f"{a!r} and {b!r} have no common refinement at {where}")
+
+
+def _refine_products(
+    left: list[Axis], right: list[Axis], where: str
+) -> tuple[list[Axis], list[Axis]]:
+    """Unify two lists of factors, outermost first, as far as they have a common refinement.
+
+    Returns:
+        the inner factors of both that have none; two empty lists if all do.
+    """
     left, right = list(left), list(right)
     while left and right:
         x, y = left.pop(0), right.pop(0)
@@ -237,14 +253,26 @@ def _refine_products(left: list[Axis], right: list[Axis], where: str) -> bool:
         if equal(x.size, y.size):
             unify(x, y, where)
             continue
+        if x.kind == y.kind == "leaf" and (outer := _shared_factor(x.size, y.size)):
+            for axis, others in ((x, left), (y, right)):
+                others[:0] = split_product(axis, outer, axis.size // outer)
+            continue
         # x | y: y = x × (y / x), and what is left of y meets the next factor of the other side.
         small, large, rest = (x, y, right) if divide(y.size, x.size) is not None else (y, x, left)
         parts = take_outer(large, small.size, where)
         if parts is None:
-            return False
+            return [x, *left], [y, *right]
         unify(small, parts[0], where)
         rest.insert(0, parts[1])
-    return not left and not right
+    return left, right
+
+
+def _shared_factor(a: Size, b: Size) -> int | None:
+    """The largest common divisor of two sizes, where it is neither of them nor one."""
+    if not (isinstance(a, int) and isinstance(b, int)):
+        return None
+    divisor = math.gcd(a, b)
+    return divisor if divisor not in (1, a, b) else None
 
 
 def take_outer(axis: Axis, outer: Size, where: str) -> tuple[Axis, Axis] | None:
@@ -290,6 +318,63 @@ def _refine_segments(left: list[Axis], right: list[Axis], where: str) -> bool:
         rest[:0] = parts
         (left if rest is right else right).insert(0, small)
     return not left and not right
+
+
+def _refine_between(left: list[Axis], right: list[Axis], where: str) -> None:
+    """Unify what lies between boundaries that two lists of segments share; freeze the rest."""
+    left, right = list(left), list(right)
+    if not all(isinstance(axis.size, int) for axis in (*left, *right)):
+        a, b = concat(left), concat(right)
+        _give_up(a, b, f"{a!r} and {b!r} have no common refinement at {where}")
+        return
+    while left and right:
+        shared = sorted(_boundaries(left) & _boundaries(right))
+        first, shortest = shared[0], min(left[0].size, right[0].size)
+        # Where the shared boundaries are evenly spaced, products have an outer factor in common.
+        count = 1
+        while shared[count - 1 : count] == [count * first] and count * first <= shortest:
+            count += 1
+        end = max(count - 1, 1) * first
+        a, b = (concat(_take_segments(axes, end)) for axes in (left, right))
+        if find(a).kind == "concat" or find(b).kind == "concat":
+            if not _same(a, b):
+                _give_up(a, b, f"{a!r} and {b!r} have no common refinement at {where}")
+        else:
+            unify(a, b, where)
+        left = [part for axis in left for part in segments(axis)]
+        right = [part for axis in right for part in segments(axis)]
+
+
+def _same(a: Axis, b: Axis) -> bool:
+    """Whether two axes are the same leaves in the same order, joined alike."""
+    return terms(a) == terms(b)
+
+
+def _boundaries(axes: Sequence[Axis]) -> set[int]:
+    """Where a list of segments can be cut, the end included."""
+    found: set[int] = set()
+    start = 0
+    for axis in axes:
+        inner = axis.size // factors(axis)[0].size if axis.size > 1 else 1
+        found.update(range(start + inner, start + axis.size + 1, inner))
+        start += axis.size
+    return found
+
+
+def _take_segments(axes: list[Axis], size: int) -> list[Axis]:
+    """Take segments of this size together from the front of a list, cutting the last one."""
+    taken: list[Axis] = []
+    while size:
+        first, *others = segments(axes.pop(0))  # a leaf of another segment may have been cut
+        axes[:0] = others
+        if first.size > size:
+            parts = split_concat(first, size)
+            assert parts is not None
+            axes[:0] = parts
+            continue
+        taken.append(first)
+        size -= first.size
+    return taken
 
 
 def recut(axes: Sequence[Axis], sizes: Sequence[Size], where: str) -> list[Axis] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +44,7 @@ def infer_axes(program: Program) -> Axes:
     for name in sorted(program.overlapping):
         for axis in tensors.get(name, ()):
             algebra.freeze(axis, f"{name} shares a part of its memory with another tensor")
+    _cut_picked(facts.values())
     for name, found in facts.items():
         _freeze_mixed(found)
         _normalize_weight_sums(found)
@@ -117,6 +118,34 @@ def _sources(graph: fx.Graph) -> tuple[set[fx.Node], set[fx.Node]]:
     return weights, inputs
 
 
+def _cut_picked(entries: Iterable[Facts]) -> None:
+    """Units that are read by their numbers stay, and the others become axes of their own.
+
+    An axis most of whose units are read so, or that has a structure, stays whole.
+    """
+    reads: dict[Axis, list[tuple[Facts, fx.Node, int]]] = {}
+    for facts in entries:
+        for node, axis, number in facts.picked:
+            reads.setdefault(algebra.find(axis), []).append((facts, node, number))
+    for axis, some in reads.items():
+        numbers = sorted({number for _, _, number in some})
+        if axis.kind != "leaf" or axis.frozen or 2 * len(numbers) > axis.size:
+            for _, node, _ in some:
+                algebra.freeze(axis, f"one unit is picked from it by {place(node)}")
+            continue
+        parts: list[Axis] = []
+        before: dict[int, Axis] = {}
+        for last, number in zip([-1, *numbers], numbers, strict=False):
+            unit = algebra.leaf(1)
+            parts.append(algebra.leaf(number - last - 1))
+            before[number] = algebra.concat(parts)
+            parts.append(unit)
+        parts.append(algebra.leaf(axis.size - numbers[-1] - 1))
+        algebra.unify(axis, algebra.concat(parts), "a unit read by its number")
+        for facts, node, number in some:
+            facts.extra.setdefault(node, {})["before"] = before[number]
+
+
 def _freeze_mixed(facts: Facts) -> None:
     """A sum over a product with an input size cannot be masked by a constant: freeze it."""
     for contraction in facts.contractions:
@@ -135,9 +164,14 @@ def _normalize_weight_sums(facts: Facts) -> None:
     """
     carried = {part for node in facts.activations for part in _leaves(facts, node)}
     for contraction in facts.contractions:
-        if contraction.node not in facts.activations:
+        if contraction.node not in facts.activations and not _is_zero(contraction.operand):
             for part in carried.intersection(algebra.leaves(contraction.axis)):
                 algebra.normalize(part)
+
+
+def _is_zero(node: fx.Node) -> bool:
+    """Whether a value is zeros, as the first state of a recurrent layer: sums over it stay zero."""
+    return op_name(node) in {"zeros", "new_zeros", "zeros_like"}
 
 
 def _normalize_subtracted_means(facts: Facts) -> None:
@@ -214,6 +248,11 @@ def dims_of(axes: Axes, entry: str, node: fx.Node) -> Dims:
     """The axes of a node's value; empty for values that are no tensors."""
     found = axes.facts[entry].dims.get(node, ())
     return found if isinstance(found, tuple) else ()
+
+
+def leaves_of(axes: Axes, entry: str, node: fx.Node) -> set[Axis]:
+    """Leaves of a node's value, or of all its values."""
+    return _leaves(axes.facts[entry], node)
 
 
 def axis_leaves(dims: Dims) -> set[Axis]:

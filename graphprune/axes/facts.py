@@ -45,6 +45,7 @@ class Facts:
         attention: the part that axes play in attention.
         gathered: (index, axis of the table) of every lookup.
         experts: axes of experts.
+        picked: (call, axis, number) of every unit that is read by its number.
         weights: values made of tensors of the program and of sizes alone.
         activations: values that depend on the inputs' values.
     """
@@ -55,6 +56,7 @@ class Facts:
     attention: list[tuple[fx.Node, str, Axis]] = field(default_factory=list)
     gathered: list[tuple[fx.Node, Axis]] = field(default_factory=list)
     experts: list[Axis] = field(default_factory=list)
+    picked: list[tuple[fx.Node, Axis, int]] = field(default_factory=list)
     weights: set[fx.Node] = field(default_factory=set)
     activations: set[fx.Node] = field(default_factory=set)
 
@@ -71,6 +73,7 @@ class Facts:
             attention=[(of[n.name], role, axis) for n, role, axis in self.attention],
             gathered=[(of[n.name], axis) for n, axis in self.gathered],
             experts=list(self.experts),
+            picked=[(of[n.name], axis, number) for n, axis, number in self.picked],
             weights={of[n.name] for n in self.weights},
             activations={of[n.name] for n in self.activations},
         )

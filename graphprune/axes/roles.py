@@ -8,7 +8,7 @@ from torch import fx
 
 from graphprune.axes import algebra
 from graphprune.axes.algebra import Axis
-from graphprune.axes.analysis import Axes, axis_leaves, dims_of
+from graphprune.axes.analysis import Axes, axis_leaves, dims_of, leaves_of
 from graphprune.axes.facts import Contraction, Facts
 from graphprune.ir.graph import op_name
 
@@ -105,17 +105,17 @@ class Walk:
         """Leaves that come out of a product with a weight, and where."""
         produced: dict[Axis, list[fx.Node]] = {}
         for contraction in self.weighted:
-            inputs = axis_leaves(dims_of(self.axes, self.name, contraction.operand))
+            inputs = leaves_of(self.axes, self.name, contraction.operand)
             for other in contraction.node.all_input_nodes:
                 if other is contraction.operand:
                     continue
-                fresh = axis_leaves(dims_of(self.axes, self.name, other)) - inputs
-                output = axis_leaves(dims_of(self.axes, self.name, contraction.node))
+                fresh = leaves_of(self.axes, self.name, other) - inputs
+                output = leaves_of(self.axes, self.name, contraction.node)
                 for leaf in fresh & output:
                     produced.setdefault(leaf, []).append(contraction.node)
         # A square weight has one axis on both sides: it is produced all the same.
         for contraction in self.weighted:
-            output = axis_leaves(dims_of(self.axes, self.name, contraction.node))
+            output = leaves_of(self.axes, self.name, contraction.node)
             for leaf in axis_leaves((contraction.axis,)) & output:
                 produced.setdefault(leaf, []).append(contraction.node)
         return produced

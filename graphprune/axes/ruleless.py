@@ -11,7 +11,7 @@ from __future__ import annotations
 _SPELLINGS = {
     "element by element": """
         absolute arccos arccosh arcsin arcsinh arctan arctan2 arctanh conj_physical divide fix
-        isclose isreal ldexp multiply mvlgamma negative real resolve_conj resolve_neg subtract
+        imag isclose isreal ldexp multiply mvlgamma negative real resolve_conj resolve_neg subtract
         special_digamma special_entr special_erf special_erfc special_erfinv special_exp2
         special_expit special_expm1 special_gammainc special_gammaincc special_gammaln special_i0
         special_log1p special_log_softmax special_logit special_logsumexp special_multigammaln
@@ -45,34 +45,27 @@ _FROZEN = {
     "recurrent layers": """
         _pack_padded_sequence _pad_packed_sequence""",
     "matrices": """
-        addbmm bilinear cdist cholesky cholesky_inverse cholesky_solve corrcoef cov cross det
-        frobenius_norm geqrf inverse linalg_cholesky linalg_cholesky_ex linalg_cond linalg_cross
-        linalg_det linalg_diagonal linalg_eig linalg_eigh linalg_eigvals linalg_eigvalsh
-        linalg_householder_product linalg_inv linalg_inv_ex linalg_ldl_factor linalg_ldl_factor_ex
-        linalg_lstsq linalg_lu linalg_lu_factor linalg_lu_factor_ex linalg_matrix_exp
-        linalg_matrix_rank linalg_pinv linalg_qr linalg_slogdet linalg_solve linalg_solve_ex
-        linalg_solve_triangular linalg_svd linalg_svdvals linalg_tensorinv linalg_tensorsolve
-        linalg_vander logdet matrix_exp nuclear_norm orgqr pdist pinverse qr slogdet svd trace
+        addbmm cholesky_inverse cholesky_solve corrcoef cov cross frobenius_norm geqrf
+        linalg_cholesky_ex linalg_cond linalg_cross linalg_diagonal linalg_eig linalg_eigh
+        linalg_eigvals linalg_eigvalsh linalg_householder_product linalg_inv_ex
+        linalg_ldl_factor linalg_ldl_factor_ex linalg_lstsq linalg_lu linalg_lu_factor
+        linalg_lu_factor_ex linalg_matrix_rank linalg_qr linalg_slogdet linalg_solve
+        linalg_solve_ex linalg_solve_triangular linalg_svd linalg_svdvals linalg_tensorinv
+        linalg_tensorsolve linalg_vander nuclear_norm orgqr pdist qr slogdet svd
         triangular_solve vander""",
     "frequencies and complex numbers": """
-        bartlett_window blackman_window conj _conj fft_fft fft_fft2 fft_fftfreq fft_fftn
-        fft_fftshift fft_hfft fft_hfft2 fft_hfftn fft_ifft fft_ifft2 fft_ifftn fft_ifftshift
-        fft_ihfft fft_ihfft2 fft_ihfftn fft_irfft fft_irfft2 fft_irfftn fft_rfft fft_rfft2
-        fft_rfftfreq fft_rfftn hamming_window imag istft kaiser_window stft view_as_complex
-        view_as_complex_copy view_as_real view_as_real_copy""",
+        bartlett_window blackman_window fft_fftfreq fft_rfftfreq hamming_window
+        kaiser_window""",
     "random numbers": """
         binomial multinomial native_dropout normal randint randperm""",
     "choices by value": """
-        allclose argwhere combinations cummax cummin equal isin item _local_scalar_dense
-        masked_select nanmedian nanquantile nonzero nonzero_static quantile _unique _unique2
-        unique_consecutive unique_dim unique_dim_consecutive""",
+        allclose argwhere combinations equal isin item _local_scalar_dense masked_select
+        nanmedian nonzero nonzero_static _unique _unique2 unique_consecutive unique_dim
+        unique_dim_consecutive""",
     "places": """
-        affine_grid_generator as_strided as_strided_copy as_strided_scatter col2im conv_tbc
-        detach_copy diagonal diagonal_copy diagonal_scatter embedding_bag frexp gradient
-        grid_sampler grid_sampler_2d grid_sampler_3d index_reduce logspace max_unpool2d
-        max_unpool3d native_channel_shuffle pixel_shuffle pixel_unshuffle put range renorm
-        select_copy _shape_as_tensor slice_copy split_copy split_with_sizes_copy unbind_copy unfold
-        unfold_copy""",
+        as_strided as_strided_copy as_strided_scatter conv_tbc detach_copy diagonal_copy
+        diagonal_scatter frexp gradient logspace put range renorm select_copy
+        _shape_as_tensor slice_copy split_copy split_with_sizes_copy unbind_copy unfold_copy""",
     "losses": """
         cross_entropy_loss multi_margin_loss multilabel_margin_loss nll_loss nll_loss2d
         nll_loss_forward nll_loss_nd""",

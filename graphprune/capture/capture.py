@@ -38,6 +38,7 @@ from graphprune.ir.batches import second_sizes
 from graphprune.ir.graph import erase_dead, is_op, location, op_name, output_node, tensor_nodes
 from graphprune.ir.program import Entry, Program
 from graphprune.ir.propagate import propagate
+from graphprune.ir.recurrent import any_length
 from graphprune.storage.allowlist import allowed
 
 log = logging.getLogger(__name__)
@@ -135,6 +136,7 @@ def exported_program(
             warnings.catch_warnings(),
             contextlib.redirect_stderr(io.StringIO()),
             attributes_kept(model),
+            any_length(),
         ):
             warnings.simplefilter("ignore")
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)

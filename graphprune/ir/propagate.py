@@ -23,6 +23,7 @@ from torch.fx.experimental.symbolic_shapes import (
 
 from graphprune.errors import VerificationError, first_line
 from graphprune.ir.graph import terms
+from graphprune.ir.recurrent import any_length
 
 
 def symbol_inputs(
@@ -218,7 +219,7 @@ def _propagate(
         fakes = _Fakes(*symbol_inputs(example, names, dynamic))
     inputs = [fakes.share(x) for x in fakes.inputs] if lookup else fakes.inputs
     # The Python dispatcher gives symbolic sizes to operators whose C++ form takes integers only.
-    with fakes.mode, enable_python_dispatcher(), torch.no_grad():
+    with fakes.mode, enable_python_dispatcher(), any_length(), torch.no_grad():
         _Propagator(graph, tensors, fakes, lookup=lookup).run(*inputs)
     # A graph that ties sizes to each other, or to a number, must not do so for the next graph.
     env = fakes.mode.shape_env

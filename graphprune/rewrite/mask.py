@@ -45,7 +45,10 @@ def mask(program: Program, kept: Mapping[str, Any], *, everywhere: bool = False)
             cut = {leaf for leaf in algebra.leaves(contraction.axis) if leaf in keep}
             # A statistic over a normalized axis stays that of all units: the drift is from there.
             statistic = contraction.kind == "reduction" and any(leaf.normalized for leaf in cut)
-            if cut and not statistic and cut.isdisjoint(carried):
+            # A weight that an operator sums over by itself, as a recurrent layer does.
+            inside = contraction.operand not in facts.activations
+            inside &= contraction.node in facts.activations
+            if cut and not statistic and (inside or cut.isdisjoint(carried)):
                 _mask_operand(graph, contraction, keep, tensors)
         _cut_outputs(fork.entries[name], facts, keep, tensors)
         if everywhere:

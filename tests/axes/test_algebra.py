@@ -29,10 +29,34 @@ def test_products_are_refined_to_their_common_refinement() -> None:
 
 
 def test_products_without_a_common_refinement_freeze_with_the_place() -> None:
-    left, right = product([leaf(4), leaf(6)]), product([leaf(6), leaf(4)])
+    left, right = product([leaf(3), leaf(5)]), product([leaf(5), leaf(3)])
     unify(left, right, "the reshape")
     for part in [*leaves(left), *leaves(right)]:
         assert "the reshape" in next(iter(part.frozen))
+
+
+def test_an_outer_factor_that_two_products_share_stays_free() -> None:
+    left, right = product([leaf(20), leaf(60)]), product([leaf(30), leaf(40)])
+    unify(left, right, "here")
+    assert sizes(left) == [10, 2, 60]
+    assert sizes(right) == [10, 3, 40]
+    assert next(leaves(left)) is next(leaves(right))
+    assert [bool(part.frozen) for part in leaves(left)] == [False, True, True]
+
+
+def test_what_lies_between_common_boundaries_stays_free() -> None:
+    # Groups of 60 channels that a skip cuts off at 1280, where the same are 32 groups of 40.
+    left = concat([product([leaf(21), leaf(60)]), leaf(20)])
+    right = product([leaf(32), leaf(40)])
+    unify(left, right, "here")
+    free = {part for part in leaves(left) if not part.frozen and part.size > 1}
+    assert [part.size for part in free] == [10]
+    assert free == {part for part in leaves(right) if not part.frozen and part.size > 1}
+    # A group that begins before: the first two rows of 20 have a part of it.
+    left = concat([leaf(10), product([leaf(21), leaf(30)])])
+    right = product([leaf(32), leaf(20)])
+    unify(left, right, "here")
+    assert [part.size for part in leaves(right) if not part.frozen and part.size > 1] == [10]
 
 
 def test_a_split_reaches_every_use_of_the_leaf() -> None:
@@ -65,7 +89,10 @@ def test_a_product_is_cut_between_its_rows_but_not_inside_one() -> None:
     assert not any(part.frozen for part in leaves(heads))
     inside = product([leaf(4), leaf(8)])
     unify(inside, concat([leaf(4), leaf(28)]), "slice")
-    assert all(part.frozen for part in leaves(inside))
+    first, *others = algebra.segments(inside)
+    assert first.size == 8
+    assert all(part.frozen for part in leaves(first))
+    assert [part.size for part in leaves(others[0]) if not part.frozen] == [3]
 
 
 def test_equal_segments_stacked_in_a_new_dimension_are_one_axis() -> None:

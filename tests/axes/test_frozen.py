@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import graphprune as gp
 from graphprune.axes import algebra, axis_groups, frozen_parameters
+from graphprune.axes.rules import RULES
 from graphprune.capture.capture import capture
 from graphprune.errors import UnsupportedError
 from graphprune.ir.program import Program
@@ -35,7 +36,7 @@ class Upscaled(nn.Module):
 
 
 class Ordered(nn.Module):
-    """Hidden units that a running sum tells apart; those of the other branch are free."""
+    """Hidden units that a running product tells apart; those of the other branch are free."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,16 +44,20 @@ class Ordered(nn.Module):
         self.c, self.d = nn.Linear(6, 12), nn.Linear(12, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.b(self.a(x).cumsum(-1)) + self.d(torch.relu(self.c(x)))
+        result: Tensor = self.b(self.a(x).cumprod(-1)) + self.d(torch.relu(self.c(x)))
         return result
 
 
-def _upscaled() -> Program:
-    return capture(Upscaled(), (torch.randn(2, 3, 8, 8),))
+@pytest.fixture
+def upscaled(monkeypatch: pytest.MonkeyPatch) -> Program:
+    """A model that calls an operator without a rule."""
+    program = capture(Upscaled(), (torch.randn(2, 3, 8, 8),))
+    monkeypatch.delitem(RULES, "pixel_shuffle")
+    return program
 
 
-def test_channels_at_an_operator_without_a_rule() -> None:
-    program = _upscaled()
+def test_channels_at_an_operator_without_a_rule(upscaled: Program) -> None:
+    program = upscaled
     (found,) = frozen_parameters(axis_groups(program))
     assert found.op == "pixel_shuffle"
     assert found.groups == ("b.weight[0]", "c.weight[1]")
@@ -76,17 +81,17 @@ def test_only_what_a_slice_holds_counts() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             one, two = self.a(x).split(8, -1)
-            result: Tensor = self.b(torch.relu(one)) + self.c(two.cumsum(-1))
+            result: Tensor = self.b(torch.relu(one)) + self.c(two.cumprod(-1))
             return result
 
     program = capture(Fused(), (torch.randn(3, 6),))
     (found,) = frozen_parameters(axis_groups(program))
     assert found.parameters == 8 * 6 + 8 + 5 * 8
-    assert found.reason == "fixed by `cumsum`"
-    assert found.text.startswith("8 units at `cumsum` (")
+    assert found.reason == "fixed by `cumprod`"
+    assert found.text.startswith("8 units at `cumprod` (")
 
 
-def test_weights_that_an_operator_without_a_rule_reads() -> None:
+def test_weights_that_an_operator_without_a_rule_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     class Paired(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -96,6 +101,7 @@ def test_weights_that_an_operator_without_a_rule_reads() -> None:
             return self.b(torch.relu(self.a(x))), self.c(x, x[:, :3].repeat(1, 2))
 
     program = capture(Paired(), (torch.randn(3, 4),))
+    monkeypatch.delitem(RULES, "bilinear")
     (found,) = frozen_parameters(axis_groups(program))
     assert found.text.startswith("weights of `bilinear` (")
     assert found.parameters == 4 * 6 * 7 + 7
@@ -115,7 +121,7 @@ def test_the_report_says_so_once_and_survives_json() -> None:
     (fact,) = frozen_parameters(axis_groups(program))
     assert line == fact.text
     for text in (str(report), report.to_markdown(), html.report_page(report, {})):
-        assert text.count("8 units at `cumsum`") == 1
+        assert text.count("8 units at `cumprod`") == 1
     assert report.passes[0].details["frozen"] == [fact.to_json()]
     assert Report.from_json(report.to_json()).frozen_lines() == [line]
 
@@ -127,8 +133,8 @@ def test_a_report_without_such_axes_says_nothing(captured: Captured) -> None:
     assert "Frozen" not in report.to_markdown()
 
 
-def test_few_lines_are_enough() -> None:
-    report = gp.compile(_upscaled(), [PruneNeurons(0.5)]).report
+def test_few_lines_are_enough(upscaled: Program) -> None:
+    report = gp.compile(upscaled, [PruneNeurons(0.5)]).report
     details = report.passes[0].details["frozen"]
     details += [{**details[0], "reason": f"{i}", "text": f"{i}", "share": 0.01} for i in range(12)]
     lines = report.frozen_lines()
@@ -137,9 +143,10 @@ def test_few_lines_are_enough() -> None:
     assert lines[-1] == "and 5 more"
 
 
-def test_a_refusal_names_what_freezes_all() -> None:
+def test_a_refusal_names_what_freezes_all(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(nn.Conv2d(3, 16, 1), nn.PixelShuffle(2), nn.Conv2d(4, 5, 1))
     program = capture(model, (torch.randn(2, 3, 8, 8),))
+    monkeypatch.delitem(RULES, "pixel_shuffle")
     with pytest.raises(UnsupportedError, match="16 channels before and 4 after `pixel_shuffle`"):
         gp.compile(program, [PruneNeurons(0.5)])
 

@@ -151,7 +151,7 @@ def test_what_is_free_can_be_cut(name: str) -> None:
         ("shift by padding", False),
         ("boolean index", False),
         ("index add", False),
-        ("cumsum", False),
+        ("cumsum", True),
         ("max", False),
         ("vector norm -1", False),
         ("gather", False),

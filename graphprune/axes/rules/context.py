@@ -24,6 +24,11 @@ class RuleContext:
         self.value = node.meta["val"]
 
     @property
+    def op(self) -> str:
+        """The base name of the operator."""
+        return op_name(self.node)
+
+    @property
     def where(self) -> str:
         """The place of this call, for reasons: operator and module path."""
         return place(self.node)
@@ -62,6 +67,11 @@ class RuleContext:
         """Freeze axes, with this call as the reason."""
         for axis in [axes] if isinstance(axes, Axis) else axes:
             algebra.freeze(axis, f"{why or 'fixed by'} {self.where}")
+
+    def is_frozen(self, axis: Axis) -> bool:
+        """Whether the axis cannot lose units anyway, so that its structure need not be known."""
+        parts = list(algebra.leaves(axis))
+        return all(part.frozen for part in parts) or any(not isinstance(p.size, int) for p in parts)
 
     def fresh(self, index: int | None = None) -> Dims:
         """New leaves of the output's sizes (of output `index`, when there are several)."""

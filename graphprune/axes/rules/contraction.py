@@ -124,8 +124,7 @@ def convolution(c: RuleContext) -> Dims:
     """Channels in contract, channels out are the weight's; groups are an outer factor of both."""
     x, w, b = c.dims(c.get("input")), c.dims(c.get("weight")), c.dims(c.get("bias"))
     if c.get("transposed"):
-        result: Dims = c.unknown()
-        return result
+        return transposed_convolution(c)
     groups, rank = int(c.get("groups", 1)), len(w) - 2
     channels = len(x) - rank - 1
     c.freeze(w[2:], "a kernel's side at")
@@ -151,27 +150,61 @@ def convolution(c: RuleContext) -> Dims:
 
 @rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 def transposed_convolution(c: RuleContext) -> Dims:
-    """As a convolution, with the weight's first two dimensions the other way round."""
-    if int(c.get("groups", 1)) != 1:
-        result: Dims = c.unknown()
-        return result
+    """As a convolution, with the weight's first two dimensions the other way round.
+
+    Of g groups the weight is [g × in, out], and the result has g × out channels.
+    """
     x, w, b = c.dims(c.get("input")), c.dims(c.get("weight")), c.dims(c.get("bias"))
-    channels = len(x) - len(w) + 1
+    groups, channels = int(c.get("groups", 1)), len(x) - len(w) + 1
     positions = c.fresh()[channels + 1 :]
     for axis in (*w[2:], *x[channels + 1 :], *positions):
         c.freeze(axis, "a position at")
     c.unify(x[channels], w[0])
-    c.contract("input", channels, "weight")
+    out = w[1]
+    if groups > 1:
+        group = algebra.leaf(groups)
+        c.remember(groups=group)
+        c.unify(w[0], algebra.product([group, algebra.leaf(w[0].size // groups)]))
+        out = algebra.product([group, w[1]])
+    if w[0].size != groups:
+        c.contract("input", channels, "weight")
     if b:
-        c.unify(b[0], w[1])
-    return (*x[:channels], w[1], *positions)
+        c.unify(b[0], out)
+    return (*x[:channels], out, *positions)
 
 
-@rewriter("conv1d", "conv2d", "conv3d", "convolution")
+@rewriter("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d",
+          "conv_transpose3d")  # fmt: skip
 def resize_groups(r: RewriteContext) -> None:
     groups = r.extra("groups")
     if groups is not None and r.changed(groups):
         r.set(groups=r.static_size(groups))
+
+
+@rule("bilinear")
+def bilinear(c: RuleContext) -> Dims:
+    """x[..., i] · w[n, i, j] · y[..., j] + b[n]."""
+    x, y = c.dims(c.get("input1")), c.dims(c.get("input2"))
+    w, b = c.dims(c.get("weight")), c.dims(c.get("bias"))
+    for slot, dims, side in (("input1", x, w[1]), ("input2", y, w[2])):
+        c.unify(dims[-1], side)
+        c.contract(slot, len(dims) - 1, "weight")
+    for one, other in zip(x[:-1], y[:-1], strict=True):
+        c.unify(one, other)
+    if b:
+        c.unify(b[0], w[0])
+    return (*x[:-1], w[0])
+
+
+@rule("cdist")
+def distances(c: RuleContext) -> Dims:
+    """|x[..., m, k] - y[..., n, k]| of any order: where both are zero they are not apart."""
+    x, y = c.dims(c.get("x1")), c.dims(c.get("x2"))
+    batch = c.broadcast(x[:-2], y[:-2], sizes=c.sizes()[:-2])
+    c.unify(x[-1], y[-1])
+    c.contract("x1", len(x) - 1, "x2")
+    c.contract("x2", len(y) - 1, "x1")
+    return (*batch, x[-2], y[-2])
 
 
 @rule("scaled_dot_product_attention")

@@ -97,15 +97,30 @@ def index_select(c: RuleContext) -> Dims:
     return (*dims[:d], *c.dims(c.get("index")), *dims[d + 1 :])
 
 
-@rule("gather", "take_along_dim")
-def gather(c: RuleContext) -> Dims:
-    """Places along one dimension, by number; along the others both sides walk together."""
-    dims, index_dims = c.dims(c.get("self")), c.dims(c.get("index"))
+@rule("take_along_dim")
+def take_along(c: RuleContext) -> Dims:
+    """As `gather`, with the other dimensions broadcast."""
+    dims, index_dims = c.dims(c.get("self")), c.dims(c.get("indices"))
     if c.get("dim") is None or len(dims) != len(index_dims):
         result: Dims = c.unknown()
         return result
+    d, sizes = c.dim(len(dims)), c.sizes()
+    c.freeze((dims[d], index_dims[d]), "looked up by")
+    return tuple(
+        index_dims[d] if i == d else c.broadcast((dims[i],), (index_dims[i],), sizes=[size])[0]
+        for i, size in enumerate(sizes)
+    )
+
+
+@rule("gather")
+def gather(c: RuleContext) -> Dims:
+    """Places along one dimension, by number; along the others both sides walk together."""
+    dims, index_dims = c.dims(c.get("self")), c.dims(c.get("index"))
+    if len(dims) != len(index_dims):
+        result: Dims = c.unknown()
+        return result
     d = c.dim(len(dims))
-    c.freeze(dims[d], "looked up by")
+    c.freeze((dims[d], index_dims[d]), "looked up by")
     for i, (axis, other) in enumerate(zip(dims, index_dims, strict=True)):
         if i != d and algebra.equal(axis.size, other.size):
             c.unify(axis, other)
@@ -114,7 +129,7 @@ def gather(c: RuleContext) -> Dims:
     return index_dims
 
 
-@rule("index_add", "index_copy", "index_fill")
+@rule("index_add", "index_copy", "index_fill", "index_reduce")
 def index_add(c: RuleContext) -> Dims:
     """Rows are written by number; the other axes pass."""
     dims, source = c.dims(c.get("self")), c.dims(c.get("source"))
@@ -144,8 +159,50 @@ def scatter_part(c: RuleContext) -> Dims:
     return dims
 
 
-@rule("scatter", "scatter_add", "masked_scatter", "scatter_reduce", "histc",
-      "bincount", "one_hot", "bucketize", "searchsorted")  # fmt: skip
+@rule("scatter", "scatter_add", "scatter_reduce")
+def scatter(c: RuleContext) -> Dims:
+    """Places along one dimension are written by number; along the others all walk together."""
+    dims, written = c.dims(c.get("self")), [c.dims(c.get(name)) for name in ("index", "src")]
+    d = c.dim(len(dims))
+    for others in written:
+        if len(others) != len(dims):  # a number instead of a source
+            c.freeze(others, "addressed by")
+            continue
+        for i, axis in enumerate(others):
+            if i != d and algebra.equal(axis.size, dims[i].size):
+                c.unify(dims[i], axis)
+            else:
+                c.freeze((dims[i], axis), "addressed by")
+    return dims
+
+
+@rule("embedding_bag")
+def embedding_bag(c: RuleContext) -> list[Dims]:
+    """Sums, means or maxima of rows of a table, each feature for itself."""
+    table = c.dims(c.get("weight"))
+    c.freeze(table[0], "rows are looked up by")
+    index = c.get("indices")
+    c.facts.gathered.append((index, table[0]))
+    for name in ("indices", "offsets", "per_sample_weights"):
+        c.freeze(c.dims(c.get(name)), "addressed by")
+    outputs = [c.fresh(i) for i in range(len(c.value))]
+    for dims in outputs:
+        c.freeze(dims, "addressed by")
+    return [(outputs[0][0], table[1]), *outputs[1:]]
+
+
+@rule("bucketize", "searchsorted")
+def bucketize(c: RuleContext) -> Dims:
+    """The number of the bucket that each value falls in; one list of boundaries for all."""
+    values = c.get("input", c.get("self"))
+    boundaries = c.dims(c.get("boundaries", c.get("sorted_sequence")))
+    c.freeze(boundaries, "boundaries of")
+    if len(boundaries) > 1:  # a list of its own for every row
+        c.freeze(c.dims(values), "sorted in rows by")
+    return c.dims(values)
+
+
+@rule("masked_scatter", "histc", "bincount", "one_hot")
 def addressed(c: RuleContext) -> Dims:
     """Everything is addressed by number: all axes are frozen."""
     tensors = [n for n in c.node.all_input_nodes if c.dims(n)]

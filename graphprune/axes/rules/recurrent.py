@@ -1,4 +1,14 @@
-"""Recurrent layers: what comes in is summed over, what they keep from step to step is frozen."""
+"""Recurrent layers: what comes in is summed over, and so is what they keep from step to step.
+
+For each layer and direction, with g gates (4 in an LSTM, 3 in a GRU, 1 else), input k and hidden h:
+
+    w_ih [g × h, k]    w_hh [g × h, h]    b_ih, b_hh [g × h]
+
+A gate has a row for each hidden unit, and unit i meets others only where w_hh sums over it. So unit
+i can go from all g segments of the rows and from the columns of w_hh, and from the states. The
+states of all layers and directions are one tensor [layers × directions, batch, h]: they lose the
+same units. A projection (w_hr [p, h] of an LSTM) has w_hh [g × h, p], and gives out p.
+"""
 
 from __future__ import annotations
 
@@ -11,45 +21,79 @@ from graphprune.axes.facts import Dims
 from graphprune.axes.rules.context import RuleContext
 from graphprune.axes.rules.registry import rule
 
+_GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 _HIDDEN = "a hidden state of"
 
 
 @rule("lstm", "gru", "rnn_tanh", "rnn_relu")
 def recurrent(c: RuleContext) -> Any:
-    """Layers over [time, batch, features]: only the first one's input can lose units."""
+    """Layers over [time, batch, features]."""
     if c.get("batch_sizes") is not None:  # packed: time and batch are one dimension
         return c.unknown()
     x, params = c.dims(c.get("input")), c.get("params")
+    directions = 2 if c.get("bidirectional") else 1
+    layers = int(c.get("num_layers"))
+    each = len(params) // (layers * directions)
+    projected = each in (3, 5)  # without and with biases
+    hidden = algebra.leaf(c.dims(params[1])[0].size // _GATES[c.op])
+    given = algebra.leaf(c.dims(params[1])[1].size) if projected else hidden
+    for first in range(0, len(params), each):
+        layer = first // (each * directions)
+        inner = x[-1] if layer == 0 else algebra.concat([given] * directions)
+        _layer(c, first, each, inner, hidden, given)
+    c.contract("input", len(x) - 1, "params:0")
+    return _outputs(c, x, hidden, given, directions)
+
+
+def _layer(c: RuleContext, first: int, each: int, inner: Axis, hidden: Axis, given: Axis) -> None:
+    """The axes of one layer's weights in one direction, and what is summed over inside.
+
+    Args:
+        c: the call.
+        first: where the weights of this layer and direction begin.
+        each: how many there are.
+        inner: the axis of what the layer reads.
+        hidden: the axis of its units.
+        given: the axis of what it gives out, another one if that is projected.
+    """
+    params = c.get("params")
+    w_ih, w_hh, *rest = (c.dims(p) for p in params[first : first + each])
+    gates = algebra.concat([hidden] * _GATES[c.op])
+    projection = rest.pop() if each in (3, 5) else None
+    for weight in (w_ih, w_hh, *rest):
+        c.unify(weight[0], gates)
+    c.unify(w_ih[1], inner)
+    c.unify(w_hh[1], given)
+    if first and inner is not c.dims(c.get("input"))[-1]:
+        c.contract(f"params:{first}", 1, "input")
+    c.contract(f"params:{first + 1}", 1, "input")
+    if projection is not None:
+        c.unify(projection[0], given)
+        c.unify(projection[1], hidden)
+        c.contract(f"params:{first + each - 1}", 1, "input")
+
+
+def _outputs(c: RuleContext, x: Dims, hidden: Axis, given: Axis, directions: int) -> list[Dims]:
+    """The values of all steps, and the last states [layers × directions, batch, units]."""
     time, batch = (1, 0) if c.get("batch_first") else (0, 1)
     c.freeze(x[time], "ordered in time by")
-    directions = 2 if c.get("bidirectional") else 1
-    each = len(params) // (int(c.get("num_layers")) * directions)
-    first = [each * i for i in range(directions)]  # where the input weights of layer 0 are
-    for i, tensor in enumerate(params):
-        weight = c.dims(tensor)
-        c.freeze(weight[:1] if i in first else weight, _HIDDEN)
-        if i in first:
-            c.unify(x[-1], weight[1])
-    c.contract("input", len(x) - 1, "params:0")
-    hidden = [_state(c, number, x[batch]) for number in range(1, len(c.value))]
-    for state in _several(c.get("hx")):
-        _meet(c, c.dims(state), 1, x[batch])
-    width = algebra.leaf(c.sizes(0)[-1])
-    c.freeze(width, _HIDDEN)
-    return [(*x[:-1], width), *hidden]
+    states = c.get("hx")
+    units = (given, hidden)  # of the state that goes out, and of an LSTM's cell
+    for state, axis in zip(_several(states), units, strict=False):
+        _meet(c, c.dims(state), x[batch], axis)
+    last = []
+    for number, axis in zip(range(1, len(c.value)), units, strict=False):
+        layers = c.fresh(number)[0]
+        c.freeze(layers, _HIDDEN)
+        last.append((layers, x[batch], axis))
+    return [(*x[:-1], algebra.concat([given] * directions)), *last]
 
 
-def _state(c: RuleContext, number: int, batch: Axis) -> Dims:
-    """Axes of a final state [layers, batch, hidden]."""
-    layers, _, hidden = c.fresh(number)
-    c.freeze((layers, hidden), _HIDDEN)
-    return layers, batch, hidden
-
-
-def _meet(c: RuleContext, state: Dims, dim: int, batch: Axis) -> None:
-    """A state that comes in: its batch is that of the input, the rest is frozen."""
-    c.unify(state[dim], batch)
-    c.freeze([axis for i, axis in enumerate(state) if i != dim], _HIDDEN)
+def _meet(c: RuleContext, state: Dims, batch: Axis, units: Axis) -> None:
+    """A state that comes in: its batch is that of the input, its units those of the layer."""
+    c.freeze(state[0], _HIDDEN)
+    c.unify(state[1], batch)
+    c.unify(state[2], units)
 
 
 def _several(value: Any) -> Sequence[Any]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
 from graphprune.axes import algebra
+from graphprune.axes.algebra import Axis
 from graphprune.axes.facts import Dims
 from graphprune.axes.rules.context import RewriteContext, RuleContext
 from graphprune.axes.rules.registry import rewriter, rule
@@ -22,13 +24,13 @@ def _reduced(c: RuleContext, dims: Dims, over: list[int]) -> Dims:
     )
 
 
-@rule("sum", "mean", "linalg_vector_norm", "norm", "count_nonzero")
+@rule("sum", "mean", "linalg_vector_norm", "norm", "count_nonzero", "any")
 def summed(c: RuleContext) -> Dims:
-    """A sum over an axis: what is removed adds nothing."""
+    """A sum over an axis: what is removed adds nothing. The largest magnitude is a norm too."""
     dims = c.dims(c.get("self"))
     over = c.dim_list(len(dims))
     power = c.get("ord", c.get("p", 2))
-    if isinstance(power, int | float) and (power <= 0 or power == math.inf):
+    if isinstance(power, int | float) and power <= 0:
         c.freeze([dims[i] for i in over])  # a masked zero would count, or win
     for i in over:
         c.contract("self", i)
@@ -49,8 +51,16 @@ def pin_mean(r: RewriteContext) -> None:
         r.scale_after(ratio)
 
 
-@rule("softmax", "log_softmax", "_softmax", "_log_softmax", "_safe_softmax", "softmin", "cumsum",
-      "cumprod", "logcumsumexp", "flip", "roll", "tril", "triu")  # fmt: skip
+@rule("cumsum")
+def summed_so_far(c: RuleContext) -> Dims:
+    """Sums of all that comes before: what is removed adds nothing to those after it."""
+    dims = c.dims(c.get("self"))
+    c.contract("self", c.dim(len(dims)))
+    return dims
+
+
+@rule("softmax", "log_softmax", "_softmax", "_log_softmax", "_safe_softmax", "softmin",
+      "cumprod", "logcumsumexp", "flip", "tril", "triu")  # fmt: skip
 def ordered(c: RuleContext) -> Dims:
     """Every unit depends on the others along the axis, or on its place."""
     dims = c.dims(c.node.args[0])
@@ -62,7 +72,26 @@ def ordered(c: RuleContext) -> Dims:
     return dims
 
 
-@rule("amax", "amin", "any", "all", "prod", "logsumexp", "argmax", "argmin")
+@rule("cummax", "cummin")
+def extreme_so_far(c: RuleContext) -> list[Dims]:
+    """The largest of all that comes before, and its place."""
+    dims = c.dims(c.get("self"))
+    c.freeze(dims[c.dim(len(dims))])
+    return [dims, dims]
+
+
+@rule("quantile", "nanquantile")
+def quantile(c: RuleContext) -> Dims:
+    """A choice along an axis, one for each number of `q`, which come first."""
+    dims, q = c.dims(c.get("self")), c.dims(c.get("q"))
+    given = c.get("dim")
+    over = list(range(len(dims))) if given is None else [c.dim(len(dims))]
+    c.freeze([dims[i] for i in over])
+    c.freeze(q)
+    return (*q, *_reduced(c, dims, over))
+
+
+@rule("amax", "amin", "all", "prod", "logsumexp", "argmax", "argmin")
 def chosen(c: RuleContext) -> Dims:
     """A reduction that a removed unit may win."""
     dims = c.dims(c.node.args[0])
@@ -176,18 +205,54 @@ def rescale_rms_norm(r: RewriteContext) -> None:
 
 @rule("group_norm")
 def group_norm(c: RuleContext) -> Dims:
-    """Groups are exact; inside a group the channels are normalized."""
+    """Groups are exact; inside a group the channels are normalized.
+
+    Channels that come from several inputs, one after the other, may have groups across a border:
+    such a group stays, and the others of each input are an axis of their own.
+    """
     dims = c.dims(c.get("input"))
-    group = algebra.leaf(int(c.get("num_groups")))
     inner = algebra.leaf(dims[1].size // int(c.get("num_groups")))
-    c.remember(groups=group)
-    c.unify(dims[1], algebra.product([group, inner]))
+    channels, groups = _grouped(c, [s.size for s in algebra.segments(dims[1])], inner)
+    c.remember(groups=groups)
+    c.unify(dims[1], channels)
     for axis in (inner, *dims[2:]):
         algebra.normalize(axis)
     for name in ("weight", "bias"):
         if c.dims(c.get(name)):
             c.unify(dims[1], c.dims(c.get(name))[0])
     return dims
+
+
+def _grouped(c: RuleContext, sizes: Sequence[int], inner: Axis) -> tuple[Axis, Axis]:
+    """Channels as segments of groups × inner, and the groups alone.
+
+    Args:
+        c: the call.
+        sizes: channels of each input.
+        inner: the channels of one group.
+    """
+    channels: list[Axis] = []
+    groups: list[Axis] = []
+    shared: list[Axis] = []
+    begun = 0  # channels that a group has of the inputs before
+    for size in sizes:
+        first = min(-begun % inner.size, size)
+        if first:
+            shared.append(algebra.leaf(first))
+            channels.append(shared[-1])
+            begun = (begun + first) % inner.size
+        whole, begun_here = divmod(size - first, inner.size)
+        if whole:
+            groups.append(algebra.leaf(whole))
+            channels.append(algebra.product([groups[-1], inner]))
+        if begun_here:
+            shared.append(algebra.leaf(begun_here))
+            channels.append(shared[-1])
+            groups.append(algebra.leaf(1))
+            begun = begun_here
+    if shared:
+        c.freeze((*shared, inner), "a group has channels of two inputs in")
+    return algebra.concat(channels), algebra.concat(groups)
 
 
 @rewriter("group_norm")
@@ -245,24 +310,37 @@ def pool_with_places(c: RuleContext) -> list[Dims]:
     return [(*dims[:kept], *values[kept:])] * 2
 
 
-@rule("im2col")
-def im2col(c: RuleContext) -> Dims:
-    """Windows of an image: channels x places in the window, and positions."""
-    dims, positions = c.dims(c.get("self")), c.fresh()[-1]
-    window = algebra.leaf(math.prod(c.get("kernel_size")))
-    c.freeze((*dims[-2:], window, positions), "a position at")
-    return (*dims[:-3], algebra.product([dims[-3], window]), positions)
-
-
 @rule("pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d",
       "replication_pad1d", "replication_pad2d", "replication_pad3d")  # fmt: skip
 def pad(c: RuleContext) -> Dims:
-    """A padded or cropped axis keeps its numbering; others pass."""
+    """A constant is put before and after an axis; what else is padded or cropped is frozen."""
     dims, fresh = list(c.dims(c.get("self"))), c.fresh()
-    amounts = c.get("pad", c.get("padding"))
-    for i in range(len(dims)):
+    amounts = c.static("pad", c.static("padding"))
+    constant = op_name(c.node) == "constant_pad_nd" or c.get("mode", "constant") == "constant"
+    constant &= op_name(c.node) in {"pad", "constant_pad_nd"}
+    for i, axis in enumerate(dims):
         k = 2 * (len(dims) - 1 - i)
-        if any(amount != 0 for amount in amounts[k : k + 2]):
-            c.freeze([dims[i], fresh[i]], "padded by")
+        ends = list(amounts[k : k + 2])
+        if not any(ends):
+            continue
+        if constant and min(ends) >= 0 and not c.is_frozen(axis):
+            before, after = (algebra.leaf(n) for n in ends)
+            c.remember(**{f"before{i}": before, f"after{i}": after})
+            dims[i] = algebra.concat([before, axis, after])
+        else:
+            c.freeze([axis, fresh[i]], "padded by")
             dims[i] = fresh[i]
     return tuple(dims)
+
+
+@rewriter("pad", "constant_pad_nd")
+def resize_pad(r: RewriteContext) -> None:
+    amounts, rank = list(r.get("pad")), len(r.output)
+    for i in range(rank):
+        k = 2 * (rank - 1 - i)
+        for end, place in (("before", k), ("after", k + 1)):
+            axis = r.extra(f"{end}{i}")
+            if axis is not None and r.changed(axis):
+                amounts[place] = r.static_size(axis)
+    if amounts != list(r.get("pad")):
+        r.set(pad=amounts)

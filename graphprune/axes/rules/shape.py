@@ -176,19 +176,38 @@ def slice_(c: RuleContext) -> Dims:
 
 
 def _strided(c: RuleContext, axis: Axis, start: int, step: int) -> Axis:
-    if axis.size % step or not 0 <= start < step or c.get("end", axis.size) < axis.size:
-        piece = algebra.leaf(c.sizes()[c.dim(len(c.dims(c.get("self"))), default=0)])
+    """Rows of `step` units, the first of each taken; a last, shorter row is there or not."""
+    rank = len(c.dims(c.get("self")))
+    count = int(c.sizes()[c.dim(rank, default=0)])
+    start = max(start + axis.size, 0) if start < 0 else min(start, axis.size)
+    if c.is_frozen(axis) or not count:
+        piece = algebra.leaf(count)
         c.freeze([axis, piece], "taken with a stride by")
         return piece
-    outer, inner = algebra.leaf(axis.size // step), algebra.leaf(step)
-    c.freeze(inner, "taken with a stride by")
-    c.unify(axis, algebra.product([outer, inner]))
-    return outer
+    # The last row may be followed by more than belongs to it, or be shorter than the others.
+    if start < step and axis.size % step == 0 and count * step == axis.size:
+        outer, inner = algebra.leaf(count), algebra.leaf(step)
+        c.freeze(inner, "taken with a stride by")
+        c.unify(axis, algebra.product([outer, inner]))
+        return outer
+    full = count if axis.size - start >= count * step else count - 1
+    outer, inner = algebra.leaf(full), algebra.leaf(step)
+    last = algebra.leaf(count - full)
+    before, after = (algebra.leaf(n) for n in (start, axis.size - start - full * step - last.size))
+    c.freeze((inner, last), "taken with a stride by")
+    c.unify(axis, algebra.concat([before, algebra.product([outer, inner]), last, after]))
+    taken = algebra.concat([outer, last])
+    c.remember(strided_from=before, rows=taken)
+    return taken
 
 
 @rewriter("slice")
 def resize_slice(r: RewriteContext) -> None:
     before, piece, after = r.extra("before"), r.extra("piece"), r.extra("after")
+    if r.extra("strided_from") is not None:
+        if r.changed(r.extra("strided_from")) or r.changed(r.extra("rows")):
+            _resize_strided(r)
+        return
     if before is None or piece is None or after is None:
         d = int(r.get("dim", 0)) % len(r.output)
         if int(r.get("step", 1)) != 1 and r.changed(r.output[d]):
@@ -199,6 +218,15 @@ def resize_slice(r: RewriteContext) -> None:
     if r.changed(before) or r.changed(piece) or r.changed(after):
         start = r.static_size(before) if before.size else 0
         r.set(start=start, end=start + r.static_size(piece))
+
+
+def _resize_strided(r: RewriteContext) -> None:
+    before, rows = r.extra("strided_from"), r.extra("rows")
+    assert before is not None
+    assert rows is not None
+    step = int(r.get("step"))
+    start = r.static_size(before) if before.size else 0
+    r.set(start=start, end=start + step * (r.static_size(rows) - 1) + 1)
 
 
 @rule("narrow")
@@ -286,11 +314,71 @@ def stack(c: RuleContext) -> Dims:
 
 @rule("select")
 def select(c: RuleContext) -> Dims:
-    """One unit by number: that axis cannot be renumbered."""
-    dims = c.dims(c.get("self"))
+    """One unit by number: it stays. Once all are known, the others are axes of their own."""
+    dims, index = c.dims(c.get("self")), resolve(c.get("index"))
     d = c.dim(len(dims))
-    c.freeze(dims[d], "one unit is picked from it by")
+    if c.is_frozen(dims[d]) or not isinstance(index, int):
+        c.freeze(dims[d], "one unit is picked from it by")
+    else:
+        c.facts.picked.append((c.node, dims[d], index % int(dims[d].size)))
     return (*dims[:d], *dims[d + 1 :])
+
+
+@rewriter("select")
+def resize_select(r: RewriteContext) -> None:
+    before = r.extra("before")
+    if r.changed(before):
+        assert before is not None
+        r.set(index=r.static_size(before))
+
+
+@rule("roll")
+def roll(c: RuleContext) -> Dims:
+    """x = a | b becomes b | a."""
+    dims, over = list(c.dims(c.get("self"))), c.get("dims")
+    if not over:
+        c.freeze(dims)
+        return tuple(dims)
+    for number, (shift, dim) in enumerate(zip(c.static("shifts"), over, strict=True)):
+        d = int(dim) % len(dims)
+        if c.is_frozen(dims[d]) or not isinstance(shift, int):
+            c.freeze(dims[d])
+            continue
+        shift %= dims[d].size
+        first, second = c.cut(dims[d], [dims[d].size - shift, shift])
+        c.remember(**{f"shift{number}": second})
+        dims[d] = algebra.concat([second, first])
+    return tuple(dims)
+
+
+@rewriter("roll")
+def resize_roll(r: RewriteContext) -> None:
+    shifts = list(r.get("shifts"))
+    for number in range(len(shifts)):
+        moved = r.extra(f"shift{number}")
+        if moved is not None and r.changed(moved):
+            shifts[number] = r.static_size(moved)
+    if shifts != list(r.get("shifts")):
+        r.set(shifts=shifts)
+
+
+@rule("diagonal")
+def diagonal(c: RuleContext) -> Dims:
+    """Two dimensions become one of places, which comes last."""
+    dims = c.dims(c.get("self"))
+    sides = {c.dim(len(dims), "dim1", 0), c.dim(len(dims), "dim2", 1)}
+    places = c.fresh()[-1]
+    c.freeze([*(dims[d] for d in sides), places], "a diagonal of it is taken by")
+    return (*(axis for d, axis in enumerate(dims) if d not in sides), places)
+
+
+@rule("unfold")
+def unfold(c: RuleContext) -> Dims:
+    """Windows of one dimension: their places, and what is inside, which comes last."""
+    dims, fresh = c.dims(c.get("self")), c.fresh()
+    d = c.dim(len(dims), "dimension")
+    c.freeze((dims[d], fresh[d], fresh[-1]), "cut in windows by")
+    return (*dims[:d], fresh[d], *dims[d + 1 :], fresh[-1])
 
 
 @rule("unbind")
