@@ -85,7 +85,7 @@ def onnx_layer(op: Any) -> Callable[..., Any]:
     ) -> Any:
         both = int(weight.shape[0]) == 2
         options = {
-            "hidden_size": int(recurrence.shape[2]),
+            "hidden_size": int(recurrence.shape[2]),  # a name of ONNX
             "direction": "bidirectional" if both else "forward",
         }
         given = [input, weight, recurrence, bias, None, hidden]

@@ -18,8 +18,10 @@ from typing import Any
 from graphprune.axes import algebra
 from graphprune.axes.algebra import Axis
 from graphprune.axes.facts import Dims
-from graphprune.axes.rules.context import RuleContext
-from graphprune.axes.rules.registry import rule
+from graphprune.axes.rules.context import RewriteContext, RuleContext
+from graphprune.axes.rules.registry import rewriter, rule
+from graphprune.errors import UnsupportedError
+from graphprune.ir.graph import place
 
 _GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 _HIDDEN = "a hidden state of"
@@ -42,7 +44,26 @@ def recurrent(c: RuleContext) -> Any:
         inner = x[-1] if layer == 0 else algebra.concat([given] * directions)
         _layer(c, first, each, inner, hidden, given)
     c.contract("input", len(x) - 1, "params:0")
+    if projected:
+        c.remember(hidden=hidden, given=given)
     return _outputs(c, x, hidden, given, directions)
+
+
+@rewriter("lstm")
+def check_projection(r: RewriteContext) -> None:
+    """Refuse a projection to as many units as there are, which torch takes for none.
+
+    Raises:
+        UnsupportedError: the cut leaves as many of one as of the other.
+    """
+    hidden, given = r.extra("hidden"), r.extra("given")
+    if hidden is None or given is None or not (r.changed(hidden) or r.changed(given)):
+        return
+    if r.static_size(hidden) == r.static_size(given):
+        raise UnsupportedError(
+            f"{place(r.node)} would keep {r.static_size(hidden)} hidden units and as many after "
+            "its projection (proj_size), which torch cannot run; keep another number of them"
+        )
 
 
 def _layer(c: RuleContext, first: int, each: int, inner: Axis, hidden: Axis, given: Axis) -> None:
