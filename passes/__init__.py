@@ -8,6 +8,9 @@ from graphprune.passes.cleanup.batch_norm import FoldBatchNorm as FoldBatchNorm
 from graphprune.passes.cleanup.constants import FoldConstants as FoldConstants
 from graphprune.passes.cleanup.dead import RemoveDeadNodes as RemoveDeadNodes
 from graphprune.passes.cleanup.noops import RemoveNoOps as RemoveNoOps
+from graphprune.passes.cleanup.parametrizations import (
+    FoldParametrizations as FoldParametrizations,
+)
 from graphprune.passes.control.recover import PruneRecover as PruneRecover
 from graphprune.passes.control.repeat import Repeat as Repeat
 from graphprune.passes.quantize.quantize import Quantize as Quantize
@@ -36,6 +39,7 @@ __all__ = [
     "Finetune",
     "FoldBatchNorm",
     "FoldConstants",
+    "FoldParametrizations",
     "GradualMagnitude",
     "GradualStructure",
     "LeastSquares",

@@ -23,6 +23,7 @@ from graphprune.passes import (
     Finetune,
     FoldBatchNorm,
     FoldConstants,
+    FoldParametrizations,
     GradualMagnitude,
     GradualStructure,
     LeastSquares,
@@ -70,6 +71,7 @@ EXAMPLES: dict[str, list[Pass]] = {
     "finetune": [Finetune(), Finetune(1, schedule="cosine", clip=0)],
     "fold-batch-norm": [FoldBatchNorm()],
     "fold-constants": [FoldConstants(), FoldConstants(parameters=True)],
+    "fold-parametrizations": [FoldParametrizations()],
     "gradual-structure": [
         GradualStructure(0.5, epochs=1),
         GradualStructure(0.6, "taylor", roles=("head", "kv_group", "neuron"), distill=False),

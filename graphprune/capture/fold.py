@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,11 +27,13 @@ class Folding:
         skipped: names of nodes that stay computed -> bytes by which they would grow.
         resized: a size that was unknown until a constant was computed is a number now: metadata
             must be propagated again.
+        made: the nodes that the constants take the place of, by name of the constant.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
     resized: bool = False
+    made: dict[str, fx.Node] = field(default_factory=dict)
 
 
 def fold(
@@ -39,6 +41,7 @@ def fold(
     sources: Mapping[str, Tensor],
     taken: Collection[str],
     max_growth: int = MAX_GROWTH,
+    wanted: Callable[[fx.Node], bool] = lambda node: True,
 ) -> Folding:
     """Let a graph read constants where it computed them; in place, dead nodes stay.
 
@@ -52,6 +55,7 @@ def fold(
         sources: tensors that count as constant, by name.
         taken: names that no new tensor may have.
         max_growth: bytes, of each constant.
+        wanted: which constants are taken; what leads to others is looked at in their place.
     """
     constant = _constant(graph, sources)
     result = Folding()
@@ -60,7 +64,7 @@ def fold(
     for node in reversed(graph.nodes):
         if node in live or live.isdisjoint(node.users):
             continue
-        if _is_foldable(node):
+        if _is_foldable(node) and wanted(node):
             growth = _nbytes(node, sources) - _nbytes_freed(node, sources)
             if growth <= max_growth:
                 chosen.append(node)
@@ -70,6 +74,7 @@ def fold(
     for node, value in _computed(graph, chosen, sources).items():
         name = _free_name(f"folded_{node.name}", [*taken, *result.tensors])
         result.tensors[name] = value.clone(memory_format=torch.contiguous_format)
+        result.made[name] = node
         result.resized |= not _is_sized(node)
         with graph.inserting_before(node):
             read = graph.create_node("get_attr", name)
