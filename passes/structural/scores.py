@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from graphprune.axes import AxisGroup, AxisGroups, axis_groups
-from graphprune.axes.sites import consumers
+from graphprune.axes.sites import consumers, contractions
 from graphprune.calibration.stream import flat_batch
 from graphprune.errors import GraphPruneError, RecipeError, UnsupportedError
 from graphprune.ir.module import graph_module
@@ -264,7 +264,7 @@ def taylor_scores(
     """
     module = graph_module(program)
     weights = dict(module.named_parameters(remove_duplicate=False))
-    reads = {g.id: sorted({s.tensor for s, _ in consumers(groups, g)}) for g in chosen}
+    reads = {g.id: _reads(groups, g) for g in chosen}
     names = sorted({name for tensors in reads.values() for name in tensors})
     loss = _loss_output(program)
     totals = {g.id: torch.zeros(g.size, dtype=torch.float64) for g in chosen}
@@ -297,6 +297,21 @@ def taylor_scores(
     return {n: (t / count).sqrt() if loss is None else t / count for n, t in totals.items()}
 
 
+def _reads(groups: AxisGroups, group: AxisGroup) -> dict[str, set[int]]:
+    """The weights that read a group, and their dimensions that it is in.
+
+    Of a recurrent layer's weights only the columns: a row is what makes the unit.
+    """
+    found: dict[str, set[int]] = {}
+    for site, _ in consumers(groups, group):
+        dims = {o.dim for o in groups[group.id].occurrences if o.tensor == site.tensor}
+        found.setdefault(site.tensor, set()).update(dims)
+    for _, contraction in contractions(groups, group):
+        if contraction.operand.op == "get_attr":
+            found.setdefault(str(contraction.operand.target), set()).add(contraction.dim)
+    return dict(sorted(found.items()))
+
+
 def _loss_output(program: Program) -> int | None:
     """Which flat output is the model's own `loss`, where it has one."""
     spec = program.forward.out_spec
@@ -315,7 +330,7 @@ def _direction(output: Tensor, ctx: Context) -> Tensor:
 def _gates(
     groups: AxisGroups,
     group: AxisGroup,
-    tensors: Sequence[str],
+    tensors: Mapping[str, set[int]],
     weights: Mapping[str, torch.nn.Parameter],
     gradients: Mapping[str, Tensor | None],
 ) -> Tensor:
@@ -326,7 +341,7 @@ def _gates(
         if gradient is None:
             continue
         product = (gradient * weights[name].detach()).double()
-        for dim in sorted({o.dim for o in group.occurrences if o.tensor == name}):
+        for dim in sorted(tensors[name]):
             units = groups.units(group, name, dim)
             sums = product.sum([d for d in range(product.dim()) if d != dim])
             result.index_add_(0, units[units >= 0], sums[units >= 0])

@@ -12,13 +12,14 @@ from torch import Tensor, fx
 
 from graphprune.axes import AxisGroup, AxisGroups
 from graphprune.axes.branches import Branch
+from graphprune.axes.sites import contractions
 from graphprune.calibration.gram import Remarks
 from graphprune.calibration.stream import Stream
 from graphprune.ir.graph import is_op
 from graphprune.ir.program import Program
 from graphprune.passes.structural.allocation import others
 from graphprune.passes.structural.records import Calibrated
-from graphprune.passes.structural.scores import Evidence, Score
+from graphprune.passes.structural.scores import Evidence, Needs, Score
 from graphprune.passes.structural.statistics import Consumer, compensate, gather
 from graphprune.pipeline.base import Context
 
@@ -117,7 +118,9 @@ def cut_groups(
     dense = Stream(target.dense, batches) if target is not None else None
     done = CutGroups(program)
     for group in order:
-        parts = gather(stream, done.program, groups, group, ctx)
+        # Gradients alone know of a recurrence, whose inputs are inside its operator.
+        blind = method == "none" and score.needs is Needs.GRADIENTS and _recurs(groups, group)
+        parts = [] if blind else gather(stream, done.program, groups, group, ctx)
         for part in parts:
             done._few.add(part.site.name, part.gram.shortage())
         if method == "least-squares":
@@ -132,6 +135,11 @@ def cut_groups(
             done.program, group, parts, done.keep[group.id], method, damping
         )
     return done
+
+
+def _recurs(groups: AxisGroups, group: AxisGroup) -> bool:
+    """Whether an operator reads the group by a weight, of its own results."""
+    return any(c.operand.op == "get_attr" for _, c in contractions(groups, group))
 
 
 def _towards_stream(

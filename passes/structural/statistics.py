@@ -96,7 +96,7 @@ def gather(
             raise UnsupportedError(
                 f"{group.id!r} is summed over by `{contraction.node.name}`, which is no product "
                 "with a weight: its statistics do not say what a unit is worth; use "
-                "score='magnitude' and compensate='none' for it"
+                "score='magnitude' or 'taylor', and compensate='none', for it"
             )
     grams = {site.name: Gram.empty(len(units)) for site, units in found}
     stream.collect(
