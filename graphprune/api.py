@@ -56,6 +56,7 @@ class Compiled:
         files: what goes into the artifact beside the model (a tokenizer, labels): name in the
             folder -> a file to copy, or bytes.
         calibration: the batches that passes saw; export quantizes by them where it has to.
+        metadata: lines for the ONNX file's metadata, of the artifact that was loaded.
     """
 
     def __init__(
@@ -66,8 +67,10 @@ class Compiled:
         dense: Program | Path | None = None,
         files: Mapping[str, Path | bytes] | None = None,
         calibration: Sequence[Any] | None = None,
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
         self.report = report
+        self.metadata = dict(metadata or {})
         self.files = dict(files or {})
         self.calibration = calibration
         self._program = program
@@ -147,7 +150,8 @@ class Compiled:
             weights: in a second file "beside" the graph, which ONNX Runtime maps instead of
                 copying; "inside" it, for consumers of one file; or "auto": beside above 20 MB.
             metadata: more lines for the ONNX file's metadata, beside those of an ONNX file that lay
-                in the model's folder.
+                in the model's folder, and of the artifact that was compiled. What runs the file
+                reads them: class names and stride of a detector, say.
 
         Raises:
             ExportError: the folder is not ours, cannot be written, or ONNX Runtime disagrees with
@@ -190,7 +194,11 @@ class Compiled:
             layout=HUB if hub or layout == HUB.name else FLAT,
             weights=weights,
             optional=OPTIONAL,
-            metadata={**source_of(self.files).get("metadata", {}), **(metadata or {})},
+            metadata={
+                **source_of(self.files).get("metadata", {}),
+                **self.metadata,
+                **(metadata or {}),
+            },
             finish=self.described,
         )
 
@@ -288,7 +296,8 @@ def compile(
     after = ModelSize.of(result.program)
     report = report.extended(after, done, time.perf_counter() - start)
     finished = replace(result.program, report=report.to_json())
-    return Compiled(finished, report, dense=dense, files=files, calibration=batches)
+    known = model.metadata if isinstance(model, Compiled) else {}
+    return Compiled(finished, report, dense=dense, files=files, calibration=batches, metadata=known)
 
 
 compile = suggesting(compile, "graphprune.compile")
@@ -323,6 +332,7 @@ def load(path: str | os.PathLike[str], *, expect: str | None = None) -> Compiled
         _report_of(program, 0.0),
         dense=dense if dense is not None and dense.is_file() else None,
         files=_side_files(folder),
+        metadata=_metadata(folder),
     )
 
 
@@ -357,6 +367,17 @@ def inspect(
 
     program, _, _ = _begin(model, example_inputs, dynamic_shapes, cache=False)
     return axis_groups(program)
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    """The lines of an artifact's ONNX metadata that its maker gave."""
+    from graphprune.storage.program import read_json
+
+    layout = layout_of(path)
+    found = {} if layout is None else read_json(path / layout.manifest).get("metadata")
+    if not isinstance(found, dict):
+        return {}
+    return {name: value for name, value in found.items() if isinstance(value, str)}
 
 
 def _side_files(path: Path) -> dict[str, Path | bytes]:

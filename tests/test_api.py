@@ -14,7 +14,13 @@ import torch
 from torch import Tensor, nn
 
 import graphprune as gp
-from graphprune.errors import ArtifactError, CaptureError, RecipeError, UnsupportedError
+from graphprune.errors import (
+    ArtifactError,
+    CaptureError,
+    ExportError,
+    RecipeError,
+    UnsupportedError,
+)
 from graphprune.ir.program import Program
 from graphprune.models.zoo.tiny import tiny
 from graphprune.passes import PruneHeads, PruneNeurons, RemoveDeadNodes
@@ -391,3 +397,29 @@ def _train_one_step(module: nn.Module, x: Tensor) -> None:
     module(x).pow(2).mean().backward()
     optimizer.step()
     module.eval()
+
+
+def test_metadata_survives_what_is_compiled_from_an_artifact(
+    captured: Callable[[str], Program], tmp_path: Any
+) -> None:
+    """What a detector's or a recognizer's runtime reads: names, stride, kind of model."""
+    given = {"names": "{0: 'person', 1: 'bicycle'}", "stride": "32", "task": "detect"}
+    program = captured("tiny-cnn")
+    gp.compile(program, []).export(tmp_path / "first", metadata=given)
+    again = gp.compile(gp.load(tmp_path / "first"), [PruneNeurons(0.5)])
+    again.export(tmp_path / "second", metadata={"stride": "16", "imgsz": "[64, 64]"})
+    expected = given | {"stride": "16", "imgsz": "[64, 64]"}
+    for name, wanted in (("first", given), ("second", expected)):
+        artifact = gp.open(tmp_path / name)
+        found = artifact.session().get_modelmeta().custom_metadata_map
+        assert wanted.items() <= found.items()
+        assert artifact.manifest["metadata"] == wanted
+
+
+def test_metadata_that_is_no_text_is_refused(
+    captured: Callable[[str], Program], tmp_path: Any
+) -> None:
+    numbers: Any = {"stride": 32}
+    with pytest.raises(ExportError, match=r"metadata 'stride' is a int.*give str"):
+        gp.compile(captured("tiny-mlp"), []).export(tmp_path / "out", metadata=numbers)
+    assert not (tmp_path / "out").exists()

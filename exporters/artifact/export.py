@@ -138,6 +138,12 @@ def export(
     check_runs(target, program)
     check_marked(target, mark)
     check_target(path, is_artifact)
+    for name, value in (metadata or {}).items():
+        if not (isinstance(name, str) and isinstance(value, str)):
+            raise ExportError(
+                f"metadata {name!r} is a {type(value).__name__}, and ONNX holds text: give "
+                "str(...) or json.dumps(...) of it"
+            )
     _check_extra(extra or {}, layout)
     notes: _Notes = {"parity": {}, "sizes": {}, "parameters": {}, "quantization": {}}
     batches = _calibration(program, calibration, mark)
@@ -179,6 +185,7 @@ def export(
         manifest = _manifest(program, target, model, notes, layout, files)
         if chooser is not None:
             manifest["kernels"] = chooser.to_json()
+        manifest["metadata"] = dict(options.metadata)
         manifest["beside"] = [n for n in files.values() if data_file(folder / n).is_file()]
         _copy_extra(finish(manifest), folder, layout)
         if program.report is None:

@@ -59,7 +59,9 @@ CACHE_DIMS = (1, 3)  # heads and width: of all inputs and outputs only these can
 def _walk(entry: Entry, tensors: Mapping[str, Dims]) -> Facts:
     graph = entry.graph
     weights, activations = _sources(graph)
-    facts = Facts(weights=weights, activations=activations)
+    facts = Facts(
+        weights=weights, activations=activations, learned=activations & _of_matrices(graph)
+    )
     for node in graph.nodes:
         value = node.meta.get("val")
         if node.op == "get_attr":
@@ -116,6 +118,16 @@ def _sources(graph: fx.Graph) -> tuple[set[fx.Node], set[fx.Node]]:
         elif node.op == "get_attr" or any(n in weights for n in node.all_input_nodes):
             weights.add(node)
     return weights, inputs
+
+
+def _of_matrices(graph: fx.Graph) -> set[fx.Node]:
+    """Values that depend on a weight of two dimensions or more."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        matrix = node.op == "get_attr" and node.meta["val"].dim() > 1
+        if matrix or any(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _cut_picked(entries: Iterable[Facts]) -> None:

@@ -48,6 +48,7 @@ class Facts:
         picked: (call, axis, number) of every unit that is read by its number.
         weights: values made of tensors of the program and of sizes alone.
         activations: values that depend on the inputs' values.
+        learned: activations that depend on a weight matrix too.
     """
 
     dims: dict[fx.Node, Any] = field(default_factory=dict)
@@ -59,6 +60,7 @@ class Facts:
     picked: list[tuple[fx.Node, Axis, int]] = field(default_factory=list)
     weights: set[fx.Node] = field(default_factory=set)
     activations: set[fx.Node] = field(default_factory=set)
+    learned: set[fx.Node] = field(default_factory=set)
 
     def on(self, graph: fx.Graph) -> Facts:
         """The same facts about a copy of the graph: about its nodes of the same names."""
@@ -76,6 +78,7 @@ class Facts:
             picked=[(of[n.name], axis, number) for n, axis, number in self.picked],
             weights={of[n.name] for n in self.weights},
             activations={of[n.name] for n in self.activations},
+            learned={of[n.name] for n in self.learned},
         )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
+from typing import Any
 
 from torch import fx
 
@@ -157,9 +159,12 @@ class Walk:
         }
 
     def _pooled(self, leaf: Axis) -> bool:
-        """Whether the leaf lives where the positions are gone, after what removed them."""
+        """Whether the leaf lives where the positions are gone, after what removed them.
+
+        What goes back to positions, as the gate of squeeze and excitation does, is a neuron.
+        """
         for contraction in self.consumed[leaf]:
-            if self._positions(contraction.operand):
+            if self._positions(contraction.operand) or self._goes_back(contraction.node):
                 return False
         return any(
             op_name(node) in _POOLING
@@ -170,19 +175,30 @@ class Walk:
             if node.op == "call_function" and node.all_input_nodes
         )
 
-    def _positions(self, node: fx.Node) -> set[Axis]:
-        """Leaves of a value that are neither the batch nor features."""
+    def _goes_back(self, node: fx.Node) -> bool:
+        """Whether something after a value has positions again."""
+        return any(self.after(n, node) for n in self._placed)
+
+    @functools.cached_property
+    def _placed(self) -> list[fx.Node]:
+        return [n for n in self.nodes if n.op == "call_function" and self._positions(n)]
+
+    @functools.cached_property
+    def _batch(self) -> set[Any]:
         entry = self.axes.program.entries[self.name]
-        batch = {
+        return {
             n.meta["val"].shape[0].node.expr
             for n in self.nodes
             if n.op == "placeholder" and 0 in entry.dynamic.get(n.name, {})
         }
+
+    def _positions(self, node: fx.Node) -> set[Axis]:
+        """Leaves of a value that are neither the batch nor features."""
         return {
             leaf
             for leaf in axis_leaves(dims_of(self.axes, self.name, node))
             if leaf.size != 1
-            and leaf.size not in batch
+            and leaf.size not in self._batch
             and leaf not in self.consumed
             and leaf not in self.produced
         }

@@ -47,13 +47,16 @@ def _product(c: RuleContext, left: str, right: str, a: Dims, b: Dims) -> Dims:
     free = (len(a) > 1) + (len(b) > 1)
     batch = c.broadcast(a[:-2], b[:-2], sizes=sizes[: len(sizes) - free])
     c.contract(left, len(a) - 1, right)
-    if not {c.operand(left), c.operand(right)} & c.facts.weights:
+    if {c.operand(left), c.operand(right)} <= c.facts.learned:
         _activations(c, batch, row, b[-1] if len(b) > 1 else None)
     return (*batch, *([a[-2]] if len(a) > 1 else []), *([b[-1]] if len(b) > 1 else []))
 
 
 def _activations(c: RuleContext, batch: Dims, contracted: Axis, free: Axis | None) -> None:
-    """A product of two activations is attention written out: scores, or weighted values."""
+    """A product of two activations is attention written out: scores, or weighted values.
+
+    Both are made of weights: a graph's adjacency, which is an input, mixes nodes and is none.
+    """
     for axis in batch:
         c.attention("head", axis)
     c.attention("qk_dim", contracted)
@@ -88,7 +91,7 @@ def einsum(c: RuleContext) -> Dims:
             other = f"tensors:{owners[1]}" if len(owners) > 1 else None
             first = owners[0]
             c.contract(f"tensors:{first}", terms[first].index(letter), other)
-    if len(terms) == 2 and not {c.operand("tensors:0"), c.operand("tensors:1")} & c.facts.weights:
+    if len(terms) == 2 and {c.operand("tensors:0"), c.operand("tensors:1")} <= c.facts.learned:
         for letter in output:
             c.attention("head" if all(letter in t for t in terms) else "v_dim", letters[letter])
         for letter in set("".join(terms)) - set(output):
