@@ -69,8 +69,8 @@ class Questions:
         found = []
         for some in by_length.values():
             for start in range(0, len(some), size):
-                labels, ids = zip(*some[start : start + size], strict=True)
-                found.append({"ids": torch.tensor(ids), "labels": torch.tensor(labels)})
+                labels, texts = zip(*some[start : start + size], strict=True)
+                found.append({"ids": torch.tensor(texts), "labels": torch.tensor(labels)})
         return found
 
 

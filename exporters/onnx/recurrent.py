@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -84,7 +84,7 @@ def onnx_layer(op: Any) -> Callable[..., Any]:
         input: Any, weight: Any, recurrence: Any, bias: Any, hidden: Any, cell: Any, kind: str
     ) -> Any:
         both = int(weight.shape[0]) == 2
-        options = {
+        options: dict[str, Any] = {
             "hidden_size": int(recurrence.shape[2]),  # a name of ONNX
             "direction": "bidirectional" if both else "forward",
         }
@@ -166,7 +166,7 @@ class _Lowering:
             value = self.call(_aten.transpose.int, value, 0, 1)
         outputs = [value, *(self._joined(some) for some in lasts[: len(self.states)])]
         for user in list(self.node.users):
-            new = outputs[int(user.args[1])]  # type: ignore[call-overload]
+            new = outputs[cast(int, user.args[1])]
             new.meta = dict(user.meta)
             user.replace_all_uses_with(new)
             self.module.graph.erase_node(user)

@@ -17,7 +17,7 @@ from graphprune.rewrite.shrink import shrink
 from graphprune.storage.program import load, save
 from graphprune.verify.equivalence import verify_rewrite
 
-KINDS = {
+KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "lstm": (nn.LSTM, {}),
     "stacked": (nn.LSTM, {"num_layers": 2, "bidirectional": True}),
     "projected": (nn.LSTM, {"proj_size": 5, "num_layers": 2}),

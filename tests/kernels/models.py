@@ -83,7 +83,7 @@ def layer_of(packed: Packed, bias: Floats | None = None, activation: str = "none
     arrays: dict[str, npt.NDArray[Any]] = {name: getattr(packed, name) for name in names}
     if bias is not None:
         arrays["bias"] = np.pad(bias, (0, len(packed.scales) - len(bias)))
-    attributes = {
+    attributes: dict[str, int | str] = {
         "outputs": packed.outputs, "inputs": packed.inputs, "bits": packed.bits,
         "activation": activation,
     }  # fmt: skip

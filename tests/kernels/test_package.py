@@ -174,9 +174,14 @@ class Base(ctypes.Structure):
 
 def test_the_library_says_so_itself_where_onnxruntime_is_old(kernels: Any) -> None:
     """As it must where it is registered from C."""
-    said = []
+    said: list[tuple[int, str]] = []
     version = ctypes.c_char_p(b"1.16.3")
-    make_status = Status(lambda code, text: said.append((code, text.decode())) or 1234)
+
+    def status(code: int, text: bytes) -> int:
+        said.append((code, text.decode()))
+        return 1234
+
+    make_status = Status(status)
     api = (ctypes.c_void_p * 1)(ctypes.cast(make_status, ctypes.c_void_p))
     base = Base(
         GetApi(lambda wanted: ctypes.addressof(api) if wanted <= 16 else None),

@@ -60,7 +60,7 @@ def _loss(module: nn.Module, program: Program, gates: dict[str, Tensor] | None =
 def _slopes(program: Program, units: list[Units]) -> dict[str, Tensor]:
     """Σ g·w of all units for the loss above."""
     module = graph_module(program)
-    _loss(module, program).backward()  # type: ignore[no-untyped-call]
+    _loss(module, program).backward()
     sums = position_sums(units, dict(module.named_parameters(remove_duplicate=False)))
     return {unit.id: unit.slopes(sums) for unit in units}
 
