@@ -27,7 +27,7 @@ class Tagger(nn.Module):
 def tagger() -> Any:
     """Units 1, 4 and 6 are hardly read; unit 2 by the recurrence alone."""
     torch.manual_seed(0)
-    model = Tagger().eval()
+    model: Any = Tagger().eval()
     with torch.no_grad():
         model.layer.weight_hh_l0[:, [1, 4, 6]] *= 1e-3
         model.out.weight[:, [1, 4, 6]] *= 1e-3
