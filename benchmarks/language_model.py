@@ -142,6 +142,8 @@ def measure(settings: Settings, amount: Amount, only: str) -> Iterator[Row]:
     for case in chosen:
         with context.Pool(1) as pool:
             row = pool.apply(_row, (case, amount))
+            pool.close()  # a process that is terminated leaves its semaphores
+            pool.join()
         print(json.dumps(row), file=sys.stderr, flush=True)
         yield row
 
