@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, final
 
 from torch import Tensor, fx
 
@@ -13,15 +13,14 @@ from graphprune.ir.graph import is_op
 from graphprune.ir.program import Entry
 
 
-def rows_without_padding(
-    entry: Entry, flat: Sequence[Tensor]
-) -> Callable[[fx.Node, Tensor], Tensor]:
+def rows_without_padding(entry: Entry, flat: Sequence[Tensor]) -> Rows:
     """How to read the rows [n, features] of a node's value for one batch, padded ones left out."""
     placeholders = [n for n in entry.graph.nodes if n.op == "placeholder"]
-    return _Rows(placeholders, dict(zip(placeholders, flat, strict=True))).of
+    return Rows(placeholders, dict(zip(placeholders, flat, strict=True)))
 
 
-class _Rows:
+@final
+class Rows:
     """Which rows of an activation are padding, from the batch's own masks."""
 
     def __init__(self, placeholders: Sequence[fx.Node], state: Mapping[fx.Node, Any]) -> None:
@@ -31,20 +30,33 @@ class _Rows:
             if _is_mask(node, state[node])
         }
 
-    def of(self, node: fx.Node, value: Tensor) -> Tensor:
-        """The rows [n, features] of a value, padded positions left out.
+    def __call__(self, node: fx.Node, value: Tensor) -> Tensor:
+        """The rows [n, features] of a value, padded positions left out."""
+        rows = value.reshape(-1, value.shape[-1])
+        kept = self._kept(tuple(_sizes(node)[:-1]))
+        return rows if kept is None else rows[kept.to(rows.device)]
+
+    def kept_positions(self, node: fx.Node) -> Tensor | None:
+        """Which positions of a value [n, channels, positions] are none of padding; None for all.
+
+        Returns:
+            bool [n · positions].
+        """
+        sizes = _sizes(node)
+        return self._kept((sizes[0], sizes[2])) if len(sizes) == 3 else None
+
+    def _kept(self, lead: tuple[Any, ...]) -> Tensor | None:
+        """Which rows are none of padding, of a value with these sizes before its features.
 
         A mask belongs to a value by the symbols of its sizes: a decoder's length may happen to be
         the encoder's.
         """
-        rows = value.reshape(-1, value.shape[-1])
-        lead = tuple(_sizes(node)[:-1])
         for (batch, length), mask in self.masks.items():
             if lead == (batch, length) or (len(lead) == 1 and equal(lead[0], batch * length)):
-                return rows[mask.reshape(-1).to(rows.device)]
+                return mask.reshape(-1)
             if lead == (length, batch):
-                return rows[mask.T.reshape(-1).to(rows.device)]
-        return rows
+                return mask.T.reshape(-1)
+        return None
 
 
 def _sizes(node: fx.Node) -> list[Any]:

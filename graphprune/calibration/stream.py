@@ -9,6 +9,7 @@ such place. Peak memory is what is alive at a cut, times the batches, plus one r
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
 from graphprune.axes.sites import LinearSite
+from graphprune.calibration.gram import Gram
+from graphprune.calibration.lagged import LaggedGram, best_side
 from graphprune.calibration.padding import rows_without_padding
 from graphprune.errors import GraphPruneError
 from graphprune.ir.graph import is_op
@@ -76,7 +79,8 @@ class Stream:
         Args:
             program: the tensors to run with.
             sites: of this entry, none of them before a place that was passed.
-            observe: called with a site and its input rows [n, in], padding dropped.
+            observe: called with a site and its input rows [n, in], padding dropped; several times
+                a batch for a convolution, whose patches come in pieces.
 
         Raises:
             GraphPruneError: an input is NaN or infinite; site and batch are named.
@@ -92,7 +96,7 @@ class Stream:
     def visit(
         self, program: Program, sites: Sequence[LinearSite]
     ) -> Iterator[tuple[int, LinearSite, Tensor]]:
-        """The same one by one: number of the batch, site, its input rows. To be read to the end.
+        """The same one by one: number of the batch, site, input rows. To be read to the end.
 
         For two streams that go side by side.
         """
@@ -101,7 +105,69 @@ class Stream:
             wanted.setdefault(site.node, []).append(site)
         for i, node, values in self.before(program, wanted):
             for site in wanted[node]:
-                yield i, site, self._input(site, values, i)
+                for rows in self.inputs(site, values, i):
+                    yield i, site, rows
+
+    def moments(
+        self,
+        program: Program,
+        sites: Sequence[LinearSite],
+        progress: Callable[[int, int], None] = lambda done, total: None,
+        observe: Observe | None = None,
+    ) -> list[Gram]:
+        """Collect the second moments of each site's input rows; one for all that read the same.
+
+        Args:
+            program: the tensors to run with.
+            sites: as `collect` takes them.
+            progress: called with the number of batches that are done, and of all.
+            observe: called with a site and its rows, but for convolutions.
+        """
+        found: dict[tuple[object, ...], Gram | LaggedGram] = {}
+        owner: dict[tuple[object, ...], LinearSite] = {}
+        wanted: dict[fx.Node, list[LinearSite]] = {}
+        for site in sites:
+            wanted.setdefault(site.node, []).append(site)
+            owner.setdefault(site.reads, site)
+        before = -1
+        for i, node, values in self.before(program, wanted):
+            if i > before:
+                progress(i, len(self.states))
+                before = i
+            for site in wanted[node]:
+                if site is owner[site.reads]:
+                    if site.reads not in found:
+                        found[site.reads] = self._empty(program, site)
+                    self._add(found[site.reads], site, values, i)
+                if observe is not None and site.window is None:
+                    for rows in self.inputs(site, values, i):
+                        observe(site, rows)
+        progress(len(self.states), len(self.states))
+        grams = {r: g.gram() if isinstance(g, LaggedGram) else g for r, g in found.items()}
+        return [grams[site.reads] for site in sites]
+
+    def _empty(self, program: Program, site: LinearSite) -> Gram | LaggedGram:
+        features = site.matrix(program).shape[1]
+        masked = any(rows.kept_positions(site.node) is not None for rows in self.rows)
+        if site.window is not None and not masked:
+            sizes = site.node.meta["val"].shape[-len(site.window.kernel) :]
+            side = best_side(site.window, tuple(map(_hint, sizes)))
+            if side is not None:
+                return LaggedGram(site.window, features // site.window.taps, side)
+        return Gram.empty(features)
+
+    def _add(
+        self,
+        gram: Gram | LaggedGram,
+        site: LinearSite,
+        values: Mapping[fx.Node, Any],
+        batch: int,
+    ) -> None:
+        if isinstance(gram, LaggedGram):
+            gram.add(site.channels(self._checked(site, values, batch)))
+            return
+        for rows in self.inputs(site, values, batch):
+            gram.add(rows)
 
     def before(
         self, program: Program, nodes: Collection[fx.Node]
@@ -121,6 +187,34 @@ class Stream:
                 if j < last:
                     self._step(program, values, j)
         self.done = last
+
+    def inputs(
+        self, site: LinearSite, values: Mapping[fx.Node, Any], batch: int
+    ) -> Iterator[Tensor]:
+        """The input rows of a site, given what it reads; in pieces for a convolution.
+
+        Raises:
+            GraphPruneError: an input is NaN or infinite; site and batch are named.
+        """
+        value = self._checked(site, values, batch)
+        if site.offsets is not None:
+            ends = values[site.offsets]
+            assert site.expert is not None
+            start = int(ends[site.expert - 1]) if site.expert else 0
+            yield value[start : int(ends[site.expert])]
+        elif site.window is not None:
+            yield from self._patches(site, value, batch)
+        else:
+            yield self.rows[batch](site.operand, value)
+
+    def results_at(self, site: LinearSite, node: fx.Node, value: Tensor, batch: int) -> Tensor:
+        """A value as rows that belong to a site's input rows: [n, features]."""
+        if site.window is None:
+            return self.rows[batch](node, value)
+        rank = len(site.window.kernel)
+        rows = value.movedim(-1 - rank, -1).flatten(0, -2)
+        kept = self.rows[batch].kept_positions(site.node)
+        return rows if kept is None else rows[kept.to(rows.device)]
 
     def advance(self, program: Program, position: int) -> None:
         """Run every batch on to a node's place in the graph and keep only what is alive there."""
@@ -181,19 +275,26 @@ class Stream:
             if self.last_use[source] <= j:
                 values.pop(source, None)
 
-    def _input(self, site: LinearSite, values: Mapping[fx.Node, Any], batch: int) -> Tensor:
-        value = values[site.operand]
+    def _checked(self, site: LinearSite, values: Mapping[fx.Node, Any], batch: int) -> Tensor:
+        value: Tensor = values[site.operand]
         if not bool(value.isfinite().all()):
             raise GraphPruneError(
                 f"calibration batch {batch} gives NaN or infinity at {site.operand.name!r}, the "
                 f"input of {site.name!r}: check the batch and the weights before it"
             )
-        if site.offsets is not None:
-            ends = values[site.offsets]
-            assert site.expert is not None
-            start = int(ends[site.expert - 1]) if site.expert else 0
-            return value[start : int(ends[site.expert])]
-        return self.rows[batch](site.operand, value)
+        return value
+
+    def _patches(self, site: LinearSite, value: Tensor, batch: int) -> Iterator[Tensor]:
+        """The patches of a convolution, those at padded positions left out."""
+        window, done = site.window, 0
+        assert window is not None
+        kept = self.rows[batch].kept_positions(site.operand if window.apart else site.node)
+        for rows in window.patches(site.channels(value)):
+            if kept is None:
+                yield rows
+            else:
+                yield rows[kept[done : done + len(rows)].to(rows.device)]
+            done += len(rows)
 
     def _cheapest(self, start: int, stop: int) -> int:
         """The place in [start, stop] where the fewest bytes are alive, the latest of equals."""
@@ -313,13 +414,15 @@ def _check_ids(entry: Entry, name: str, tensor: Tensor, number: int) -> None:
                 )
 
 
+def _hint(size: int | torch.SymInt) -> int:
+    """A size at the example's sizes."""
+    return int(size.node.hint if isinstance(size, torch.SymInt) else size)
+
+
 def _bytes(node: fx.Node) -> int:
     def size(value: Any) -> int:
         if isinstance(value, Tensor):
-            numel = 1
-            for s in value.shape:
-                numel *= s.node.hint if isinstance(s, torch.SymInt) else int(s)
-            return numel * value.element_size()
+            return math.prod(map(_hint, value.shape)) * value.element_size()
         return sum(map(size, value)) if isinstance(value, (tuple, list)) else 0
 
     return size(node.meta.get("val"))

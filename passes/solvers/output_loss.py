@@ -90,4 +90,6 @@ def _is_float(result: Any) -> bool:
 
 
 def _is_product(program: Program, number: int) -> bool:
-    return any(number in outputs_of(site.node) for site in linear_sites(axis_groups(program)))
+    # A convolution's answers are its channels, which are not last.
+    sites = [site for site in linear_sites(axis_groups(program)) if site.window is None]
+    return any(number in outputs_of(site.node) for site in sites)

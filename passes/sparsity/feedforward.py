@@ -78,7 +78,7 @@ class FeedForward:
 
 def find_feedforwards(sites: Sequence[LinearSite]) -> list[FeedForward]:
     """The feed-forward blocks that lie wholly among these sites; no site is in two of them."""
-    products = {site.node: site for site in sites if site.expert is None}
+    products = {s.node: s for s in sites if s.expert is None and s.window is None}
     found: list[FeedForward] = []
     taken: set[str] = set()
     for site in products.values():

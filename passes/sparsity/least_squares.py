@@ -100,9 +100,7 @@ class LeastSquares(SitePass):
         rounds = [[several] for several in places.values() if len(several) > 1]
         alone = [pair for pair in pairs if len(places[pair.site.name]) == 1]
         # Those that read one value are fitted together, on one Gram matrix.
-        rounds.append(
-            [list(some) for _, some in itertools.groupby(alone, lambda p: p.site.operand)]
-        )
+        rounds.append([list(some) for _, some in itertools.groupby(alone, lambda p: p.site.reads)])
         total, done = sum(map(len, rounds)), 0
         for steps in filter(None, rounds):
             streams = [Stream(p, batches) for p in (work.dense, work.program)]
@@ -179,14 +177,14 @@ class _Work:
             own = pair.site.bias is not None and not several
             zeros = torch.zeros(rows, columns + own, dtype=torch.float64)
             sums.setdefault(pair.site.name, _Sums(zeros))
-        by_node = {pair.site.node: pair for pair in pairs}
+        by_place = {(pair.site.node, pair.site.name): pair for pair in pairs}
         both = zip(
             dense.visit(self.dense, [pair.dense for pair in pairs]),
             pruned.visit(self.program, [pair.site for pair in pairs]),
             strict=True,
         )
         for (_, _, theirs), (_, site, mine) in both:
-            pair, held = by_node[site.node], sums[site.name]
+            pair, held = by_place[site.node, site.name], sums[site.name]
             wanted = _output(pair.dense, self.dense, theirs)
             if pair.rows is not None:
                 wanted = wanted[:, pair.rows]
@@ -211,9 +209,9 @@ class _Work:
                 "repair the weights or scale the inputs first"
             )
         weight = site.matrix(self.program)
-        bias = self.program.tensors[site.bias] if with_bias and site.bias is not None else None
+        bias = site.bias_column(self.program) if with_bias else None
         held = self.masks.get(site.tensor)
-        mask = None if held is None else (held.T if site.transposed else held)
+        mask = None if held is None else site.as_matrix(held)
         seen, normal = gram.matrix, damped(gram.matrix, self.damping)
         if bias is not None:
             seen, normal = gram.with_ones(), _bordered(normal, gram)
@@ -225,8 +223,9 @@ class _Work:
         parts = [(new - weight).double()]
         moved = None
         if bias is not None:
-            moved = (bias + change[:, columns]).to(bias.dtype)
-            parts.append((moved - bias).double()[:, None])
+            assert site.bias is not None
+            moved = (bias + change[:, columns]).to(self.program.tensors[site.bias].dtype)
+            parts.append((moved.double() - bias)[:, None])
         # The error after it, by the identity above with D as rounded, and without damping.
         real = torch.cat(parts, 1)
         after = sums.before - float((real * (2 * sums.slope - real @ seen)).sum())
@@ -305,7 +304,8 @@ def _output(site: LinearSite, program: Program, rows: Tensor) -> Tensor:
     """The output of a site on rows [n, in]: [n, out], in float32 at least."""
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
     result = wide @ site.matrix(program).to(wide.dtype).T
-    return result if site.bias is None else result + program.tensors[site.bias].to(wide.dtype)
+    bias = site.bias_column(program)
+    return result if bias is None else result + bias.to(result)
 
 
 def _bordered(normal: Tensor, gram: Gram) -> Tensor:
@@ -337,6 +337,10 @@ def _pairs(
             reasons[name] = f"it is at {len(mine)} places, in the dense model at {len(theirs)}"
         elif any(_lead(a) != _lead(b) for a, b in zip(mine, theirs, strict=True)):
             reasons[name] = "its input has other rows in the dense model"
+        elif any(s.window is not None and s.window.apart for s in (*mine, *theirs)):
+            reasons[name] = "its patches are too wide: its taps are not fitted together"
+        elif mine[0].group is not None and mine[0].group != theirs[0].group:
+            reasons[name] = "some of its groups are gone"
     cut = [
         here[name][0]
         for name in wanted
@@ -373,8 +377,10 @@ def _places(program: Program, ctx: Context) -> dict[str, list[LinearSite]]:
 
 
 def _lead(site: LinearSite) -> list[int | None]:
-    """The sizes of a site's input but the last one; None where they follow the batch."""
-    return [int(s) if isinstance(s, int) else None for s in site.operand.meta["val"].shape[:-1]]
+    """The sizes of a site's input but its features; None where they follow the batch."""
+    sizes = [int(s) if isinstance(s, int) else None for s in site.operand.meta["val"].shape]
+    del sizes[-1 if site.window is None else -1 - len(site.window.kernel)]
+    return sizes
 
 
 def _tables(program: Program) -> set[str]:
@@ -408,4 +414,15 @@ def _kept_rows(program: Program, dense: Program, sites: Sequence[LinearSite]) ->
             current = shrink(current, kept)
     except UnsupportedError:
         return {}  # a pass in between has renamed what the record speaks of
-    return rows
+    return {
+        site.name: _of_group(site, rows[site.name], dense) for site in sites if site.name in rows
+    }
+
+
+def _of_group(site: LinearSite, rows: Tensor, dense: Program) -> Tensor:
+    """Output units of a weight as those of a site's own group of a convolution."""
+    if site.group is None:
+        return rows
+    index, count = site.group
+    size = dense.tensors[site.tensor].shape[site_dims(site)[0]] // count
+    return rows[rows // size == index] - index * size

@@ -20,7 +20,7 @@ from graphprune.pipeline.base import Context, Invariant, Pass
 
 @dataclass(frozen=True, kw_only=True)
 class SitePass(Pass):
-    """A pass over the weights that a model multiplies activations by.
+    """A pass over the weights that a model multiplies activations by, convolutions included.
 
     Subclasses that `slots=True` recreates call `SitePass.__post_init__(self)`: super() would
     look for the class before that.

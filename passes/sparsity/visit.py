@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import final
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from graphprune.axes import axis_groups
 from graphprune.axes.sites import LinearSite, is_output_head, linear_sites
@@ -187,25 +187,15 @@ def collected(
     shared: Mapping[str, Gram],
 ) -> tuple[dict[str, Gram], dict[str, list[Tensor]]]:
     """Moments of every site's inputs, one for all that read the same, and rows where wanted."""
-    made: dict[tuple[fx.Node, int | None], Gram] = {}
-    grams: dict[str, Gram] = {}
-    first: set[str] = set()
     rows: dict[str, list[Tensor]] = {}
-    for site in region:
-        key = (site.operand, site.expert)
-        if key not in made:
-            made[key] = Gram.empty(site.matrix(program).shape[1])
-            first.add(site.name)
-        grams[site.name] = shared.get(site.name, made[key])
 
     def observe(site: LinearSite, seen: Tensor) -> None:
-        if site.name in first:
-            made[site.operand, site.expert].add(seen)
         if site.name in wanted:
             rows.setdefault(site.name, []).append(seen.float())
 
-    stream.collect(program, region, observe)
-    return grams, rows
+    moments = stream.moments(program, region, observe=observe if wanted else None)
+    grams = {site.name: gram for site, gram in zip(region, moments, strict=True)}
+    return {name: shared.get(name, gram) for name, gram in grams.items()}, rows
 
 
 def shared_grams(program: Program, names: Collection[str], ctx: Context) -> dict[str, Gram]:
@@ -220,8 +210,8 @@ def shared_grams(program: Program, names: Collection[str], ctx: Context) -> dict
     ]
     if not repeated:
         return {}
-    grams = {s.name: Gram.empty(s.matrix(program).shape[1]) for s in repeated}
-    Stream(program, ctx.batches()).collect(
-        program, repeated, lambda site, rows: grams[site.name].add(rows)
-    )
+    moments = Stream(program, ctx.batches()).moments(program, repeated)
+    grams: dict[str, Gram] = {}
+    for site, gram in zip(repeated, moments, strict=True):
+        grams[site.name] = grams[site.name] + gram if site.name in grams else gram
     return grams

@@ -23,6 +23,9 @@ class PruneNeurons(StructuralPass):
        convolution or a shuffle takes 16 channels as 4 × 4, units of one factor go: `ratio` and
        `round_to` count channels. The report names the factor that is left alone.
 
+    Scores and compensation that look at data take channels too, as columns of what reads them; fold
+    batch norms first (FoldBatchNorm).
+
     Units that a normalization computes statistics over are left alone; PruneAxis cuts those on
     request.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, fx
@@ -47,7 +47,9 @@ class StreamTarget:
 
     def sum_after(self, part: Consumer, stream: Stream) -> fx.Node | None:
         """The sum that takes a product's output as it is, and is in both graphs; else None."""
-        entry = part.site.entry
+        entry, window = part.site.entry, part.site.window
+        if part.site.group is not None or (window is not None and window.apart):
+            return None  # the site's rows are no channels of the sum
         by_name = {node.name: node for node in stream.nodes}
         there = {node.name for node in self.dense.entries[entry].graph.nodes}
         for branch in self.branches:
@@ -155,17 +157,20 @@ def _towards_stream(
     rows = part.site.matrix(program).shape[0]
     slope = torch.zeros(rows, features, dtype=torch.float64)
     theirs = dense.before(target.dense, {after_there})
-    inputs = torch.zeros(0)
+    read: dict[fx.Node, Any] = {}
     for i, node, values in pruned.before(program, {part.site.node, after}):
         if node is part.site.node:
-            inputs = pruned.rows[i](part.site.operand, values[part.site.operand])
+            read = {n: values[n] for n in node.all_input_nodes if n in values}
             continue
         _, _, others_there = next(theirs)
-        wanted = dense.rows[i](there, others_there[there])
-        residual = (wanted - pruned.rows[i](total, values[total])).double()
-        if part.site.bias is not None:
-            inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
-        slope += residual.T @ inputs.double()
+        residual = dense.results_at(part.site, there, others_there[there], i)
+        residual = residual - pruned.results_at(part.site, total, values[total], i)
+        done = 0
+        for inputs in pruned.inputs(part.site, read, i):
+            if part.site.bias is not None:
+                inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
+            slope += residual[done : done + len(inputs)].double().T @ inputs.double()
+            done += len(inputs)
     # Read to the end, so that the dense stream records its position.
     assert next(theirs, None) is None
     return replace(part, slope=slope)

@@ -104,7 +104,7 @@ class _Findings:
         for entry in program.entries:
             here = [c for places in self.places.values() for e, c in places if e == entry]
             # The weights of linear sites are read where they are.
-            opaque = [c for c in here if not sites_of(entry, c, program)]
+            opaque = [c for c in here if not _products(entry, c, program)]
             others = [other[0] for c in opaque if (other := _other_factor(c)) is not None]
             nodes = {*(c.operand for c in here), *others}
             found = dependence(wide, entry, {node.name for node in nodes})
@@ -134,7 +134,7 @@ class _Findings:
         at_value: dict[tuple[str, str], list[LinearSite]] = {}
         for entry in self.program.entries:
             for site in linear_sites(self.groups, entry):
-                if site.expert is None:
+                if site.expert is None and site.window is None:
                     at_value.setdefault((entry, site.operand.name), []).append(site)
         found = []
         for sites in at_value.values():
@@ -183,7 +183,7 @@ class _Findings:
 
         Both bool [size].
         """
-        sites = sites_of(entry, contraction, self.program)
+        sites = _products(entry, contraction, self.program)
         zero, constant = self._constants(entry, contraction.operand.name, contraction.dim)
         if sites:
             columns = [_is_zero(site.matrix(self.program)).cpu() for site in sites]
@@ -219,7 +219,7 @@ class _Findings:
         gains: dict[str, list[Tensor]] = {}
         nodes = set()
         for entry, contraction in self.places[group.id]:
-            for site in sites_of(entry, contraction, self.program):
+            for site in _products(entry, contraction, self.program):
                 if site.bias is None or site.expert is not None:
                     continue
                 units = algebra.unit_labels(contraction.axis, algebra.find(group.axis))
@@ -244,6 +244,11 @@ class _Findings:
         self.folding |= nodes
         self.shifts[group.id] = {bias: found[0] for bias, found in gaining.items()}
         return ""
+
+
+def _products(entry: str, contraction: Contraction, program: Program) -> list[LinearSite]:
+    """The linear sites whose columns are positions of the operand: convolutions are none."""
+    return [site for site in sites_of(entry, contraction, program) if site.window is None]
 
 
 def _other_factor(contraction: Contraction) -> tuple[fx.Node, int] | None:

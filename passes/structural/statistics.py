@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from graphprune.axes import AxisGroup, AxisGroups
-from graphprune.axes.sites import LinearSite, consumers, contractions
+from graphprune.axes.sites import LinearSite, consumers, contractions, passes_through
 from graphprune.calibration.gram import Gram
 from graphprune.calibration.stream import Stream
 from graphprune.errors import RecipeError, UnsupportedError
@@ -70,8 +70,8 @@ class Consumer:
             )
         gram = damped(self.gram.matrix, damping)
         idle = idle_features(weight, self.gram.matrix)
-        if self.site.bias is not None:
-            bias = program.tensors[self.site.bias].to("cpu", torch.float64)
+        bias = self.site.bias_column(program)
+        if bias is not None:
             weight = torch.cat([weight, bias[:, None]], 1)
             whole = self.gram.with_ones()
             whole[:-1, :-1] = gram
@@ -91,20 +91,23 @@ def gather(
     linear = {site.node for site, _ in every}
     # Another entry reads by the same weights; the batches go through this one.
     found = [(site, units) for site, units in every if site.node in stream.number]
-    for _, contraction in contractions(groups, group):
-        if contraction.node not in linear:
-            raise UnsupportedError(
-                f"{group.id!r} is summed over by `{contraction.node.name}`, which is no product "
-                "with a weight: its statistics do not say what a unit is worth; use "
-                "score='magnitude' or 'taylor', and compensate='none', for it"
-            )
-    grams = {site.name: Gram.empty(len(units)) for site, units in found}
-    stream.collect(
+    for entry, contraction in contractions(groups, group):
+        if contraction.node in linear or passes_through(groups, entry, contraction, group):
+            continue
+        raise UnsupportedError(
+            f"{group.id!r} is summed over by `{contraction.node.name}`, which is no product with "
+            "a weight: its statistics do not say what a unit is worth; use score='magnitude' or "
+            "'taylor', and compensate='none', for it"
+        )
+    moments = stream.moments(
         program,
         [site for site, _ in found],
-        lambda site, rows: grams[site.name].add(rows),
         lambda done, total: ctx.progress(done, total, "batches"),
     )
+    grams: dict[str, Gram] = {}
+    for (site, _), gram in zip(found, moments, strict=True):
+        # A weight at several places has the rows of all of them.
+        grams[site.name] = grams[site.name] + gram if site.name in grams else gram
     biases: dict[str, set[str | None]] = {}
     for site, _ in found:
         biases.setdefault(site.name, set()).add(site.bias)

@@ -106,7 +106,7 @@ def find_parts(groups: AxisGroups, columns: bool = False) -> Parts:
     attention: dict[tuple[Part, ...], None] = {}
     # Experts share a tensor, which counts once.
     every = [s for entry in groups.program.entries for s in linear_sites(groups, entry)]
-    sites = [site for site in every if site.expert in (None, 0)]
+    sites = [site for site in every if site.expert in (None, 0) and site.window is None]
     for group in groups.with_role("neuron"):
         for site in sites:
             row, column = site_dims(site)

@@ -362,10 +362,24 @@ def test_fewer_rows_than_features_are_told(captured: Captured) -> None:
     assert second not in note
 
 
-def test_what_is_no_linear_consumer_is_refused(captured: Captured) -> None:
-    program = captured("tiny-cnn")
-    with pytest.raises(UnsupportedError, match=r"conv2d.*score='magnitude'"):
-        gp.compile(program, [PruneNeurons(0.5, score="obs")], calibration=batches_of(program))
+class Summed(nn.Module):
+    """A sum reads the hidden units beside a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.relu(self.a(x))
+        result: Tensor = self.b(hidden) + hidden.sum(-1, keepdim=True)
+        return result
+
+
+def test_what_is_no_linear_consumer_is_refused() -> None:
+    x = torch.randn(20, 6)
+    program = capture(Summed(), (x,))
+    with pytest.raises(UnsupportedError, match=r"`sum.*score='magnitude'"):
+        gp.compile(program, [PruneNeurons(0.5, score="obs")], calibration=[x])
 
 
 @pytest.mark.parametrize(
