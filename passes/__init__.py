@@ -11,6 +11,7 @@ from graphprune.passes.cleanup.noops import RemoveNoOps as RemoveNoOps
 from graphprune.passes.cleanup.parametrizations import (
     FoldParametrizations as FoldParametrizations,
 )
+from graphprune.passes.cleanup.recalibrate import RecalibrateBatchNorm as RecalibrateBatchNorm
 from graphprune.passes.control.recover import PruneRecover as PruneRecover
 from graphprune.passes.control.repeat import Repeat as Repeat
 from graphprune.passes.quantize.quantize import Quantize as Quantize
@@ -50,6 +51,7 @@ __all__ = [
     "PruneNeurons",
     "PruneRecover",
     "Quantize",
+    "RecalibrateBatchNorm",
     "RemoveDeadNodes",
     "RemoveNoOps",
     "Repeat",
