@@ -158,7 +158,10 @@ def _spread(x: Tensor, stride: Sequence[int]) -> Tensor:
         return x
     sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], stride, strict=True)]
     result = x.new_zeros(*x.shape[:2], *sizes)
-    result[(..., *(slice(None, None, s) for s in stride))] = x
+    spread = result
+    for dim, step in enumerate(stride, 2):
+        spread = spread.movedim(dim, 0)[::step].movedim(0, dim)  # a view
+    spread.copy_(x)
     return result
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any, cast
 
 import pytest
 import torch
@@ -62,9 +63,11 @@ def masked_error(program: Program, keep: Sequence[int], batches: list[Tensor]) -
     total = 0.0
     for site, units in found:
         rows: list[Tensor] = []
-        Stream(program, batches).collect(
-            program, [site], lambda _, seen, rows=rows: rows.append(seen)
-        )
+
+        def seen(_: Any, some: Tensor, rows: list[Tensor] = rows) -> None:
+            rows.append(some)
+
+        Stream(program, batches).collect(program, [site], seen)
         x = torch.cat(rows).double()
         wanted = x @ site.matrix(program).double().T
         left = x[:, torch.isin(units, torch.tensor(keep)) | (units < 0)]
@@ -114,7 +117,7 @@ def test_every_reader_is_cut_verified_and_compensated(name: str, score: str) -> 
 
 def constants() -> nn.Module:
     """Four channels, of which the first two are constants after the activation."""
-    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3))
+    model: Any = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3))
     with torch.no_grad():
         model[0].weight[:2], model[0].bias[:2] = 0, torch.tensor([0.5, 2.0])
         model[2].weight[:, 2:] *= 100  # the constants matter least
@@ -140,7 +143,7 @@ def test_constant_channels_go_into_the_bias(
 def test_taps_apart_are_the_product_too(monkeypatch: pytest.MonkeyPatch) -> None:
     # Channels in pairs that are equal: the removed one's taps move to the one that stays.
     monkeypatch.setattr("graphprune.axes.sites.WIDEST", 8)
-    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3, padding=1))
+    model: Any = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3, padding=1))
     with torch.no_grad():
         model[0].weight[2:], model[0].bias[2:] = 0.5 * model[0].weight[:2], 0.5 * model[0].bias[:2]
     batches = data()
@@ -173,8 +176,8 @@ class Residual(nn.Module):
             if isinstance(module, nn.BatchNorm2d):
                 nn.init.uniform_(module.weight, 0.5, 1.5)
                 nn.init.normal_(module.bias)
-                nn.init.normal_(module.running_mean)
-                nn.init.uniform_(module.running_var, 0.5, 1.5)
+                nn.init.normal_(cast(Tensor, module.running_mean))
+                nn.init.uniform_(cast(Tensor, module.running_var), 0.5, 1.5)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
@@ -203,7 +206,7 @@ def test_the_residual_stream_and_what_is_inside_blocks(folded: bool) -> None:
 
 def test_least_squares_and_sparsegpt_take_convolutions() -> None:
     batches = data()
-    model = nn.Sequential(
+    model: Any = nn.Sequential(
         nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2), nn.ReLU(), nn.Conv2d(8, 4, 1)
     )
     program = capture(model, (batches[0],))
@@ -225,7 +228,7 @@ def test_least_squares_and_sparsegpt_take_convolutions() -> None:
 
 def test_the_energy_of_a_channel_is_that_of_its_patches() -> None:
     batches = data()
-    model = READERS["plain"]()
+    model: Any = READERS["plain"]()
     program = capture(model, (batches[0],))
     group, ctx = the_group(program), Context(calibration=batches)
     parts = gather(Stream(program, batches), program, axis_groups(program), group, ctx)
