@@ -325,25 +325,24 @@ class Language(Part):
         self.data = _data("wikitext2")
         self.prompt = np.random.default_rng(0).integers(5, 40000, (1, decode.PROMPT))
 
-    def made(self, point: Point) -> Program:
-        inputs = dict(self.loaded.example_inputs)
-        segments = 4 if self.settings.quick else 32
-        batches = token_batches(
-            self.data / "valid.tokens.txt", list(inputs), self.tokenizer, segments=segments
-        )
+    @cached_property
+    def captured(self) -> Compiled:
         return graphprune.compile(
-            self.loaded.module,
-            list(point.passes),
-            example_inputs=inputs,
-            calibration=batches if point.passes else None,
-            cache=True,
-        ).program
+            self.loaded.module, [], example_inputs=dict(self.loaded.example_inputs), cache=True
+        )
+
+    def made(self, point: Point) -> Program:
+        if not point.passes:
+            return self.captured.program
+        names, segments = list(self.loaded.example_inputs), 4 if self.settings.quick else 32
+        file = self.data / "valid.tokens.txt"
+        batches = token_batches(file, names, self.tokenizer, segments=segments)
+        return graphprune.compile(self.captured, list(point.passes), calibration=batches).program
 
     @cached_property
     def dense_int8(self) -> Any:
-        point = next(decoder_points())
         path = self.folder / "smollm2-dense-int8"
-        return opened(exported(self.made(point), point.low_bit, path, STOCK))
+        return opened(exported(self.captured.program, INT8, path, STOCK))
 
     def quality(self, point: Point, session: Any) -> Row:
         found = evaluate(
