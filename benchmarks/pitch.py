@@ -12,7 +12,7 @@ Frames are made: harmonic tones with vibrato, random phases and amplitudes, in c
 30 dB. "accuracy" is raw pitch accuracy, the percentage of 2,000 held-out frames whose pitch is
 within 50 cents, "error" the mean absolute error in cents, "median" its median. Rows:
 
-- dense, and dense with kernels cropped to the taps that ever meet the input;
+- dense;
 - half of the channels everywhere, by magnitude, activation and obs, nothing trained; then distilled
   on fresh frames for --minutes;
 - Budget(speedup=3) and 5; and int8-static on top.
