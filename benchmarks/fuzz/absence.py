@@ -21,8 +21,10 @@ something that cannot do without it, such as a maximum.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -167,11 +169,12 @@ def _call(
     if name in _SUMS:
         result = value() if whole else value(replaced=clean)
         return result, _summed(node, name, values, marked, value)
-    if name in _RECURRENT:  # a term is absent on both sides: either alone must not be seen
-        given = {n: mark for n, mark in marked.items() if n is node.args[0]}
-        weights = {n: mark for n, mark in marked.items() if n is not node.args[0]}
-        parts = (_changed(values, part, value, clean) for part in (given, weights))
-        return value(replaced=clean), pytree.tree_map(_either, *parts)
+    if name in _RECURRENT:
+        parts = [
+            _changed({**values, **clean}, part, value, clean)
+            for part in _sides(node.args[0], marked)
+        ]
+        return value(replaced=clean), functools.reduce(partial(pytree.tree_map, _either), parts)
     indices = {n: mark for n, mark in marked.items() if _is_index(values[n])}
     others = {n: mark for n, mark in marked.items() if n not in indices}
     changed = _changed(values, others, value) if others else None
@@ -208,6 +211,22 @@ def _merged(marks: Any, like: Tensor) -> Tensor:
     for mark in marks:
         result = result | mark
     return result
+
+
+def _sides(given: Any, marked: Mapping[fx.Node, Tensor]) -> list[dict[fx.Node, Tensor]]:
+    """The parts of a recurrent layer that must not be seen alone, each with the others zero.
+
+    A term is absent on both sides: an input and its column, a unit (rows, biases, first state) and
+    the columns that read it one step later or one layer above.
+    """
+    inputs = {n: mark for n, mark in marked.items() if n is given}
+    units, columns = {}, {}
+    for n, mark in marked.items():
+        if n is given:
+            continue
+        units[n] = mark & mark.all(-1, keepdim=True) if mark.dim() == 2 else mark
+        columns[n] = mark & ~units[n]
+    return [inputs, units, columns]
 
 
 def _summed(

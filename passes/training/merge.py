@@ -67,7 +67,7 @@ def plan_merge(program: Program, groups: AxisGroups, group: AxisGroup, theta: fl
         return f"its axis is frozen: {group.frozen[0]}"
     if group.normalized:
         return "its axis is normalized: a unit's output is not simply added"
-    sites = {site.node for site, _ in consumers(groups, group)}
+    sites = {site.node for site, _ in consumers(groups, group) if site.window is None}
     if not sites or any(c.node not in sites for _, c in contractions(groups, group)):
         return "its output is read by something that is no linear layer"
     distances = unit_distances(program, groups, group)

@@ -124,8 +124,9 @@ class Sublayer:
 
 def find_units(groups: AxisGroups, group: AxisGroup) -> Units | str:
     """The units of a group that may go while a model trains; or why they may not."""
-    columns = {(s.tensor, site_dims(s)[1]) for s, _ in consumers(groups, group)}
-    sites = {site.node for site, _ in consumers(groups, group)}
+    products = [site for site, _ in consumers(groups, group) if site.window is None]
+    columns = {(site.tensor, site_dims(site)[1]) for site in products}
+    sites = {site.node for site in products}
     is_dim = group.role in DIMS
     if not is_dim and any(c.node not in sites for _, c in contractions(groups, group)):
         return "its output is read by something that is no linear layer"

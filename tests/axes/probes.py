@@ -154,7 +154,7 @@ image("lp_pool2d", lambda m, h: F.lp_pool2d(h.abs(), 2.0, 2))
 image("adaptive_avg_pool2d", lambda m, h: F.adaptive_avg_pool2d(h, 1).flatten(1))
 image("adaptive_max_pool2d", lambda m, h: F.adaptive_max_pool2d(h, 2))
 image("max_pool2d with places", lambda m, h: F.max_pool2d(h, 2, return_indices=True)[0])
-image("max_unpool2d", lambda m, h: F.max_unpool2d(*F.max_pool2d(h, 2, return_indices=True), [2]))
+image("max_unpool2d", lambda m, h: F.max_unpool2d(*F.max_pool2d(h, 2, return_indices=True), (2, 2)))
 tokens("avg_pool1d", lambda m, h: F.avg_pool1d(h.mT, 2).mT)
 
 # Resizing.
