@@ -5,6 +5,9 @@ Items without a branch of their own are measured in the whole model, and count f
 level. What is left of the whole model is fixed:
 
     fixed = whole - Σ dense items        cost of a choice = fixed + Σ items at their levels
+
+Branches alone take longer than in the model where other programs empty the caches between them. The
+fixed time would be negative then, and a small model's prediction too fast; one factor makes it 0.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from graphprune.rewrite.shrink import shrink
 
 RESOURCES = ("ms", "bytes", "flops")
 WHOLE, FLOAT = "the model", "the model in float"
+_MOST = 1000.0  # times faster than dense, that is ever predicted
 # An item that is timed in the whole model is so at these levels; between them on straight lines.
 _IN_WHOLE = 4
 
@@ -53,10 +57,19 @@ class Table:
         """The cost outside of all items."""
         return self.whole[resource] - sum(row[-1] for row in self.amounts[resource])
 
+    def bounded(self) -> Table:
+        """The table whose items take no more time than the whole model, by one factor for all."""
+        items = self.whole["ms"] - self.fixed("ms")
+        if items <= self.whole["ms"]:
+            return self
+        return self._scaled(self.whole["ms"] / items)
+
     def total(self, resource: str, levels: Sequence[int]) -> float:
         """The cost of the model at these levels."""
         rows = self.amounts[resource]
-        return self.fixed(resource) + sum(row[j] for row, j in zip(rows, levels, strict=True))
+        amount = self.fixed(resource) + sum(row[j] for row, j in zip(rows, levels, strict=True))
+        # Savings of items that share weights do not add up; no model takes no time.
+        return max(amount, self.whole["ms"] / _MOST) if resource == "ms" else amount
 
     def least(self, resource: str) -> float:
         """The cost of the model with every item at its cheapest level."""
@@ -69,6 +82,9 @@ class Table:
         """
         whole, predicted = self.whole["ms"], self.total("ms", levels)
         factor = (whole - ms) / (whole - predicted) if predicted < whole else 1.0
+        return self._scaled(factor)
+
+    def _scaled(self, factor: float) -> Table:
         rows = tuple(tuple(factor * amount for amount in row) for row in self.amounts["ms"])
         return replace(self, amounts={**self.amounts, "ms": rows})
 
@@ -228,7 +244,7 @@ def measured_table(sized: Sized, device: Device) -> Table:
         }
         for name, model in models.items()
     }
-    return Table(
+    table = Table(
         {
             resource: tuple(_row(item, resource, costs) for item in sized.items)
             for resource in RESOURCES
@@ -236,6 +252,7 @@ def measured_table(sized: Sized, device: Device) -> Table:
         costs[WHOLE],
         costs[FLOAT]["ms"],
     )
+    return table.bounded()
 
 
 def _flops(program: Program, inputs: tuple[Tensor, ...] | None) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from graphprune.passes.budget.table import Table
@@ -34,3 +36,16 @@ def test_a_correction_says_what_was_measured_and_leaves_dense_and_bytes() -> Non
 
 def test_levels_that_save_nothing_correct_nothing() -> None:
     assert table().corrected((2, 1), 6.0).amounts == table().amounts
+
+
+def test_items_take_no_more_time_than_the_whole_model() -> None:
+    slow = replace(table(), whole={"ms": 4.0, "bytes": 20.0})
+    assert slow.fixed("ms") == -1
+    found = slow.bounded()
+    assert found.fixed("ms") == pytest.approx(0)
+    assert found.total("ms", (2, 1)) == pytest.approx(4)
+    # A fifth of the items' time is a fifth of the model's, and not less.
+    assert found.total("ms", (1, 0)) == pytest.approx(4 / 5)
+    assert found.total("ms", (0, 0)) > 0
+    assert found.amounts["bytes"] == slow.amounts["bytes"]
+    assert table().bounded() == table()
