@@ -201,8 +201,8 @@ class _Findings:
     def _constants(self, entry: str, name: str, dim: int) -> tuple[Tensor, Tensor]:
         """Positions along a dimension of a value that are zero, and that are some constant."""
         known = self.known[entry, name]
-        value = known.value.movedim(dim, -1).flatten(0, -2)
-        varies = known.varies.movedim(dim, -1).flatten(0, -2).any(0)
+        value = known.value.movedim(dim, -1)[None].flatten(0, -2)  # of a vector too
+        varies = known.varies.movedim(dim, -1)[None].flatten(0, -2).any(0)
         if not len(value):
             return torch.zeros_like(varies), torch.zeros_like(varies)
         same = (value - value[:1]).abs().amax(0) <= _ROUNDING * value[0].abs()
