@@ -486,19 +486,20 @@ def compared(row: Row, rows: Sequence[Row]) -> Row:
         and not other["blocks"]
         and (other["left"] == "dense" or (other["way"] != "one shot") == trained)
     ]
-    there = interpolated({r["ms"]: r["quality"] for r in alone}, row["ms"])
+    # By the ratio to dense int8 of the same rounds: milliseconds of other hours do not compare.
+    there = interpolated({r["faster"]: r["quality"] for r in alone}, row["faster"])
     if there is None:
         return shown
     return {**shown, "structure there": f"{there:.4f}", "gain": f"{row['quality'] - there:+.4f}"}
 
 
-def interpolated(points: Mapping[float, float], ms: float) -> float | None:
-    """The quality at a time, linear in its logarithm between neighbors; None outside of them."""
+def interpolated(points: Mapping[float, float], speed: float) -> float | None:
+    """The quality at a speed, linear in its logarithm between neighbors; None outside of them."""
     known = sorted(points.items())
-    if not known or not known[0][0] <= ms <= known[-1][0]:
+    if not known or not known[0][0] <= speed <= known[-1][0]:
         return None
-    times, values = zip(*known, strict=True)
-    return float(np.interp(math.log(ms), [math.log(t) for t in times], values))
+    speeds, values = zip(*known, strict=True)
+    return float(np.interp(math.log(speed), [math.log(s) for s in speeds], values))
 
 
 def _data(name: str) -> Path:
