@@ -43,6 +43,7 @@ _SUMS: dict[str, int | None] = {
     "linear": 2, "matmul": None, "mm": None, "bmm": None, "mv": None, "dot": None, "addmm": 0,
     "baddbmm": 0, "einsum": None, "grouped_mm": None, "conv1d": 2, "conv2d": 2, "conv3d": 2,
     "convolution": 2, "conv_transpose1d": 2, "conv_transpose2d": 2, "conv_transpose3d": 2,
+    "cdist": None, "_cdist_forward": None, "cdist_forward": None,
     "sum": None, "mean": None, "linalg_vector_norm": None, "norm": None, "count_nonzero": None,
 }  # fmt: skip
 
