@@ -25,7 +25,7 @@ def test_passes_recipes_and_models_are_listed(run: Run) -> None:
     assert all(o["meaning"] for o in options.values())
     listed = run("passes").stdout
     assert "prune-heads" in listed
-    assert "ratio" not in listed
+    assert "round_to" not in listed
     for name, text in json.loads(run("recipes", "--json").stdout).items():
         assert name in run("recipes").stdout
         assert text
