@@ -31,7 +31,7 @@ from graphprune.exporters.artifact.artifact import (
 )
 from graphprune.exporters.artifact.results import MARKDOWN, PAGE, Finish, write_reports
 from graphprune.exporters.artifact.weights import bytes_by_role, tensor_roles
-from graphprune.exporters.kernels.choose import Chooser
+from graphprune.exporters.kernels.choose import Chooser, timed_feeds
 from graphprune.exporters.kernels.library import find_library
 from graphprune.exporters.onnx.convert import check_opset, to_onnx
 from graphprune.exporters.onnx.files import (
@@ -51,7 +51,7 @@ from graphprune.exporters.runtime.parity import check_parity, grouped_inputs
 from graphprune.exporters.runtime.probe import cpu
 from graphprune.exporters.runtime.session import Feeds, feeds_of, open_session
 from graphprune.exporters.runtime.timing import compare, default_clock, interleaved
-from graphprune.ir.batches import second_inputs, sized
+from graphprune.ir.batches import second_inputs
 from graphprune.ir.decoding import IDS, MASK, empty_cache
 from graphprune.ir.history import kept_indices
 from graphprune.ir.program import Program
@@ -137,6 +137,11 @@ def export(
     check_forms(layout.name, weights, target)
     check_runs(target, program)
     check_marked(target, mark)
+    if target != KERNELS and (device is not None or batch):
+        raise ExportError(
+            f"device and batch are for the choice of sparse products: give target={KERNELS!r} with "
+            "them, or leave them out"
+        )
     check_target(path, is_artifact)
     for name, value in (metadata or {}).items():
         if not (isinstance(name, str) and isinstance(value, str)):
@@ -387,14 +392,6 @@ def _examples(program: Program, name: str, grouped: bool = False) -> list[Feeds]
     if grouped:
         inputs = [grouped_inputs(entry, flat) for flat in inputs]
     return [feeds_of(tuple(flat), input_names(entry)) for flat in inputs]
-
-
-def timed_feeds(program: Program, batch: Sequence[int]) -> Feeds:
-    """Inputs of the deployed entry at some sizes; of its examples' where there are none."""
-    program = program.in_float32()
-    entry = program.entries[program.deployed]
-    inputs = tuple(sized(entry, batch)) if batch else entry.example
-    return feeds_of(inputs, input_names(entry))
 
 
 def _measurements(

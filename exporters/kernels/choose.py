@@ -26,6 +26,7 @@ from graphprune.exporters.kernels.library import Library
 from graphprune.exporters.kernels.lower import chain_of, lower, of_pattern
 from graphprune.exporters.kernels.packing import WIDTH, density
 from graphprune.exporters.onnx.files import save_onnx
+from graphprune.exporters.onnx.names import input_names
 from graphprune.exporters.quantize.layers import Editor, Layer, find_layers
 from graphprune.exporters.quantize.quantize import Choice, NothingToQuantizeError, quantize
 from graphprune.exporters.runtime.child import child
@@ -34,8 +35,16 @@ from graphprune.exporters.runtime.device_kit import KitDevice
 from graphprune.exporters.runtime.latency import cost
 from graphprune.exporters.runtime.measure import RUNS
 from graphprune.exporters.runtime.probe import cpu, until_stable
-from graphprune.exporters.runtime.session import TUNED, Feeds, inputs_of, open_session
+from graphprune.exporters.runtime.session import (
+    TUNED,
+    Feeds,
+    feeds_of,
+    inputs_of,
+    open_session,
+)
 from graphprune.exporters.runtime.timing import default_clock
+from graphprune.ir.batches import sized
+from graphprune.ir.program import Program
 from graphprune.ir.quantization import Mark
 from graphprune.pipeline.device import Cost
 from graphprune.storage.folders import cache_dir
@@ -198,8 +207,28 @@ class Chooser:
         return {key: cost(own, size) for key, own, size in zip(wanted, times, sizes, strict=True)}
 
 
+def timed_feeds(program: Program, batch: Sequence[int]) -> Feeds:
+    """Inputs of the deployed entry, at whose sizes layers are timed.
+
+    Args:
+        program: to be exported.
+        batch: samples, and tokens of each (after a cache: tokens of past); the example inputs'
+            sizes where it is empty.
+    """
+    program = program.in_float32()
+    entry = program.entries[program.deployed]
+    inputs = tuple(sized(entry, batch)) if batch else entry.example
+    return feeds_of(inputs, input_names(entry))
+
+
 def groups_of(model: onnx.ModelProto, layers: Sequence[Layer], feeds: Feeds) -> list[Group]:
-    """Products with zeros, those that read one value together."""
+    """Products with zeros, those that read one value together.
+
+    Args:
+        model: in float; stays as it is.
+        layers: of the model; others than products with a weight of their own are left out.
+        feeds: inputs that the model is run on, for the number of rows of each value.
+    """
     import onnx
 
     layers = [layer for layer in layers if layer.kind == "matmul" and not layer.tied]
@@ -275,13 +304,15 @@ def _group(editor: Editor, layers: Sequence[Layer], weights: Sequence[Floats], r
         (*weight.shape, bool(chain.bias), chain.activation)
         for chain, weight in zip(chains, weights, strict=True)
     )
-    sizes = [weight.size for weight in weights]
-    zeros = {
-        pattern: 1 - float(np.average([density(w, of_pattern(pattern, 8).height) for w in weights],
-                                      weights=sizes))
-        for pattern in PATTERNS
-    }  # fmt: skip
+    zeros = {pattern: _zeros(weights, pattern) for pattern in PATTERNS}
     return Group(tuple(layers), rows, part, kinds, zeros)
+
+
+def _zeros(weights: Sequence[Floats], pattern: str) -> float:
+    """The fraction of zero blocks of several weights [outputs, inputs] together."""
+    height = of_pattern(pattern, 8).height
+    densities = [density(weight, height) for weight in weights]
+    return 1 - float(np.average(densities, weights=[weight.size for weight in weights]))
 
 
 def variants_of(group: Group) -> list[Variant]:
@@ -314,7 +345,18 @@ def key_of(group: Group, variant: Variant, bits: int, mark: Mark) -> str:
 
 
 def write_variant(group: Group, variant: Variant, path: Path, bits: int, mark: Mark) -> Feeds:
-    """Write a group in a form; returns inputs for it."""
+    """Write a group in a form.
+
+    Args:
+        group: whose part is written.
+        variant: the form; with zeros of its own, weights are random.
+        path: the ONNX file.
+        bits: of sparse codes.
+        mark: how stock int8 is quantized.
+
+    Returns:
+        Random inputs, float32 [rows, inputs].
+    """
     import onnx
     import onnx_ir as ir
 

@@ -470,7 +470,7 @@ def write_sparse_kit(
         GraphPruneError: it was quantized otherwise, or no product has zeros.
     """
     from graphprune.cli.sizes import timed_sizes
-    from graphprune.exporters.artifact.export import timed_feeds
+    from graphprune.exporters.kernels.choose import timed_feeds
     from graphprune.exporters.kernels.kit import write_forms_kit
 
     assert program.quantization is not None

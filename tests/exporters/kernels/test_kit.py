@@ -13,7 +13,7 @@ import pytest
 from graphprune import compile
 from graphprune.errors import GraphPruneError
 from graphprune.exporters import export
-from graphprune.exporters.artifact.export import timed_feeds
+from graphprune.exporters.kernels.choose import timed_feeds
 from graphprune.exporters.kernels.kit import write_forms_kit
 from graphprune.ir.program import Program
 from graphprune.passes import Magnitude, Quantize

@@ -92,6 +92,13 @@ def test_a_float_model_is_refused(captured: Captured, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_device_is_refused_where_nothing_is_chosen(captured: Captured, tmp_path: Path) -> None:
+    for given in ({"device": tmp_path / "device.json"}, {"batch": (1, 8)}):
+        with pytest.raises(ExportError, match="device and batch are for the choice of sparse"):
+            compile(captured("tiny-mlp"), []).export(tmp_path / "out", **given)
+    assert not (tmp_path / "out").exists()
+
+
 def test_other_schemes_are_refused(captured: Captured, tmp_path: Path) -> None:
     pytest.importorskip("graphprune_kernels", reason="graphprune-kernels is not installed")
     with pytest.raises(ExportError, match="no operators for scheme 'int4-weights'"):
