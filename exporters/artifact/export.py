@@ -135,8 +135,7 @@ def export(
     check_opset(opset, cached=program.deployed != "forward")
     mark = program.quantization
     check_forms(layout.name, weights, target)
-    check_runs(target, program)
-    check_marked(target, mark)
+    check_runs(target, program, mark)
     if target != KERNELS and (device is not None or batch):
         raise ExportError(
             f"device and batch are for the choice of sparse products: give target={KERNELS!r} with "
@@ -272,36 +271,33 @@ def check_forms(layout: str, weights: str, target: str = "onnxruntime") -> None:
         raise ExportError(f"weights is one of {list(WEIGHTS)}, got {weights!r}")
 
 
-def check_runs(target: str, program: Program) -> None:
+def check_runs(target: str, program: Program, mark: Mark | None) -> None:
     """Refuse, before any work, a target that cannot run a program.
 
+    Args:
+        target: a key of `TARGETS`.
+        program: to be exported, perhaps after passes.
+        mark: how it will be quantized then; None for float.
+
     Raises:
-        ExportError: it has no operators for the quantization scheme, or takes no such cache.
+        ExportError: it has no operators for the quantization scheme, or for float, or takes no such
+            cache.
         GraphPruneError: it needs the library of kernels, which is not installed.
     """
     if target in GROUPED:
         check_cache(target, program.entries[program.deployed])
     if target == KERNELS:
         find_library()
-    mark = program.quantization
+    if target == KERNELS and mark is None:
+        raise ExportError(
+            f"target {target!r} multiplies sparse blocks in int8, and nothing marks the model for "
+            "that: add Quantize('int8-dynamic') as the last pass, or --quantize int8-dynamic"
+        )
     if mark is not None and mark.scheme not in TARGETS[target]:
         able = [name for name, schemes in TARGETS.items() if mark.scheme in schemes]
         raise ExportError(
             f"target {target!r} has no operators for scheme {mark.scheme!r}; it runs "
             f"{list(TARGETS[target])}, and {able} run {mark.scheme!r}"
-        )
-
-
-def check_marked(target: str, mark: Mark | None) -> None:
-    """Refuse a float program for a target whose own operators are in int8.
-
-    Raises:
-        ExportError: it is one.
-    """
-    if target == KERNELS and mark is None:
-        raise ExportError(
-            f"target {target!r} multiplies sparse blocks in int8, and nothing marks the model for "
-            "that: add Quantize('int8-dynamic') as the last pass, or --quantize int8-dynamic"
         )
 
 

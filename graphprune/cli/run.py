@@ -94,7 +94,7 @@ def compiled_and_measured(
     from graphprune.cli.budget import as_timed, budget_pass
     from graphprune.cli.summary import Summary
     from graphprune.cli.training import trained_first, training_of, with_task_head
-    from graphprune.exporters.artifact.export import check_marked, check_runs
+    from graphprune.exporters.artifact.export import check_runs
     from graphprune.exporters.artifact.results import add_results
     from graphprune.models.data.calibration import count_tokens
     from graphprune.models.tasks.base import longest
@@ -107,8 +107,7 @@ def compiled_and_measured(
         start = subject.captured(options.cache, options.dynamic)
         # What the model refuses is refused before the work.
         check_steps(passes, start.program)
-        check_runs(options.target, start.program)
-        check_marked(options.target, mark_of(passes, start.program))
+        check_runs(options.target, start.program, mark_of(passes, start.program))
         inputs = timed_inputs(start.program, options.sizes) if options.measure else {}
     training = first = None
     if labeled is not None and labeled.trains:
