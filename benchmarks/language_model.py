@@ -38,8 +38,6 @@ from graphprune.models import load_model
 from graphprune.models.data.calibration import token_batches
 from graphprune.models.tasks import evaluate
 from graphprune.passes import (
-    Budget,
-    DropSublayers,
     Magnitude,
     PruneHeads,
     PruneNeurons,
@@ -102,30 +100,6 @@ def cases() -> list[Case]:
             for score, label in (("magnitude", "magnitude"), ("obs", "obs + least squares"))
         ),
     ]  # fmt: skip
-    return found + [case for part in (0.1, 0.2, 0.3) for case in blocks(part)]
-
-
-# Of SmolLM2-135M: parameters of a layer's attention and feed-forward part, and its float32 file.
-ATTENTION, FEEDFORWARD, LAYERS, MEGABYTES = 884_736, 2_654_208, 30, 538.1
-
-
-def blocks(part: float) -> list[Case]:
-    """Structure alone: one kind of unit, or a budget over all; so much of the blocks goes."""
-    layer = ATTENTION + FEEDFORWARD
-    text = f"{part:.0%} of blocks".replace("%", " %")
-    megabytes = MEGABYTES - part * layer * LAYERS * 4 / 1e6
-    found = [
-        Case("neurons, obs", text, (PruneNeurons(part * layer / FEEDFORWARD, score="obs"),)),
-        Case("blocks, similarity", text, (
-            DropSublayers(count=round(part * LAYERS), kind="block"),)),
-        Case("budget over all", text, (
-            Budget(size_mb=megabytes, batch=(1, 128), samples=4, evaluations=100),)),
-    ]  # fmt: skip
-    if part * layer / ATTENTION < 2 / 3:  # one of three groups stays
-        found.append(
-            Case("KV groups, obs", text, (PruneHeads(
-                part * layer / ATTENTION, score="obs", allocation="global"),))
-        )  # fmt: skip
     return found
 
 
@@ -150,7 +124,7 @@ def measure(settings: Settings, amount: Amount, only: str) -> Iterator[Row]:
 
 def _row(case: Case, amount: Amount) -> Row:
     torch.set_num_threads(amount.threads)
-    data = _data()
+    data = data_folder()
     loaded = load_model(MODEL)
     assert loaded.tokenizer_dir is not None
     inputs = loaded.example_inputs
@@ -203,7 +177,8 @@ def _tell(event: Event) -> None:
         print(f"\r{event.name} {event.done}/{event.total} {event.unit}", end="", file=sys.stderr)
 
 
-def _data() -> Path:
+def data_folder() -> Path:
+    """What $GRAPHPRUNE_DATA names; it holds wikitext2/."""
     root = os.environ.get("GRAPHPRUNE_DATA")
     folder = Path(root) if root else None
     if folder is None or not (folder / "wikitext2" / "test.raw.txt").is_file():

@@ -21,6 +21,7 @@ STYLE = {
     "colors": ("#2f6fb3", "#d9822b", "#5c6f82", "#c04b5a"),
     "font_family": "sans-serif",
     "label_font_size": 13,
+    "major_label_font_size": 13,
     "legend_font_size": 14,
     "title_font_size": 15,
     "guide_stroke_color": "#dddddd",
