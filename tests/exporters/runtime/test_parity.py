@@ -48,3 +48,36 @@ def test_a_changed_weight_is_found_and_the_output_named(
     changed = program.with_tensors({name: program.tensors[name] + 0.01})
     with pytest.raises(ExportError, match=r"output 'output_0'"):
         check_parity(changed, session)
+
+
+def test_the_sigmoid_of_onnx_runtime_may_be_as_coarse_as_it_is_near_one(tmp_path: Path) -> None:
+    """Rows of tiny activations: ORT is off by 1e-7 there, of values of 1e-5."""
+
+    class Activations(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sigmoid(x)
+
+    example = torch.linspace(-13, -9, 512)[None].repeat(2, 1)
+    program = capture(Activations().eval(), (example,))
+    save_onnx(to_onnx(program), tmp_path / "model.onnx")
+    session = open_session(tmp_path / "model.onnx", 1)
+    exact = torch.sigmoid(example.double())
+    (ort,) = session.run(None, {session.get_inputs()[0].name: example.numpy()})
+    assert float((torch.from_numpy(ort) - exact).abs().max() / exact.max()) > 1e-4
+    assert max(a.error for a in check_parity(program, session)) <= 1e-4
+
+
+def test_a_sigmoid_that_is_off_by_more_is_found(tmp_path: Path) -> None:
+    class Activations(nn.Module):
+        def __init__(self, bias: float) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(torch.tensor(bias))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sigmoid(x + self.bias)
+
+    example = torch.linspace(-13, -9, 512)[None].repeat(2, 1)
+    save_onnx(to_onnx(capture(Activations(0.0).eval(), (example,))), tmp_path / "model.onnx")
+    changed = capture(Activations(0.01).eval(), (example,))
+    with pytest.raises(ExportError, match=r"output 'output_0'"):
+        check_parity(changed, open_session(tmp_path / "model.onnx", 1))
