@@ -137,7 +137,8 @@ class Stream:
             for site in wanted[node]:
                 if site is owner[site.reads]:
                     if site.reads not in found:
-                        found[site.reads] = self._empty(program, site)
+                        features = site.matrix(program).shape[1]
+                        found[site.reads] = self.accumulator(site, features)
                     self._add(found[site.reads], site, values, i)
                 if observe is not None and site.window is None:
                     for rows in self.inputs(site, values, i):
@@ -146,8 +147,8 @@ class Stream:
         grams = {r: g.gram() if isinstance(g, LaggedGram) else g for r, g in found.items()}
         return [grams[site.reads] for site in sites]
 
-    def _empty(self, program: Program, site: LinearSite) -> Gram | LaggedGram:
-        features = site.matrix(program).shape[1]
+    def accumulator(self, site: LinearSite, features: int) -> Gram | LaggedGram:
+        """Nothing seen yet of so many of a site's features; of a patch, those of whole channels."""
         masked = any(rows.kept_positions(site.node) is not None for rows in self.rows)
         if site.window is not None and not masked:
             sizes = site.node.meta["val"].shape[-len(site.window.kernel) :]

@@ -20,7 +20,12 @@ from graphprune.ir.program import Program
 from graphprune.passes.structural.allocation import others
 from graphprune.passes.structural.records import Calibrated
 from graphprune.passes.structural.scores import Evidence, Needs, Score
-from graphprune.passes.structural.statistics import Consumer, compensate, gather
+from graphprune.passes.structural.statistics import (
+    Consumer,
+    compensate,
+    gather,
+    with_patches,
+)
 from graphprune.pipeline.base import Context
 
 log = logging.getLogger(__name__)
@@ -133,6 +138,9 @@ def cut_groups(
         done.curves[group.id] = _curve(costs)
         if target is not None and dense is not None:
             parts = [_towards_stream(part, target, dense, stream, done.program) for part in parts]
+        if method == "least-squares":
+            keep = done.keep[group.id]
+            parts = [with_patches(stream, done.program, part, groups, keep) for part in parts]
         done.program, done.errors[group.id] = compensate(
             done.program, group, parts, done.keep[group.id], method, damping
         )

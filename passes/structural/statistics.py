@@ -15,12 +15,19 @@ import torch
 from torch import Tensor
 
 from graphprune.axes import AxisGroup, AxisGroups
-from graphprune.axes.sites import LinearSite, consumers, contractions, passes_through
+from graphprune.axes.sites import (
+    LinearSite,
+    consumers,
+    contractions,
+    linear_sites,
+    passes_through,
+)
 from graphprune.calibration.gram import Gram
 from graphprune.calibration.stream import Stream
 from graphprune.errors import RecipeError, UnsupportedError
 from graphprune.ir.program import Program
 from graphprune.passes.solvers.obs import Problem, damped, idle_features, loss, refit
+from graphprune.passes.structural.patches import KeptPatches
 from graphprune.pipeline.base import Context
 from graphprune.suggest import suggest
 
@@ -39,12 +46,14 @@ class Consumer:
         gram: second moments of its inputs.
         slope: Σ r xᵀ for what its output is to gain, r, with the bias's column last; [out, in]
             or [out, in + 1], float64. None where it is to stay.
+        patches: what least squares fits to instead, where taps count apart.
     """
 
     site: LinearSite
     units: Tensor
     gram: Gram
     slope: Tensor | None = None
+    patches: KeptPatches | None = None
 
     def columns(self, size: int) -> Tensor:
         """Input features of each unit, int64 [size, features per unit]."""
@@ -119,6 +128,20 @@ def gather(
     return list(parts.values())
 
 
+def with_patches(
+    stream: Stream, program: Program, part: Consumer, groups: AxisGroups, keep: Tensor
+) -> Consumer:
+    """The consumer with the patches of the kept channels, where its taps count apart.
+
+    A weight at several places is fitted tap by tap.
+    """
+    places = sum(site.name == part.site.name for site in linear_sites(groups, part.site.entry))
+    if part.site.window is None or not part.site.window.apart or places > 1:
+        return part
+    stays = torch.isin(part.units, keep) | (part.units < 0)
+    return replace(part, patches=KeptPatches.collect(stream, program, part.site, stays))
+
+
 def compensate(
     program: Program,
     group: AxisGroup,
@@ -138,6 +161,10 @@ def compensate(
     """
     error = energy = 0.0
     for part in parts:
+        if part.patches is not None and method == "least-squares":
+            program, lost = part.patches.fit(program, damping)
+            error, energy = error + lost, energy + part.patches.energy
+            continue
         problem = part.problem(program, group.size, damping)
         old = problem.weight
         features = len(part.units)

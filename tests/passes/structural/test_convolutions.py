@@ -19,7 +19,7 @@ from graphprune.ir.history import kept_indices
 from graphprune.ir.program import Program
 from graphprune.passes import FoldBatchNorm, LeastSquares, PruneAxis, PruneNeurons, SparseGPT
 from graphprune.passes.structural.scores import Evidence, Obs, score_named
-from graphprune.passes.structural.statistics import compensate, gather
+from graphprune.passes.structural.statistics import compensate, gather, with_patches
 from graphprune.pipeline.base import Context, Pass
 from graphprune.verify.error import relative_error
 
@@ -55,8 +55,13 @@ def the_group(program: Program) -> AxisGroup:
     return group
 
 
-def masked_error(program: Program, keep: Sequence[int], batches: list[Tensor]) -> float:
-    """Least squares error of what reads the channels, by torch's own lstsq over all rows."""
+def masked_error(
+    program: Program, keep: Sequence[int], batches: list[Tensor], *, bias: bool = True
+) -> float:
+    """Least squares error of what reads the channels, by torch's own lstsq over all rows.
+
+    Without any of them, and without a bias: the energy of the outputs.
+    """
     groups = axis_groups(program)
     group = the_group(program)
     found = consumers(groups, group)
@@ -70,6 +75,9 @@ def masked_error(program: Program, keep: Sequence[int], batches: list[Tensor]) -
         Stream(program, batches).collect(program, [site], seen)
         x = torch.cat(rows).double()
         wanted = x @ site.matrix(program).double().T
+        if not bias:
+            total += float((wanted + site.bias_column(program)).square().sum())
+            continue
         left = x[:, torch.isin(units, torch.tensor(keep)) | (units < 0)]
         if site.bias is not None:
             left = torch.cat([left, left.new_ones(len(left), 1)], 1)
@@ -153,6 +161,45 @@ def test_taps_apart_are_the_product_too(monkeypatch: pytest.MonkeyPatch) -> None
     )
     for x in batches:
         assert relative_error(program.run([x])[0], compiled.program.run([x])[0]) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["plain", "dilated", "grouped", "transposed"])
+def test_what_stays_of_a_wide_kernel_is_fitted_over_its_patches(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chosen tap by tap; the error is that of torch's own lstsq over the kept columns."""
+    batches = data(4)
+    program = capture(READERS[name](), (batches[0],))
+    group = the_group(program)
+
+    def cut() -> tuple[Program, list[int], float]:
+        step = PruneNeurons(0.5, score="obs", damping=1e-12)
+        compiled = gp.compile(program, [step], calibration=batches)
+        details = compiled.report.passes[0].details
+        (keep,) = kept_indices(compiled.program.history).values()
+        return compiled.program, keep, details["output_error"][group.id]
+
+    monkeypatch.setattr("graphprune.axes.sites.WIDEST", 8)
+    fitted, keep, error = cut()
+    monkeypatch.setattr("graphprune.passes.structural.patches.FITTED", 0)
+    single, same, _ = cut()
+    assert keep == same
+    monkeypatch.undo()
+    best = masked_error(program, keep, batches)
+    assert error == pytest.approx(best / masked_error(program, [], batches, bias=False), rel=1e-3)
+    # Errors tap by tap are of another whole: outputs are what can be compared.
+    assert drift(program, fitted, batches) == pytest.approx(best, rel=1e-3)
+    assert drift(program, fitted, batches) < drift(program, single, batches)
+
+
+def test_too_few_patches_are_not_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graphprune.axes.sites.WIDEST", 8)
+    batches = [torch.randn(2, 2, 5, 5)]  # 2 samples of 1 patch each
+    program = capture(between(nn.Conv2d(4, 3, 3)), (batches[0],))
+    ctx, group = Context(calibration=batches), the_group(program)
+    stream, groups = Stream(program, batches), axis_groups(program)
+    (part,) = gather(stream, program, groups, group, ctx)
+    assert with_patches(stream, program, part, groups, torch.tensor([0])).patches is None
 
 
 class Residual(nn.Module):
