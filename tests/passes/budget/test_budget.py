@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import graphprune as gp
 from graphprune.axes import axis_groups
+from graphprune.capture.capture import capture
 from graphprune.errors import RecipeError, UnsupportedError
 from graphprune.ir.cost import flops
 from graphprune.ir.program import Program
@@ -339,3 +341,32 @@ def test_decoders_keep_a_cache(ragged_decoder: Program) -> None:
     result, report, _ = run(ragged_decoder, small(flops=0.6))
     assert result.entries["decode"].cache
     assert not report.choices[0].dropped
+
+
+class Convolutions(nn.Module):
+    """Layer after layer, without branches: what a unit saves depends on the layers beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = (1, 32, 24, 48, 32)
+        self.layers = nn.ModuleList(
+            nn.Conv2d(a, b, 3, padding=1) for a, b in itertools.pairwise(sizes)
+        )
+        self.head = nn.Linear(32 * 9, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.relu(layer(x))
+        result: Tensor = self.head(nn.functional.max_pool2d(x, 2).flatten(1))
+        return result
+
+
+@pytest.mark.parametrize("asked", [2.0, 3.0, 5.0, 10.0])
+def test_a_chain_of_convolutions_meets_its_budget(asked: float) -> None:
+    program = capture(Convolutions().eval(), (torch.randn(4, 1, 6, 6),))
+    result, report, details = run(program, small(speedup=asked))
+    speed = flops(program) / flops(result)
+    assert report.measured == pytest.approx(speed, rel=1e-6)
+    # Levels are a seventh apart.
+    assert 0.98 * asked < speed < 1.2 * asked
+    assert details["verification"]["max_error"] < 1e-5
