@@ -42,6 +42,8 @@ PRODUCTS = {
     "conv2d": ("input", "weight", "bias"),
     "conv3d": ("input", "weight", "bias"),
 }
+# Each output from a window of one channel: an average or the largest.
+_POOLS = {f"{kind}_pool{rank}d" for kind in ("max", "avg", "adaptive_avg") for rank in (1, 2, 3)}
 # One value everywhere, whatever the sizes that they are given.
 _FILLS = {"zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_zeros",
           "new_ones", "new_full"}  # fmt: skip
@@ -123,6 +125,8 @@ def _varies(node: fx.Node, values: dict[fx.Node, Any], varying: dict[fx.Node, An
         return True
     if name in PRODUCTS:
         return _product(node, bound, *PRODUCTS[name], values, varying)
+    if name in _POOLS or (name == "mean" and bound.get("dim")):
+        return _pool(node, bound, values, varying)
     if name == "scaled_dot_product_attention":
         return _attention(bound, values, varying)
     if name in ELEMENTWISE and not _draws(node):
@@ -191,6 +195,23 @@ def _product(
     if extra is not None and bool(varying[extra].any()):
         return True if is_convolution else result | varying[extra]
     return result
+
+
+def _pool(
+    node: fx.Node,
+    bound: dict[str, Any],
+    values: dict[fx.Node, Any],
+    varying: dict[fx.Node, Any],
+) -> Tensor:
+    """An output of a pooling varies where something in its window does."""
+    source = bound["self"]
+    value, varies = values[source], varying[source]
+    for dim in bound.get("dim", ()):  # of a mean: all there is, which may be more
+        if _is_symbolic([source.meta["val"].shape[dim]]):
+            varies = _unlike(value, varies, dim)
+    rest, kwargs = _resolved((node.args[1:], node.kwargs), values)
+    result: Tensor = node.target(varies.to(value.dtype), *rest, **kwargs)  # type: ignore[operator]
+    return result > 0
 
 
 def _attention(

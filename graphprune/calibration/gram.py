@@ -78,16 +78,27 @@ class Remarks:
 
     def __init__(self) -> None:
         self._names: dict[str, list[str]] = {}
+        self._short: dict[str, tuple[float, str]] = {}
 
     def add(self, name: str, remark: str) -> None:
         """Add a remark about a site; an empty one is ignored."""
         if remark:
             self._names.setdefault(remark, []).append(name)
 
+    def add_shortage(self, name: str, gram: Gram) -> None:
+        """Add the remark that a site has seen few rows; the shortest stands for all of them."""
+        if remark := gram.shortage():
+            self._short[name] = gram.count / len(gram.total), remark
+
     def warn(self, log: logging.Logger) -> list[str]:
         """Log one sentence for each remark, which names the first site and counts the others."""
         found = []
-        for remark, names in self._names.items():
+        every = dict(self._names)
+        if self._short:
+            first = min(self._short, key=lambda name: self._short[name][0])
+            others = [name for name in self._short if name != first]
+            every[self._short[first][1]] = [first, *others]
+        for remark, names in every.items():
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             found.append(f"{names[0]}{more}: {remark}")
             log.warning("%s", found[-1])

@@ -114,7 +114,7 @@ def _of_group(
         few.add(group.id, "its units go by the size of their weights and are not compensated")
         return _by_size(program, group, ctx)
     for part in parts:
-        few.add(part.site.name, part.gram.shortage())
+        few.add_shortage(part.site.name, part.gram)
     problems = [part.problem(program, group.size, damping) for part in parts]
     gone, costs = greedy(problems, group.size - 1)
     energy = sum(loss(p.used, torch.zeros_like(p.weight), p.gram) for p in problems)

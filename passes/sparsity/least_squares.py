@@ -158,7 +158,7 @@ class _Work:
         several = len(pairs) > 1 and pairs[0].site.name == pairs[1].site.name
         gram, sums = self._collected(pairs, several, dense, pruned)
         self.rows = max(self.rows, gram.count)
-        self.remarks.add(pairs[0].site.name, gram.shortage())
+        self.remarks.add_shortage(pairs[0].site.name, gram)
         collecting = time.perf_counter() - start
         for site in dict((p.site.name, p.site) for p in pairs).values():
             start = time.perf_counter()

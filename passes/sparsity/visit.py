@@ -71,7 +71,7 @@ class Visit:
         for site in sites:
             gram = grams[site.name]
             if id(gram) not in seen:
-                self.remarks.add(site.name, gram.shortage())
+                self.remarks.add_shortage(site.name, gram)
                 seen.add(id(gram))
         self.most_rows = max(self.most_rows, *(gram.count for gram in grams.values()))
 

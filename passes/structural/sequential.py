@@ -129,7 +129,7 @@ def cut_groups(
         blind = method == "none" and score.needs is Needs.GRADIENTS and _recurs(groups, group)
         parts = [] if blind else gather(stream, done.program, groups, group, ctx)
         for part in parts:
-            done._few.add(part.site.name, part.gram.shortage())
+            done._few.add_shortage(part.site.name, part.gram)
         if method == "least-squares":
             done._refitted |= {part.site.tensor for part in parts}
         count = group.size - counts[group.id]

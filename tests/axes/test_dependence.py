@@ -188,3 +188,47 @@ def test_only_what_is_asked_for_is_kept() -> None:
     program = capture(model, inputs)
     node = next(n for n in program.forward.graph.nodes if n.op == "call_function")
     assert list(dependence(program, "forward", [node.name])) == [node.name]
+
+
+class Pooled(nn.Module):
+    """Two channels of which the second is constant, then a pooling."""
+
+    def __init__(self, pool: nn.Module | None) -> None:
+        super().__init__()
+        self.conv, self.pool = nn.Conv2d(1, 2, 3), pool
+        with torch.no_grad():
+            self.conv.weight[1] = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return y.mean((2, 3)) if self.pool is None else self.pool(y)
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [nn.MaxPool2d(2, padding=1), nn.AvgPool2d(3, 1), nn.AdaptiveAvgPool2d(2), None],
+    ids=["max", "average", "adaptive", "mean"],
+)
+def test_a_pooling_keeps_channels_apart(pool: nn.Module | None) -> None:
+    known = _of(Pooled(pool).eval(), torch.randn(2, 1, 8, 8))
+    assert bool(known.varies[:, 0].all())
+    assert not bool(known.varies[:, 1].any())
+
+
+def test_a_window_of_a_pooling_varies_where_one_of_its_values_does() -> None:
+    class Joined(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.max_pool1d(torch.cat([torch.zeros_like(x), x], 2), 2)
+
+    known = _of(Joined(), torch.randn(2, 1, 3))
+    assert known.varies.flatten(1).tolist() == 2 * [[False, True, True]]
+
+
+def test_the_mean_over_more_of_what_differs_is_another_one() -> None:
+    class Mean(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (0 * x + torch.arange(x.shape[1])).mean(1)
+
+    sized = capture(Mean(), (torch.randn(2, 4),), dynamic_shapes=({1: torch.export.Dim("n")},))
+    output = flat_outputs(sized.forward.graph)[0].name
+    assert bool(dependence(sized, "forward", [output])[output].varies.all())

@@ -79,3 +79,15 @@ def test_one_remark_of_many_sites_is_one_sentence(caplog: pytest.LogCaptureFixtu
     expected = ["a and 1 more: few rows", "d: other"]
     assert remarks.warn(logging.getLogger("test")) == expected
     assert caplog.messages == expected
+
+
+def test_sites_with_few_rows_are_one_sentence_of_the_shortest(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    remarks = Remarks()
+    for name, rows, features in (("a", 2, 3), ("b", 2, 8), ("c", 9, 8)):
+        gram = Gram.empty(features)
+        gram.add(torch.randn(rows, features))
+        remarks.add_shortage(name, gram)
+    (sentence,) = remarks.warn(logging.getLogger("graphprune.test"))
+    assert sentence.startswith("b and 1 more: 2 calibration rows for 8 features")

@@ -253,6 +253,18 @@ def test_channels_that_a_convolution_does_not_read_go() -> None:
     torch.testing.assert_close(_output(smaller), _output(program), rtol=1e-11, atol=1e-12)
 
 
+def test_silent_channels_go_through_a_pooling() -> None:
+    model: Any = nn.Sequential(
+        nn.Conv2d(1, 6, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 2, 3, padding=1)
+    )
+    with torch.no_grad():
+        model[0].weight[:2], model[0].bias[:2] = 0, -1
+    x = torch.randn(3, 1, 8, 8)
+    compiled = gp.compile(model.eval(), [Shrink()], example_inputs=(x,))
+    assert compiled.program.tensors["3.weight"].shape == (2, 4, 3, 3)
+    torch.testing.assert_close(compiled.program.run([x])[0], model(x))
+
+
 def test_a_bias_that_two_places_add_takes_only_what_both_lose() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
