@@ -76,7 +76,8 @@ def masked_error(
         x = torch.cat(rows).double()
         wanted = x @ site.matrix(program).double().T
         if not bias:
-            total += float((wanted + site.bias_column(program)).square().sum())
+            added = site.bias_column(program)
+            total += float((wanted if added is None else wanted + added).square().sum())
             continue
         left = x[:, torch.isin(units, torch.tensor(keep)) | (units < 0)]
         if site.bias is not None:
