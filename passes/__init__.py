@@ -7,6 +7,7 @@ from graphprune.passes.budget.budget import Budget as Budget
 from graphprune.passes.cleanup.batch_norm import FoldBatchNorm as FoldBatchNorm
 from graphprune.passes.cleanup.constants import FoldConstants as FoldConstants
 from graphprune.passes.cleanup.dead import RemoveDeadNodes as RemoveDeadNodes
+from graphprune.passes.cleanup.merge_lora import MergeLora as MergeLora
 from graphprune.passes.cleanup.noops import RemoveNoOps as RemoveNoOps
 from graphprune.passes.cleanup.parametrizations import (
     FoldParametrizations as FoldParametrizations,
@@ -45,6 +46,7 @@ __all__ = [
     "GradualStructure",
     "LeastSquares",
     "Magnitude",
+    "MergeLora",
     "NeuroPrune",
     "PruneAxis",
     "PruneHeads",

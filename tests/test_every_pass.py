@@ -28,6 +28,7 @@ from graphprune.passes import (
     GradualStructure,
     LeastSquares,
     Magnitude,
+    MergeLora,
     NeuroPrune,
     PruneAxis,
     PruneHeads,
@@ -88,6 +89,7 @@ EXAMPLES: dict[str, list[Pass]] = {
         NeuroPrune(epochs=2, theta=1.2, sparsity=0.5, contracting="columns"),
     ],
     "magnitude": [Magnitude(0.5), Magnitude(pattern="1:4", scope="row")],
+    "merge-lora": [MergeLora()],
     "prune-axis": [
         PruneAxis(0.5, role="qk_dim"),
         PruneAxis(0.25, role=("v_dim", "pooled"), score="random"),

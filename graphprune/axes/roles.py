@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx
 
 from graphprune.axes import algebra
+from graphprune.axes.adapters import adapters
 from graphprune.axes.algebra import Axis
 from graphprune.axes.analysis import Axes, axis_leaves, dims_of, leaves_of
 from graphprune.axes.facts import Contraction, Facts
@@ -21,6 +22,7 @@ ROLES = (
     "qk_dim",
     "v_dim",
     "neuron",
+    "rank",
     "pooled",
     "residual",
     "vocab",
@@ -93,6 +95,8 @@ class Walk:
         residual = self._residual()
         for leaf in residual:
             yield leaf, "residual"
+        for leaf in self._ranks():
+            yield leaf, "rank"
         for leaf in self.consumed:
             if leaf in self.produced:
                 yield leaf, "pooled" if self._pooled(leaf) else "neuron"
@@ -138,6 +142,12 @@ class Walk:
                 for leaf in algebra.leaves(axis):
                     if leaf in self.produced:
                         yield leaf, role
+
+    def _ranks(self) -> Iterable[Axis]:
+        """Leaves between the two products of an adapter."""
+        for adapter in adapters(self.axes.program.entries[self.name].graph):
+            for layer in adapter.inner:
+                yield from axis_leaves((dims_of(self.axes, self.name, layer.node)[layer.dim],))
 
     def _residual(self) -> set[Axis]:
         """Leaves of sums x + f(x) where f contracts the very axis that it is added to."""

@@ -18,11 +18,9 @@ from torch import Tensor, fx
 from graphprune.axes import AxisGroup, AxisGroups, algebra
 from graphprune.axes.facts import Contraction
 from graphprune.axes.windows import Window
-from graphprune.ir.graph import bound_arguments, flat_outputs, is_op, op_name
+from graphprune.ir.graph import bound_arguments, flat_outputs, is_op, op_name, weight_of
 from graphprune.ir.program import Program
 
-_TRANSPOSES = {"t", "numpy_T", "transpose", "permute", "mT", "swapaxes"}
-_COPIES = {"to", "contiguous", "clone", "detach", "alias"}
 _CONVOLUTIONS = {"conv1d", "conv2d", "conv3d", "convolution"}
 _TRANSPOSED = {"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
 
@@ -155,7 +153,10 @@ def is_output_head(site: LinearSite, program: Program) -> bool:
     """
     graph = program.entries[site.entry].graph
     for node in graph.nodes:
-        if is_op(node, "embedding") and _weight(bound_arguments(node)["weight"])[0] == site.tensor:
+        if (
+            is_op(node, "embedding")
+            and weight_of(bound_arguments(node)["weight"])[0] == site.tensor
+        ):
             return True
     return bool(outputs_of(site.node))
 
@@ -233,11 +234,11 @@ def sites_of(entry: str, contraction: Contraction, program: Program) -> Sequence
     if contraction.dim != value.dim() - 1:
         return ()
     if is_op(node, "linear"):
-        tensor, flipped = _weight(bound["weight"])
+        tensor, flipped = weight_of(bound["weight"])
         columns_last = True
     elif is_op(node, "addmm", "mm", "matmul", "grouped_mm"):
         names = {"addmm": "mat2", "mm": "mat2", "matmul": "other", "grouped_mm": "weight"}
-        tensor, flipped = _weight(bound[names[op_name(node)]])
+        tensor, flipped = weight_of(bound[names[op_name(node)]])
         columns_last = False
         if bound.get("alpha", 1) != 1 or bound.get("beta", 1) != 1:
             return ()  # `addmm` scales: the product is not that of the weight
@@ -257,7 +258,7 @@ def sites_of(entry: str, contraction: Contraction, program: Program) -> Sequence
         ]  # fmt: skip
     if program.tensors[tensor].dim() != 2:
         return ()
-    bias, _ = _weight(bound.get("bias", bound.get("self") if is_op(node, "addmm") else None))
+    bias, _ = weight_of(bound.get("bias", bound.get("self") if is_op(node, "addmm") else None))
     if bias is not None and program.tensors[bias].dim() != 1:
         bias = None
     return [LinearSite(tensor, entry, node, contraction.operand, tensor, transposed, bias)]
@@ -268,7 +269,7 @@ def _convolution_sites(
 ) -> Sequence[LinearSite]:
     """The site of a convolution, or one for each of its groups."""
     node = contraction.node
-    tensor, flipped = _weight(bound["weight"])
+    tensor, flipped = weight_of(bound["weight"])
     if tensor is None or flipped or contraction.slot != "input" or bound.get("transposed"):
         return ()
     weight = program.tensors[tensor]
@@ -277,30 +278,10 @@ def _convolution_sites(
     channels = weight.shape[0] // count if window.transposed else weight.shape[1]
     if channels * window.taps > WIDEST and window.taps > 1:
         window = replace(window, apart=True)
-    bias, _ = _weight(bound.get("bias"))
+    bias, _ = weight_of(bound.get("bias"))
     site = LinearSite(
         tensor, entry, node, contraction.operand, tensor, window.transposed, bias, window=window
     )
     if count == 1:
         return [site]
     return [replace(site, name=f"{tensor}[{g}]", group=(g, count)) for g in range(count)]
-
-
-def _weight(node: object) -> tuple[str | None, bool]:
-    """The tensor that a node reads, and whether its last two dimensions are swapped on the way."""
-    flipped = False
-    while isinstance(node, fx.Node) and node.op != "get_attr":
-        name = op_name(node)
-        if name in _TRANSPOSES:
-            before, after = node.all_input_nodes[0].meta["val"], node.meta["val"]
-            if list(after.shape) != [*before.shape[:-2], before.shape[-1], before.shape[-2]]:
-                return None, False
-            marked = torch.empty([2 + i for i in range(before.dim())], device="meta")
-            moved = node.target(marked, *node.args[1:], **node.kwargs)  # type: ignore[operator]
-            if [s - 2 for s in moved.shape[-2:]] != [before.dim() - 1, before.dim() - 2]:
-                return None, False
-            flipped = not flipped
-        elif name not in _COPIES:
-            return None, False
-        node = node.args[0]
-    return (str(node.target), flipped) if isinstance(node, fx.Node) else (None, False)

@@ -71,7 +71,7 @@ def fold(
                 continue
             result.skipped[node.name] = growth
         live.add(node)
-    for node, value in _computed(graph, chosen, sources).items():
+    for node, value in computed(graph, chosen, sources).items():
         name = _free_name(f"folded_{node.name}", [*taken, *result.tensors])
         result.tensors[name] = value.clone(memory_format=torch.contiguous_format)
         result.made[name] = node
@@ -187,10 +187,16 @@ def _is_foldable(node: fx.Node) -> bool:
     )
 
 
-def _computed(
+def computed(
     graph: fx.Graph, wanted: Collection[fx.Node], sources: Mapping[str, Tensor]
 ) -> dict[fx.Node, Tensor]:
-    """Values of constant nodes, in the graph's order; what leads to them goes as soon as it can."""
+    """Values of constant nodes, in the graph's order; what leads to them goes as soon as it can.
+
+    Args:
+        graph: with metadata.
+        wanted: nodes that depend on no input.
+        sources: the tensors that the graph reads, by name.
+    """
     needed = _with_ancestors(wanted)
     readers = Counter(source for node in needed for source in node.all_input_nodes)
     kept = set(wanted)
@@ -229,7 +235,7 @@ def _is_sized(node: fx.Node) -> bool:
 def _nbytes(node: fx.Node, sources: Mapping[str, Tensor]) -> int:
     value = node.meta["val"]
     if not _is_sized(node):
-        value = _computed(node.graph, [node], sources)[node]
+        value = computed(node.graph, [node], sources)[node]
     return int(value.numel()) * int(value.element_size())
 
 

@@ -125,3 +125,27 @@ def location(node: fx.Node) -> str:
 def place(node: fx.Node) -> str:
     """An operator and its location, as reasons show it: `softmax` at encoder.layer.0."""
     return f"`{op_name(node)}` at {location(node)}"
+
+
+_TRANSPOSES = {"t", "numpy_T", "transpose", "permute", "mT", "swapaxes"}
+_COPIES = {"to", "contiguous", "clone", "detach", "alias"}
+
+
+def weight_of(node: object) -> tuple[str | None, bool]:
+    """The tensor that a node reads, and whether its last two dimensions are swapped on the way."""
+    flipped = False
+    while isinstance(node, fx.Node) and node.op != "get_attr":
+        name = op_name(node)
+        if name in _TRANSPOSES:
+            before, after = node.all_input_nodes[0].meta["val"], node.meta["val"]
+            if list(after.shape) != [*before.shape[:-2], before.shape[-1], before.shape[-2]]:
+                return None, False
+            marked = torch.empty([2 + i for i in range(before.dim())], device="meta")
+            moved = node.target(marked, *node.args[1:], **node.kwargs)  # type: ignore[operator]
+            if [s - 2 for s in moved.shape[-2:]] != [before.dim() - 1, before.dim() - 2]:
+                return None, False
+            flipped = not flipped
+        elif name not in _COPIES:
+            return None, False
+        node = node.args[0]
+    return (str(node.target), flipped) if isinstance(node, fx.Node) else (None, False)

@@ -432,6 +432,7 @@ _UNITS = {
     "qk_dim": "query/key dimensions",
     "v_dim": "value dimensions",
     "neuron": "neurons",
+    "rank": "ranks of adapters",
     "expert": "experts",
 }
 
