@@ -30,7 +30,7 @@ from graphprune.exporters.onnx.names import input_names
 from graphprune.exporters.quantize.layers import Editor, Layer, find_layers
 from graphprune.exporters.quantize.quantize import Choice, NothingToQuantizeError, quantize
 from graphprune.exporters.runtime.child import child
-from graphprune.exporters.runtime.costs import Costs
+from graphprune.exporters.runtime.costs import Costs, machine
 from graphprune.exporters.runtime.device_kit import KitDevice
 from graphprune.exporters.runtime.latency import cost
 from graphprune.exporters.runtime.measure import RUNS
@@ -124,7 +124,7 @@ class Chooser:
         self.library, self.feeds = library, feeds
         self.threads, self.device = threads, device
         environment = {
-            "cpu": cpu(),
+            "cpu": machine(),
             "threads": threads,
             "session": dict(TUNED),
             "graphprune": graphprune.__version__,

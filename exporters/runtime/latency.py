@@ -19,9 +19,9 @@ from graphprune.exporters.onnx.files import file_bytes, save_onnx
 from graphprune.exporters.onnx.names import input_names
 from graphprune.exporters.quantize.quantize import NothingToQuantizeError, quantize
 from graphprune.exporters.runtime.child import child
-from graphprune.exporters.runtime.costs import Costs
+from graphprune.exporters.runtime.costs import Costs, machine
 from graphprune.exporters.runtime.measure import RUNS
-from graphprune.exporters.runtime.probe import cpu, until_stable
+from graphprune.exporters.runtime.probe import until_stable
 from graphprune.exporters.runtime.session import TUNED, Feeds, check_threads, feeds_of
 from graphprune.exporters.runtime.signature import signature
 from graphprune.exporters.runtime.timing import default_clock
@@ -68,7 +68,7 @@ class OnnxRuntimeDevice:
         """
         check_threads(threads)
         self.threads, self._progress = threads, progress
-        self._cpu = cpu()
+        self._cpu = machine()
         self.name: str = self._cpu["name"]
         self._costs = Costs(cache or cache_dir() / "latency", self.environment())
 

@@ -122,16 +122,27 @@ def _is_stable(rounds: Sequence[Sequence[float]]) -> bool:
 
 
 def cpu() -> dict[str, Any]:
-    """This machine's CPU: its "name", and which "instructions" it has for products.
+    """This machine's CPU: its "name", "model", and which "instructions" it has for products.
 
-    Virtual machines often hide the name, and what runs fast follows from the instructions.
+    Virtual machines often hide the name: "AMD EPYC" is several CPUs. The model is the numbers that
+    tell them apart (family, model, stepping; on Arm implementer, part, variant, revision), and what
+    runs fast follows from the instructions.
     """
     fields = _cpu_fields()
     names = ("model name", "Model", "Hardware", "Processor")
     name = next((fields[key] for key in names if key in fields), "") or _cpu_name()
     flags = fields.get("flags", fields.get("Features", "")).split()
-    return {"name": name, "instructions": sorted(set(flags) & _PRODUCTS)}
+    return {
+        "name": name,
+        "model": " ".join(fields[key] for key in _MODEL if key in fields),
+        "instructions": sorted(set(flags) & _PRODUCTS),
+    }
 
+
+_MODEL = (
+    *("cpu family", "model", "stepping"),
+    *("CPU implementer", "CPU part", "CPU variant", "CPU revision"),
+)
 
 _PRODUCTS = {
     "avx", "avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16",

@@ -17,6 +17,7 @@ import torch
 from graphprune.axes import axis_groups
 from graphprune.exporters.onnx.convert import to_onnx, to_onnx_together
 from graphprune.exporters.onnx.files import save_onnx
+from graphprune.exporters.runtime import probe
 from graphprune.exporters.runtime.costs import LASTS, Costs
 from graphprune.exporters.runtime.latency import OnnxRuntimeDevice, write_files
 from graphprune.exporters.runtime.parity import check_parity
@@ -207,6 +208,30 @@ def test_rounds_end_when_medians_are_known() -> None:
 def test_the_cpu_has_a_name() -> None:
     assert cpu()["name"]
     assert isinstance(cpu()["instructions"], list)
+
+
+def test_cpus_of_one_name_share_no_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = {"model name": "AMD EPYC", "cpu family": "25", "model": "1", "flags": "avx2"}
+    known = {"avx2": True, "avx512_f": True, "num_sockets": 1}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    monkeypatch.setattr(probe, "_cpu_fields", lambda: fields)
+
+    def costs() -> Costs:
+        return Costs(tmp_path, OnnxRuntimeDevice().environment())
+
+    def found() -> bool:
+        return bool(costs().read(["a"]))
+
+    costs().write({"a": COST})
+    assert found()
+    for other in ({"model": "17"}, {"cpu family": "26"}, {"stepping": "2"}, {"flags": "fma"}):
+        with monkeypatch.context() as patch:
+            patch.setattr(probe, "_cpu_fields", lambda other=other: {**fields, **other})
+            assert not found()
+    with monkeypatch.context() as patch:  # what CPUID hides from this process
+        patch.setitem(known, "avx512_f", False)
+        assert not found()
+    assert found()
 
 
 @pytest.mark.slow
