@@ -188,7 +188,13 @@ def _explain(model: nn.Module, error: Exception) -> str:
     where = f" at {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
     fact = first_line(error).partition(" (unhinted")[0].rstrip(".")
     text = str(error).lower()
-    if "specialized integer" in text or "unbacked" in text:
+    if _is_packed(error):
+        fact = "the sizes of a packed sequence are the values of its lengths"
+        remedy = (
+            "give the layer the padded batch, [batch, steps, features], and leave padding out by a "
+            "mask behind it, or by picking each row's last step"
+        )
+    elif "specialized integer" in text or "unbacked" in text:
         remedy = (
             "a size depends on tensor values: work on all positions with a mask, or move that line "
             "out of forward"
@@ -203,6 +209,18 @@ def _explain(model: nn.Module, error: Exception) -> str:
     else:
         remedy = "check that model(*example_inputs) runs, and that forward is traceable"
     return f"torch.export cannot capture {type(model).__name__}{where}: {fact}; {remedy}"
+
+
+def _is_packed(error: Exception) -> bool:
+    """Whether it was raised in packing a sequence, or in a recurrent layer that reads one."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        file = frame.f_code.co_filename.replace("\\", "/")
+        packed = frame.f_locals.get("batch_sizes") is not None
+        if file.endswith("/torch/nn/utils/rnn.py") or (
+            packed and file.endswith("/torch/nn/modules/rnn.py")
+        ):
+            return True
+    return False
 
 
 def program_of(

@@ -46,6 +46,32 @@ class Graph(nn.Module):
         return result
 
 
+class LinearlyExcited(Excited):
+    """The same with linear layers in the bottleneck, on channels without positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(16, 4), nn.Linear(4, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.a(x))
+        gate = self.up(F.silu(self.down(h.mean((2, 3))))).sigmoid()[:, :, None, None]
+        result: Tensor = self.head(F.relu(self.b(h * gate)).mean((2, 3)))
+        return result
+
+
+class Messages(Graph):
+    """Two layers over the nodes of a graph, which sends along a list of edges."""
+
+    def forward(self, x: Tensor, sources: Tensor, targets: Tensor) -> Tensor:
+        h = F.relu(self.a(x))
+        h = F.relu(self.b(h + torch.zeros_like(h).index_add(0, targets, h[sources])))
+        to = targets[:, None].expand(-1, 12)
+        sent = torch.zeros_like(h).scatter_add(0, to, h.index_select(0, sources))
+        result: Tensor = self.head(sent)
+        return result
+
+
 class Scanned(nn.Module):
     """A selective scan over six steps, with inner channels as in state space models."""
 
@@ -74,6 +100,16 @@ class Scanned(nn.Module):
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...], list[tuple[str, int]]]] = {
     "squeeze and excitation": (Excited, (torch.randn(2, 3, 8, 8),), [("squeeze.weight", 4)]),
+    "excitation of linear layers": (
+        LinearlyExcited,
+        (torch.randn(2, 3, 8, 8),),
+        [("a.weight", 16), ("down.weight", 4)],
+    ),
+    "messages": (
+        Messages,
+        (torch.randn(7, 6), torch.randint(0, 7, (9,)), torch.randint(0, 7, (9,))),
+        [("a.weight", 16), ("b.weight", 12)],
+    ),
     "graph": (
         Graph,
         (torch.randn(2, 7, 6), torch.randn(2, 7, 7)),

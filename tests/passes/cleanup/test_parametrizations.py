@@ -26,16 +26,19 @@ class Standardized(nn.Conv1d):
         return F.conv1d(x, w, self.bias, padding=1)
 
 
-def _hooked(layer: Any) -> Any:
+def _hooked(layer: Any, way: Callable[[Any], Any] = nn.utils.weight_norm) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch advises the other form
-        return nn.utils.weight_norm(layer)
+        return way(layer)
 
 
 WAYS: dict[str, Callable[[int, int], Any]] = {
     "weight norm": lambda i, o: parametrizations.weight_norm(nn.Conv1d(i, o, 3, padding=1)),
     "weight norm of old": lambda i, o: _hooked(nn.Conv1d(i, o, 3, padding=1)),
     "spectral norm": lambda i, o: parametrizations.spectral_norm(nn.Conv1d(i, o, 3, padding=1)),
+    "spectral norm of old": lambda i, o: _hooked(
+        nn.Conv1d(i, o, 3, padding=1), nn.utils.spectral_norm
+    ),
     "standardization": lambda i, o: Standardized(i, o, 3),
     "orthogonal": lambda i, o: parametrizations.orthogonal(nn.Conv1d(i, o, 1)),
 }
