@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from graphprune.cli import app
-from graphprune.cli.budget import device_kit_command, front_command
+from graphprune.cli.budget import front_command
 from graphprune.cli.catalog import models_command, passes_command, recipes_command
 from graphprune.cli.check import check_command
 from graphprune.cli.compare import compare_command
 from graphprune.cli.compile import compile_command
 from graphprune.cli.demo import demo_command
+from graphprune.cli.device_kit import device_kit_command
 from graphprune.cli.evaluate import eval_command
 from graphprune.cli.generate import generate_command
 from graphprune.cli.inspect import inspect_command

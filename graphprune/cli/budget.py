@@ -1,4 +1,4 @@
-"""Budgets on the command line: their options, `graphprune front`, `graphprune device-kit`."""
+"""Budgets on the command line: their options, and `graphprune front`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,6 @@ from graphprune.cli.early import check_artifact_folder, check_exists, check_metr
 from graphprune.cli.names import COMPARING, KERNELS
 from graphprune.cli.sizes import parse_batch
 from graphprune.errors import GraphPruneError, RecipeError
-from graphprune.storage.folders import check_writable
 from graphprune.validate import check_number
 
 if TYPE_CHECKING:
@@ -409,108 +408,3 @@ def _dense_point(summary: Summary) -> FrontPoint:
     return FrontPoint(
         "dense", 1.0, None, timing["dense_ms"], summary.megabytes["dense"], quality["value"]
     )
-
-
-def device_kit_command(
-    model: Model,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
-    quantize: Quantization = "",
-    batch: Batch = "",
-    threads: Threads = 1,
-    cache: Annotated[
-        bool, typer.Option("--cache", help="A decoder with its key/value cache.")
-    ] = False,
-    as_json: Json = False,
-    allow_pickle: Pickle = False,
-) -> None:
-    """Write a folder that times a model's parts on another machine.
-
-    It holds small models and a script, which needs onnxruntime and numpy alone: copy the folder,
-    run `python kit/measure.py > device.json` there, and give the file to `graphprune compile
-    --device`. Of an artifact with quantized zeros it times sparse products, for --target
-    onnxruntime+kernels.
-    """
-    sizes = parse_batch(batch)
-    check_writable(out.expanduser())
-
-    # From here on torch is imported.
-    from graphprune.cli.subject import opened
-    from graphprune.exporters.runtime.device_kit import is_kit
-    from graphprune.storage.folders import check_target
-
-    check_target(out.expanduser(), is_kit)
-    with opened(model, allow_pickle) as (subject, display):
-        with display.step("capture"):
-            start = subject.captured(cache)
-        with display.step("write") as advance:
-            write = write_device_kit if start.program.quantization is None else write_sparse_kit
-            count = write(start.program, out, sizes, quantize, threads, advance)
-    if as_json:
-        print_json({"model": model, "path": str(out), "models": count})
-        return
-    stdout_console().print(
-        f"{count} models written to {out}/; on the device:\n"
-        f"  python {out}/measure.py > device.json",
-        soft_wrap=True,
-        markup=False,
-    )
-
-
-def write_sparse_kit(
-    program: Program,
-    out: Path,
-    sizes: tuple[int, ...],
-    quantize: str,
-    threads: int,
-    progress: Any,
-) -> int:
-    """Write the forms of a quantized program's products with zeros; how many they are.
-
-    Raises:
-        GraphPruneError: it was quantized otherwise, or no product has zeros.
-    """
-    from graphprune.cli.sizes import timed_sizes
-    from graphprune.exporters.kernels.choose import timed_feeds
-    from graphprune.exporters.kernels.kit import write_forms_kit
-
-    assert program.quantization is not None
-    scheme = program.quantization.scheme
-    if quantize not in ("", scheme):
-        raise GraphPruneError(f"the model is quantized by {scheme} already: leave --quantize out")
-    feeds = timed_feeds(program, timed_sizes(program, sizes))
-    script = write_forms_kit(
-        program,
-        out,
-        feeds,
-        threads=threads,
-        progress=lambda done, total, unit: progress(done, total),
-    )
-    return len(list(script.parent.glob("*.onnx")))
-
-
-def write_device_kit(
-    program: Program,
-    out: Path,
-    sizes: tuple[int, ...],
-    quantize: str,
-    threads: int,
-    progress: Any,
-) -> int:
-    """Write the models that a budget would measure; how many they are."""
-    from graphprune.cli.sizes import timed_sizes
-    from graphprune.exporters.runtime.device_kit import write_kit
-    from graphprune.passes import Budget, Quantize
-    from graphprune.passes.budget.choose import sized_for
-    from graphprune.passes.budget.table import named_models
-
-    mark = Quantize(quantize).quantization(program) if quantize else None
-    options = Budget(speedup=2, batch=timed_sizes(program, sizes), threads=threads)
-    models, inputs = named_models(sized_for(options, program, mark))
-    write_kit(
-        models,
-        out,
-        inputs=inputs,
-        threads=threads,
-        progress=lambda done, total, unit: progress(done, total),
-    )
-    return len({id(model) for model in models.values()})

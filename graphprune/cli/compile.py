@@ -405,8 +405,8 @@ def check_asked(
     Args:
         recipe: its name or file.
         flags: values of the flags that stand for single passes, by name; None where not given.
-        asked: the budget.
-        cache: whether a decoder with its cache is asked for, which is something to do.
+        asked: the budget, and the target: another one than usual is something to do.
+        cache: whether a decoder with its cache is asked for, which is something to do too.
 
     Raises:
         RecipeError: it is one of these, or there is no such recipe.
@@ -418,7 +418,8 @@ def check_asked(
         )
     if recipe is not None and given:
         raise RecipeError("give either --recipe or flags such as --heads and --distill, not both")
-    if recipe is None and not given and not cache and not asked.anything:
+    targeted = asked.target != TARGETS[0]
+    if recipe is None and not (given or cache or targeted or asked.anything):
         raise RecipeError(
             "nothing to do: give --faster TIMES, --recipe NAME|FILE, --heads RATIO or --neurons "
             "RATIO; `graphprune recipes` and `graphprune passes` list what there is"

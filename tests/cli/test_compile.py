@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 from typer.testing import Result
 
+import graphprune as gp
 from graphprune.cli.sensitivity import parse_ratios
 from graphprune.errors import GraphPruneError
+from graphprune.models.zoo.tiny import tiny
 
 Run = Callable[..., Result]
 Sentence = Callable[[Result], str]
@@ -91,3 +93,32 @@ def test_compile_with_calibration_scores_by_it(run: Run, tmp_path: Path, arrays:
     assert "faster" in page
     assert "default session options" in page
     assert run("bench", "out").exit_code == 0  # whose hashes were brought up to date
+
+
+def test_a_finished_artifact_is_exported_for_another_target(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("graphprune_kernels", reason="graphprune-kernels is not installed")
+    recipe = "[magnitude: {sparsity: 0.75, pattern: 16x4}, quantize: {scheme: int8-dynamic}]"
+    (tmp_path / "blocks.yaml").write_text(recipe)
+    made = run("compile", "tiny-mlp", "--recipe", "blocks.yaml", "--no-measure", "-o", "out")
+    assert made.exit_code == 0, made.stderr
+    target = "onnxruntime+kernels"
+    again = run("compile", "out", "--target", target, "--no-measure", "-o", "sparse", "--json")
+    assert again.exit_code == 0, again.stderr
+    manifest = json.loads((tmp_path / "sparse" / "manifest.json").read_text())
+    assert manifest["target"] == target
+    passes = json.loads(again.stdout)["report"]["passes"]
+    assert [step["name"] for step in passes] == ["magnitude", "quantize"]  # none was added
+
+
+def test_metadata_of_an_artifact_stays(run: Run, tmp_path: Path) -> None:
+    """What a detector's or a recognizer's runtime reads in the file."""
+    given = {"names": "{0: 'person'}", "stride": "32", "task": "detect"}
+    model, inputs = tiny("tiny-cnn")
+    gp.compile(model, [], example_inputs=inputs).export(tmp_path / "first", metadata=given)
+    for source, out in (("first", "second"), ("second", "third")):
+        made = run("compile", source, "--neurons", "0.25", "--no-measure", "-o", out)
+        assert made.exit_code == 0, made.stderr
+        artifact = gp.open(tmp_path / out)
+        found = artifact.session().get_modelmeta().custom_metadata_map
+        assert given.items() <= found.items()
+        assert artifact.manifest["metadata"] == given

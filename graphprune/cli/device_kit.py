@@ -1,0 +1,118 @@
+"""`graphprune device-kit`: a folder that times a model's parts on another machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from graphprune.cli.app import (
+    Batch,
+    Json,
+    Model,
+    Pickle,
+    Quantization,
+    Threads,
+    print_json,
+    stdout_console,
+)
+from graphprune.cli.sizes import parse_batch
+from graphprune.errors import GraphPruneError
+from graphprune.storage.folders import check_writable
+
+if TYPE_CHECKING:
+    from graphprune.ir.program import Program
+
+
+def device_kit_command(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
+    quantize: Quantization = "",
+    batch: Batch = "",
+    threads: Threads = 1,
+    cache: Annotated[
+        bool, typer.Option("--cache", help="A decoder with its key/value cache.")
+    ] = False,
+    as_json: Json = False,
+    allow_pickle: Pickle = False,
+) -> None:
+    """Write a folder that times a model's parts on another machine.
+
+    It holds small models and a script, which needs onnxruntime and numpy alone: copy the folder,
+    run `python kit/measure.py > device.json` there, and give the file to `graphprune compile
+    --device`. Of an artifact with quantized zeros it times sparse products, for --target
+    onnxruntime+kernels.
+    """
+    sizes = parse_batch(batch)
+    check_writable(out.expanduser())
+
+    # From here on torch is imported.
+    from graphprune.cli.subject import opened
+    from graphprune.exporters.runtime.device_kit import is_kit
+    from graphprune.storage.folders import check_target
+
+    check_target(out.expanduser(), is_kit)
+    with opened(model, allow_pickle) as (subject, display):
+        with display.step("capture"):
+            start = subject.captured(cache)
+        with display.step("write") as advance:
+            count = write_kit_of(start.program, out, sizes, quantize, threads, advance)
+    if as_json:
+        print_json({"model": model, "path": str(out), "models": count})
+        return
+    stdout_console().print(
+        f"{count} models written to {out}/; on the device:\n"
+        f"  python {out}/measure.py > device.json",
+        soft_wrap=True,
+        markup=False,
+    )
+
+
+def write_kit_of(
+    program: Program,
+    out: Path,
+    sizes: tuple[int, ...],
+    quantize: str,
+    threads: int,
+    progress: Any,
+) -> int:
+    """Write what is timed elsewhere; how many models they are.
+
+    1. Of a float program: what a budget would measure.
+    2. Of a quantized one: the forms of its products with zeros.
+
+    Raises:
+        GraphPruneError: it is quantized otherwise than `quantize` says, or no product has zeros.
+    """
+    from graphprune.cli.sizes import timed_sizes
+    from graphprune.exporters.kernels.choose import timed_feeds
+    from graphprune.exporters.kernels.kit import write_forms_kit
+    from graphprune.exporters.runtime.device_kit import write_kit
+
+    def told(done: int, total: int, unit: str) -> None:
+        progress(done, total)
+
+    timed, mark = timed_sizes(program, sizes), program.quantization
+    if mark is None:
+        models, inputs = _measured(program, timed, quantize, threads)
+        write_kit(models, out, inputs=inputs, threads=threads, progress=told)
+        return len({id(model) for model in models.values()})
+    if quantize not in ("", mark.scheme):
+        raise GraphPruneError(
+            f"the model is quantized by {mark.scheme} already: leave --quantize out"
+        )
+    feeds = timed_feeds(program, timed)
+    script = write_forms_kit(program, out, feeds, threads=threads, progress=told)
+    return len(list(script.parent.glob("*.onnx")))
+
+
+def _measured(program: Program, sizes: tuple[int, ...], quantize: str, threads: int) -> Any:
+    """The models that a budget measures, by name, and their inputs."""
+    from graphprune.passes import Budget, Quantize
+    from graphprune.passes.budget.choose import sized_for
+    from graphprune.passes.budget.table import named_models
+
+    mark = Quantize(quantize).quantization(program) if quantize else None
+    options = Budget(speedup=2, batch=sizes, threads=threads)
+    return named_models(sized_for(options, program, mark))
