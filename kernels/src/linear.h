@@ -47,6 +47,18 @@ struct Linear {
       }
     }
 
+    // Instead of zero points that are subtracted from codes: `output` is the first one, `zeros` are
+    // the tokens'.
+    GRAPHPRUNE_INLINE_MEMBER void subtract_zeros(const Packed& p, int64_t output,
+                                                 const int32_t* zeros) {
+      GRAPHPRUNE_UNROLL
+      for (int v = 0; v < VECTORS; ++v) {
+        const Ints row_sums = V::load(p.row_sums + output + v * LANES);
+        GRAPHPRUNE_UNROLL
+        for (int t = 0; t < TOKENS; ++t) of[t][v] -= row_sums * zeros[t];
+      }
+    }
+
     GRAPHPRUNE_INLINE_MEMBER void add(const Sums& other) {
       GRAPHPRUNE_UNROLL
       for (int t = 0; t < TOKENS; ++t) {
@@ -56,12 +68,16 @@ struct Linear {
     }
   };
 
-  // The sums of a strip. A few tokens are added in CHUNKS chains, because a product waits for the
-  // one before it in its chain.
+  // The sums of a strip from `output` on, over the codes of a panel. A few tokens are added in CHUNKS
+  // chains, because a product waits for the one before it in its chain.
   template <int TOKENS, int VECTORS, int CHUNKS>
-  GRAPHPRUNE_INLINE Sums<TOKENS, VECTORS> add_strip(const Packed& p, int64_t strip,
-                                                    const int8_t* block, const uint8_t* panel) {
+  GRAPHPRUNE_INLINE Sums<TOKENS, VECTORS> add_strip(const Packed& p, const Rows& rows, int64_t strip,
+                                                    int64_t token, int64_t output) {
+    const uint8_t* const panel = rows.panel(token);
+    const int8_t* block = p.blocks + p.starts[strip] * p.block_bytes() +
+                          (output - strip * p.height) * GROUP;
     Sums<TOKENS, VECTORS> sums[CHUNKS];
+    sums[0].subtract_zeros(p, output, rows.zeros + token);
     const int32_t* column = p.columns + p.starts[strip];
     const int32_t* const last = p.columns + p.starts[strip + 1];
     const int64_t bytes = p.block_bytes();
@@ -86,21 +102,18 @@ struct Linear {
   template <int TOKENS, int VECTORS, bool CUT>
   GRAPHPRUNE_INLINE void finish(const Packed& p, const Rows& rows, const Sums<TOKENS, VECTORS>& sums,
                                 int64_t token, int64_t output, float* y) {
-    const int32_t* const zeros = rows.zeros + token;
     const float* const token_scales = rows.scales + token;
     const int64_t stride = p.outputs, left = p.outputs - output;
     y += token * stride + output;
     GRAPHPRUNE_UNROLL
     for (int v = 0; v < VECTORS; ++v) {
       const int64_t o = output + v * LANES;
-      const Ints row_sums = V::load(p.row_sums + o);
       const Floats scales = V::load(p.scales + o);
       const Floats bias = p.bias ? V::load(p.bias + o) : V::all(0.0f);
       GRAPHPRUNE_UNROLL
       for (int t = 0; t < TOKENS; ++t) {
-        const Ints whole = sums.of[t][v] - row_sums * zeros[t];
         const Floats scale = scales * token_scales[t];
-        const Floats value = __builtin_convertvector(whole, Floats) * scale + bias;
+        const Floats value = __builtin_convertvector(sums.of[t][v], Floats) * scale + bias;
         float* const to = y + t * stride + v * LANES;
         CUT ? V::store_some(to, value, left - v * LANES) : V::store(to, value);
       }
@@ -115,10 +128,8 @@ struct Linear {
     constexpr int SUMS = TOKENS * VECTORS;
     constexpr int CHUNKS = SUMS < Isa::CHAINS ? Isa::CHAINS / SUMS : 1;
     for (int part = 0; part < WHOLE; part += VECTORS) {
-      const int8_t* first = p.blocks + p.starts[strip] * p.block_bytes() + part * Isa::BYTES;
-      const auto sums =
-          add_strip<TOKENS, VECTORS, CHUNKS>(p, strip, first, rows.panel(token));
       const int64_t output = strip * HEIGHT + part * LANES;
+      const auto sums = add_strip<TOKENS, VECTORS, CHUNKS>(p, rows, strip, token, output);
       if (output + VECTORS * LANES <= p.outputs) {
         finish<TOKENS, VECTORS, false>(p, rows, sums, token, output, y);
       } else {
@@ -186,9 +197,11 @@ struct Linear {
 
   static void quantize(const float* x, const Rows& rows) {
     each_panel(rows.tokens, [&]<int TOKENS>(int64_t token) {
-      for (int t = 0; t < TOKENS; ++t) {
-        Quantizer<Isa>::quantize_row(x + (token + t) * rows.inputs, rows, token + t,
-                                     rows.panel(token) + t * GROUP, TOKENS * GROUP);
+      constexpr int ROWS = TOKENS < 4 ? TOKENS : 4;
+      static_assert(TOKENS % ROWS == 0);
+      for (int t = 0; t < TOKENS; t += ROWS) {
+        Quantizer<Isa>::template quantize_rows<ROWS>(x + (token + t) * rows.inputs, rows, token + t,
+                                                     rows.panel(token) + t * GROUP, TOKENS * GROUP);
       }
     });
   }

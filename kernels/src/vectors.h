@@ -17,6 +17,7 @@ template <class Isa>
 struct Vectors {
   using Floats = typename Isa::Floats;
   using Ints = typename Isa::Ints;
+  using Words = typename Isa::Words;
   using Bytes = typename Isa::Bytes;
   static constexpr int LANES = Isa::BYTES / 4;
 
@@ -46,14 +47,36 @@ struct Vectors {
     if (count > 0) std::memcpy(to, &v, count * sizeof(float));
   }
 
-  // The low bytes of four lanes side by side in the first of them.
-  GRAPHPRUNE_INLINE Ints low_bytes(Ints v) {
-    return low_bytes((Bytes)v, std::make_integer_sequence<int, Isa::BYTES>());
+  // In each 16 bytes, which lie in memory as 4 by 4: the transpose. One instruction everywhere.
+  GRAPHPRUNE_INLINE Ints transposed(Ints v) {
+    return transposed((Bytes)v, std::make_integer_sequence<int, Isa::BYTES>());
   }
   template <int... BYTE>
-  GRAPHPRUNE_INLINE Ints low_bytes(Bytes v, std::integer_sequence<int, BYTE...>) {
-    // Within 16 bytes, which is one instruction everywhere.
-    return (Ints)__builtin_shufflevector(v, v, (BYTE / 16 * 16 + BYTE % 4 * 4)...);
+  GRAPHPRUNE_INLINE Ints transposed(Bytes v, std::integer_sequence<int, BYTE...>) {
+    return (Ints)__builtin_shufflevector(v, v, (BYTE / 16 * 16 + BYTE % 4 * 4 + BYTE % 16 / 4)...);
+  }
+
+  // Writes the first `count` bytes of part PART of 16 bytes.
+  template <int PART>
+  GRAPHPRUNE_INLINE void store_part(uint8_t* to, Ints v, int64_t count) {
+    constexpr int FIRST = PART * 4;
+    const auto part = __builtin_shufflevector(v, v, FIRST, FIRST + 1, FIRST + 2, FIRST + 3);
+    std::memcpy(to, &part, count);
+  }
+
+  // f over all lanes, in each lane; f has to be commutative.
+  template <class Function>
+  GRAPHPRUNE_INLINE float over_lanes(Floats v, const Function& f) {
+    return over_lanes<LANES / 2>(v, f, std::make_integer_sequence<int, LANES>());
+  }
+  template <int HALF, class Function, int... LANE>
+  GRAPHPRUNE_INLINE float over_lanes(Floats v, const Function& f,
+                                     std::integer_sequence<int, LANE...> lanes) {
+    if constexpr (HALF > 0) {
+      v = f(v, __builtin_shufflevector(v, v, ((LANE + HALF) % LANES)...));
+      return over_lanes<HALF / 2>(v, f, lanes);
+    }
+    return v[0];
   }
 
   GRAPHPRUNE_INLINE Floats all(float x) { return x - Floats{}; }
@@ -77,11 +100,11 @@ struct Vectors {
   GRAPHPRUNE_INLINE Floats magnitude(Floats x) { return (Floats)((Ints)x & 0x7fffffff); }
 
   // To the nearest, halves to even, for |x| < 2^22: after 1.5 * 2^23 is added no bit is left
-  // for a fraction.
-  GRAPHPRUNE_INLINE Floats round(Floats x) {
-    constexpr float SHIFT = 12582912.0f;
-    return (x + SHIFT) - SHIFT;
-  }
+  // for a fraction, and the lowest bits are the integer.
+  static constexpr float SHIFT = 12582912.0f;
+  static constexpr int32_t SHIFT_BITS = 0x4b400000;
+  GRAPHPRUNE_INLINE Floats round(Floats x) { return (x + SHIFT) - SHIFT; }
+  GRAPHPRUNE_INLINE Ints rounded(Floats x) { return (Ints)(x + SHIFT) - SHIFT_BITS; }
 
   // The highest power's factor comes first.
   template <int COUNT>

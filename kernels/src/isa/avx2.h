@@ -13,6 +13,7 @@ struct Avx2 {
   static constexpr int BYTES = 32;
   typedef float Floats __attribute__((vector_size(32)));
   typedef int32_t Ints __attribute__((vector_size(32)));
+  typedef uint32_t Words __attribute__((vector_size(32)));
   typedef uint8_t Bytes __attribute__((vector_size(32)));
 
   static constexpr int TOKENS = 4, VECTORS = 2;  // 8 sums, 2 weights, 1 input, the ones, 2 between

@@ -17,10 +17,11 @@ struct Avx512Vnni {
   static constexpr int BYTES = 64;
   typedef float Floats __attribute__((vector_size(64)));
   typedef int32_t Ints __attribute__((vector_size(64)));
+  typedef uint32_t Words __attribute__((vector_size(64)));
   typedef uint8_t Bytes __attribute__((vector_size(64)));
 
-  static constexpr int TOKENS = 12, VECTORS = 2;  // 24 sums, 2 weights, 1 input of 32 registers
-  static constexpr int CHAINS = 8;                // 5 cycles of latency, 1 or 2 products a cycle
+  static constexpr int TOKENS = 8, VECTORS = 2;   // 16 sums, 2 weights, 1 input of 32 registers
+  static constexpr int CHAINS = 16;               // 5 cycles of latency, 1 or 2 products a cycle
   static constexpr int OFFSET = 0;
 
   GRAPHPRUNE_INLINE Ints dot(Ints sums, Ints inputs, Ints weights) {

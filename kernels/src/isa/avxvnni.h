@@ -18,6 +18,7 @@ struct AvxVnni {
   static constexpr int BYTES = 32;
   typedef float Floats __attribute__((vector_size(32)));
   typedef int32_t Ints __attribute__((vector_size(32)));
+  typedef uint32_t Words __attribute__((vector_size(32)));
   typedef uint8_t Bytes __attribute__((vector_size(32)));
 
   static constexpr int TOKENS = 3, VECTORS = 4;  // 12 sums, 3 inputs; weights come from memory

@@ -13,6 +13,7 @@ struct NeonDot {
   static constexpr int BYTES = 16;
   typedef float Floats __attribute__((vector_size(16)));
   typedef int32_t Ints __attribute__((vector_size(16)));
+  typedef uint32_t Words __attribute__((vector_size(16)));
   typedef uint8_t Bytes __attribute__((vector_size(16)));
 
   static constexpr int TOKENS = 4, VECTORS = 4;  // 16 sums, 4 weights; at 6 tokens GCC spills
