@@ -5,7 +5,7 @@
 A bidirectional LSTM is trained on TREC's six classes (5,452 questions), loses half of its hidden
 units by first-order scores on training questions, trains for two epochs more, and is compared with
 itself before on the 500 test questions: accuracy, operations, and milliseconds of thread CPU time.
-`int8` is ONNX Runtime's own dynamic quantization of LSTM nodes.
+`int8` is `Quantize("int8-dynamic")`, of the LSTM, the table of words and the head.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ import graphprune as gp
 from benchmarks.common import Row, Settings, main
 from graphprune.exporters.onnx.convert import to_onnx
 from graphprune.exporters.onnx.files import save_onnx
+from graphprune.exporters.quantize.quantize import quantize
 from graphprune.exporters.runtime.parity import check_parity
 from graphprune.exporters.runtime.session import open_session
 from graphprune.exporters.runtime.timing import compare
 from graphprune.ir.cost import flops
 from graphprune.ir.program import Program
+from graphprune.ir.quantization import Mark
 from graphprune.passes import Distill, PruneNeurons
 
 CLASSES = ("ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM")
@@ -101,15 +103,11 @@ def _accuracy(program: Program, batches: list[dict[str, Tensor]]) -> float:
     return 100 * right / total
 
 
-def _quantized(path: Path) -> Path:
-    """The file with LSTM nodes in int8, as ONNX Runtime quantizes them."""
-    import onnx
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
+def _quantized(path: Path, feeds: dict[str, Any]) -> Path:
+    """The file as `Quantize("int8-dynamic")` exports it: the LSTM, the table and the head."""
     target = path.with_name(f"int8-{path.name}")
-    model = onnx.load(path)
-    del model.graph.value_info[:]  # weights are stored as MatMul reads them, turned
-    quantize_dynamic(model, target, op_types_to_quantize=["LSTM"], weight_type=QuantType.QInt8)
+    notes = quantize(path, target, Mark("int8-dynamic"), [feeds])
+    assert (notes["recurrent"], notes["products"], notes["tables"]) == (1, 1, 1)
     return target
 
 
@@ -151,7 +149,7 @@ def measure(settings: Settings) -> Iterator[Row]:
         base = open_session(paths["dense"], 1)
         feeds = {base.get_inputs()[0].name: torch.randint(1, 900, (1, LENGTH)).numpy()}
         for name in programs:
-            for form, path in (("float32", paths[name]), ("int8", _quantized(paths[name]))):
+            for form, path in (("float32", paths[name]), ("int8", _quantized(paths[name], feeds))):
                 session = open_session(path, 1)
                 found = compare(session, base, feeds, repeats=settings.repeats)
                 wanted = 1.0 if name == "dense" else ratio

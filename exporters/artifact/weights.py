@@ -10,7 +10,8 @@ from graphprune.exporters.onnx.files import file_bytes
 from graphprune.ir.graph import is_op, op_name, tensor_nodes
 from graphprune.ir.program import Program
 
-EMBEDDINGS, CONVOLUTIONS, OTHER = "embeddings", "convolutions", "other"
+EMBEDDINGS, CONVOLUTIONS, RECURRENT = "embeddings", "convolutions", "recurrent"
+OTHER = "other"
 # What a tensor is for, by the roles of its axes; the first that fits.
 _BY_ROLE: Mapping[str, frozenset[str]] = {
     "attention": frozenset({"head", "kv_group", "queries_per_group", "qk_dim", "v_dim"}),
@@ -23,7 +24,8 @@ def tensor_roles(program: Program) -> dict[str, str]:
 
     1. "embeddings": a table that `embedding` looks up, tied to an output projection or not.
     2. "convolutions": the weight of a convolution.
-    3. "attention" and "feed-forward": what has an axis of heads or of neurons.
+    3. "recurrent": what an LSTM, GRU or RNN layer reads.
+    4. "attention" and "feed-forward": what has an axis of heads or of neurons.
 
     What is not named, norms and a classifier's last layer among it, is neither.
     """
@@ -33,6 +35,8 @@ def tensor_roles(program: Program) -> dict[str, str]:
             for user in read.users:
                 if is_op(user, "embedding"):
                     found[str(read.target)] = EMBEDDINGS
+                elif is_op(user, "lstm", "gru", "rnn_tanh", "rnn_relu"):
+                    found.setdefault(str(read.target), RECURRENT)
                 elif "conv" in op_name(user) and read is user.args[1]:
                     found.setdefault(str(read.target), CONVOLUTIONS)
     groups = axis_groups(program)
@@ -69,4 +73,6 @@ def bytes_by_role(file: Path, roles: Mapping[str, str]) -> dict[str, int]:
 
 
 def _made_of(initializer: str, tensor: str) -> bool:
-    return initializer == tensor or initializer.startswith((f"{tensor}_", f"{tensor}."))
+    return initializer == tensor or initializer.startswith(
+        (f"{tensor}_", f"{tensor}.", f"{tensor}@")
+    )

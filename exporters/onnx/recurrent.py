@@ -101,6 +101,18 @@ def onnx_layer(op: Any) -> Callable[..., Any]:
     return translate
 
 
+_CALL = "@"
+
+
+def made_of(weight: str) -> str:
+    """The tensor that a recurrent layer's weight in the file is named after.
+
+    A layer's weights are stacked, its directions together, for each call of it; the name is that of
+    the first direction's tensor.
+    """
+    return weight.rpartition(_CALL)[0] or weight
+
+
 def lower_recurrent(module: fx.GraphModule) -> None:
     """Write every recurrent layer of a flat module with fresh metadata as `recurrent_layer`.
 
@@ -178,10 +190,13 @@ class _Lowering:
     def _layer(self, layer: int, value: fx.Node) -> fx.Node:
         every = [self.tensors(layer, direction) for direction in range(self.directions)]
         ordered = [self._ordered(some) for some in every]
-        names = ("weight", "recurrence", "bias")
+        first = layer * self.directions * self.each
+        read = [str(node.target) for node in self.arguments["params"][first : first + 2]]
         weights = [
-            self._new(f"{name}_{layer}", torch.stack(parts))
-            for name, parts in zip(names, zip(*ordered, strict=True), strict=True)
+            self._new(name, torch.stack(parts))
+            for name, parts in zip(
+                (*read, f"bias_{layer}"), zip(*ordered, strict=True), strict=True
+            )
         ]
         hidden = self._state(self.states[0], layer)
         if self.projected:  # zeros of the units' number, as the cell's state has
@@ -219,10 +234,12 @@ class _Lowering:
         return self._new(f"projection_{layer}", torch.stack(found))
 
     def _new(self, name: str, tensor: Tensor) -> fx.Node:
-        """A new tensor of the module, read here."""
-        full = f"{self.node.name}_{name}".replace(".", "_")
-        self.module.register_parameter(full, nn.Parameter(tensor.detach().contiguous()))
-        return self.module.graph.get_attr(full)
+        """A new tensor of the module, read here; `made_of` finds the name again."""
+        path, _, last = name.rpartition(".")
+        full = f"{last}{_CALL}{self.node.name}"
+        parent = self.module.get_submodule(path)
+        parent.register_parameter(full, nn.Parameter(tensor.detach().contiguous()))
+        return self.module.graph.get_attr(f"{path}.{full}" if path else full)
 
 
 def _tensor(module: fx.GraphModule, node: Any, layer: fx.Node) -> Tensor:

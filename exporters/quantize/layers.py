@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import onnx
 
-Kind = Literal["matmul", "conv", "embedding"]
+Kind = Literal["matmul", "conv", "embedding", "lstm", "recurrent"]
 
 
 @final
@@ -22,8 +22,9 @@ class Layer:
 
     Attributes:
         node: its name in the graph.
-        weight: name of the initializer.
-        kind: "matmul" (MatMul, Gemm), "conv" or "embedding" (Gather from a table).
+        weight: name of the initializer; of a recurrent layer, that of its inputs.
+        kind: "matmul" (MatMul, Gemm), "conv", "embedding" (Gather from a table), "lstm", or
+            "recurrent" (GRU, RNN).
         tied: the weight comes through a Transpose, because another node reads it as it is.
     """
 
@@ -58,6 +59,9 @@ _KINDS: dict[str, dict[int, Kind]] = {
     "Gemm": {1: "matmul"},
     "Conv": {1: "conv"},
     "Gather": {0: "embedding"},
+    "LSTM": {1: "lstm"},
+    "GRU": {1: "recurrent"},
+    "RNN": {1: "recurrent"},
 }
 
 
@@ -72,6 +76,8 @@ def _fits(node: onnx.NodeProto, weight: onnx.TensorProto) -> bool:
         return plain and len(weight.dims) == 2
     if node.op_type == "Gather":
         return a.get("axis", 0) == 0 and len(weight.dims) == 2
+    if node.op_type in ("LSTM", "GRU", "RNN"):
+        return a.get("layout", 0) == 0
     return node.op_type == "Conv" or len(weight.dims) == 2
 
 
@@ -127,8 +133,12 @@ class Editor:
         self.weights = {i.name: i for i in model.graph.initializer}
         self.nodes = {n.name: n for n in model.graph.node}
 
-    def prepare(self, chosen: Sequence[Layer], layers: Iterable[Layer]) -> list[str]:
-        """Products become MatMul with a weight of their own, tables int8.
+    def prepare(
+        self, chosen: Sequence[Layer], layers: Iterable[Layer], largest: int = 127
+    ) -> list[str]:
+        """Products become MatMul with a weight of their own; tables and LSTM layers become int8.
+
+        Codes of an LSTM's weights are `largest` at most.
 
         Every Gemm is spelled out, also one that stays float: ORT's quantizer (1.31) does so with
         those that it meets, and then trips over their old shapes.
@@ -144,6 +154,8 @@ class Editor:
         for layer in chosen:
             if layer.kind == "embedding":
                 self._quantize_table(layer)
+            elif layer.kind == "lstm":
+                self._quantize_lstm(layer, largest)
         names = self._merge_all([self.nodes[x.node] for x in chosen if x.kind == "matmul"])
         self.drop_unread()
         return [*names, *(x.node for x in chosen if x.kind == "conv")]
@@ -257,6 +269,31 @@ class Editor:
         node.output[0] = product
         self.graph.node.insert(list(self.graph.node).index(node) + 1, add)
 
+    def _quantize_lstm(self, layer: Layer, largest: int) -> None:
+        """LSTM -> DynamicQuantizeLSTM, whose weights are turned, with a scale a row of each gate.
+
+        Layers that share a weight share its codes.
+        """
+        from onnx import helper
+
+        node = self.nodes[layer.node]
+        inputs = [*node.input, *[""] * (8 - len(node.input))]
+        for place in (1, 2):
+            weight, stem = self.array(node.input[place]), f"{node.input[place]}_lstm"
+            codes, scales = quantized_rows(weight.reshape(-1, weight.shape[2]), largest)
+            turned = codes.reshape(weight.shape).transpose(0, 2, 1)
+            inputs[place] = self.store(f"{stem}_int8", turned)
+            inputs.append(self.store(f"{stem}_scales", scales.reshape(weight.shape[:2])))
+            inputs.append(self.store(f"{stem}_zeros", np.zeros(weight.shape[:2], np.int8)))
+        del node.input[:]
+        node.input.extend(inputs)
+        plain = [a for a in node.attribute if a.name != "layout"]  # 0, as `_fits` saw
+        del node.attribute[:]
+        node.attribute.extend(plain)
+        node.op_type, node.domain = "DynamicQuantizeLSTM", "com.microsoft"
+        if not any(known.domain == node.domain for known in self.model.opset_import):
+            self.model.opset_import.append(helper.make_opsetid(node.domain, 1))
+
     def _quantize_table(self, layer: Layer) -> None:
         """Gather(float) -> Gather(int8) as float, times the gathered rows' scales."""
         from onnx import helper
@@ -294,10 +331,10 @@ class Editor:
 
 
 def quantized_rows(
-    table: npt.NDArray[np.float32],
+    table: npt.NDArray[np.float32], largest: int = 127
 ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
     """int8 codes [rows, width] and scales [rows, 1] with |table - codes x scales| <= scales / 2."""
-    scales = np.abs(table).max(axis=1, keepdims=True, initial=0.0) / np.float32(127)
+    scales = np.abs(table).max(axis=1, keepdims=True, initial=0.0) / np.float32(largest)
     scales = np.where(scales == 0, 1.0, scales).astype(np.float32)
-    codes = np.clip(np.rint(table / scales), -127, 127).astype(np.int8)
+    codes = np.clip(np.rint(table / scales), -largest, largest).astype(np.int8)
     return codes, scales

@@ -7,6 +7,9 @@ Measured with ORT 1.31 on AVX-512 VNNI, one thread, MiniLM-L6 at 1 x 128 tokens,
     int8 weights, a scale a tensor       2.64    cosine 0.89 instead of 0.99 on random tokens
     uint8 weights, a scale a channel     1.52    MLAS has no fast kernel for them here
 
+Of recurrent layers, "int8-dynamic" takes LSTM (com.microsoft.DynamicQuantizeLSTM, a scale a row of
+each gate); GRU and RNN have no such operator.
+
 Without VNNI (AVX2) pairs of uint8 x int8 products are added in 16 bits and saturate: seven-bit
 weights (reduce_range) are exact there.
 """
@@ -25,7 +28,14 @@ from typing import TYPE_CHECKING, Any, final
 from graphprune.errors import ArtifactError, ExportError
 from graphprune.exporters.kernels.lower import Form, lower
 from graphprune.exporters.onnx.files import file_bytes, save_onnx
-from graphprune.exporters.quantize.layers import Editor, Layer, find_layers, half_tied
+from graphprune.exporters.onnx.recurrent import made_of
+from graphprune.exporters.quantize.layers import (
+    Editor,
+    Layer,
+    find_layers,
+    half_tied,
+    readers_of,
+)
 from graphprune.exporters.runtime.drift import Outputs, drifts, run_all, worst
 from graphprune.exporters.runtime.session import Feeds, open_session
 from graphprune.ir.quantization import Mark
@@ -106,8 +116,9 @@ def quantize(
         found = drifts(work.outputs, work.expected, run_all(session, feeds))
     return {
         "scheme": mark.scheme,
-        "products": sum(layer.kind != "embedding" for layer in chosen),
+        "products": sum(layer.kind in ("matmul", "conv") for layer in chosen),
         "tables": sum(layer.kind == "embedding" for layer in chosen),
+        "recurrent": sum(layer.kind == "lstm" for layer in chosen),
         "sparse": sum(layer in work.sparse for layer in chosen),
         **notes,
         "drift": [d.to_json() for d in found],
@@ -165,16 +176,31 @@ class _Work:
         if self.mark.keep_error is not None:
             chosen, within = self._within(self.mark.keep_error, chosen, left)
             notes |= within
-        return chosen, {"float": {layer.weight: why for layer, why in left.items()}, **notes}
+        return chosen, {"float": {tensor_of(layer): why for layer, why in left.items()}, **notes}
 
     def _obstacle(self, layer: Layer) -> str:
-        if not self.mark.takes(layer.weight):
+        if not self.mark.takes(tensor_of(layer)):
             return "left in float on request"
+        if layer.kind in ("lstm", "recurrent"):
+            return self._recurrent_obstacle(layer)
         if layer.kind == "embedding" and not self.mark.embeddings:
             return "embeddings=False"
         if layer.kind == "conv" and self.mark.scheme != "int8-static":
             return f"{self.mark.scheme} has no fast convolution"
         return ""
+
+    def _recurrent_obstacle(self, layer: Layer) -> str:
+        node = next(n for n in self.model.graph.node if n.name == layer.node)
+        if self.mark.scheme != "int8-dynamic":
+            return f"{self.mark.scheme} has no recurrent layer"
+        if node.op_type != "LSTM":
+            return f"onnxruntime has no {node.op_type} in int8"
+        readers = readers_of(self.model.graph)
+        constant = {i.name for i in self.model.graph.initializer}
+        if not constant.issuperset(node.input[1:3]):
+            return "its recurrence is computed"
+        others = [n for weight in node.input[1:3] for n in readers[weight] if n.op_type != "LSTM"]
+        return f"{others[0].name!r} reads the same weight and stays float" if others else ""
 
     def _without_half_tied(self, chosen: list[Layer], left: dict[Layer, str]) -> list[Layer]:
         while gone := half_tied(self.model, chosen):
@@ -237,7 +263,8 @@ class _Work:
         model = onnx.ModelProto()
         model.CopyFrom(self.model)
         stock = [layer for layer in chosen if layer not in self.sparse]
-        names = Editor(model).prepare(stock, self.layers)
+        largest = 64 if self.mark.reduce_range else 127
+        names = Editor(model).prepare(stock, self.layers, largest)
         if names:
             with _quiet():
                 model = self._products(model, names)
@@ -339,6 +366,11 @@ class _Reader:
 
     def __iter__(self) -> Iterator[Feeds]:
         return self._feeds
+
+
+def tensor_of(layer: Layer) -> str:
+    """The program's tensor that a layer's weight is, or is made of."""
+    return made_of(layer.weight) if layer.kind in ("lstm", "recurrent") else layer.weight
 
 
 def _together(layers: Sequence[Layer]) -> dict[str, list[Layer]]:

@@ -224,7 +224,7 @@ class _Views:
 
     def _unflattened(self, node: fx.Node) -> dict[_Key, _View]:
         """Rows that were flattened for a product, and have their dimensions again."""
-        found = {}
+        found: dict[_Key, _View] = {}
         for (operand, how), view in self.of(node.args[0]).items():
             if how == "rows" and is_op(operand, "reshape", "view", "_unsafe_view"):
                 source = operand.args[0]

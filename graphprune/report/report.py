@@ -383,8 +383,10 @@ def quantized_text(notes: Mapping[str, Any]) -> str:
         return ""
     left = len(notes.get("float") or ())
     sparse = f", {notes['sparse']} of them sparse" if notes.get("sparse") else ""
+    lstms = f", {plural(notes['recurrent'], 'LSTM')}" if notes.get("recurrent") else ""
+    tables = plural(notes["tables"], "table")
     return (
-        f"{plural(notes['products'], 'product')}{sparse} and {plural(notes['tables'], 'table')} in "
+        f"{plural(notes['products'], 'product')}{sparse}{lstms} and {tables} in "
         f"{notes['scheme']}, {left} left in float"
     )
 
