@@ -87,9 +87,12 @@ def _merged(
     """The new weight, and bias where it changes, of all the adapters of one; or why it stays."""
     if reason := _obstacle(program, weight, found):
         return reason
-    results = [_tensors(program, adapter) for adapter in found]
-    if isinstance(results[0], str):
-        return results[0]
+    results: list[dict[str, Tensor]] = []
+    for adapter in found:
+        result = _tensors(program, adapter)
+        if isinstance(result, str):
+            return result
+        results.append(result)
     for result in results[1:]:
         same = result.keys() == results[0].keys() and all(
             torch.equal(tensor, results[0][name]) for name, tensor in result.items()
@@ -121,7 +124,7 @@ def _tensors(program: Program, adapter: Adapter) -> dict[str, Tensor] | str:
     layer = adapter.layer
 
     def value(node: fx.Node) -> Tensor:
-        return computed(node.graph, [node], program.tensors)[node]  # type: ignore[no-any-return]
+        return computed(node.graph, [node], program.tensors)[node]
 
     matrix, vector = adapter.merged(program.tensors, value)
     name = layer.factor.tensor

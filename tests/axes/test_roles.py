@@ -60,8 +60,12 @@ class LinearlyExcited(Excited):
         return result
 
 
-class Messages(Graph):
+class Messages(nn.Module):
     """Two layers over the nodes of a graph, which sends along a list of edges."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(6, 16), nn.Linear(16, 12), nn.Linear(12, 3)
 
     def forward(self, x: Tensor, sources: Tensor, targets: Tensor) -> Tensor:
         h = F.relu(self.a(x))

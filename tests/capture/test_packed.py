@@ -25,8 +25,8 @@ class Packed(nn.Module):
         packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
         steps, last = self.rnn(packed)
         if self.whole:
-            return self.head(pad_packed_sequence(steps, batch_first=True)[0])  # type: ignore[no-any-return]
-        return self.head((last[0] if isinstance(last, tuple) else last)[-1])  # type: ignore[no-any-return]
+            return self.head(pad_packed_sequence(steps, batch_first=True)[0])
+        return self.head((last[0] if isinstance(last, tuple) else last)[-1])
 
 
 class Padded(Packed):
@@ -35,7 +35,7 @@ class Padded(Packed):
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
         steps, _ = self.rnn(x)
         place = (lengths - 1)[:, None, None].expand(-1, 1, steps.shape[-1])
-        return self.head(steps.gather(1, place).squeeze(1))  # type: ignore[no-any-return]
+        return self.head(steps.gather(1, place).squeeze(1))
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
