@@ -6,8 +6,8 @@
 - budget over all: `Budget(size_mb=...)` chooses among all three;
 - dense, also in int8 (dynamic) and with int4 weights.
 
-Each is exported with its cache, in float32; the dense model in int8 and int4 too. Perplexity is ONNX Runtime's, on
-the first windows of 512 tokens of WikiText-2's raw test text; lower is better. Tokens per second
+Each is exported with its cache, in float32; the dense model in int8 and int4 too. Perplexity is
+ONNX Runtime's, on the first windows of 512 tokens of WikiText-2's raw test text. Tokens per second
 are those after a 128-token prompt, CPU time of one thread, and "faster" is against dense float32,
 interleaved. Calibration is on segments of 512 tokens of the validation text, drawn at random.
 $GRAPHPRUNE_DATA names the folder that holds wikitext2/.

@@ -192,7 +192,7 @@ def _explain(model: nn.Module, error: Exception) -> str:
         fact = "the sizes of a packed sequence are the values of its lengths"
         remedy = (
             "give the layer the padded batch, [batch, steps, features], and leave padding out by a "
-            "mask behind it, or by picking each row's last step"
+            "mask after it, or by picking each row's last step"
         )
     elif "specialized integer" in text or "unbacked" in text:
         remedy = (

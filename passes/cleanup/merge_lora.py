@@ -1,4 +1,4 @@
-"""MergeLora: adapters become part of the weights that they adapt."""
+"""MergeLora: adapters are merged into the weights that they adapt."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def _read_elsewhere(
 
 
 def _reached(graphs: Mapping[str, fx.Graph], name: str, last: set[fx.Node]) -> Iterator[fx.Node]:
-    """The nodes that a tensor's values reach, none behind `last`."""
+    """The nodes that a tensor's values reach, none after `last`."""
     reads = [n for g in graphs.values() for n in g.nodes if (n.op, n.target) == ("get_attr", name)]
     stack, seen = [user for read in reads for user in read.users], set[fx.Node]()
     while stack:
