@@ -168,7 +168,7 @@ _Key = tuple[fx.Node, str | Window]
 
 @dataclass(slots=True)
 class _Views:
-    """What the values of a graph are of others; a key for each input that it depends on."""
+    """What the values of a graph are of others; a key for each input that this holds of."""
 
     graph: fx.Graph
     found: dict[fx.Node, dict[_Key, _View]] = field(default_factory=dict)

@@ -90,20 +90,20 @@ def write_kit_of(
     from graphprune.exporters.kernels.kit import write_forms_kit
     from graphprune.exporters.runtime.device_kit import write_kit
 
-    def report(done: int, total: int, unit: str) -> None:
+    def advanced(done: int, total: int, unit: str) -> None:
         progress(done, total)
 
     timed, mark = timed_sizes(program, sizes), program.quantization
     if mark is None:
         models, inputs = _measured(program, timed, quantize, threads)
-        write_kit(models, out, inputs=inputs, threads=threads, progress=report)
+        write_kit(models, out, inputs=inputs, threads=threads, progress=advanced)
         return len({id(model) for model in models.values()})
     if quantize not in ("", mark.scheme):
         raise GraphPruneError(
             f"the model is quantized by {mark.scheme} already: leave --quantize out"
         )
     feeds = timed_feeds(program, timed)
-    script = write_forms_kit(program, out, feeds, threads=threads, progress=report)
+    script = write_forms_kit(program, out, feeds, threads=threads, progress=advanced)
     return len(list(script.parent.glob("*.onnx")))
 
 

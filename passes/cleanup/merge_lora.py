@@ -1,4 +1,4 @@
-"""MergeLora: adapters are merged into the weights that they adapt."""
+"""MergeLora: adapters are added to the weights that they adapt."""
 
 from __future__ import annotations
 
