@@ -1,0 +1,77 @@
+"""Rows as a table, in a terminal and in Markdown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from benchmarks.common import Row
+
+BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
+_HEAD = (
+    "| family | parameters | FLOPs | cut | stays, and why | ONNX Runtime |\n"
+    "|---|---|---|---|---|---|"
+)
+
+
+def shown(row: Row) -> Row:
+    """A row in words."""
+    return {
+        "family": row["family"],
+        "parameters": _parameters(row),
+        "FLOPs": f"{row['FLOPs']:.0%}" if "FLOPs" in row else "",
+        "cut": ", ".join(row.get("cut", ())),
+        "stays": "; ".join(_stays(row)),
+        "ORT": f"{row['ORT']:.0e}" if "ORT" in row else "",
+    }
+
+
+def write(page: Path, rows: Sequence[Row]) -> None:
+    """Put the tables of all sections into a page, between its markers."""
+    old = page.read_text(encoding="utf-8") if page.exists() else f"{BEGIN}\n{END}\n"
+    lines = "\n".join(_lines(rows))
+    made = re.sub(
+        f"{re.escape(BEGIN)}.*{re.escape(END)}",
+        lambda _: f"{BEGIN}\n{lines}\n{END}",
+        old,
+        flags=re.DOTALL,
+    )
+    page.write_text(made, encoding="utf-8")
+
+
+def _lines(rows: Sequence[Row]) -> Iterator[str]:
+    ran = sum("ORT" in row for row in rows)
+    missing = sum("missing" in row for row in rows)
+    yield f"{ran} of {len(rows) - missing} families run after the cut."
+    for domain in dict.fromkeys(row["domain"] for row in rows):
+        yield f"\n## {domain}\n\n{_HEAD}"
+        for row in rows:
+            if row["domain"] == domain and "missing" not in row:
+                yield "| " + " | ".join(_escaped(v) for v in shown(row).values()) + " |"
+    yield ""
+
+
+def _escaped(cell: str) -> str:
+    # Placeholders of a model's own names, such as <lambda>, are no HTML.
+    return cell.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
+
+
+def _parameters(row: Row) -> str:
+    if "parameters" not in row:
+        return ""
+    after = row.get("parameters after")
+    return f"{row['parameters']:,}" + (f" → {after:,}" if after is not None else "")
+
+
+def _stays(row: Row) -> Iterator[str]:
+    """Failures first, then what is refused, frozen by operators, and held by norms and outputs."""
+    for word in ("failed", "missing"):
+        if word in row:
+            yield f"**{row[word]}**" if word == "failed" else row[word]
+    for f in row.get("frozen", ()):
+        yield f["text"].replace("of parameters", "of weights")
+    if row.get("normalized"):
+        yield f"norm statistics: {', '.join(row['normalized'])}"
+    yield from row.get("stays", ())
+    yield from (f"refused: {sentence}" for sentence in row.get("refused", ()))
