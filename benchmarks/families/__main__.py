@@ -35,14 +35,17 @@ from benchmarks.families.base import Family
 from benchmarks.families.measure import measured
 from benchmarks.families.table import shown, write
 
-# A fork has torch and transformers loaded, which takes longer than most families.
+# A fork has these loaded, which takes as long as a family.
 _FORK = multiprocessing.get_context("fork")
+_LOADED = ("transformers", "onnxruntime", "onnxscript", "onnx.reference", "networkx",
+           "torch.onnx", "torch.export", "graphprune.exporters.onnx.convert")  # fmt: skip
 
 
 def measure(settings: Settings, options: argparse.Namespace, folder: Path) -> Iterator[Row]:
     """A row for each family."""
     folder.mkdir(parents=True, exist_ok=True)
-    importlib.import_module("transformers")
+    for module in _LOADED:
+        importlib.import_module(module)
     rows = []
     for family in FAMILIES:
         if options.only.lower() not in f"{family.domain} {family.name}".lower():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from typing import Any
 
 from torch import fx
@@ -174,7 +174,10 @@ class Walk:
         What goes back to positions, as the gate of squeeze and excitation does, is a neuron.
         """
         for contraction in self.consumed[leaf]:
-            if self._positions(contraction.operand) or self._goes_back(contraction.node):
+            # Positions here, though they may be flattened into the features of a later weight.
+            summed = set(algebra.leaves(contraction.axis))
+            places = self._positions(contraction.operand, self.produced.keys() | summed)
+            if places or self._goes_back(contraction.node):
                 return False
         return any(
             op_name(node) in _POOLING
@@ -202,13 +205,17 @@ class Walk:
             if n.op == "placeholder" and 0 in entry.dynamic.get(n.name, {})
         }
 
-    def _positions(self, node: fx.Node) -> set[Axis]:
-        """Leaves of a value that are neither the batch nor features."""
+    def _positions(self, node: fx.Node, features: Set[Axis] | None = None) -> set[Axis]:
+        """Leaves of a value that are neither the batch nor features: of any weight, or those given.
+
+        Args:
+            node: the value.
+            features: leaves that are features there.
+        """
+        if features is None:
+            features = self.consumed.keys() | self.produced.keys()
         return {
             leaf
             for leaf in axis_leaves(dims_of(self.axes, self.name, node))
-            if leaf.size != 1
-            and leaf.size not in self._batch
-            and leaf not in self.consumed
-            and leaf not in self.produced
+            if leaf.size != 1 and leaf.size not in self._batch and leaf not in features
         }

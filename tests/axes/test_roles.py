@@ -102,6 +102,21 @@ class Scanned(nn.Module):
         return result
 
 
+class Fields(nn.Module):
+    """A feed-forward network on each of some fields, and a head that reads all of them together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fields = nn.ModuleList(nn.Linear(3, 8) for _ in range(4))
+        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.stack([field(x[:, i]) for i, field in enumerate(self.fields)], 1)
+        h = self.norm(h + self.down(self.up(h).relu()))
+        return self.head(h.flatten(1))
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...], list[tuple[str, int]]]] = {
     "squeeze and excitation": (Excited, (torch.randn(2, 3, 8, 8),), [("squeeze.weight", 4)]),
     "excitation of linear layers": (
@@ -119,6 +134,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...], list[tuple[
         (torch.randn(2, 7, 6), torch.randn(2, 7, 7)),
         [("a.weight", 16), ("b.weight", 12)],
     ),
+    "fields, flattened in the end": (Fields, (torch.randn(2, 4, 3),), [("up.weight", 16)]),
     "scan": (Scanned, (torch.randn(2, 6, 5),), [("conv.weight", 16)]),
 }
 
