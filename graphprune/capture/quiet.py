@@ -57,14 +57,24 @@ def state_kept(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Give every module its plain attributes back afterwards.
+    """Give every module its plain attributes and its hooks back afterwards.
 
-    A tensor that forward keeps for next time would be one that torch.export traced with.
+    A tensor that forward keeps for next time would be one that torch.export traced with. A hook
+    that the first call installs would be there twice if the attribute that says so went alone.
     """
     attributes = {module: dict(module.__dict__) for module in model.modules()}
+    hooks = [
+        (kept, dict(kept))
+        for before in attributes.values()
+        for name, kept in before.items()
+        if isinstance(kept, dict) and "hooks" in name
+    ]
     try:
         yield
     finally:
         for module, before in attributes.items():
             module.__dict__.clear()
             module.__dict__.update(before)
+        for kept, installed in hooks:
+            kept.clear()
+            kept.update(installed)

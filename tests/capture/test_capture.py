@@ -605,6 +605,30 @@ def test_operators_that_write_are_functional(write: Callable[[Tensor], Tensor]) 
         assert schema is None or not schema.is_mutable
 
 
+def test_a_hook_that_the_first_call_installs_is_there_once() -> None:
+    """Models of transformers install what records hidden states when they are first called."""
+
+    class Recording(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.outer = nn.Linear(4, 4), nn.Linear(4, 2)
+            self.recorded: list[Tensor] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not hasattr(self, "installed"):
+                self.inner.register_forward_hook(lambda *call: self.recorded.append(call[2]))
+                self.installed = True
+            self.recorded = []
+            self.inner(x)
+            return self.outer(sum(self.recorded, torch.zeros_like(x)))
+
+    model, x = Recording(), torch.randn(3, 4)
+    program = capture(model, (x,))
+    assert not model.inner._forward_hooks
+    torch.testing.assert_close(program(x), model(x))
+    assert len(model.inner._forward_hooks) == 1
+
+
 def test_what_forward_keeps_for_next_time_is_not_what_was_traced() -> None:
     class Lazy(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
