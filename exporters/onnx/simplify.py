@@ -17,6 +17,7 @@ def simplify(graph: fx.Graph) -> None:
     1. sum(x * w, 1), x of [batch, length, width] and w of [batch, length, 1], as a pooling with a
        mask has it: one product w' x, instead of two walks through x.
     2. x / expand(y), of the shape that x has anyway: x / y.
+    3. 1.0 - x of whole numbers x: 1.0 - float(x); torch.onnx promotes types, but not there.
     """
     for node in list(graph.nodes):
         with graph.inserting_before(node):
@@ -24,6 +25,17 @@ def simplify(graph: fx.Graph) -> None:
                 _sum(node)
             elif is_op(node, "add", "sub", "mul", "div"):
                 _broadcast(node)
+            elif is_op(node, "rsub"):
+                _promote(node)
+
+
+def _promote(node: fx.Node) -> None:
+    """Give the first operand the type of the result."""
+    x, wanted = node.args[0], value_of(node).dtype
+    if isinstance(x, fx.Node) and value_of(x).dtype is not wanted:
+        cast = node.graph.call_function(_aten.to.dtype, (x, wanted))
+        cast.meta = {**x.meta, "val": value_of(x).to(wanted)}
+        node.replace_input_with(x, cast)
 
 
 def _sum(node: fx.Node) -> None:

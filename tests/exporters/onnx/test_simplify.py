@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 
+import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphprune.capture.capture import capture
-from graphprune.exporters.onnx.convert import lower
+from graphprune.exporters.onnx.convert import lower, to_onnx
 from graphprune.exporters.onnx.names import output_names
 from graphprune.ir.batches import second_inputs
 from graphprune.ir.graph import op_name
@@ -70,3 +72,17 @@ def test_what_is_rewritten(program: Program) -> None:
     assert counts["matmul"] == len(POOLED)
     assert counts["sum"] == len(ALIKE)
     assert counts["expand"] + counts["expand_as"] == len(NEEDED)
+
+
+def test_a_number_minus_whole_numbers_becomes_onnx() -> None:
+    class Inverted(nn.Module):
+        def forward(self, mask: Tensor, flags: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return 1.0 - mask, torch.rsub(mask, 2, alpha=3), 1.5 - flags.int()
+
+    given = torch.tensor([[1, 0, 1], [0, 2, 5]]), torch.tensor([[True, False, True]] * 2)
+    program = capture(Inverted(), given)
+    model = to_onnx(program)
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString())
+    feeds = {i.name: t.numpy() for i, t in zip(session.get_inputs(), given, strict=True)}
+    for a, b in zip(program.run(list(given)), session.run(None, feeds), strict=True):
+        assert torch.equal(a, torch.from_numpy(b))
