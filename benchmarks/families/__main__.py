@@ -7,10 +7,10 @@ family runs in a process of its own; one that fails is a row that says why. Rows
 so that a second run does what is missing. Families of timm, diffusers and ultralytics need these
 packages, and are left out where they are missing.
 
-    python -m benchmarks.families [--quick] [--json FILE] [--folder DIR] [--only TEXT]
+    python -m benchmarks.families [--quick] [--json FILE] [--folder DIR] [--only TEXT ...]
         [--limit SECONDS] [--again] [--markdown FILE]
 
---only keeps families whose name or section contains TEXT; --again repeats those that failed;
+--only keeps families whose name or section contains a TEXT; --again repeats those that failed;
 --markdown writes the table into a page, between its markers.
 """
 
@@ -48,7 +48,8 @@ def measure(settings: Settings, options: argparse.Namespace, folder: Path) -> It
         importlib.import_module(module)
     rows = []
     for family in FAMILIES:
-        if options.only.lower() not in f"{family.domain} {family.name}".lower():
+        named = f"{family.domain} {family.name}".lower()
+        if options.only and not any(text.lower() in named for text in options.only):
             continue
         if settings.quick and not options.only and family.name not in QUICK:
             continue
@@ -93,7 +94,7 @@ def _one(family: Family, file: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--folder", type=Path)
-    parser.add_argument("--only", default="", metavar="TEXT")
+    parser.add_argument("--only", nargs="+", default=[], metavar="TEXT")
     parser.add_argument("--limit", type=float, default=180, metavar="SECONDS")
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--markdown", type=Path, metavar="FILE")

@@ -124,6 +124,9 @@ class Gat(nn.Module):
 class Dlrm(nn.Module):
     """DLRM: tables of categories and a bottom network meet in products of pairs."""
 
+    rows: Tensor
+    columns: Tensor
+
     def __init__(self, fields: int = 4, width: int = 16) -> None:
         super().__init__()
         self.tables = nn.ModuleList(nn.Embedding(20, width) for _ in range(fields))

@@ -170,7 +170,7 @@ class SplitUnit(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         half = channels // 2
-        self.half = half
+        self.passed = half
         self.branch = nn.Sequential(
             nn.Conv2d(half, half, 1, bias=False),
             nn.BatchNorm2d(half),
@@ -183,7 +183,7 @@ class SplitUnit(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        passed, branch = x.split(self.half, 1)
+        passed, branch = x.split(self.passed, 1)
         return F.channel_shuffle(torch.cat([passed, self.branch(branch)], 1), 2)
 
 
