@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 import time
 from collections import Counter
@@ -63,9 +64,9 @@ def measured(family: Family) -> Row:
 
 
 def first_line(error: Exception) -> str:
-    """The class and first line of an error."""
+    """The class and first line of an error, without the folders of this machine."""
     lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"
+    return f"{type(error).__name__}: " + re.sub(r"\S*/site-packages/", "", lines[0])
 
 
 def _usable(program: Program) -> tuple[list[StructuralPass], list[str]]:

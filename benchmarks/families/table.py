@@ -23,7 +23,7 @@ def shown(row: Row) -> Row:
         "FLOPs": f"{row['FLOPs']:.0%}" if "FLOPs" in row else "",
         "cut": ", ".join(row.get("cut", ())),
         "stays": "; ".join(_stays(row)),
-        "ORT": f"{row['ORT']:.0e}" if "ORT" in row else "",
+        "ORT": _agreement(row),
     }
 
 
@@ -54,7 +54,14 @@ def _lines(rows: Sequence[Row]) -> Iterator[str]:
 
 def _escaped(cell: str) -> str:
     # Placeholders of a model's own names, such as <lambda>, are no HTML.
-    return cell.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
+    return cell.replace("|", "\\|").replace("<", "&lt;")
+
+
+def _agreement(row: Row) -> str:
+    if "ORT" not in row:
+        return ""
+    fixed = len(set(row["shapes"])) == 1
+    return f"{row['ORT']:.0e}" + (" at one shape" if fixed else "")
 
 
 def _parameters(row: Row) -> str:

@@ -177,7 +177,7 @@ class FtTransformer(nn.Module):
 
     def forward(self, numbers: Tensor) -> Tensor:
         tokens = numbers[..., None] * self.scale + self.shift
-        tokens = torch.cat([self.token.expand(len(numbers), -1, -1), tokens], 1)
+        tokens = torch.cat([self.token.expand(numbers.shape[0], -1, -1), tokens], 1)
         return self.head(self.layers(tokens)[:, 0])
 
 
