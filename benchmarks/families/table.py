@@ -73,12 +73,22 @@ def _parameters(row: Row) -> str:
 
 def _stays(row: Row) -> Iterator[str]:
     """Failures first, then what is refused, frozen by operators, and held by norms and outputs."""
-    for word in ("failed", "missing"):
-        if word in row:
-            yield f"**{row[word]}**" if word == "failed" else row[word]
+    if "failed" in row:
+        yield f"**{_short(row['failed'], 300)}**"
+    if "missing" in row:
+        yield row["missing"]
     for f in row.get("frozen", ()):
-        yield f["text"].replace("of parameters", "of weights")
+        yield _short(f["text"].replace("of parameters", "of weights"))
     if row.get("normalized"):
         yield f"norm statistics: {', '.join(row['normalized'])}"
-    yield from row.get("stays", ())
-    yield from (f"refused: {sentence}" for sentence in row.get("refused", ()))
+    yield from _merged(row.get("stays", ()))
+    yield from (f"refused: {_short(sentence)}" for sentence in row.get("refused", ()))
+
+
+def _merged(stays: Sequence[str]) -> list[str]:
+    """Without the place, which differs from layer to layer; each once."""
+    return list(dict.fromkeys(_short(re.sub(r" at [\w.]+$", "", text)) for text in stays))
+
+
+def _short(text: str, most: int = 130) -> str:
+    return text if len(text) <= most else text[:most].rsplit(" ", 1)[0] + " …"
