@@ -60,7 +60,7 @@ def attributes_kept(model: nn.Module) -> Iterator[None]:
     """Give every module its plain attributes and its hooks back afterwards.
 
     A tensor that forward keeps for next time would be one that torch.export traced with. A hook
-    that the first call installs would be there twice if the attribute that says so went alone.
+    that the first call installs would be there twice if the attribute that marks it went alone.
     """
     attributes = {module: dict(module.__dict__) for module in model.modules()}
     hooks = [

@@ -146,7 +146,7 @@ def test_exact_costs_less_than_a_sweep(seed: int, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(sparsegpt, "_AFFORDABLE", 0)
     refitted = cost()
     monkeypatch.setattr(sparsegpt, "TALL", 99)
-    assert exact < refitted < cost()
+    assert exact <= refitted < cost()  # equal where both choose the same blocks
 
 
 def test_dead_features_lose_their_weights_and_count_first() -> None:
