@@ -64,7 +64,7 @@ def _quality(report: Report, found: Measured) -> Iterator[Advice]:
         )
     elif task != _BY_AGREEMENT:
         yield Advice(
-            "Ask for the fastest model that loses little, instead of for a size.",
+            "Ask for the fastest model that loses little, instead of for a speed or a size.",
             f"graphprune compile MODEL -o OUT2 --max-drop 0.01 --task {task} --data FILE",
         )
     yield Advice(

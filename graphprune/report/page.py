@@ -275,9 +275,9 @@ def _run_lines(report: Report, found: Measured, zeroed: bool) -> list[str]:
     lines = []
     if any(p.resized for p in report.passes):
         lines.append(
-            "The units are gone from the weights themselves. The file is plain ONNX that needs no "
-            "special runtime, so none can drop the speed-up, and no optimum (Hugging Face's "
-            "export package) to load it: onnxruntime alone runs it."
+            "The units are gone from the weights themselves, so that no runtime can drop the "
+            "speed-up. The file is plain ONNX: onnxruntime alone runs it, without a special "
+            "runtime and without optimum (Hugging Face's export package)."
         )
     elif found.manifest.get("files"):
         lines.append(

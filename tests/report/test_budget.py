@@ -144,7 +144,7 @@ def test_text_and_markdown_list_levels_candidates_and_notes() -> None:
     for line in (
         "| budget | 3.02x faster than dense (asked 3x,",
         "| ms, predicted | 21.4 | 7.12 | 3.00x faster |",
-        "| ms, measured | 21.4 | 7.08 | 3.02x faster |",
+        "| ms, measured when chosen | 21.4 | 7.08 | 3.02x faster |",
         "| MB | 90.9 | 45.5 | 2.00x smaller |",
         "| layer 0 attention | 8 of 12 | 0.41 | 0.62 |",
         "| layer 1 attention | removed | 0 | 0.62 |",
@@ -178,7 +178,7 @@ def test_what_was_not_done_is_not_shown() -> None:
     for shown in (report(bare).to_markdown(), text_of(report_page(report(bare), {}))):
         assert "layer 0 attention" in shown
         for word in (
-            "ms, measured",
+            "ms, measured when chosen",
             "candidate",
             "corrected",
             "Warning",
