@@ -20,7 +20,7 @@ from graphprune.passes import PruneAxis, PruneHeads, PruneNeurons
 from graphprune.pipeline.base import Context
 from graphprune.rewrite.mask import mask
 from graphprune.rewrite.shrink import shrink
-from graphprune.verify.equivalence import verify_rewrite
+from graphprune.verify.equivalence import TOLERANCE_FLOAT64, _error, verify_rewrite
 from graphprune.verify.error import relative_error
 
 Ending = Callable[[Tensor], Tensor]
@@ -112,6 +112,19 @@ def test_small_rows_beside_large_ones_are_compared_by_their_own_scale() -> None:
     a, b = y * scale, y * scale + 1e-3 * small
     assert float((a - b).abs().max() / a.abs().max()) < 1e-5
     assert relative_error(a, b) > 1e-4
+
+
+def test_a_row_that_float32_has_exactly_rounds_like_the_others() -> None:
+    """Short rows after a relu: their scale is 0, and one of them is exact in float32 by luck."""
+    exact = torch.tensor([0.0, 1.0], dtype=torch.float64).repeat(5, 1)
+    rounded = exact * (1 + 6e-8)
+    rounded[0] = exact[0]
+    near, wrong = exact.clone(), exact.clone()
+    near[0, 1] += 4e-16
+    wrong[0, 1] += 1e-6
+    assert _error(exact, near, rounded) <= TOLERANCE_FLOAT64
+    assert _error(exact, wrong, rounded) > TOLERANCE_FLOAT64
+    assert _error(exact, near, exact) > TOLERANCE_FLOAT64
 
 
 def test_an_output_of_nothing_but_nan_says_so() -> None:
