@@ -19,7 +19,7 @@ from graphprune.ir.batches import batches
 from graphprune.ir.decoding import IDS, MASK, empty_cache, is_past
 from graphprune.ir.graph import is_op
 from graphprune.ir.program import Entry, Program
-from graphprune.verify.error import relative_error, row_errors
+from graphprune.verify.error import relative_error, rounding_of, row_errors
 
 log = logging.getLogger(__name__)
 
@@ -195,7 +195,7 @@ def _beyond_rounding(
     if not isinstance(torch64, Tensor) or ort.shape != torch64.shape:
         return relative_error(torch32, ort)
     difference, scale = row_errors(torch64, ort)
-    rounding = row_errors(torch64, torch32)[0].nan_to_num(0.0, 0.0, 0.0)
+    rounding = rounding_of(torch64, torch32)
     widened = torch.maximum(scale, _ROUNDING / tolerance * rounding)
     widened = torch.maximum(widened, _LUCK / tolerance * (rounding / scale).max() * scale)
     return float((difference / widened.clamp_min(least / tolerance)).max())

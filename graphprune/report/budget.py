@@ -169,7 +169,8 @@ class BudgetReport:
         """(what, dense, result, change) of times and sizes, with how each is known."""
         rows = [("ms, predicted", self.predicted_ms, f"{self.predicted:.2f}x faster")]
         if self.measured is not None and self.measured_ms is not None:
-            rows.append(("ms, measured when chosen", self.measured_ms, f"{self.measured:.2f}x faster"))
+            faster = f"{self.measured:.2f}x faster"
+            rows.append(("ms, measured when chosen", self.measured_ms, faster))
         found = [(what, _short(self.dense_ms), _short(ms), ratio) for what, ms, ratio in rows]
         smaller = f"{self.dense_mb / self.mb:.2f}x smaller"
         return [*found, ("MB", _short(self.dense_mb), _short(self.mb), smaller)]

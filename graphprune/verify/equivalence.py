@@ -16,7 +16,7 @@ from graphprune.ir.batches import BEFORE_BOUNDS, batches, bounds_not_run
 from graphprune.ir.graph import flat_outputs, op_name, output_node
 from graphprune.ir.program import JSON, Entry, Program
 from graphprune.rewrite.mask import MASK
-from graphprune.verify.error import row_errors
+from graphprune.verify.error import rounding_of, row_errors
 
 TOLERANCE = 1e-5  # of a row's scale, in float32
 TOLERANCE_FLOAT64 = 1e-9
@@ -305,10 +305,7 @@ def _error(expected: Any, actual: Any, rounded: Any) -> float:
         return 0.0
     difference, scale = row_errors(expected, actual)
     if isinstance(rounded, Tensor) and rounded.shape == expected.shape:
-        rounding = row_errors(expected, rounded)[0].nan_to_num(0.0, 0.0, 0.0)
-        # A row may be exact in float32 by luck, or because a relu cuts it: it counts as the others.
-        if bool((lossy := rounding > 0).any()):
-            rounding = rounding.clamp_min(float(rounding[lossy].median()))
+        rounding = rounding_of(expected, rounded)
         scale = torch.maximum(scale, _ROUNDING / TOLERANCE_FLOAT64 * rounding)
     return float((difference / scale).max())
 

@@ -61,6 +61,17 @@ def row_errors(expected: Tensor, actual: Tensor) -> tuple[Tensor, Tensor]:
     return difference.double().cpu(), scale.clamp_min(max(least, _TINY))
 
 
+def rounding_of(exact: Tensor, rounded: Tensor) -> Tensor:
+    """What each row loses in float32; float64 [rows].
+
+    A row may be exact there by luck, or because a relu cuts it: it counts as the median of those
+    that are not. What is finite in one alone counts nothing.
+    """
+    lost = row_errors(exact, rounded)[0].nan_to_num(0.0, 0.0, 0.0)
+    lossy = lost[lost > 0]
+    return lost.clamp_min(float(lossy.median())) if len(lossy) else lost
+
+
 def _rows(tensor: Tensor) -> Tensor:
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor).flatten(-2)
