@@ -81,7 +81,10 @@ def test_quantized_files_have_it_too(scheme: str, ragged_decoder: Program, tmp_p
     session, feeds = artifact.session(1), feeds_of(artifact)
     whole = session.run(None, feeds)[0]
     (last,) = session.run(["logits"], {**feeds, KEEP: np.array(1, np.int64)})
-    np.testing.assert_allclose(last, whole[:, -1:], rtol=1e-5, atol=1e-6)
+    # Dynamic scales are of all positions that the head reads: one of its own rounds otherwise.
+    step = 0.03 * np.abs(whole).max() if scheme == "int8-dynamic" else 1e-6
+    np.testing.assert_allclose(last, whole[:, -1:], rtol=1e-5, atol=step)
+    assert np.abs(whole[:, -2:-1] - whole[:, -1:]).max() > 2 * step
 
 
 def test_through_what_scales_and_caps(artifact: Artifact) -> None:
