@@ -92,6 +92,22 @@ def _ours(decoder: Decoder, clock: Callable[[], float]) -> Contestant:
     return run
 
 
+def compared(session: Any, against: Any, prompt: Any, settings: Settings) -> Row:
+    """Tokens per second of a session of one thread, and the ratio to another's, interleaved.
+
+    The clock is the thread's CPU time; `spread` has the quartiles of the ratio.
+    """
+    both = [_ours(Decoder(s), time.thread_time) for s in (session, against)]
+    tokens, rounds = (8, 3) if settings.quick else (32, 10)
+    rates = [[tokens / run(prompt, tokens)[1] for run in both] for _ in range(rounds)]
+    ratios = [mine / other for mine, other in rates]
+    return {
+        "tokens/s": median(mine for mine, _ in rates),
+        "faster": median(ratios),
+        "spread": f"{np.quantile(ratios, 0.25):.2f}-{np.quantile(ratios, 0.75):.2f}",
+    }
+
+
 def _torch(module: Any, clock: Callable[[], float]) -> Contestant:
     def run(prompt: np.ndarray[Any, Any], tokens: int) -> tuple[list[int], float]:
         with torch.no_grad():

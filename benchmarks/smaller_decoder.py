@@ -30,7 +30,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -41,7 +40,6 @@ from benchmarks import decode
 from benchmarks.common import Row, Settings, main
 from benchmarks.language_model import data_folder
 from graphprune.api import Compiled
-from graphprune.exporters.runtime.generate import Decoder
 from graphprune.exporters.runtime.session import open_session
 from graphprune.models import load_model
 from graphprune.models.data.calibration import token_batches
@@ -160,18 +158,8 @@ class Bench:
             progress=lambda done, total: None,
             windows=self.amount.windows,
         )
-        return {"perplexity": found.value, **self._rates(session)}
-
-    def _rates(self, session: Any) -> Row:
-        both = [decode._ours(Decoder(s), time.thread_time) for s in (session, self.dense_session)]
-        tokens, rounds = (8, 3) if self.settings.quick else (32, 10)
-        rates = [[tokens / run(self.prompt, tokens)[1] for run in both] for _ in range(rounds)]
-        ratios = [mine / dense for mine, dense in rates]
-        return {
-            "tokens/s": median(mine for mine, _ in rates),
-            "faster": median(ratios),
-            "spread": f"{np.quantile(ratios, 0.25):.2f}-{np.quantile(ratios, 0.75):.2f}",
-        }
+        rates = decode.compared(session, self.dense_session, self.prompt, self.settings)
+        return {"perplexity": found.value, **rates}
 
 
 def measure(settings: Settings, amount: Amount, only: str, folder: Path) -> Iterator[Row]:

@@ -41,7 +41,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -54,7 +53,6 @@ from benchmarks.common import Row, Settings, main
 from graphprune.api import Compiled
 from graphprune.exporters import export
 from graphprune.exporters.artifact.artifact import Artifact
-from graphprune.exporters.runtime.generate import Decoder
 from graphprune.exporters.runtime.session import Feeds, open_session
 from graphprune.exporters.runtime.timing import compare_all
 from graphprune.ir.program import Program
@@ -355,19 +353,8 @@ class Language(Part):
         return {"quality": found.value, "metric": "perplexity"}
 
     def time(self, point: Point, artifact: Artifact) -> Row:
-        both = [
-            decode._ours(Decoder(session), time.thread_time)
-            for session in (opened(artifact), self.dense_int8)
-        ]
-        tokens, rounds = (8, 3) if self.settings.quick else (32, 10)
-        rates = [[tokens / run(self.prompt, tokens)[1] for run in both] for _ in range(rounds)]
-        ratios = [mine / dense for mine, dense in rates]
-        return {
-            "ms": 1000 / median(mine for mine, _ in rates),
-            "faster": median(ratios),
-            "spread": f"{np.quantile(ratios, 0.25):.2f}-{np.quantile(ratios, 0.75):.2f}",
-            "tokens/s": median(mine for mine, _ in rates),
-        }
+        row = decode.compared(opened(artifact), self.dense_int8, self.prompt, self.settings)
+        return {"ms": 1000 / row["tokens/s"], **row}
 
 
 def opened(artifact: Artifact) -> Any:

@@ -25,12 +25,12 @@ LASTS = 30 * 24 * 3600  # seconds: drivers, kernels and clock rates change
 
 
 def machine() -> dict[str, Any]:
-    """The CPU, as `probe.cpu` tells it, and what this process may use of it, for a cache's key.
+    """The CPU, by `probe.cpu`, and what this process may use of it, for a cache's key.
 
     A hypervisor, or a library loaded before this one, can hide instructions that /proc/cpuinfo
     lists; "capabilities" are those that the CPUID instruction names in this process.
     """
-    # Older versions of torch tell the widest vectors alone.
+    # Older versions of torch name the widest vectors alone.
     known = getattr(torch.cpu, "get_capabilities", dict[str, Any])()
     found = sorted(name for name, has in known.items() if has is True)
     return {**cpu(), "capabilities": found or [torch.backends.cpu.get_cpu_capability()]}

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 TOLERANCE = 1e-4  # of a row's scale (verify.error.row_errors)
 _ROOM = 3  # positions after the new tokens in a cache that past and present share
 _ROUNDING = 30  # times torch's own rounding: what another order of the same sums may make of it
-_LUCK = 3  # times torch's largest in any row: which rows lose most is chance
+_ANY_ROW = 3  # times torch's largest in any row: which rows lose most is chance
 _SIGMOID = 2.0**-22  # ORT's is off by up to 1.7e-7, however small the value is
 
 
@@ -197,5 +197,5 @@ def _beyond_rounding(
     difference, scale = row_errors(torch64, ort)
     rounding = rounding_of(torch64, torch32)
     widened = torch.maximum(scale, _ROUNDING / tolerance * rounding)
-    widened = torch.maximum(widened, _LUCK / tolerance * (rounding / scale).max() * scale)
+    widened = torch.maximum(widened, _ANY_ROW / tolerance * (rounding / scale).max() * scale)
     return float((difference / widened.clamp_min(least / tolerance)).max())

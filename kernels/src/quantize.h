@@ -58,8 +58,8 @@ struct Quantizer {
     return {scale, inverse, V::rounded(V::all(-range.low * inverse))[0]};
   }
 
-  // Not below 0, since the lowest of a row becomes 0, but maybe 256. Unsigned, so that also what
-  // is no number becomes a byte.
+  // Not below 0, since the lowest of a row becomes 0, but maybe 256. Unsigned, so that NaN
+  // becomes a byte too.
   GRAPHPRUNE_INLINE Words codes_of(Floats x, Scale s) {
     const Ints moved = (Ints)(x * s.inverse + V::SHIFT) + (s.zero - V::SHIFT_BITS);
     return V::smaller((Words)moved, Words{} + 255u);
