@@ -17,6 +17,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from graphprune.errors import GraphPruneError
+
 Row = dict[str, Any]
 
 
@@ -48,6 +50,20 @@ def main(name: str, measure: Callable[[Settings], Iterable[Row]]) -> None:
     if options.json is not None:
         data = {"benchmark": name, "machine": machine(), "rows": rows}
         options.json.write_text(json.dumps(data, indent=1), encoding="utf-8")
+
+
+def data_folder(*files: str) -> Path:
+    """The folder of the first of these files, which lie below what $GRAPHPRUNE_DATA names.
+
+    Raises:
+        GraphPruneError: one of them is missing.
+    """
+    root = Path(os.environ.get("GRAPHPRUNE_DATA", ""))
+    if missing := [file for file in files if not (root / file).is_file()]:
+        raise GraphPruneError(
+            f"this benchmark reads {missing[0]}: set GRAPHPRUNE_DATA to the folder that holds it"
+        )
+    return (root / files[0]).parent
 
 
 def show(title: str, rows: Sequence[Row]) -> None:

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import gzip
 import itertools
-import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -31,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graphprune
-from benchmarks.common import Row, Settings, main
+from benchmarks.common import Row, Settings, data_folder, main
 from graphprune.api import Compiled
 from graphprune.ir.cost import flops
 from graphprune.passes import (
@@ -153,7 +152,7 @@ def cases() -> dict[str, list[Pass]]:
 
 def measure(settings: Settings) -> Iterator[Row]:
     """The rows, one after another."""
-    data = Images(Path(os.environ["GRAPHPRUNE_DATA"]) / "mnist", settings.quick)
+    data = Images(data_folder("mnist/train5k.csv.gz"), settings.quick)
     model = ResNet()
     train(model, data, 2 if settings.quick else 4)
     dense = graphprune.compile(

@@ -20,20 +20,17 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import resource
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
 import graphprune
-from benchmarks.common import Row, Settings, main
-from graphprune.errors import GraphPruneError
+from benchmarks.common import Row, Settings, data_folder, main
 from graphprune.models import load_model
 from graphprune.models.data.calibration import token_batches
 from graphprune.models.tasks import evaluate
@@ -124,7 +121,7 @@ def measure(settings: Settings, amount: Amount, only: str) -> Iterator[Row]:
 
 def _row(case: Case, amount: Amount) -> Row:
     torch.set_num_threads(amount.threads)
-    data = data_folder()
+    data = data_folder("wikitext2/test.raw.txt", "wikitext2/valid.tokens.txt").parent
     loaded = load_model(MODEL)
     assert loaded.tokenizer_dir is not None
     inputs = loaded.example_inputs
@@ -175,18 +172,6 @@ def _row(case: Case, amount: Amount) -> Row:
 def _tell(event: Event) -> None:
     if isinstance(event, PassProgress) and sys.stderr.isatty():
         print(f"\r{event.name} {event.done}/{event.total} {event.unit}", end="", file=sys.stderr)
-
-
-def data_folder() -> Path:
-    """What $GRAPHPRUNE_DATA names; it holds wikitext2/."""
-    root = os.environ.get("GRAPHPRUNE_DATA")
-    folder = Path(root) if root else None
-    if folder is None or not (folder / "wikitext2" / "test.raw.txt").is_file():
-        raise GraphPruneError(
-            "this benchmark reads wikitext2/test.raw.txt and wikitext2/valid.tokens.txt: set "
-            "GRAPHPRUNE_DATA to the folder that holds them"
-        )
-    return folder
 
 
 if __name__ == "__main__":

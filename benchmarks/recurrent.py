@@ -10,7 +10,6 @@ itself before on the 500 test questions: accuracy, operations, and milliseconds 
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graphprune as gp
-from benchmarks.common import Row, Settings, main
+from benchmarks.common import Row, Settings, data_folder, main
 from graphprune.exporters.onnx.convert import to_onnx
 from graphprune.exporters.onnx.files import save_onnx
 from graphprune.exporters.quantize.quantize import quantize
@@ -124,7 +123,7 @@ def _right(session: Any, batches: list[dict[str, Tensor]]) -> float:
 def measure(settings: Settings) -> Iterator[Row]:
     """The dense model, without half of its units, after recovery, and in int8."""
     torch.set_num_threads(1)
-    data = Questions(Path(os.environ["GRAPHPRUNE_DATA"]) / "trec")
+    data = Questions(data_folder("trec/train.tsv"))
     train, test = data.batches("train"), data.batches("test")
     if settings.quick:
         train = train[::8]

@@ -37,8 +37,7 @@ import torch
 
 import graphprune
 from benchmarks import decode
-from benchmarks.common import Row, Settings, main
-from benchmarks.language_model import data_folder
+from benchmarks.common import Row, Settings, data_folder, main
 from graphprune.api import Compiled
 from graphprune.exporters.runtime.session import open_session
 from graphprune.models import load_model
@@ -100,7 +99,7 @@ class Bench:
 
     def __init__(self, settings: Settings, amount: Amount, folder: Path) -> None:
         self.settings, self.amount, self.folder = settings, amount, folder
-        self.data = data_folder() / "wikitext2"
+        self.data = data_folder("wikitext2/test.raw.txt", "wikitext2/valid.tokens.txt")
         loaded = load_model(decode.MODEL)
         assert loaded.tokenizer_dir is not None
         self.tokenizer: Path = loaded.tokenizer_dir

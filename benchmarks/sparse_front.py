@@ -33,7 +33,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import sys
 import tempfile
 import time
@@ -49,7 +48,7 @@ from torch import Tensor
 
 import graphprune
 from benchmarks import decode, front, sparse_training
-from benchmarks.common import Row, Settings, main
+from benchmarks.common import Row, Settings, data_folder, main
 from graphprune.api import Compiled
 from graphprune.exporters import export
 from graphprune.exporters.artifact.artifact import Artifact
@@ -243,7 +242,7 @@ class Sentences(Encoder):
 
     def __init__(self, amount: Amount, settings: Settings, folder: Path) -> None:
         super().__init__(amount, settings, folder / "minilm")
-        self.data = _data("stsb")
+        self.data = data_folder("stsb/train.tsv", "stsb/test.tsv")
         self.bench = front.Bench(settings, self.folder)
 
     @property
@@ -320,7 +319,7 @@ class Language(Part):
         self.loaded = load_model(decode.MODEL)
         assert self.loaded.tokenizer_dir is not None
         self.tokenizer: Path = self.loaded.tokenizer_dir
-        self.data = _data("wikitext2")
+        self.data = data_folder("wikitext2/test.raw.txt", "wikitext2/valid.tokens.txt")
         self.prompt = np.random.default_rng(0).integers(5, 40000, (1, decode.PROMPT))
 
     @cached_property
@@ -487,16 +486,6 @@ def interpolated(points: Mapping[float, float], speed: float) -> float | None:
         return None
     speeds, values = zip(*known, strict=True)
     return float(np.interp(math.log(speed), [math.log(s) for s in speeds], values))
-
-
-def _data(name: str) -> Path:
-    root = os.environ.get("GRAPHPRUNE_DATA")
-    folder = Path(root) / name if root else None
-    if folder is None or not folder.is_dir():
-        raise graphprune.GraphPruneError(
-            f"this benchmark reads {name}/: set GRAPHPRUNE_DATA to the folder that holds it"
-        )
-    return folder
 
 
 def _isa() -> str:

@@ -46,11 +46,10 @@ from typing import Any
 import torch
 
 import graphprune
-from benchmarks.common import Row, Settings, main
+from benchmarks.common import Row, Settings, data_folder, main
 from graphprune.api import Compiled
 from graphprune.axes import axis_groups
 from graphprune.axes.sites import is_output_head, linear_sites
-from graphprune.errors import GraphPruneError
 from graphprune.exporters import export
 from graphprune.ir.cost import flops
 from graphprune.ir.program import Program
@@ -143,7 +142,7 @@ class Bench:
 
     def __init__(self, seed: int, folder: Path, quick: bool) -> None:
         self.seed, self.folder, self.quick = seed, folder, quick
-        self.data = _data()
+        self.data = data_folder("sst2/train.tsv", "sst2/test.tsv")
         loaded = load_model("minilm")
         assert loaded.tokenizer_dir is not None
         self.tokenizer: Path = loaded.tokenizer_dir
@@ -292,17 +291,6 @@ def _timed(dense: Program, program: Program, settings: Settings) -> Row:
         "spread": f"{found.ratio_low:.2f}-{found.ratio_high:.2f}",
         "ms": found.model.ms,
     }
-
-
-def _data() -> Path:
-    root = os.environ.get("GRAPHPRUNE_DATA")
-    folder = Path(root) / "sst2" if root else None
-    if folder is None or not (folder / "train.tsv").is_file():
-        raise GraphPruneError(
-            "this benchmark reads sst2/train.tsv and sst2/test.tsv: set GRAPHPRUNE_DATA to the "
-            "folder that holds them"
-        )
-    return folder
 
 
 if __name__ == "__main__":
