@@ -36,6 +36,7 @@ from graphprune.exporters.quantize.layers import (
     half_tied,
     readers_of,
 )
+from graphprune.exporters.runtime.costs import machine
 from graphprune.exporters.runtime.drift import Outputs, drifts, run_all, worst
 from graphprune.exporters.runtime.session import Feeds, open_session
 from graphprune.ir.quantization import Mark
@@ -43,8 +44,11 @@ from graphprune.ir.quantization import Mark
 if TYPE_CHECKING:
     import onnx
 
+log = logging.getLogger(__name__)
+
 BITS = {"int4-weights": 4, "int8-weights": 8}
 _LARGE = 1_000_000_000  # bytes: protobuf ends at 2 GiB, and the quantizer copies
+_FAR = 0.5  # drift above which a user hears what may be the cause
 _MEASURED = 8  # calibration batches that drift is measured on, beside the examples
 
 Notes = dict[str, Any]
@@ -114,6 +118,15 @@ def quantize(
         work.write(chosen, target, weights)
         session = _session(target, mark)
         found = drifts(work.outputs, work.expected, run_all(session, feeds))
+    if worst(found) > _FAR and overflows(mark):
+        log.warning(
+            "this CPU adds products of int8 weights in 16 bits, which overflow with eight-bit "
+            "weights, and the quantized model's outputs are %.0f %% off the float model's: give "
+            "Quantize(%r, reduce_range=True), whose seven bits are exact on every CPU (in a recipe "
+            "reduce_range: true); on a CPU with VNNI this file may be right",
+            100 * worst(found),
+            mark.scheme,
+        )
     return {
         "scheme": mark.scheme,
         "products": sum(layer.kind in ("matmul", "conv") for layer in chosen),
@@ -123,6 +136,14 @@ def quantize(
         **notes,
         "drift": [d.to_json() for d in found],
     }
+
+
+def overflows(mark: Mark) -> bool:
+    """Whether this CPU is an x86 one without VNNI, and weights have eight bits."""
+    if mark.scheme not in ("int8-dynamic", "int8-static") or mark.reduce_range:
+        return False
+    known = {name.lower() for name in machine()["capabilities"]}
+    return "avx2" in known and not any("vnni" in name for name in known)
 
 
 @final

@@ -46,8 +46,9 @@ class Quantize(Pass):
             Export then measures every layer alone, a session each (a minute or two for a model of
             36 products), and leaves the costliest in float until it holds.
         block_size: weights that share a scale in the weights-only schemes: 16, 32, 64, 128 or 256.
-        reduce_range: seven bits for int8 weights. CPUs without VNNI (x86 before about 2019, and
-            AVX2 emulators) add pairs of products in 16 bits, which saturates with eight.
+        reduce_range: seven bits for int8 weights. x86 CPUs without VNNI (AMD before Zen 4, most of
+            Intel's before 2019) add pairs of products in 16 bits, which overflow with eight bits:
+            little in most encoders, ruinously in some language models. Export warns of it.
     """
 
     name: ClassVar[str] = "quantize"

@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import logging
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -254,6 +255,35 @@ def test_seven_bits_on_request(program: Program, lower: Lower) -> None:
     codes = [v for k, v in found.items() if k.endswith("_quantized")]
     assert len(codes) == 3
     assert all(np.abs(c.astype(int)).max() <= 64 for c in codes)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "reduced", "warned"),
+    [
+        (["avx", "avx2"], False, True),
+        (["AVX2"], False, True),
+        (["avx", "avx2"], True, False),
+        (["avx2", "avx512_vnni"], False, False),
+        (["avx2", "avx_vnni"], False, False),
+        (["asimd"], False, False),
+    ],
+)
+def test_sums_that_overflow_on_this_cpu_are_warned_of(
+    program: Program,
+    lower: Lower,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capabilities: list[str],
+    reduced: bool,
+    warned: bool,
+) -> None:
+    module = sys.modules[quantize.__module__]
+    monkeypatch.setattr(module, "machine", lambda: {"capabilities": capabilities})
+    lower(program, "int8-dynamic", reduce_range=reduced)
+    assert "overflow" not in caplog.text  # what is right is right
+    monkeypatch.setattr(module, "_FAR", 0.0)
+    lower(program, "int8-dynamic", reduce_range=reduced)
+    assert ("reduce_range=True" in caplog.text) == warned
 
 
 def test_ignored_layers_and_tables_stay_float(program: Program, lower: Lower) -> None:
