@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any, final
 import numpy as np
 
 import graphprune
+from graphprune.exporters.kernels.every import every_sparse
 from graphprune.exporters.kernels.library import Library
-from graphprune.exporters.kernels.lower import chain_of, lower, of_pattern
+from graphprune.exporters.kernels.lower import SOME, chain_of, lower, of_pattern, own_products
 from graphprune.exporters.kernels.packing import WIDTH, density
 from graphprune.exporters.onnx.files import save_onnx
 from graphprune.exporters.onnx.names import input_names
@@ -45,7 +46,7 @@ from graphprune.exporters.runtime.session import (
 from graphprune.exporters.runtime.timing import default_clock
 from graphprune.ir.batches import sized
 from graphprune.ir.program import Program
-from graphprune.ir.quantization import Mark
+from graphprune.ir.quantization import PATTERNS, Mark
 from graphprune.pipeline.device import Cost
 from graphprune.storage.folders import cache_dir
 
@@ -55,8 +56,6 @@ if TYPE_CHECKING:
     from graphprune.exporters.kernels.packing import Floats
 
 STOCK = ("float", "int8")
-PATTERNS = ("32x4", "16x4")
-_SOME = 0.02  # of the blocks must be zero, or a pattern is not tried
 _TRIED = (0.5, 0.8)  # fractions of zero blocks that tell from where on a pattern pays
 
 
@@ -144,7 +143,10 @@ class Chooser:
         # Seven bits are exact on every CPU.
         bits = 7 if mark.reduce_range or self.device is not None else self.library.bits
         choice = Choice()
-        for group, times in self._timed(groups_of(model, layers, self.feeds), bits, mark):
+        groups = groups_of(model, layers, self.feeds)
+        if self.device is not None and self.device.blocks:
+            return self._as_timed(model, layers, mark, groups)
+        for group, times in self._timed(groups, bits, mark):
             decided = _decided(group, times)
             choice.records.append(decided)
             for layer in group.layers:
@@ -152,6 +154,32 @@ class Chooser:
                     choice.sparse[layer] = of_pattern(decided["form"], bits)
                 elif decided["form"] == "float":
                     choice.floats[layer] = decided["reason"]
+        return choice
+
+    def _as_timed(
+        self,
+        model: onnx.ModelProto,
+        layers: Sequence[Layer],
+        mark: Mark,
+        groups: Sequence[Group],
+    ) -> Choice:
+        """Sparse wherever blocks are zero: so a budget had them timed on its device."""
+        assert self.device is not None
+        choice = every_sparse(model, layers, mark, pattern=self.device.blocks, bits=7)
+        for group in groups:
+            sparse = any(layer in choice.sparse for layer in group.layers)
+            form = self.device.blocks if sparse else "int8"
+            choice.records.append(
+                {
+                    "layers": [layer.weight for layer in group.layers],
+                    "rows": group.rows,
+                    "zeros": dict(group.zeros),
+                    "ms": {},
+                    "form": form,
+                    "pays_from": None,
+                    "reason": f"{form}, as the budget had it timed on {self.device.name}",
+                }
+            )
         return choice
 
     def to_json(self) -> dict[str, Any]:
@@ -229,24 +257,16 @@ def groups_of(model: onnx.ModelProto, layers: Sequence[Layer], feeds: Feeds) -> 
         layers: of the model; others than products with a weight of their own are left out.
         feeds: inputs that the model is run on, for the number of rows of each value.
     """
-    import onnx
-
-    layers = [layer for layer in layers if layer.kind == "matmul" and not layer.tied]
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    editor = Editor(copy)
-    for layer in layers:
-        editor.spell_out(layer)
+    editor, weights = own_products(model, layers)
     by_input: dict[str, list[Layer]] = {}
-    for layer in layers:
+    for layer in weights:
         by_input.setdefault(editor.nodes[layer.node].input[0], []).append(layer)
-    weights = {x: editor.array(editor.nodes[x.node].input[1]).T for x in layers}
     kept = {
         value: together
         for value, together in by_input.items()
-        if any((weights[x] == 0).mean() >= _SOME for x in together)
+        if any((weights[x] == 0).mean() >= SOME for x in together)
     }
-    rows = _rows(copy, list(kept), feeds)
+    rows = _rows(editor.model, list(kept), feeds)
     return [
         _group(editor, together, [weights[x] for x in together], rows[value])
         for value, together in kept.items()
@@ -319,9 +339,9 @@ def variants_of(group: Group) -> list[Variant]:
     """What is timed: stock forms, patterns that have zeros here, and those that tell a trend."""
     first, second = PATTERNS
     found = [Variant(name) for name in STOCK]
-    if group.zeros[first] >= _SOME:
+    if group.zeros[first] >= SOME:
         found.append(Variant(first))
-    if group.zeros[second] >= group.zeros[first] + _SOME:
+    if group.zeros[second] >= group.zeros[first] + SOME:
         found.append(Variant(second))
     return found + [Variant(first, zeros) for zeros in _TRIED]
 

@@ -15,14 +15,12 @@ from graphprune.exporters.kernels.choose import (
 from graphprune.exporters.onnx.convert import to_onnx
 from graphprune.exporters.onnx.files import file_bytes
 from graphprune.exporters.quantize.layers import find_layers
-from graphprune.exporters.runtime.device_kit import SCRIPT, finish_kit, is_kit
+from graphprune.exporters.runtime.device_kit import BITS, SCRIPT, finish_kit, is_kit
 from graphprune.exporters.runtime.latency import File
 from graphprune.exporters.runtime.session import Feeds
 from graphprune.ir.program import Program
 from graphprune.pipeline.device import Progress
 from graphprune.storage.folders import check_target, whole_folder
-
-BITS = 7  # exact on every CPU
 
 
 def write_forms_kit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -62,6 +63,13 @@ def find_library() -> Library:
         raise GraphPruneError(
             f"the library of {PACKAGE!r} does not load ({first_line(e)}): install it again"
         ) from e
+
+
+def installed_library() -> Library | None:
+    """The library, or None where it is not installed or does not load."""
+    with contextlib.suppress(GraphPruneError):
+        return find_library()
+    return None
 
 
 def with_library(config: Mapping[str, str], paths: Iterable[Path]) -> dict[str, str]:

@@ -19,7 +19,12 @@ from graphprune.exporters.quantize.layers import Editor, Layer, attributes, read
 if TYPE_CHECKING:
     import onnx
 
+    from graphprune.exporters.kernels.packing import Floats
+
     _Readers = Mapping[str, list[onnx.NodeProto]]
+
+
+SOME = 0.02  # of the blocks must be zero, or a pattern is not tried
 
 
 @final
@@ -44,6 +49,26 @@ class Form:
 def of_pattern(pattern: str, bits: int) -> Form:
     """The form that stores blocks of a pattern, such as "32x4"."""
     return Form(int(pattern.partition("x")[0]), bits)
+
+
+def own_products(
+    model: onnx.ModelProto, layers: Sequence[Layer]
+) -> tuple[Editor, dict[Layer, Floats]]:
+    """The layers that are products with a weight of their own, in a copy of the model.
+
+    Returns:
+        An editor of the copy, in which they are MatMul; their weights [outputs, inputs].
+    """
+    import onnx
+
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    editor, found = Editor(copy), {}
+    for layer in layers:
+        if layer.kind == "matmul" and not layer.tied:
+            editor.spell_out(layer)
+            found[layer] = editor.array(editor.nodes[layer.node].input[1]).T
+    return editor, found
 
 
 def lower(model: onnx.ModelProto, forms: Mapping[Layer, Form]) -> None:

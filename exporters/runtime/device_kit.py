@@ -19,6 +19,7 @@ from torch import Tensor
 
 import graphprune
 from graphprune.errors import GraphPruneError, first_line
+from graphprune.exporters.kernels.library import needs_library
 from graphprune.exporters.runtime import measure as script
 from graphprune.exporters.runtime import probe
 from graphprune.exporters.runtime.costs import check_cost
@@ -33,6 +34,7 @@ from graphprune.storage.folders import check_target, whole_folder
 _log = logging.getLogger(__name__)
 
 KIT = "kit.json"
+BITS = 7  # of sparse codes, exact on every CPU
 SCRIPT = Path(str(script.__file__)).name
 FORMAT = "graphprune device kit"
 VERSION = 1
@@ -72,7 +74,7 @@ def write_kit(
     distinct = {keys[name]: run for name, run in runs.items()}
     marks = [program.quantization for program in models.values() if program.quantization]
     with whole_folder(folder) as fresh:
-        files = dict(zip(distinct, write_files(distinct, fresh, progress), strict=True))
+        files = dict(zip(distinct, write_files(distinct, fresh, progress, BITS), strict=True))
         names = {key: [name for name in models if keys[name] == key] for key in files}
         finish_kit(
             fresh,
@@ -81,6 +83,7 @@ def write_kit(
             model=next((p.model for p in models.values()), ""),
             mark=marks[0] if marks else None,
             threads=threads,
+            library=any(needs_library(file.path) for file in files.values()),
         )
     return folder / SCRIPT
 
@@ -151,6 +154,7 @@ class KitDevice:
         name: that machine's CPU.
         threads: that it was measured with.
         can_measure: False.
+        blocks: the pattern of the zero blocks that were timed for a budget, or "".
     """
 
     can_measure = False
@@ -175,6 +179,7 @@ class KitDevice:
         self._model, self._mark = data["model"], data["mark"]
         self.name: str = data["name"]
         self.threads: int = data["threads"]
+        self.blocks: str = (data["mark"] or {}).get("blocks", "")
         self._check_same(data, threads)
         if data["onnxruntime"] != version("onnxruntime"):
             _log.warning(

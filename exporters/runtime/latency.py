@@ -6,6 +6,7 @@ import contextlib
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, final
@@ -14,6 +15,8 @@ import numpy as np
 from torch import Tensor
 
 import graphprune
+from graphprune.exporters.kernels.every import every_sparse
+from graphprune.exporters.kernels.library import installed_library
 from graphprune.exporters.onnx.convert import to_onnx_together
 from graphprune.exporters.onnx.files import file_bytes, save_onnx
 from graphprune.exporters.onnx.names import input_names
@@ -69,6 +72,7 @@ class OnnxRuntimeDevice:
         check_threads(threads)
         self.threads, self._progress = threads, progress
         self._cpu = machine()
+        self._library = installed_library()
         self.name: str = self._cpu["name"]
         self._costs = Costs(cache or cache_dir() / "latency", self.environment())
 
@@ -80,6 +84,7 @@ class OnnxRuntimeDevice:
             "threads": self.threads,
             "session": dict(TUNED),
             "graphprune": graphprune.__version__,
+            "kernels": None if self._library is None else self._library.to_json(),
             **{name: version(name) for name in packages},
         }
 
@@ -94,7 +99,8 @@ class OnnxRuntimeDevice:
 
         Raises:
             ExportError: a program cannot be written as ONNX.
-            GraphPruneError: ONNX Runtime cannot run it.
+            GraphPruneError: ONNX Runtime cannot run it, or it has zero blocks and
+                graphprune-kernels is not there.
         """
         runs = runs_of(models, inputs)
         keys = {name: signature(*run) for name, run in runs.items()}
@@ -186,14 +192,23 @@ class File:
     bytes: int
 
 
-def write_files(models: Mapping[str, Run], folder: Path, progress: Progress) -> list[File]:
+def write_files(
+    models: Mapping[str, Run], folder: Path, progress: Progress, bits: int | None = None
+) -> list[File]:
     """Write the deployed entry of each program as NAME.onnx, quantized as its mark says.
 
     What has nothing to quantize stays float; a limit of the error counts for whole models and is
-    left out.
+    left out. Where the mark names blocks, products that have zero ones are written sparse.
+
+    Args:
+        models: the programs and their inputs.
+        folder: where to.
+        progress: called with how many are done, of how many, of what.
+        bits: of sparse codes; by default those that are exact on this machine.
 
     Raises:
         ExportError: one cannot be written, or ONNX Runtime does not run it quantized.
+        GraphPruneError: a product is sparse, and graphprune-kernels is not there.
     """
     files = []
     progress(0, len(models), "models")
@@ -205,7 +220,7 @@ def write_files(models: Mapping[str, Run], folder: Path, progress: Progress) -> 
         save_onnx(model, path)
         mark = program.quantization
         if mark is not None:
-            _quantize(path, mark, feeds)
+            _quantize(path, mark, feeds, bits)
         files.append(File(path, feeds, file_bytes(path)))
         progress(number, len(models), "models")
     return files
@@ -227,6 +242,10 @@ def _of_export(program: Program) -> Program:
     return replace(program, entries={**program.entries, name: larger})
 
 
-def _quantize(path: Path, mark: Mark, feeds: Feeds) -> None:
+def _quantize(path: Path, mark: Mark, feeds: Feeds, bits: int | None) -> None:
+    choose = None
+    if mark.blocks:
+        exact = 7 if mark.reduce_range else bits
+        choose = partial(every_sparse, pattern=mark.blocks, bits=exact)
     with contextlib.suppress(NothingToQuantizeError):
-        quantize(path, path, replace(mark, keep_error=None), [feeds], [feeds])
+        quantize(path, path, replace(mark, keep_error=None), [feeds], [feeds], choose=choose)

@@ -35,6 +35,8 @@ def signature(program: Program, inputs: Sequence[Tensor] | None = None) -> str:
     ends = reader.plain(output_node(entry.graph).args[0])
     unread = [reader.plain(n) for n in entry.graph.find_nodes(op="placeholder") if not n.users]
     how = None if mark is None else {**mark.to_json(), "ignored": None, "keep_error": None}
+    if how is not None:
+        del how["blocks"]  # it counts where there are zeros
     text = json.dumps([lines, ends, unread, bool(entry.cache), how], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -73,7 +75,8 @@ class _Reader:
             name = str(node.target)
             quantized = self._mark is not None and self._mark.takes(name)
             tensor = self._program.tensors[name]
-            return ["tensor", self.number(name), *_form(tensor), quantized]
+            blocks = self._mark.blocks if self._mark is not None and quantized else ""
+            return ["tensor", self.number(name), *_form(tensor), quantized, *_zeros(tensor, blocks)]
         if node.op == "placeholder":
             form = _form(self._examples[node.name])
             return ["input", self.number(node), *form, self._shapes[node.name]]
@@ -82,3 +85,11 @@ class _Reader:
 
 def _form(tensor: Tensor) -> tuple[list[int], str]:
     return list(tensor.shape), str(tensor.dtype)
+
+
+def _zeros(tensor: Tensor, blocks: str) -> list[Any]:
+    """The zeros of a weight, where a kernel may skip blocks of them."""
+    if not blocks or tensor.dim() != 2 or not tensor.is_floating_point():
+        return []
+    zeros = round(float((tensor == 0).double().mean()), 2)
+    return [blocks, zeros] if zeros else []

@@ -15,7 +15,14 @@ import typer
 from rich.console import Console
 
 from graphprune.cli.early import check_given
-from graphprune.cli.names import complete_model, complete_recipe, complete_scheme, complete_task
+from graphprune.cli.names import (
+    TARGETS,
+    complete_model,
+    complete_recipe,
+    complete_scheme,
+    complete_task,
+    completing,
+)
 from graphprune.errors import GraphPruneError, PassError, VerificationError
 
 P = ParamSpec("P")
@@ -68,6 +75,15 @@ Recipe = Annotated[
         help="A built-in recipe (`graphprune recipes`) or a YAML file.",
         rich_help_panel=PRUNING,
         autocompletion=complete_recipe,
+    ),
+]
+Target = Annotated[
+    str,
+    typer.Option(
+        help="What will run it: onnxruntime; genai for a decoder with --cache; or "
+        "onnxruntime+kernels, with graphprune-kernels.",
+        rich_help_panel=OUTPUT,
+        autocompletion=completing(TARGETS),
     ),
 ]
 Quantization = Annotated[

@@ -20,14 +20,20 @@ from graphprune.cli.app import (
     Pickle,
     Quantization,
     Seed,
+    Target,
     TaskName,
     Threads,
     parse_ratio,
     print_json,
     stdout_console,
 )
-from graphprune.cli.early import check_artifact_folder, check_exists, check_metric
-from graphprune.cli.names import COMPARING, KERNELS
+from graphprune.cli.early import (
+    check_artifact_folder,
+    check_choice,
+    check_exists,
+    check_metric,
+)
+from graphprune.cli.names import COMPARING, KERNELS, TARGETS
 from graphprune.cli.sizes import parse_batch
 from graphprune.errors import GraphPruneError, RecipeError
 from graphprune.validate import check_number
@@ -111,11 +117,6 @@ class Asked:
                 "--device is for a budget, or sparse products: give --faster, --ms or --mb with "
                 f"it, or --target {KERNELS}"
             )
-        if self.device is not None and self.anything and self.target == KERNELS:
-            raise RecipeError(
-                f"--device is of a budget or of --target {KERNELS}, whose kits differ: compile to "
-                "the budget first, and the result for that target after"
-            )
         if self.data is not None and self.max_drop is None:
             raise RecipeError("--data is what --max-drop decides by: give --max-drop 0.01 with it")
         if self.faster is not None:
@@ -171,6 +172,7 @@ class Asked:
     def options(self, program: Program, sizes: tuple[int, ...], threads: int) -> dict[str, Any]:
         """The options of the pass, but for the task."""
         from graphprune.cli.sizes import timed_sizes
+        from graphprune.ir.quantization import PATTERNS
 
         return {
             "speedup": self.faster,
@@ -180,6 +182,7 @@ class Asked:
             "batch": timed_sizes(program, sizes),
             "threads": threads,
             "device": "" if self.device is None else str(self.device),
+            "blocks": PATTERNS[0] if self.target == KERNELS else "",
             "ignore": self.ignore,
         }
 
@@ -257,6 +260,7 @@ def front_command(
         ),
     ] = "1.5,2,3,4,6",
     quantize: Quantization = "",
+    target: Target = TARGETS[0],
     calibration: Calibration = None,
     task: TaskName = "",
     data: Annotated[
@@ -278,6 +282,7 @@ def front_command(
     """
     speedups = parse_speedups(faster)
     sizes = parse_batch(batch)
+    check_choice("target", target, TARGETS)
     if metric:
         check_metric(metric)
         if task:
@@ -308,6 +313,7 @@ def front_command(
         calibration=calibration,
         bundled=True,
         metric=own_metric(metric),
+        target=target,
     )
     with opened(model, allow_pickle) as (subject, display):
         task = task or subject.task or ""
@@ -357,14 +363,14 @@ def _family(
             subject,
             passes,
             out / name,
-            replace(options, asked=asked, task=task, data=data),
+            replace(options, asked=asked, task=task, data=data, target=asked.target),
             step=display.step,
             observer=display.observe,
         )
 
     out.mkdir(parents=True, exist_ok=True)
     for speedup in speedups:
-        summary = run(f"{speedup:g}x", Asked(faster=speedup), after)
+        summary = run(f"{speedup:g}x", Asked(faster=speedup, target=options.target), after)
         found = next(
             (r for p in summary.report.passes if (r := BudgetReport.of(p.details)) is not None),
             None,

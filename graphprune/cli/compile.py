@@ -26,6 +26,7 @@ from graphprune.cli.app import (
     Quantization,
     Recipe,
     Seed,
+    Target,
     TextColumn,
     Threads,
     listed,
@@ -265,15 +266,7 @@ def compile_command(
             autocompletion=completing(WEIGHTS),
         ),
     ] = "auto",
-    target: Annotated[
-        str,
-        typer.Option(
-            help="What will run it: onnxruntime; genai for a decoder with --cache; or "
-            "onnxruntime+kernels, with graphprune-kernels.",
-            rich_help_panel=OUTPUT,
-            autocompletion=completing(TARGETS),
-        ),
-    ] = "onnxruntime",
+    target: Target = "onnxruntime",
     data: Annotated[
         Path | None,
         typer.Option(

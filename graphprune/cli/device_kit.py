@@ -13,10 +13,13 @@ from graphprune.cli.app import (
     Model,
     Pickle,
     Quantization,
+    Target,
     Threads,
     print_json,
     stdout_console,
 )
+from graphprune.cli.early import check_choice
+from graphprune.cli.names import KERNELS, TARGETS
 from graphprune.cli.sizes import parse_batch
 from graphprune.errors import GraphPruneError
 from graphprune.storage.folders import check_writable
@@ -29,6 +32,7 @@ def device_kit_command(
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
     quantize: Quantization = "",
+    target: Target = TARGETS[0],
     batch: Batch = "",
     threads: Threads = 1,
     cache: Annotated[
@@ -41,9 +45,10 @@ def device_kit_command(
 
     It holds small models and a script, which needs onnxruntime and numpy alone: copy the folder,
     run `python kit/measure.py > device.json` there, and give the file to `graphprune compile
-    --device`. Of an artifact with quantized zeros it times sparse products, for --target
-    onnxruntime+kernels.
+    --device`. With --target onnxruntime+kernels, and of an artifact with quantized zeros, it times
+    sparse products too, and needs graphprune-kernels there.
     """
+    check_choice("target", target, TARGETS)
     sizes = parse_batch(batch)
     check_writable(out.expanduser())
 
@@ -57,7 +62,9 @@ def device_kit_command(
         with display.step("capture"):
             start = subject.captured(cache)
         with display.step("write") as advance:
-            count = write_kit_of(start.program, out, sizes, quantize, threads, advance)
+            count = write_kit_of(
+                start.program, out, sizes, quantize, threads, advance, blocks=target == KERNELS
+            )
     if as_json:
         print_json({"model": model, "path": str(out), "models": count})
         return
@@ -76,6 +83,8 @@ def write_kit_of(
     quantize: str,
     threads: int,
     progress: Any,
+    *,
+    blocks: bool = False,
 ) -> int:
     """Write what is timed elsewhere; how many models they are.
 
@@ -95,7 +104,7 @@ def write_kit_of(
 
     timed, mark = timed_sizes(program, sizes), program.quantization
     if mark is None:
-        models, inputs = _measured(program, timed, quantize, threads)
+        models, inputs = _measured(program, timed, quantize, threads, blocks)
         write_kit(models, out, inputs=inputs, threads=threads, progress=advanced)
         return len({id(model) for model in models.values()})
     if quantize not in ("", mark.scheme):
@@ -107,12 +116,15 @@ def write_kit_of(
     return len(list(script.parent.glob("*.onnx")))
 
 
-def _measured(program: Program, sizes: tuple[int, ...], quantize: str, threads: int) -> Any:
+def _measured(
+    program: Program, sizes: tuple[int, ...], quantize: str, threads: int, blocks: bool
+) -> Any:
     """The models that a budget measures, by name, and their inputs."""
+    from graphprune.ir.quantization import PATTERNS
     from graphprune.passes import Budget, Quantize
     from graphprune.passes.budget.choose import sized_for
     from graphprune.passes.budget.table import named_models
 
     mark = Quantize(quantize).quantization(program) if quantize else None
-    options = Budget(speedup=2, batch=sizes, threads=threads)
+    options = Budget(speedup=2, batch=sizes, threads=threads, blocks=PATTERNS[0] if blocks else "")
     return named_models(sized_for(options, program, mark))

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from graphprune.ir.program import Program
 
 KEY = "quantize"  # the pass, and its mark in a saved program
+PATTERNS = ("32x4", "16x4")
+"""Zero blocks that sparse kernels skip, OUTxIN."""
 
 SCHEMES: Mapping[str, str] = {
     "int8-dynamic": "int8 weights with a scale a channel, activations to uint8 as they come",
@@ -38,6 +40,8 @@ class Mark:
             layers that cost most stay float until it holds. None keeps none.
         block_size: weights that share a scale, in the schemes with blocks.
         reduce_range: int8 weights of seven bits.
+        blocks: a pattern ("32x4") whose zero blocks a budget counts as skipped: what it measures is
+            written with sparse products. Export chooses them by its target.
     """
 
     scheme: str
@@ -46,6 +50,7 @@ class Mark:
     keep_error: float | None = None
     block_size: int = 32
     reduce_range: bool = False
+    blocks: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""

@@ -34,6 +34,7 @@ class Choice:
         dropped: whether the whole branch is gone, its sum included.
         ms: predicted time.
         dense_ms: time of the dense sublayer.
+        zeros: fraction of zero blocks in the products of what was kept.
     """
 
     id: str
@@ -43,6 +44,7 @@ class Choice:
     dropped: bool
     ms: float
     dense_ms: float
+    zeros: float = 0.0
 
     @property
     def kept(self) -> float:
@@ -51,8 +53,11 @@ class Choice:
 
     @property
     def count(self) -> str:
-        """As words: "8 of 12" or "removed"."""
-        return "removed" if self.dropped else f"{self.level:,} of {self.of:,}"
+        """As words: "8 of 12", "8 of 12, 50% zero blocks" or "removed"."""
+        if self.dropped:
+            return "removed"
+        units = f"{self.level:,} of {self.of:,}"
+        return f"{units}, {self.zeros:.0%} zero blocks" if self.zeros else units
 
 
 @final
@@ -64,11 +69,13 @@ class Candidate:
         loss: of the whole model, on the samples of the search.
         ms: predicted.
         choices: level of each sublayer, in the order of the report's choices; 0 where it is gone.
+        zeros: of each sublayer, the fraction of zero blocks.
     """
 
     loss: float
     ms: float
     choices: tuple[int, ...]
+    zeros: tuple[float, ...] = ()
 
 
 @final
@@ -191,11 +198,13 @@ class BudgetReport:
             return []
         loss = f"{self.losses[-1]:.4g}" if self.losses else ""
         levels = [0 if c.dropped else c.level for c in self.choices]
-        chosen = ("chosen", _short(self.predicted_ms), loss, self._levels_text(levels))
+        zeros = [c.zeros for c in self.choices]
+        text = self._levels_text(levels, zeros)
+        chosen = ("chosen", _short(self.predicted_ms), loss, text)
         return [
             chosen,
             *(
-                (str(place), _short(c.ms), f"{c.loss:.4g}", self._levels_text(c.choices))
+                (str(place), _short(c.ms), f"{c.loss:.4g}", self._levels_text(c.choices, c.zeros))
                 for place, c in enumerate(self.runners_up, 2)
             ),
         ]
@@ -225,11 +234,14 @@ class BudgetReport:
             lines.append(f"Task: {self.drop.summary}.")
         return lines
 
-    def _levels_text(self, levels: Sequence[int]) -> str:
-        """Levels by kind, in order of execution, a removed sublayer as "-"."""
+    def _levels_text(self, levels: Sequence[int], zeros: Sequence[float]) -> str:
+        """Levels by kind, in order of execution, a removed sublayer as "-"; zero blocks beside."""
         kinds: dict[str, list[str]] = {}
-        for choice, level in zip(self.choices, levels, strict=True):
-            kinds.setdefault(choice.kind, []).append(str(level) if level else "-")
+        for choice, level, part in zip(
+            self.choices, levels, zeros or [0.0] * len(levels), strict=True
+        ):
+            text = f"{level} ({part:.0%} zero)" if part else str(level)
+            kinds.setdefault(choice.kind, []).append(text if level else "-")
         return "; ".join(f"{KINDS.get(kind, kind)} {' '.join(v)}" for kind, v in kinds.items())
 
     def to_json(self) -> dict[str, JSON]:
@@ -244,7 +256,8 @@ class BudgetReport:
             return None
         data: dict[str, Any] = dict(details["budget"])
         runners_up = (
-            Candidate(**{**c, "choices": tuple(c["choices"])}) for c in data["runners_up"]
+            Candidate(c["loss"], c["ms"], tuple(c["choices"]), tuple(c.get("zeros", ())))
+            for c in data["runners_up"]
         )
         drop = data["drop"]
         return cls(

@@ -428,10 +428,11 @@ def choice_row(record: Mapping[str, Any]) -> tuple[str, ...]:
     """A choice among forms, as the manifest has it, under `CHOICES_HEADER`."""
     first, *more = record["layers"]
     ms = dict(record["ms"])
-    stock = [short(ms.pop(name)) for name in ("float", "int8")]
+    stock = [short(ms.pop(name)) if name in ms else "" for name in ("float", "int8")]
     best = min(ms, key=lambda name: ms[name], default=None)
     pattern = best or next(iter(record["zeros"]))
     pays = record["pays_from"]
+    from_on = "nowhere" if pays is None else f"{pays:.0%}"
     return (
         f"{first} and {len(more)} more" if more else str(first),
         str(record["rows"]),
@@ -439,5 +440,5 @@ def choice_row(record: Mapping[str, Any]) -> tuple[str, ...]:
         *stock,
         "" if best is None else short(ms[best]),
         str(record["form"]),
-        "nowhere" if pays is None else f"{pays:.0%}",
+        from_on if record["ms"] else "",
     )

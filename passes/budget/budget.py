@@ -8,7 +8,7 @@ from typing import Any, ClassVar, final
 
 from graphprune.errors import RecipeError
 from graphprune.ir.program import Program
-from graphprune.ir.quantization import refuse_quantized
+from graphprune.ir.quantization import PATTERNS, refuse_quantized
 from graphprune.passes.budget.choose import Work
 from graphprune.passes.budget.quality import largest_within
 from graphprune.passes.name_patterns import check_names, check_patterns
@@ -27,7 +27,8 @@ class Budget(Pass):
     """Remove what costs least quality, until the model keeps a budget of time, size or FLOPs.
 
     1. There is a choice for attention heads (groups of them where they share keys) and hidden
-       neurons, each at a grid of levels, and for whole residual branches.
+       neurons, each at a grid of levels, and for whole residual branches; with `blocks` also for
+       zero blocks in the products of what stays.
     2. Every level is timed on ONNX Runtime, a branch alone, as it will be exported.
     3. Order of removal and weights of every level come from calibration (structured OBS).
     4. A search over sensitivities chooses levels by the loss of the whole model: KL for logits,
@@ -53,6 +54,9 @@ class Budget(Pass):
         threads: of ONNX Runtime.
         device: JSON of a device kit; this machine where it is not given.
         drop: whether whole branches may go.
+        blocks: a pattern of zero blocks, "32x4" or "16x4", that may be chosen as well; timed with
+            graphprune-kernels, so it is for Quantize("int8-dynamic") after it and
+            export(target="onnxruntime+kernels").
         target: what kept weights are fitted to: the "stream" after their branch in the dense
             model, or their own former "output".
         evaluations: number of models that the search may evaluate.
@@ -78,6 +82,7 @@ class Budget(Pass):
     threads: int = 1
     device: str = ""
     drop: bool = True
+    blocks: str = ""
     target: str = "stream"
     evaluations: int = 100
     samples: int = 64
@@ -97,6 +102,11 @@ class Budget(Pass):
         check_number("damping", self.damping, "0 or more", low=0)
         if self.target not in TARGETS:
             raise RecipeError(f"target is one of {list(TARGETS)}, got {self.target!r}")
+        if self.blocks not in ("", *PATTERNS):
+            raise RecipeError(
+                f"blocks is a pattern that sparse kernels skip, one of {list(PATTERNS)}, or '' for "
+                f"none, got {self.blocks!r}"
+            )
         check_patterns("targets", self.targets)
         check_patterns("ignore", self.ignore)
 

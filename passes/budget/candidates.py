@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -25,7 +25,8 @@ from graphprune.calibration.gram import Remarks
 from graphprune.calibration.stream import Stream, flat_batch
 from graphprune.errors import UnsupportedError
 from graphprune.ir.program import Program
-from graphprune.passes.budget.items import EACH, Item
+from graphprune.passes.budget.blocks import Blocks
+from graphprune.passes.budget.items import EACH, Item, Kept, Level
 from graphprune.passes.solvers.obs import greedy, loss
 from graphprune.passes.solvers.output_loss import OutputLoss, output_loss
 from graphprune.passes.solvers.snapshots import Snapshots
@@ -159,8 +160,16 @@ def _by_size(program: Program, group: AxisGroup, ctx: Context) -> dict[str, Tens
     return {"order": order[:-1], "errors": sums / squares.sum().clamp_min(1e-300)}
 
 
-def level_errors(item: Item, seen: Mapping[str, GroupStatistics]) -> list[float]:
-    """The error of each level of an item: what its groups add up to; 1 where the branch is gone."""
+def level_errors(
+    item: Item, seen: Mapping[str, GroupStatistics], zeros: Mapping[float, float]
+) -> list[float]:
+    """The error of each level of an item: what its groups add up to; 1 where the branch is gone.
+
+    Args:
+        item: whose levels.
+        seen: statistics by group id.
+        zeros: what fractions of zero blocks add (`errors_and_sensitivities`).
+    """
     found = []
     for level in item.levels:
         if level is None:
@@ -168,8 +177,10 @@ def level_errors(item: Item, seen: Mapping[str, GroupStatistics]) -> list[float]
             continue
         parts = [
             seen[group.id].errors[group.size - kept]
-            for group, kept in zip(item.groups, level, strict=True)
+            for group, kept in zip(item.groups, level.units, strict=True)
         ]
+        if level.zeros:
+            parts.append(zeros[level.zeros])
         found.append(min(1.0, sum(parts)))
     return found
 
@@ -185,6 +196,7 @@ class Candidates:
         items: what there is to choose.
         seen: statistics by group id.
         batches: to evaluate on.
+        blocks: what levels with zero blocks are made of; None where there are none.
     """
 
     program: Program
@@ -192,13 +204,14 @@ class Candidates:
     items: Sequence[Item]
     seen: Mapping[str, GroupStatistics]
     batches: Sequence[Any]
+    blocks: Blocks | None = None
     _gates: Mapping[str, str] = field(init=False)
     _stream: Stream = field(init=False)
     _loss: OutputLoss = field(init=False)
     _inputs: list[list[Tensor]] = field(init=False)
     _answers: list[Tensor] = field(init=False)
     _losses: dict[tuple[int, ...], float] = field(init=False, default_factory=dict)
-    _held: dict[tuple[str, int, bool], Mapping[str, Tensor]] = field(
+    _held: dict[tuple[str, Kept, bool], Mapping[str, Tensor]] = field(
         init=False, default_factory=dict
     )
     _dense: Program = field(init=False)
@@ -255,16 +268,63 @@ class Candidates:
                 assert item.branch is not None
                 program = closed(program, [self._gates[item.branch.id]])
                 continue
-            for group, kept in zip(item.groups, level, strict=True):
-                if kept < group.size:
-                    program = self._cut(program, group, kept, narrow and self._is_plain(group))
+            if level.zeros:
+                program = self._with_blocks(program, item, level, narrow)
+            else:
+                program = self._cut(program, item, level, narrow)
         return program
 
-    def _cut(self, program: Program, group: AxisGroup, kept: int, narrow: bool) -> Program:
-        key = group.id, kept, narrow
+    def _cut(self, program: Program, item: Item, level: Kept, narrow: bool) -> Program:
+        for group, kept in zip(item.groups, level.units, strict=True):
+            if kept == group.size:
+                continue
+            thin = narrow and self._is_plain(group)
+            key = group.id, Kept((kept,)), thin
+            if key not in self._held:
+                self._held[key] = self._weights(group, kept, thin)
+            program = self._merged(program, self._held[key])
+        return program
+
+    def _with_blocks(self, program: Program, item: Item, level: Kept, narrow: bool) -> Program:
+        """An item's units go, then blocks of what stays are zero."""
+        thin = narrow and all(self._is_plain(group) for group in item.groups)
+        key = item.id, level, thin
         if key not in self._held:
-            self._held[key] = self._weights(group, kept, narrow)
-        changed = dict(self._held[key])
+            self._held[key] = self._block_weights(item, level, thin)
+        return self._merged(program, self._held[key])
+
+    def _block_weights(self, item: Item, level: Kept, narrow: bool) -> Mapping[str, Tensor]:
+        assert self.blocks is not None
+        wide = self._cut(self.program, item, level, narrow=False)
+        kept = {
+            group.id: self._kept(group, count)
+            for group, count in zip(item.groups, level.units, strict=True)
+            if count < group.size
+        }
+        groups = [group for group in item.groups if group.id in kept]
+        stays: dict[str, Tensor] = {}
+        for group in groups:
+            for place in group.occurrences:
+                tensor = self.program.tensors[place.tensor]
+                mask = stays.get(place.tensor, torch.ones_like(tensor, dtype=torch.bool)).clone()
+                units = self.groups.units(group, place.tensor, place.dim)
+                gone = (units >= 0) & ~torch.isin(units, kept[group.id])
+                mask.movedim(place.dim, 0)[gone] = False
+                stays[place.tensor] = mask
+        sparse = self.blocks.zeroed(wide, item.id, level.zeros, stays)
+        changed = {
+            name: tensor
+            for name, tensor in sparse.tensors.items()
+            if tensor is not self.program.tensors[name]
+        }
+        if not narrow or not kept:
+            return changed
+        every = {n: sparse.tensors[n] for group in groups for n in group.tensors}
+        return changed | take(self._dense, kept, every)
+
+    def _merged(self, program: Program, held: Mapping[str, Tensor]) -> Program:
+        """The program with these tensors; of one that others have changed too, with both."""
+        changed = dict(held)
         for name, new in changed.items():
             before, dense = program.tensors[name], self.program.tensors[name]
             if before is not dense:  # of another group too
@@ -290,8 +350,7 @@ class Candidates:
     def _weights(self, group: AxisGroup, kept: int, narrow: bool) -> Mapping[str, Tensor]:
         """The tensors that change when so many units of a group stay."""
         seen, program = self.seen[group.id], self.program
-        gone = torch.tensor(seen.order[: group.size - kept], dtype=torch.int64)
-        keep = others(group.size, gone)
+        keep = self._kept(group, kept)
         if not seen.weights:
             return self._zeroed(group, keep)
         changed: dict[str, Tensor] = {}
@@ -307,6 +366,11 @@ class Candidates:
             return changed
         every = {name: program.tensors[name] for name in group.tensors}
         return changed | take(self._dense, {group.id: keep}, every)
+
+    def _kept(self, group: AxisGroup, count: int) -> Tensor:
+        """The units of a group that stay."""
+        gone = self.seen[group.id].order[: group.size - count]
+        return others(group.size, torch.tensor(gone, dtype=torch.int64))
 
     def _zeroed(self, group: AxisGroup, keep: Tensor) -> Mapping[str, Tensor]:
         changed: dict[str, Tensor] = {}
@@ -328,19 +392,43 @@ def _calls(program: Program) -> list[tuple[object, ...]]:
     ]
 
 
-def first_sensitivities(
-    candidates: Candidates, ctx: Context, errors: Sequence[Sequence[float]]
-) -> list[float]:
-    """How much the model's loss moves with each item's error: a first guess at sensitivities.
+def errors_and_sensitivities(
+    candidates: Candidates, ctx: Context
+) -> tuple[list[list[float]], list[float]]:
+    """The errors of all levels, and how much the model's loss moves with them.
 
-    Each item alone at a level in the middle of what it has; the loss there over the error there.
+    Each item alone at a level in the middle of what it has: its sensitivity, a first guess, is the
+    loss there over the error there. Zero blocks have the error that would cost the same loss as
+    they do in the whole item, so that both kinds of removal compare.
     """
     dense = [item.dense for item in candidates.items]
-    found = []
+    errors, found = [], []
     for i, item in enumerate(candidates.items):
         ctx.progress(i, len(dense), "items")
-        middle = item.dense // 2
-        levels = [*dense[:i], middle, *dense[i + 1 :]]
-        found.append(candidates.loss(levels) / max(errors[i][middle], 1e-12))
+
+        def alone(j: int, i: int = i) -> float:
+            return candidates.loss([*dense[:i], j, *dense[i + 1 :]])
+
+        nothing: Mapping[float, float] = defaultdict(float)
+        plain = level_errors(item, candidates.seen, nothing)
+        middle = _middle(item)
+        found.append(alone(middle) / max(plain[middle], 1e-12))
+        zeros = {
+            level.zeros: alone(j) / max(found[-1], 1e-300)
+            for j, level in enumerate(item.levels)
+            if level is not None and level.zeros and level.units == _units(item.levels[item.dense])
+        }
+        errors.append(level_errors(item, candidates.seen, zeros))
     top = max(found)
-    return [max(value / top, 1e-6) if top > 0 else 1.0 for value in found]
+    return errors, [max(value / top, 1e-6) if top > 0 else 1.0 for value in found]
+
+
+def _middle(item: Item) -> int:
+    """A level in the middle, without zero blocks; the branch's own where it has no other."""
+    levels = [*([0] if item.levels[0] is None else []), *item.whole]
+    return levels[(len(levels) - 1) // 2]
+
+
+def _units(level: Level) -> tuple[int, ...]:
+    assert level is not None
+    return level.units

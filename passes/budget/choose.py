@@ -15,21 +15,25 @@ from graphprune.axes import axis_groups, frozen_parameters
 from graphprune.axes.branches import branches
 from graphprune.calibration.gram import Remarks
 from graphprune.calibration.stream import flat_batch
-from graphprune.errors import UnsupportedError
+from graphprune.errors import RecipeError, UnsupportedError
 from graphprune.ir.program import Program
 from graphprune.ir.quantization import Mark
+from graphprune.passes.budget.blocks import Blocks, block_sites
 from graphprune.passes.budget.candidates import (
     Candidates,
     GroupStatistics,
-    first_sensitivities,
-    level_errors,
+    errors_and_sensitivities,
     statistics,
 )
 from graphprune.passes.budget.items import Level, find_items
-from graphprune.passes.budget.table import Sized, measured_table
+from graphprune.passes.budget.table import Sized, measured_table, zeros_by_tensor
 from graphprune.passes.name_patterns import TensorNames
 from graphprune.passes.solvers.knapsack import solve_levels
 from graphprune.passes.solvers.spdy import Found, Levels, Sensitivities, search
+from graphprune.passes.sparsity.allocation import Share
+from graphprune.passes.sparsity.sparsegpt import SparseGPT
+from graphprune.passes.sparsity.sparsity_pattern import parse_pattern
+from graphprune.passes.sparsity.zeroing import with_zeroed
 from graphprune.passes.structural.allocation import others
 from graphprune.passes.structural.records import Cuts, group_cuts
 from graphprune.passes.structural.scores import score_named
@@ -126,8 +130,8 @@ class Work:
         """
         self.corrections, self.measured = 0, None
         self.check_reachable(asked)
-        errors = [level_errors(item, self._seen) for item in self.items]
-        found = self._search(asked, errors, self._prior, self.options.evaluations)
+        errors, prior = self._prior
+        found = self._search(asked, errors, prior, self.options.evaluations)
         while not self._close(asked, found.levels) and self.corrections < CORRECTIONS:
             self.corrections += 1
             self.check_reachable(asked)
@@ -221,17 +225,29 @@ class Work:
         return some, fresh or some
 
     @cached_property
+    def _blocks(self) -> Blocks | None:
+        pattern, groups = self.sized.pattern, self.sized.groups
+        if pattern is None:
+            return None
+        sites = {i.id: block_sites(groups, i.sparse, pattern) for i in self.items if i.sparse}
+        batches = list(self.ctx.batches())
+        return Blocks.collect(self.program, batches, sites, pattern, self.options.damping)
+
+    def _on(self, batches: Sequence[Any]) -> Candidates:
+        groups = self.sized.groups
+        return Candidates(self.program, groups, self.items, self._seen, batches, self._blocks)
+
+    @cached_property
     def _candidates(self) -> Candidates:
-        return Candidates(self.program, self.sized.groups, self.items, self._seen, self._samples[0])
+        return self._on(self._samples[0])
 
     @cached_property
     def _fresh(self) -> Candidates:
-        return Candidates(self.program, self.sized.groups, self.items, self._seen, self._samples[1])
+        return self._on(self._samples[1])
 
     @cached_property
-    def _prior(self) -> list[float]:
-        errors = [level_errors(item, self._seen) for item in self.items]
-        return first_sensitivities(self._candidates, self.ctx, errors)
+    def _prior(self) -> tuple[list[list[float]], list[float]]:
+        return errors_and_sensitivities(self._candidates, self.ctx)
 
     def _search(
         self,
@@ -278,8 +294,8 @@ class Work:
             levels = tuple(
                 next(
                     j
-                    for j, level in enumerate(item.levels)
-                    if level is not None and 100 * _units(level) >= step * _units(item.levels[-1])
+                    for j in item.whole
+                    if 100 * _units(item.levels[j]) >= step * _units(item.levels[item.dense])
                 )
                 for item in self.items
             )
@@ -359,6 +375,7 @@ class Work:
         if keep:
             smaller, verification = self.ctx.shrink(program, keep, done.program)
             verifications.append(verification)
+        smaller = self._zeroed(smaller, zeros_by_tensor(self.items, chosen))
         cuts = Cuts(
             group_cuts(groups, keep),
             {name: units.tolist() for name, units in keep.items()},
@@ -371,13 +388,26 @@ class Work:
         )
         return smaller, cuts, tuple(branch.id for branch in gone)
 
+    def _zeroed(self, program: Program, zeros: Mapping[str, float]) -> Program:
+        """Zero blocks, each product on what the ones before it give, and fit what stays."""
+        pattern = self.sized.pattern
+        if not zeros or pattern is None:
+            return program
+        groups = self.ctx.get(axis_groups, program)
+        sites = block_sites(groups, zeros, pattern)
+        shares = {site.name: Share(zeros[site.tensor], pattern) for site in sites}
+        step = SparseGPT(0.5, pattern=pattern.text, damping=self.options.damping)
+        done = step.streamed(program, sites, shares, self.ctx)
+        self.warnings += done.remarks.warn(log)
+        return with_zeroed(done.program, sites)
+
     def _counts(self, chosen: Sequence[Level]) -> dict[str, int]:
         """Group id -> units that stay, of the groups that lose some."""
         return {
             group.id: kept
             for item, level in zip(self.items, chosen, strict=True)
             if level is not None
-            for group, kept in zip(item.groups, level, strict=True)
+            for group, kept in zip(item.groups, level.units, strict=True)
             if kept < group.size
         }
 
@@ -407,6 +437,7 @@ class Work:
                     found.losses[other],
                     self.table.total("ms", other),
                     tuple(_units(i.levels[j]) for i, j in zip(self.items, other, strict=True)),
+                    tuple(_zeros(i.levels[j]) for i, j in zip(self.items, other, strict=True)),
                 )
                 for other in runners_up
                 if found is not None
@@ -427,7 +458,8 @@ class Work:
             sum(group.size for group in item.groups),
             item.levels[j] is None,
             times[j],
-            times[-1],
+            times[item.dense],
+            _zeros(item.levels[j]),
         )
 
 
@@ -447,6 +479,9 @@ def sized_for(options: Budget, program: Program, mark: Mark | None) -> Sized:
         options: of the pass.
         program: the dense one.
         mark: how the result will be quantized.
+
+    Raises:
+        RecipeError: there are zero blocks to choose, and it will not be quantized for them.
     """
     groups, found = axis_groups(program), branches(program)
     usable = select(program, groups, Selector(ROLES, (), options.targets, options.ignore)).groups
@@ -466,12 +501,30 @@ def sized_for(options: Budget, program: Program, mark: Mark | None) -> Sized:
     if program.entries[program.deployed].cache:
         # A cache of no layers is none.
         droppable -= {next((b.id for b in found if b.kind == "attention"), "")}
-    items = find_items(groups, usable, mine, droppable=droppable, round_to=options.round_to)
-    return Sized(replace(program, quantization=mark), groups, items, options.batch)
+    pattern, sparse = None, {}
+    if options.blocks:
+        if mark is None or mark.scheme != "int8-dynamic":
+            raise RecipeError(
+                "zero blocks are skipped in int8: put Quantize('int8-dynamic') after the budget, "
+                "on the command line --quantize int8-dynamic, or leave blocks out"
+            )
+        pattern = parse_pattern(options.blocks)
+        for branch in mine:
+            names = [site.tensor for site in block_sites(groups, branch.tensors, pattern)]
+            sparse[branch.id] = [name for name in names if mark.takes(name)]
+        mark = replace(mark, blocks=options.blocks)
+    items = find_items(
+        groups, usable, mine, droppable=droppable, round_to=options.round_to, sparse=sparse
+    )
+    return Sized(replace(program, quantization=mark), groups, items, options.batch, pattern)
 
 
 def _units(level: Level) -> int:
-    return 0 if level is None else sum(level)
+    return 0 if level is None else sum(level.units)
+
+
+def _zeros(level: Level) -> float:
+    return 0.0 if level is None else level.zeros
 
 
 def _joined(verifications: Sequence[Mapping[str, JSON]]) -> dict[str, JSON]:

@@ -25,7 +25,9 @@ from graphprune.errors import UnsupportedError
 from graphprune.ir.batches import sized as sized_inputs
 from graphprune.ir.cost import flops
 from graphprune.ir.program import Program
+from graphprune.passes.budget.blocks import thinned_out
 from graphprune.passes.budget.items import Item, Level
+from graphprune.passes.sparsity.sparsity_pattern import Pattern
 from graphprune.pipeline.device import Device
 from graphprune.rewrite.drop import drop
 from graphprune.rewrite.extract import extract
@@ -99,12 +101,14 @@ class Sized:
         groups: its axis groups.
         items: what there is to choose.
         batch: samples and tokens; the example's where it is empty.
+        pattern: of zero blocks; None where there are none to choose.
     """
 
     program: Program
     groups: AxisGroups
     items: Sequence[Item]
     batch: tuple[int, ...]
+    pattern: Pattern | None = None
 
     def inputs(self, program: Program) -> tuple[Tensor, ...]:
         """The flat inputs that this program, or a smaller one made of it, is measured on."""
@@ -150,7 +154,7 @@ class Sized:
             missing = [c for c in item.levels if c is not None and (structure, c) not in built]
             if missing:
                 alone = self._alone([node.name for node in nodes])
-                built |= {(structure, c): _cut(alone, item.groups, c) for c in missing}
+                built |= {(structure, c): self._at(alone, item, c) for c in missing}
             found |= {
                 (item.id, level): built[structure, level]
                 for level in item.levels
@@ -167,14 +171,33 @@ class Sized:
             group.id: range(kept)
             for item, level in zip(self.items, chosen, strict=True)
             if level is not None
-            for group, kept in zip(item.groups, level, strict=True)
+            for group, kept in zip(item.groups, level.units, strict=True)
             if kept < group.size
         }
-        return shrink(program, keep) if keep else program
+        program = shrink(program, keep) if keep else program
+        return self._thinned_out(program, zeros_by_tensor(self.items, chosen))
+
+    def _at(self, alone: Program, item: Item, level: Level) -> Program:
+        """A branch as a model of its own, at a level."""
+        smaller = _cut(alone, item.groups, level)
+        return self._thinned_out(smaller, zeros_by_tensor([item], [level]))
+
+    def _thinned_out(self, program: Program, zeros: Mapping[str, float]) -> Program:
+        return program if self.pattern is None else thinned_out(program, self.pattern, zeros)
 
     def _alone(self, nodes: Sequence[str]) -> Program:
         """A branch as a model of its own."""
         return extract(self.program, nodes, self.inputs(self.program), self.program.deployed)
+
+
+def zeros_by_tensor(items: Sequence[Item], levels: Sequence[Level]) -> dict[str, float]:
+    """The fraction of zero blocks of every weight that has some."""
+    return {
+        name: level.zeros
+        for item, level in zip(items, levels, strict=True)
+        if level is not None and level.zeros
+        for name in item.sparse
+    }
 
 
 def _shapes(value: object) -> str:
@@ -189,7 +212,7 @@ def _cut(program: Program, groups: Sequence[AxisGroup], level: Level) -> Program
     here = axis_groups(program)
     keep = {
         _same(here, group).id: range(kept)
-        for group, kept in zip(groups, level, strict=True)
+        for group, kept in zip(groups, level.units, strict=True)
         if kept < group.size
     }
     return shrink(program, keep) if keep else program
@@ -265,11 +288,11 @@ def _flops(program: Program, inputs: tuple[Tensor, ...] | None) -> float:
 
 def _name(key: tuple[str, Level]) -> str:
     name, level = key
-    return name if level is None else f"{name} at {'+'.join(map(str, level)) or 'all'}"
+    return name if level is None else f"{name} at {level.text}"
 
 
 def _row(item: Item, resource: str, costs: Mapping[str, Mapping[str, float]]) -> tuple[float, ...]:
-    """Costs of an item's levels, ascending as they are: noise makes no smaller level dearer."""
+    """Costs of an item's levels: noise makes none dearer than one with more units."""
     if item.branch is not None:
         row = [
             0.0 if level is None else costs[_name((item.id, level))][resource]
@@ -280,4 +303,8 @@ def _row(item: Item, resource: str, costs: Mapping[str, Mapping[str, float]]) ->
         at = [item.levels.index(level) for level in known]
         values = [costs[_name((item.id, level))][resource] for level in known]
         row = list(np.interp(range(len(item.levels)), at, values) - min(values))
-    return tuple(float(x) for x in np.maximum.accumulate(row))
+    found = np.asarray(row)
+    for zeros in {level.zeros for level in item.levels if level is not None}:
+        mine = [j for j, level in enumerate(item.levels) if level is None or level.zeros == zeros]
+        found[mine] = np.maximum.accumulate(found[mine])
+    return tuple(found.tolist())

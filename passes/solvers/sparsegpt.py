@@ -96,13 +96,15 @@ def sparsegpt(
     *,
     mask: Tensor | None = None,
     block: int = BLOCK,
+    exact: bool = True,
 ) -> Tensor:
     """Prune a weight; float64 [out, in].
 
     1. Unstructured, and blocks of few outputs: in every `block` of columns the lowest fraction
        goes, over all rows together; a block of weights is scored by the cost of removing it whole.
     2. Blocks of `TALL` outputs and more: structured OBS in every strip of outputs, greedily, then
-       least squares on what stays. In very large matrices they are chosen as in case 1.
+       least squares on what stays. In very large matrices they are chosen as in case 1, and
+       wherever it should be fast (not `exact`).
     3. n:m: in every row and every m columns, when the sweep comes there.
     4. Columns: structured OBS, greedily, then least squares on the columns that stay.
     5. Rows: those that cost least; nothing compensates for a whole row.
@@ -114,6 +116,7 @@ def sparsegpt(
         pattern: must fit the shape.
         mask: weights to remove, bool [out, in], instead of choosing; unstructured only.
         block: columns a step, rounded up to hold the pattern.
+        exact: whether tall blocks are chosen one after another.
 
     Raises:
         UnsupportedError: for columns and tall blocks, the Gram matrix is not positive definite.
@@ -130,14 +133,16 @@ def sparsegpt(
         weight[gone] = 0
         return weight
     if mask is None and pattern.is_block and pattern.height >= TALL:
-        return _blocks(weight, inputs, sparsity, pattern)
+        return _blocks(weight, inputs, sparsity, pattern, exact)
     return _swept(weight, inputs, sparsity, pattern, mask, block)
 
 
-def _blocks(weight: Tensor, inputs: Inputs, sparsity: float, pattern: Pattern) -> Tensor:
+def _blocks(
+    weight: Tensor, inputs: Inputs, sparsity: float, pattern: Pattern, exact: bool
+) -> Tensor:
     """Blocks of many outputs, with exact compensation."""
     rows, columns = weight.shape
-    if pattern.shape(rows, columns)[0] * columns**3 <= _AFFORDABLE:
+    if exact and pattern.shape(rows, columns)[0] * columns**3 <= _AFFORDABLE:
         gone = cheapest_blocks(weight, inputs.upper.T @ inputs.upper, sparsity, pattern)
     else:
         gone = _swept(weight.clone(), inputs, sparsity, pattern, None, BLOCK) == 0

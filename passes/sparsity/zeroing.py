@@ -194,11 +194,13 @@ class ZeroingPass(PatternPass):
         sites, skipped = self.sites(program, ctx)
         shares = self._shares(program, sites, ctx)
         planned = time.perf_counter()
-        visit = Visit(program, shares, sites, warnings=_extremes(shares, self.allocation))
+        extremes = _extremes(shares, self.allocation)
         if self.reads_activations:
-            self._stream(visit, ctx)
+            visit = self.streamed(program, sites, shares, ctx)
         else:
+            visit = Visit(program, shares, sites)
             self.prune(visit)
+        visit.warnings[:0] = extremes
         visit.warnings += visit.remarks.warn(log)
         for sentence in self.remarks(visit.matrices):
             visit.warn(sentence)
@@ -221,8 +223,22 @@ class ZeroingPass(PatternPass):
             return PassResult(program, False, report)
         return PassResult(with_zeroed(visit.program, sites), True, report)
 
-    def _stream(self, visit: Visit, ctx: Context) -> None:
-        """Region after region: collect what the pruned ones before it make, prune, go on."""
+    def streamed(
+        self,
+        program: Program,
+        sites: Sequence[LinearSite],
+        shares: Mapping[str, Share],
+        ctx: Context,
+    ) -> Visit:
+        """Region after region: collect what the pruned ones before it make, prune, go on.
+
+        Args:
+            program: with the weights to prune.
+            sites: to prune.
+            shares: site name -> what to remove from it.
+            ctx: of the pass that runs.
+        """
+        visit = Visit(program, shares, sites)
         stream = Stream(visit.program, ctx.batches())
         shared = shared_grams(visit.program, visit.shares, ctx)
         regions = whole_regions(stream, visit.program, set(visit.sites), ctx)
@@ -235,6 +251,7 @@ class ZeroingPass(PatternPass):
             visit.enter(region, grams, rows)
             self.prune(visit)
         ctx.progress(len(regions), len(regions), "regions")
+        return visit
 
     def _shares(
         self, program: Program, sites: Sequence[LinearSite], ctx: Context

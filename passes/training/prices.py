@@ -114,7 +114,7 @@ def _slope(item: Item, row: Sequence[float]) -> float:
     """The cost of all units of an item by the line through its levels."""
     whole = sum(group.size for group in item.groups)
     levels = [
-        (sum(level) / whole, cost)
+        (sum(level.units) / whole, cost)
         for level, cost in zip(item.levels, row, strict=True)
         if level is not None and whole
     ]
@@ -317,6 +317,11 @@ def check_budget(budget: object) -> None:
         raise RecipeError(
             f"a budget to train to is speedup, ms or flops, and {other[0]} is not: leave it out, "
             "or use the pass budget itself"
+        )
+    if budget.blocks:
+        raise RecipeError(
+            "a budget to train to removes structure alone: leave blocks out, and zero blocks after "
+            f"it, such as GradualMagnitude(0.5, pattern={budget.blocks!r})"
         )
     if "flops" in asked and len(asked) > 1:
         raise RecipeError(

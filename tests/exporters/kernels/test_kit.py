@@ -15,8 +15,14 @@ from graphprune.errors import GraphPruneError
 from graphprune.exporters import export
 from graphprune.exporters.kernels.choose import timed_feeds
 from graphprune.exporters.kernels.kit import write_forms_kit
+from graphprune.exporters.kernels.library import needs_library
+from graphprune.exporters.runtime.device_kit import KitDevice, write_kit
 from graphprune.ir.program import Program
-from graphprune.passes import Magnitude, Quantize
+from graphprune.ir.quantization import Mark
+from graphprune.passes import Budget, Magnitude, Quantize, SparseGPT
+from graphprune.passes.budget.choose import sized_for
+from graphprune.passes.budget.table import named_models
+from tests.passes.budget.test_budget import batches
 
 Captured = Callable[[str], Program]
 
@@ -80,3 +86,33 @@ def test_a_float_model_is_refused(captured: Captured, tmp_path: Path) -> None:
     program = captured("tiny-mlp")
     with pytest.raises(GraphPruneError, match="quantized"):
         write_forms_kit(program, tmp_path / "kit", timed_feeds(program, ()))
+
+
+def test_a_budget_times_zero_blocks_elsewhere_and_export_takes_its_word(
+    captured: Captured, tmp_path: Path
+) -> None:
+    pytest.importorskip("graphprune_kernels", reason="graphprune-kernels is not installed")
+    program = captured("tiny-bert")
+    options = Budget(speedup=2, blocks="32x4", round_to=32)
+    models, inputs = named_models(sized_for(options, program, Mark("int8-dynamic")))
+    script = write_kit(models, tmp_path / "kit", inputs=inputs)
+    kit = json.loads((tmp_path / "kit" / "kit.json").read_text(encoding="utf-8"))
+    assert kit["library"] is True
+    for model in kit["models"].values():
+        sparse = any("zeros" in name for name in model["names"])
+        assert needs_library(tmp_path / "kit" / model["file"]) == sparse
+    command = [sys.executable, str(script), "--seconds", "1"]
+    said = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert not said.returncode, said.stderr
+    file = tmp_path / "device.json"
+    file.write_text(said.stdout, encoding="utf-8")
+    found = KitDevice(file).measure(models, inputs=inputs)
+    assert found.keys() == models.keys()
+    passes = [SparseGPT(0.5, pattern="32x4"), Quantize("int8-dynamic")]
+    compiled = compile(program, passes, calibration=batches(program))
+    target = "onnxruntime+kernels"
+    artifact = export(compiled.program, tmp_path / "out", target=target, device=file)
+    notes = artifact.manifest["quantization"]["model.onnx"]
+    assert notes["sparse"] > 0
+    assert all("as the budget had it timed" in r["reason"] for r in notes["choices"])
+    assert artifact.manifest["kernels"]["cpu"] == KitDevice(file).name

@@ -86,6 +86,25 @@ def test_other_sizes_types_and_schemes_have_other_signatures(
     assert len({signature(replace(first, quantization=mark)) for mark in alike}) == 1
 
 
+def test_zeros_count_where_a_kernel_skips_blocks_of_them(parts: Mapping[str, Program]) -> None:
+    first = parts["first"]
+    (name, *_) = (n for n, t in first.tensors.items() if t.dim() == 2)
+    half = first.tensors[name].clone()
+    half[: len(half) // 2] = 0
+    thin = first.with_tensors({name: half})
+    stock, sparse = (Mark("int8-dynamic", blocks=blocks) for blocks in ("", "32x4"))
+    assert signature(replace(first, quantization=stock)) == signature(
+        replace(first, quantization=sparse)
+    )
+    assert signature(replace(first, quantization=stock)) == signature(
+        replace(thin, quantization=stock)
+    )
+    found = {signature(replace(p, quantization=sparse)) for p in (first, thin)}
+    found.add(signature(replace(thin, quantization=replace(sparse, blocks="16x4"))))
+    found.add(signature(replace(thin, quantization=replace(sparse, ignored=(name,)))))
+    assert len(found) == 4
+
+
 def device(cache: Path, **options: Any) -> OnnxRuntimeDevice:
     return OnnxRuntimeDevice(1, cache=cache, **options)
 

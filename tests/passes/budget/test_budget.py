@@ -13,12 +13,17 @@ from torch import Tensor, nn
 
 import graphprune as gp
 from graphprune.axes import axis_groups
+from graphprune.axes.branches import branches
+from graphprune.axes.sites import linear_sites
 from graphprune.capture.capture import capture
 from graphprune.errors import RecipeError, UnsupportedError
 from graphprune.ir.cost import flops
 from graphprune.ir.program import Program
 from graphprune.models.hub.folder import _dropped
 from graphprune.passes import Budget, Quantize
+from graphprune.passes.budget.blocks import block_sites
+from graphprune.passes.budget.choose import sized_for
+from graphprune.passes.sparsity.sparsity_pattern import parse_pattern, removed_count
 from graphprune.pipeline.base import Context
 from graphprune.pipeline.device import Cost
 from graphprune.pipeline.pipeline import Pipeline
@@ -200,6 +205,7 @@ def test_what_cannot_be_reached_is_refused_before_the_search(
         ({"speedup": 2.0, "target": "dense"}, "target is one of"),
         ({"speedup": 2.0, "batch": (1, 2, 3)}, "samples and tokens"),
         ({"speedup": 2.0, "evaluations": 0}, "evaluations"),
+        ({"speedup": 2.0, "blocks": "8x8"}, "32x4"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], says: str) -> None:
@@ -359,6 +365,59 @@ class Convolutions(nn.Module):
             x = torch.relu(layer(x))
         result: Tensor = self.head(nn.functional.max_pool2d(x, 2).flatten(1))
         return result
+
+
+@dataclass
+class Skipping(Clock):
+    """A device that skips zeros: half of them take a quarter of the time."""
+
+    def _cost(self, program: Program, whole: bool) -> Cost:
+        cost = Clock._cost(self, program, whole)
+        if program.quantization is None or not program.quantization.blocks:
+            return cost
+        sites = linear_sites(axis_groups(program))
+        weights = [site.matrix(program) for site in sites]
+        alive = sum(int((w != 0).sum()) for w in weights) / sum(w.numel() for w in weights)
+        return replace(cost, ms=cost.ms * alive**2)
+
+
+def test_blocks_are_chosen_where_they_are_fast(captured: Captured) -> None:
+    program, int8 = captured("tiny-bert"), Quantize("int8-dynamic")
+    step = small(speedup=4.5, blocks="16x4", drop=False)
+    clock = Skipping()
+    result, report, details = run(program, step, clock, int8)
+    some = [choice for choice in report.choices if choice.zeros]
+    assert some
+    assert result.zeroed
+    assert report.measured is not None
+    assert report.measured > 4
+    assert "zero blocks" in " ".join(row[1] for row in report.level_rows())
+    assert BudgetReport.of(details) == report
+    pattern = parse_pattern("16x4")
+    for branch in branches(program):
+        choice = next(c for c in report.choices if c.id == branch.id)
+        for site in block_sites(axis_groups(result), branch.tensors, pattern):
+            units = pattern.units(site.matrix(result).abs())
+            gone = int((units == 0).sum())
+            assert gone == (removed_count(choice.zeros, units.numel()) if choice.zeros else 0)
+    # What is asked of the device is what is chosen: marked for sparse products.
+    assert {p.quantization.blocks for p in clock.asked[-1].values() if p.quantization} == {"16x4"}
+
+
+def test_what_stays_float_has_no_zero_blocks(captured: Captured) -> None:
+    program = captured("tiny-bert")
+    mark = Quantize("int8-dynamic", ignore=("*intermediate*",)).quantization(program)
+    sized = sized_for(small(speedup=2, blocks="16x4"), program, mark)
+    names = {name for item in sized.items for name in item.sparse}
+    assert names
+    assert not any("intermediate" in name for name in names)
+
+
+def test_zero_blocks_are_for_int8(captured: Captured) -> None:
+    program = captured("tiny-bert")
+    for after in ([], [Quantize("int4-weights")]):
+        with pytest.raises(RecipeError, match="skipped in int8: put Quantize"):
+            run(program, small(flops=0.5, blocks="32x4"), Clock(), *after)
 
 
 @pytest.mark.parametrize("asked", [2.0, 3.0, 5.0, 10.0])

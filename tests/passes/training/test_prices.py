@@ -126,7 +126,7 @@ def test_prices_add_up_to_the_table(captured: Captured) -> None:
         # At every level, not only where all is there: FLOPs are straight lines.
         for level, cost in zip(item.levels[1:], row[1:], strict=True):
             assert level is not None
-            part = sum(level) / sum(group.size for group in item.groups)
+            part = sum(level.units) / sum(group.size for group in item.groups)
             line = prices.base[item.id] + part * sum(
                 prices.parameter[name] * counts[name] for name in mine
             )
