@@ -510,8 +510,8 @@ def sized_for(options: Budget, program: Program, mark: Mark | None) -> Sized:
             )
         pattern = parse_pattern(options.blocks)
         for branch in mine:
-            names = [site.tensor for site in block_sites(groups, branch.tensors, pattern)]
-            sparse[branch.id] = [name for name in names if mark.takes(name)]
+            sites = block_sites(groups, branch.tensors, pattern)
+            sparse[branch.id] = [site.tensor for site in sites if mark.takes(site.tensor)]
         mark = replace(mark, blocks=options.blocks)
     items = find_items(
         groups, usable, mine, droppable=droppable, round_to=options.round_to, sparse=sparse
@@ -530,4 +530,5 @@ def _zeros(level: Level) -> float:
 def _joined(verifications: Sequence[Mapping[str, JSON]]) -> dict[str, JSON]:
     """One report of several verifications: the last, with the largest error of all."""
     errors = [v["max_error"] for v in verifications if "max_error" in v]
-    return {**verifications[-1], **({"max_error": max(errors)} if errors else {})}
+    last = verifications[-1] if verifications else {}  # zero blocks alone rewrite no graph
+    return {**last, **({"max_error": max(errors)} if errors else {})}

@@ -14,7 +14,9 @@ import pytest
 from typer.testing import Result
 
 from graphprune.cli.budget import parse_speedups
+from graphprune.cli.names import KERNELS
 from graphprune.errors import GraphPruneError
+from graphprune.exporters.artifact.artifact import open_artifact
 
 Run = Callable[..., Result]
 Sentence = Callable[[Result], str]
@@ -82,6 +84,35 @@ def test_a_kit_measures_and_its_file_is_used(run: Run, samples: str, tmp_path: P
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
+def test_zero_blocks_are_chosen_for_another_machine(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("graphprune_kernels", reason="graphprune-kernels is not installed")
+    ids = np.random.default_rng(0).integers(0, 99, (64, 8))
+    np.savez(tmp_path / "ids.npz", input_ids=ids, attention_mask=np.ones_like(ids))
+    forms = ("--quantize", "int8-dynamic", "--target", KERNELS)
+    made = run("device-kit", "tiny-bert", "-o", "kit", *forms)
+    assert made.exit_code == 0, made.stderr
+    command = [sys.executable, "-P", "kit/measure.py", "--seconds", "0"]
+    measured = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    device, kit = json.loads(measured.stdout), json.loads(Path("kit/kit.json").read_text())
+    # There zero blocks take next to no time, and all else takes long.
+    for key, model in kit["models"].items():
+        sparse = any("zeros" in name for name in model["names"])
+        whole = any(name.startswith("the model") for name in model["names"])
+        device["costs"][key]["ms"] = 10.0 if whole else 0.1 if sparse else 2.0
+    (tmp_path / "board.json").write_text(json.dumps(device))
+    found = run(
+        "compile", "tiny-bert", "--faster", "2", "--device", "board.json", *forms,
+        "--calibration", "ids.npz", "-o", "out", "--json",
+    )  # fmt: skip
+    assert any(choice["zeros"] for choice in budget(found)["choices"])
+    artifact = open_artifact(tmp_path / "out")
+    choices = artifact.manifest["quantization"][artifact.model_path.name]["choices"]
+    assert all("as the budget had it timed" in record["reason"] for record in choices)
+    (report,) = (tmp_path / "out").rglob("report.md")
+    assert "zero blocks" in report.read_text(encoding="utf-8")
+
+
 COMPILE = ("compile", "tiny-mlp", "-o", "out")
 
 
@@ -111,6 +142,8 @@ COMPILE = ("compile", "tiny-mlp", "-o", "out")
         (("front", "tiny-mlp", "-o", "f", "--quantize", "int9"), "int8"),
         (("device-kit", "tiny-mlp", "-o", "foreign"), "did not write it"),
         (("device-kit", "no/model", "-o", "f", "--quantize", "int9"), "int8"),
+        (("device-kit", "tiny-mlp", "-o", "f", "--target", KERNELS), "--quantize int8-dynamic"),
+        (("front", "tiny-mlp", "-o", "f", "--target", "kernels"), "there is no target"),
     ],
     ids=str,
 )
