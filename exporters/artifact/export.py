@@ -44,7 +44,7 @@ from graphprune.exporters.onnx.files import (
 )
 from graphprune.exporters.onnx.grouped import check_cache
 from graphprune.exporters.onnx.names import input_names, limits_by_input
-from graphprune.exporters.quantize.quantize import Choose, quantize
+from graphprune.exporters.quantize.quantize import Choose, quantize, warn_of_overflow
 from graphprune.exporters.runtime.device_kit import KitDevice
 from graphprune.exporters.runtime.kv_cache import filled, shapes_of
 from graphprune.exporters.runtime.parity import check_parity, grouped_inputs
@@ -323,6 +323,7 @@ def _write_quantized(
     notes["quantization"][name] = quantize(
         source, target, mark, feeds, batches, weights, options.choose
     )
+    warn_of_overflow(mark, notes["quantization"][name])
     notes["sizes"][name] = file_bytes(target)
     found = {"model": layout.onnx + name}
     if layout is HUB:

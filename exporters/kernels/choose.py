@@ -163,23 +163,26 @@ class Chooser:
         mark: Mark,
         groups: Sequence[Group],
     ) -> Choice:
-        """Sparse wherever blocks are zero: so a budget had them timed on its device."""
+        """Sparse wherever blocks are zero: so a budget's kit timed whole sublayers."""
         assert self.device is not None
         choice = every_sparse(model, layers, mark, pattern=self.device.blocks, bits=7)
         for group in groups:
-            sparse = any(layer in choice.sparse for layer in group.layers)
-            form = self.device.blocks if sparse else "int8"
-            choice.records.append(
-                {
-                    "layers": [layer.weight for layer in group.layers],
-                    "rows": group.rows,
-                    "zeros": dict(group.zeros),
-                    "ms": {},
-                    "form": form,
-                    "pays_from": None,
-                    "reason": f"{form}, as the budget had it timed on {self.device.name}",
-                }
-            )
+            for form in (self.device.blocks, "int8"):
+                sparse = form != "int8"
+                layers = [x.weight for x in group.layers if (x in choice.sparse) == sparse]
+                if layers:
+                    choice.records.append(
+                        {
+                            "layers": layers,
+                            "rows": group.rows,
+                            "zeros": dict(group.zeros),
+                            "ms": {},
+                            "form": form,
+                            "pays_from": None,
+                            "reason": "sparse wherever blocks are zero: the kit of a budget has no "
+                            "times of single products",
+                        }
+                    )
         return choice
 
     def to_json(self) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def pack(weight: Floats, height: int, bits: int) -> Packed:
     )
 
 
-def density(weight: Floats, height: int) -> float:
+def density(weight: npt.NDArray[Any], height: int) -> float:
     """The fraction of blocks `height` x WIDTH that hold a nonzero."""
     return float(_tiles(weight != 0, height).any(axis=(2, 3)).mean())
 

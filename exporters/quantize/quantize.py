@@ -37,7 +37,7 @@ from graphprune.exporters.quantize.layers import (
     readers_of,
 )
 from graphprune.exporters.runtime.costs import machine
-from graphprune.exporters.runtime.drift import Outputs, drifts, run_all, worst
+from graphprune.exporters.runtime.drift import Drift, Outputs, drifts, run_all, worst
 from graphprune.exporters.runtime.session import Feeds, open_session
 from graphprune.ir.quantization import Mark
 
@@ -118,15 +118,6 @@ def quantize(
         work.write(chosen, target, weights)
         session = _session(target, mark)
         found = drifts(work.outputs, work.expected, run_all(session, feeds))
-    if worst(found) > _FAR and overflows(mark):
-        log.warning(
-            "this CPU adds products of int8 weights in 16 bits, which overflow with eight-bit "
-            "weights, and the quantized model's outputs are %.0f %% off the float model's: give "
-            "Quantize(%r, reduce_range=True), whose seven bits are exact on every CPU (in a recipe "
-            "reduce_range: true); on a CPU with VNNI this file may be right",
-            100 * worst(found),
-            mark.scheme,
-        )
     return {
         "scheme": mark.scheme,
         "products": sum(layer.kind in ("matmul", "conv") for layer in chosen),
@@ -138,12 +129,21 @@ def quantize(
     }
 
 
-def overflows(mark: Mark) -> bool:
-    """Whether this CPU is an x86 one without VNNI, and weights have eight bits."""
-    if mark.scheme not in ("int8-dynamic", "int8-static") or mark.reduce_range:
-        return False
+def warn_of_overflow(mark: Mark, notes: Notes) -> None:
+    """Say so where this CPU is an x86 one without VNNI, and eight-bit weights are far off on it."""
+    error = worst([Drift(**drift) for drift in notes["drift"]])
     known = {name.lower() for name in machine()["capabilities"]}
-    return "avx2" in known and not any("vnni" in name for name in known)
+    pairs = "avx2" in known and not any("vnni" in name for name in known)
+    eight = mark.scheme in ("int8-dynamic", "int8-static") and not mark.reduce_range
+    if pairs and eight and error > _FAR:
+        log.warning(
+            "this CPU adds products of int8 weights in 16 bits, which overflow with eight-bit "
+            "weights, and the quantized model's outputs are %.0f %% off the float model's: give "
+            "Quantize(%r, reduce_range=True), whose seven bits are exact on every CPU (in a recipe "
+            "reduce_range: true); on a CPU with VNNI this file may be right",
+            100 * error,
+            mark.scheme,
+        )
 
 
 @final

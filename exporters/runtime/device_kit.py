@@ -23,7 +23,7 @@ from graphprune.exporters.kernels.library import needs_library
 from graphprune.exporters.runtime import measure as script
 from graphprune.exporters.runtime import probe
 from graphprune.exporters.runtime.costs import check_cost
-from graphprune.exporters.runtime.latency import File, runs_of, write_files
+from graphprune.exporters.runtime.latency import File, check_library, runs_of, write_files
 from graphprune.exporters.runtime.session import TUNED
 from graphprune.exporters.runtime.signature import signature
 from graphprune.ir.program import Program
@@ -67,8 +67,10 @@ def write_kit(
 
     Raises:
         ExportError: a program cannot be exported, or the folder is not a kit or cannot be written.
+        GraphPruneError: there are zero blocks, and graphprune-kernels is not installed.
     """
     check_target(folder, is_kit)
+    check_library(models)
     runs = runs_of(models, inputs)
     keys = {name: signature(*run) for name, run in runs.items()}
     distinct = {keys[name]: run for name, run in runs.items()}
@@ -242,6 +244,12 @@ class KitDevice:
     def _check_scheme(self, models: Mapping[str, Program]) -> None:
         marks = [p.quantization for p in models.values() if p.quantization]
         asked = marks[0].scheme if marks else None
+        blocks = marks[0].blocks if marks else ""
+        if blocks and blocks != self.blocks:
+            raise GraphPruneError(
+                f"{str(self._path)!r} was measured without zero blocks of {blocks}: make the kit "
+                "with `graphprune device-kit --target onnxruntime+kernels`, and measure again"
+            )
         there = None if self._mark is None else self._mark["scheme"]
         if there != asked:
             raise GraphPruneError(

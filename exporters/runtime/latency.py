@@ -16,7 +16,7 @@ from torch import Tensor
 
 import graphprune
 from graphprune.exporters.kernels.every import every_sparse
-from graphprune.exporters.kernels.library import installed_library
+from graphprune.exporters.kernels.library import find_library, installed_library
 from graphprune.exporters.onnx.convert import to_onnx_together
 from graphprune.exporters.onnx.files import file_bytes, save_onnx
 from graphprune.exporters.onnx.names import input_names
@@ -102,6 +102,7 @@ class OnnxRuntimeDevice:
             GraphPruneError: ONNX Runtime cannot run it, or it has zero blocks and
                 graphprune-kernels is not there.
         """
+        check_library(models)
         runs = runs_of(models, inputs)
         keys = {name: signature(*run) for name, run in runs.items()}
         known = {} if fresh else self._costs.read(set(keys.values()))
@@ -190,6 +191,16 @@ class File:
     path: Path
     feeds: Feeds
     bytes: int
+
+
+def check_library(models: Mapping[str, Program]) -> None:
+    """Refuse, before anything is written, zero blocks that nothing here skips.
+
+    Raises:
+        GraphPruneError: a mark names blocks, and graphprune-kernels is not installed.
+    """
+    if any(p.quantization is not None and p.quantization.blocks for p in models.values()):
+        find_library()
 
 
 def write_files(

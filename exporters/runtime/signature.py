@@ -9,6 +9,8 @@ from typing import Any, final
 
 from torch import Tensor, fx
 
+from graphprune.exporters.kernels.lower import of_pattern
+from graphprune.exporters.kernels.packing import density
 from graphprune.ir.graph import bound_arguments, op_name, output_node
 from graphprune.ir.program import Program
 
@@ -36,7 +38,7 @@ def signature(program: Program, inputs: Sequence[Tensor] | None = None) -> str:
     unread = [reader.plain(n) for n in entry.graph.find_nodes(op="placeholder") if not n.users]
     how = None if mark is None else {**mark.to_json(), "ignored": None, "keep_error": None}
     if how is not None:
-        del how["blocks"]  # it counts where there are zeros
+        how.pop("blocks", None)  # it counts where there are zeros
     text = json.dumps([lines, ends, unread, bool(entry.cache), how], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -88,8 +90,9 @@ def _form(tensor: Tensor) -> tuple[list[int], str]:
 
 
 def _zeros(tensor: Tensor, blocks: str) -> list[Any]:
-    """The zeros of a weight, where a kernel may skip blocks of them."""
+    """The fraction of zero blocks of a weight, stored either way; nothing where there are none."""
     if not blocks or tensor.dim() != 2 or not tensor.is_floating_point():
         return []
-    zeros = round(float((tensor == 0).double().mean()), 2)
-    return [blocks, zeros] if zeros else []
+    array, height = (tensor != 0).numpy(force=True), of_pattern(blocks, 7).height
+    zeros = [round(1 - density(way, height), 2) for way in (array, array.T)]
+    return [blocks, *zeros] if any(zeros) else []

@@ -54,7 +54,10 @@ class Mark:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        return {**asdict(self), "ignored": list(self.ignored)}
+        found = {**asdict(self), "ignored": list(self.ignored)}
+        if not self.blocks:  # only what a budget measures has them
+            del found["blocks"]
+        return found
 
     @classmethod
     def from_json(cls, data: Any) -> Mark:

@@ -430,7 +430,8 @@ def choice_row(record: Mapping[str, Any]) -> tuple[str, ...]:
     ms = dict(record["ms"])
     stock = [short(ms.pop(name)) if name in ms else "" for name in ("float", "int8")]
     best = min(ms, key=lambda name: ms[name], default=None)
-    pattern = best or next(iter(record["zeros"]))
+    form = str(record["form"])
+    pattern = best or (form if form in record["zeros"] else next(iter(record["zeros"])))
     pays = record["pays_from"]
     from_on = "nowhere" if pays is None else f"{pays:.0%}"
     return (
@@ -439,6 +440,6 @@ def choice_row(record: Mapping[str, Any]) -> tuple[str, ...]:
         f"{record['zeros'][pattern]:.0%} of {pattern}",
         *stock,
         "" if best is None else short(ms[best]),
-        str(record["form"]),
+        form,
         from_on if record["ms"] else "",
     )

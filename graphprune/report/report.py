@@ -320,7 +320,7 @@ class Report:
             if "rounds" not in details and details.get("modified", True)
         ]
         if not any(p.resized for p in changed) and all(
-            "sites" in details or "epochs" in details for details in reports
+            {"sites", "epochs", "budget"} & details.keys() for details in reports
         ):
             return "no shape was changed, only values: nothing to verify"
         drifts = [

@@ -64,8 +64,8 @@ def thinned_out(program: Program, pattern: Pattern, zeros: Mapping[str, float]) 
 class Blocks:
     """What candidates with zero blocks are made of.
 
-    Blocks are chosen by the cost of each alone, and what stays is fitted to the outputs; the exact
-    order, one after another, would take minutes for every candidate.
+    Blocks are chosen in one sweep over the columns, and what stays is fitted to the outputs; the
+    exact order, one after another, would take minutes for every candidate.
 
     Attributes:
         pattern: of the blocks.

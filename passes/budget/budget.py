@@ -107,6 +107,11 @@ class Budget(Pass):
                 f"blocks is a pattern that sparse kernels skip, one of {list(PATTERNS)}, or '' for "
                 f"none, got {self.blocks!r}"
             )
+        if self.blocks and self.asked.keys() == {"flops"}:
+            raise RecipeError(
+                "zero blocks save time and bytes, and FLOPs do not count them: leave blocks out, "
+                "or ask for speedup, ms or size_mb"
+            )
         check_patterns("targets", self.targets)
         check_patterns("ignore", self.ignore)
 

@@ -220,9 +220,11 @@ class Candidates:
 
     def __post_init__(self) -> None:
         self._dense = self.program
-        self._owners = Counter(
-            name for item in self.items for group in item.groups for name in group.tensors
-        )
+        # Of a tensor that another item zeroes blocks of, no units may go alone.
+        self._owners = Counter()
+        for item in self.items:
+            own = [name for group in item.groups for name in group.tensors]
+            self._owners.update([*own, *(set(item.sparse) - set(own))])
         branches = [item.branch for item in self.items if item.branch and item.levels[0] is None]
         self._loss = output_loss(self.program)
         entry = self.program.forward
@@ -412,7 +414,10 @@ def errors_and_sensitivities(
         nothing: Mapping[float, float] = defaultdict(float)
         plain = level_errors(item, candidates.seen, nothing)
         middle = _middle(item)
-        found.append(alone(middle) / max(plain[middle], 1e-12))
+        error = plain[middle]
+        if middle == item.dense:  # only zero blocks to choose: the most of them count as all
+            middle, error = 0, 1.0
+        found.append(alone(middle) / max(error, 1e-12))
         zeros = {
             level.zeros: alone(j) / max(found[-1], 1e-300)
             for j, level in enumerate(item.levels)

@@ -398,7 +398,12 @@ class Work:
         shares = {site.name: Share(zeros[site.tensor], pattern) for site in sites}
         step = SparseGPT(0.5, pattern=pattern.text, damping=self.options.damping)
         done = step.streamed(program, sites, shares, self.ctx)
-        self.warnings += done.remarks.warn(log)
+        sentence = (
+            "zero blocks are skipped where export(target='onnxruntime+kernels') writes the model, "
+            "on the command line --target onnxruntime+kernels; elsewhere they make it no faster"
+        )
+        log.warning("%s", sentence)
+        self.warnings += [sentence, *done.remarks.warn(log)]
         return with_zeroed(done.program, sites)
 
     def _counts(self, chosen: Sequence[Level]) -> dict[str, int]:
@@ -527,8 +532,12 @@ def _zeros(level: Level) -> float:
     return 0.0 if level is None else level.zeros
 
 
-def _joined(verifications: Sequence[Mapping[str, JSON]]) -> dict[str, JSON]:
-    """One report of several verifications: the last, with the largest error of all."""
+def _joined(verifications: Sequence[Mapping[str, JSON]]) -> dict[str, JSON] | None:
+    """One report of several verifications: the last, with the largest error of all.
+
+    None without any: zero blocks alone rewrite no graph.
+    """
+    if not verifications:
+        return None
     errors = [v["max_error"] for v in verifications if "max_error" in v]
-    last = verifications[-1] if verifications else {}  # zero blocks alone rewrite no graph
-    return {**last, **({"max_error": max(errors)} if errors else {})}
+    return {**verifications[-1], **({"max_error": max(errors)} if errors else {})}

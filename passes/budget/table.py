@@ -148,7 +148,11 @@ class Sized:
                 continue
             nodes = item.branch.nodes(self.program, self.program.deployed)
             structure = tuple(
-                (str(n.target) if n.op == "call_function" else n.op, _shapes(n.meta.get("val")))
+                (
+                    str(n.target) if n.op == "call_function" else n.op,
+                    _shapes(n.meta.get("val")),
+                    *(self._form(str(n.target), item) if n.op == "get_attr" else ()),
+                )
                 for n in nodes
             )
             missing = [c for c in item.levels if c is not None and (structure, c) not in built]
@@ -176,6 +180,11 @@ class Sized:
         }
         program = shrink(program, keep) if keep else program
         return self._thinned_out(program, zeros_by_tensor(self.items, chosen))
+
+    def _form(self, tensor: str, item: Item) -> tuple[bool, bool]:
+        """Whether a tensor will be quantized, and whether its blocks may be zero."""
+        mark = self.program.quantization
+        return mark is not None and mark.takes(tensor), tensor in item.sparse
 
     def _at(self, alone: Program, item: Item, level: Level) -> Program:
         """A branch as a model of its own, at a level."""

@@ -29,10 +29,10 @@ from graphprune.exporters.onnx.convert import to_onnx
 from graphprune.exporters.onnx.files import save_onnx, weight_bytes
 from graphprune.exporters.onnx.names import input_names
 from graphprune.exporters.quantize.layers import find_layers
-from graphprune.exporters.quantize.quantize import quantize
+from graphprune.exporters.quantize.quantize import quantize, warn_of_overflow
 from graphprune.exporters.runtime.session import feeds_of, open_session
 from graphprune.ir.program import Program
-from graphprune.ir.quantization import SCHEMES
+from graphprune.ir.quantization import SCHEMES, Mark
 from graphprune.passes import Quantize
 from graphprune.pipeline.base import Context
 from graphprune.storage.program import load
@@ -279,10 +279,13 @@ def test_sums_that_overflow_on_this_cpu_are_warned_of(
 ) -> None:
     module = sys.modules[quantize.__module__]
     monkeypatch.setattr(module, "machine", lambda: {"capabilities": capabilities})
-    lower(program, "int8-dynamic", reduce_range=reduced)
-    assert "overflow" not in caplog.text  # what is right is right
-    monkeypatch.setattr(module, "_FAR", 0.0)
-    lower(program, "int8-dynamic", reduce_range=reduced)
+    notes = lower(program, "int8-dynamic", reduce_range=reduced).notes
+    mark = Mark("int8-dynamic", reduce_range=reduced)
+    warn_of_overflow(mark, notes)
+    assert not caplog.text  # what is right is right
+    (drift, *_) = notes["drift"]
+    warn_of_overflow(mark, {**notes, "drift": [{**drift, "error": 1.09}]})
+    assert ("109 % off" in caplog.text) == warned
     assert ("reduce_range=True" in caplog.text) == warned
 
 

@@ -101,6 +101,11 @@ def test_zeros_count_where_a_kernel_skips_blocks_of_them(parts: Mapping[str, Pro
     )
     found = {signature(replace(p, quantization=sparse)) for p in (first, thin)}
     found.add(signature(replace(thin, quantization=replace(sparse, blocks="16x4"))))
+    # As many zeros, and no zero block: nothing is skipped.
+    scattered = first.tensors[name].clone()
+    scattered[::2] = 0
+    other = first.with_tensors({name: scattered})
+    assert signature(replace(other, quantization=sparse)) in found
     found.add(signature(replace(thin, quantization=replace(sparse, ignored=(name,)))))
     assert len(found) == 4
 

@@ -206,6 +206,7 @@ def test_what_cannot_be_reached_is_refused_before_the_search(
         ({"speedup": 2.0, "batch": (1, 2, 3)}, "samples and tokens"),
         ({"speedup": 2.0, "evaluations": 0}, "evaluations"),
         ({"speedup": 2.0, "blocks": "8x8"}, "32x4"),
+        ({"flops": 0.5, "blocks": "32x4"}, "FLOPs do not count them"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], says: str) -> None:
@@ -404,6 +405,20 @@ def test_blocks_are_chosen_where_they_are_fast(captured: Captured) -> None:
     assert {p.quantization.blocks for p in clock.asked[-1].values() if p.quantization} == {"16x4"}
 
 
+def test_layers_that_are_quantized_otherwise_are_timed_apart(captured: Captured) -> None:
+    """A layer in float has the structure of one in int8, and not its time."""
+    program = captured("tiny-bert")
+    mark = Quantize("int8-dynamic", ignore=("*layer.0*",)).quantization(program)
+    sized = sized_for(small(speedup=2, blocks="16x4"), program, mark)
+    models = sized.models()
+    for item in sized.items:
+        assert bool(item.sparse) == ("layer.1" in item.id)
+        for level in item.levels:
+            if level is not None:
+                names = models[item.id, level].tensors
+                assert any(item.id in name for name in names)
+
+
 def test_what_stays_float_has_no_zero_blocks(captured: Captured) -> None:
     program = captured("tiny-bert")
     mark = Quantize("int8-dynamic", ignore=("*intermediate*",)).quantization(program)
@@ -417,7 +432,7 @@ def test_zero_blocks_are_for_int8(captured: Captured) -> None:
     program = captured("tiny-bert")
     for after in ([], [Quantize("int4-weights")]):
         with pytest.raises(RecipeError, match="skipped in int8: put Quantize"):
-            run(program, small(flops=0.5, blocks="32x4"), Clock(), *after)
+            run(program, small(speedup=2, blocks="32x4"), Clock(), *after)
 
 
 @pytest.mark.parametrize("asked", [2.0, 3.0, 5.0, 10.0])

@@ -142,7 +142,7 @@ def zero_blocks(program: Program, branch: Branch) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("name", ["tiny-bert", "tiny-llama", "tiny-vit"])
+@pytest.mark.parametrize("name", ["tiny-bert", "tiny-gpt2", "tiny-llama", "tiny-vit"])
 def test_blocks_are_zero_in_what_stays(captured: Captured, name: str) -> None:
     """Heads and neurons that go leave a smaller matrix, whose blocks are others."""
     program = captured(name)

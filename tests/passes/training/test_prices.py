@@ -369,6 +369,7 @@ def test_a_budget_in_a_recipe() -> None:
         ({"budget": Budget(size_mb=1)}, "size_mb is not"),
         ({"budget": Budget(max_drop=0.1, task=print)}, "max_drop is not"),
         ({"budget": Budget(flops=0.5, speedup=2)}, "give flops alone"),
+        ({"budget": Budget(speedup=2, blocks="32x4")}, "removes structure alone"),
         ({"budget": Budget(speedup=2), "density": 0.5}, "give one of them"),
         ({"budget": PruneHeads(0.5)}, "budget is a Budget"),
     ],
