@@ -169,11 +169,11 @@ class Chooser:
         for group in groups:
             for form in (self.device.blocks, "int8"):
                 sparse = form != "int8"
-                layers = [x.weight for x in group.layers if (x in choice.sparse) == sparse]
-                if layers:
+                names = [x.weight for x in group.layers if (x in choice.sparse) == sparse]
+                if names:
                     choice.records.append(
                         {
-                            "layers": layers,
+                            "layers": names,
                             "rows": group.rows,
                             "zeros": dict(group.zeros),
                             "ms": {},
