@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from graphprune.exporters.runtime.session import open_session
 from graphprune.ir.quantization import Mark
 from graphprune.passes import Quantize
 
-DYNAMIC = Mark("int8-dynamic")
+# Eight bits overflow on CPUs without VNNI, in ONNX Runtime's own kernels.
+DYNAMIC = Mark("int8-dynamic", reduce_range=True)
 
 
 class Tagger(nn.Module):
@@ -99,6 +101,8 @@ def test_an_lstm_is_what_its_codes_say(reduced: bool, tmp_path: Path) -> None:
     assert np.abs(w).max() == np.abs(r).max() == (64 if reduced else 127)
     assert not w_zero.any()
     assert not r_zero.any()
+    if not reduced:  # what they compute depends on the CPU
+        return
     x = next(iter(feed.values())).transpose(1, 0, 2)
     found = []
     for d, ordered in enumerate((x, x[::-1])):
@@ -139,10 +143,10 @@ def test_other_schemes_have_no_recurrent_layer(tmp_path: Path) -> None:
 
 def test_an_lstm_is_left_in_float_by_name_and_by_error(tmp_path: Path) -> None:
     source, feed = written(Tagger(head=5), tmp_path)
-    ignored = Mark("int8-dynamic", ignored=("rnn.weight_ih_l0",))
+    ignored = replace(DYNAMIC, ignored=("rnn.weight_ih_l0",))
     notes = quantize(source, tmp_path / "a.onnx", ignored, [feed])
     assert notes["float"] == {"rnn.weight_ih_l0": "left in float on request"}
-    kept = quantize(source, tmp_path / "b.onnx", Mark("int8-dynamic", keep_error=0.01), [feed])
+    kept = quantize(source, tmp_path / "b.onnx", replace(DYNAMIC, keep_error=0.01), [feed])
     assert kept["error"] <= 0.01
 
 
