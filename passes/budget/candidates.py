@@ -19,7 +19,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from graphprune.axes import AxisGroup, AxisGroups
+from graphprune.axes import AxisGroup, AxisGroups, Occurrence
 from graphprune.axes.sites import LinearSite, consumers
 from graphprune.calibration.gram import Remarks
 from graphprune.calibration.stream import Stream, flat_batch
@@ -309,9 +309,7 @@ class Candidates:
             for place in group.occurrences:
                 tensor = self.program.tensors[place.tensor]
                 mask = stays.get(place.tensor, torch.ones_like(tensor, dtype=torch.bool)).clone()
-                units = self.groups.units(group, place.tensor, place.dim)
-                gone = (units >= 0) & ~torch.isin(units, kept[group.id])
-                mask.movedim(place.dim, 0)[gone] = False
+                mask.movedim(place.dim, 0)[self._gone(group, place, kept[group.id])] = False
                 stays[place.tensor] = mask
         sparse = self.blocks.zeroed(wide, item.id, level.zeros, stays)
         changed = {
@@ -374,12 +372,16 @@ class Candidates:
         gone = self.seen[group.id].order[: group.size - count]
         return others(group.size, torch.tensor(gone, dtype=torch.int64))
 
+    def _gone(self, group: AxisGroup, place: Occurrence, keep: Tensor) -> Tensor:
+        """The indices of a tensor's dimension that are of units which do not stay; bool."""
+        units = self.groups.units(group, place.tensor, place.dim)
+        return (units >= 0) & ~torch.isin(units, keep)
+
     def _zeroed(self, group: AxisGroup, keep: Tensor) -> Mapping[str, Tensor]:
         changed: dict[str, Tensor] = {}
         for place in group.occurrences:
             if place.tensor in self.program.parameters:
-                units = self.groups.units(group, place.tensor, place.dim)
-                gone = (units >= 0) & ~torch.isin(units, keep)
+                gone = self._gone(group, place, keep)
                 tensor = changed.get(place.tensor, self.program.tensors[place.tensor]).clone()
                 tensor.movedim(place.dim, 0)[gone] = 0
                 changed[place.tensor] = tensor
