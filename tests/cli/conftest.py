@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert result.exit_code == 0, result.stderr
     assert "4 of 8 heads" in result.stdout
-    assert "x faster" in result.stdout
+    assert re.search(r"\d\.\d\dx (faster|slower)", result.stdout)  # a tiny model's time is noise
     assert str(out) in result.stdout.replace("\n", "")
     return out
 
