@@ -39,7 +39,7 @@ from graphprune.exporters.quantize.layers import (
 from graphprune.exporters.runtime.costs import machine
 from graphprune.exporters.runtime.drift import Drift, Outputs, drifts, run_all, worst
 from graphprune.exporters.runtime.session import Feeds, open_session
-from graphprune.ir.quantization import Mark
+from graphprune.ir.quantization import OVERFLOWING, Mark
 
 if TYPE_CHECKING:
     import onnx
@@ -134,13 +134,14 @@ def warn_of_overflow(mark: Mark, notes: Notes) -> None:
     error = worst([Drift(**drift) for drift in notes["drift"]])
     known = {name.lower() for name in machine()["capabilities"]}
     pairs = "avx2" in known and not any("vnni" in name for name in known)
-    eight = mark.scheme in ("int8-dynamic", "int8-static") and not mark.reduce_range
+    eight = mark.scheme in OVERFLOWING and not mark.reduce_range
     if pairs and eight and error > _FAR:
         log.warning(
             "this CPU adds products of int8 weights in 16 bits, which overflow with eight-bit "
             "weights, and the quantized model's outputs are %.0f %% off the float model's: give "
             "Quantize(%r, reduce_range=True), whose seven bits are exact on every CPU (in a recipe "
-            "reduce_range: true); on a CPU with VNNI this file may be right",
+            "reduce_range: true, on the command line --reduce-range); on a CPU with VNNI this file "
+            "may be right",
             100 * error,
             mark.scheme,
         )

@@ -95,6 +95,15 @@ Quantization = Annotated[
         autocompletion=complete_scheme,
     ),
 ]
+ReduceRange = Annotated[
+    bool,
+    typer.Option(
+        "--reduce-range",
+        help="With --quantize int8-dynamic or int8-static: weights of seven bits, which are exact "
+        "on CPUs without VNNI too.",
+        rich_help_panel=PRUNING,
+    ),
+]
 TaskName = Annotated[
     str,
     typer.Option(

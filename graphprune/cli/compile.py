@@ -24,7 +24,9 @@ from graphprune.cli.app import (
     Model,
     Pickle,
     Quantization,
+    ReduceRange,
     Recipe,
+    ReduceRange,
     Seed,
     Target,
     TextColumn,
@@ -130,6 +132,7 @@ def compile_command(
         ),
     ] = None,
     quantize: Quantization = "",
+    reduce_range: ReduceRange = False,
     verify: Annotated[
         bool,
         typer.Option(
@@ -350,7 +353,7 @@ def compile_command(
         "prune-heads": _flag(ratio=heads, **removal),
         "finetune": _flag(epochs=finetune),
         "distill": _flag(epochs=distill),
-        "quantize": _flag(scheme=quantize or None),
+        "quantize": _flag(scheme=quantize or None, reduce_range=reduce_range),
     }
     check_opset(opset, cached=cache)
     check_forms(layout, weights, target)

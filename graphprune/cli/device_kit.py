@@ -13,6 +13,7 @@ from graphprune.cli.app import (
     Model,
     Pickle,
     Quantization,
+    ReduceRange,
     Target,
     Threads,
     print_json,
@@ -26,12 +27,14 @@ from graphprune.storage.folders import check_writable
 
 if TYPE_CHECKING:
     from graphprune.ir.program import Program
+    from graphprune.passes import Quantize
 
 
 def device_kit_command(
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
     quantize: Quantization = "",
+    reduce_range: ReduceRange = False,
     target: Target = TARGETS[0],
     batch: Batch = "",
     threads: Threads = 1,
@@ -55,15 +58,17 @@ def device_kit_command(
     # From here on torch is imported.
     from graphprune.cli.subject import opened
     from graphprune.exporters.runtime.device_kit import is_kit
+    from graphprune.passes import Quantize
     from graphprune.storage.folders import check_target
 
     check_target(out.expanduser(), is_kit)
+    last = Quantize(quantize, reduce_range=reduce_range) if quantize else None
     with opened(model, allow_pickle) as (subject, display):
         with display.step("capture"):
             start = subject.captured(cache)
         with display.step("write") as advance:
             count = write_kit_of(
-                start.program, out, sizes, quantize, threads, advance, blocks=target == KERNELS
+                start.program, out, sizes, last, threads, advance, blocks=target == KERNELS
             )
     if as_json:
         print_json({"model": model, "path": str(out), "models": count})
@@ -80,7 +85,7 @@ def write_kit_of(
     program: Program,
     out: Path,
     sizes: tuple[int, ...],
-    quantize: str,
+    last: Quantize | None,
     threads: int,
     progress: Any,
     *,
@@ -92,7 +97,7 @@ def write_kit_of(
     2. Of a quantized one: the forms of its products with zeros.
 
     Raises:
-        GraphPruneError: it is quantized otherwise than `quantize` says, or no product has zeros.
+        GraphPruneError: it is quantized otherwise than `last` says, or no product has zeros.
     """
     from graphprune.cli.sizes import timed_sizes
     from graphprune.exporters.kernels.choose import timed_feeds
@@ -104,10 +109,10 @@ def write_kit_of(
 
     timed, mark = timed_sizes(program, sizes), program.quantization
     if mark is None:
-        models, inputs = _measured(program, timed, quantize, threads, blocks)
+        models, inputs = _measured(program, timed, last, threads, blocks)
         write_kit(models, out, inputs=inputs, threads=threads, progress=advanced)
         return len({id(model) for model in models.values()})
-    if quantize not in ("", mark.scheme):
+    if last is not None and (last.scheme, last.reduce_range) != (mark.scheme, mark.reduce_range):
         raise GraphPruneError(
             f"the model is quantized by {mark.scheme} already: leave --quantize out"
         )
@@ -117,14 +122,14 @@ def write_kit_of(
 
 
 def _measured(
-    program: Program, sizes: tuple[int, ...], quantize: str, threads: int, blocks: bool
+    program: Program, sizes: tuple[int, ...], last: Quantize | None, threads: int, blocks: bool
 ) -> Any:
     """The models that a budget measures, by name, and their inputs."""
     from graphprune.ir.quantization import PATTERNS
-    from graphprune.passes import Budget, Quantize
+    from graphprune.passes import Budget
     from graphprune.passes.budget.choose import sized_for
     from graphprune.passes.budget.table import named_models
 
-    mark = Quantize(quantize).quantization(program) if quantize else None
+    mark = None if last is None else last.quantization(program)
     options = Budget(speedup=2, batch=sizes, threads=threads, blocks=PATTERNS[0] if blocks else "")
     return named_models(sized_for(options, program, mark))

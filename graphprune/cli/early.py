@@ -12,7 +12,7 @@ from typing import Any
 
 from graphprune.cli.names import TASKS, pass_names
 from graphprune.errors import GraphPruneError, RecipeError
-from graphprune.ir.quantization import SCHEMES
+from graphprune.ir.quantization import OVERFLOWING, SCHEMES
 from graphprune.pipeline.recipe_names import builtin_recipes, no_recipe
 from graphprune.storage.folders import check_target
 from graphprune.storage.layout import layout_of
@@ -27,12 +27,15 @@ def check_given(given: Mapping[str, Any]) -> None:
         given: a command's parameters by name.
 
     Raises:
-        GraphPruneError: no such model, scheme, task or file.
+        GraphPruneError: no such model, scheme, task or file, or --reduce-range without such a
+            scheme.
     """
     from graphprune.models.loading.names import check_name
 
     if given.get("quantize"):
         check_choice("quantization scheme", given["quantize"], SCHEMES)
+    if given.get("reduce_range") and given.get("quantize") not in OVERFLOWING:
+        raise RecipeError(f"--reduce-range goes with --quantize {' or '.join(OVERFLOWING)}")
     if given.get("task"):
         check_choice("task", given["task"], TASKS)
     model = given.get("model")

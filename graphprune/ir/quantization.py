@@ -25,6 +25,8 @@ SCHEMES: Mapping[str, str] = {
     "int8-weights": "int8 weights in blocks, dequantized inside the product",
     "int4-weights": "int4 weights in blocks, dequantized inside the product",
 }
+OVERFLOWING = ("int8-dynamic", "int8-static")
+"""Schemes whose eight-bit products overflow on x86 CPUs without VNNI; seven bits do not."""
 
 
 @final

@@ -8,6 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
+import onnx.numpy_helper
 import pytest
 from typer.testing import Result
 
@@ -94,6 +97,30 @@ def test_compile_with_calibration_scores_by_it(run: Run, tmp_path: Path, arrays:
     assert re.search(r"\d\.\d\dx (faster|slower)", page)
     assert "default session options" in page
     assert run("bench", "out").exit_code == 0  # whose hashes were brought up to date
+
+
+def test_seven_bits_on_request(run: Run, tmp_path: Path) -> None:
+    int8 = ("--quantize", "int8-dynamic")
+    common = ("compile", "tiny-mlp", *int8, "--no-measure", "--no-quality", "--no-baseline")
+    for out, flags in (("eight", ()), ("seven", ("--reduce-range",))):
+        result = run(*common, *flags, "-o", out)
+        assert result.exit_code == 0, result.stderr
+    result = run("device-kit", "tiny-mlp", *int8, "--reduce-range", "-o", "kit")
+    assert result.exit_code == 0, result.stderr
+    assert largest(tmp_path / "eight") == 127
+    assert largest(tmp_path / "seven") == 64
+    assert largest(tmp_path / "kit") == 64
+
+
+def largest(folder: Path) -> int:
+    """The largest of all int8 numbers in a folder's ONNX files."""
+    found = [
+        int(np.abs(onnx.numpy_helper.to_array(tensor).astype(int)).max())
+        for file in folder.rglob("*.onnx")
+        for tensor in onnx.load(file).graph.initializer
+        if tensor.data_type == onnx.TensorProto.INT8 and tensor.dims
+    ]
+    return max(found)
 
 
 def test_a_finished_artifact_is_exported_for_another_target(run: Run, tmp_path: Path) -> None:
