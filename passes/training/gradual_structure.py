@@ -60,6 +60,7 @@ class GradualStructure(GradualPass):
     7. With a budget a unit costs the time that its parameters take on the device, and a residual
        branch competes as a whole: by the score of all its units for what it still costs, with what
        goes only when all of it goes. It is zeroed, and removed for good when training is over.
+       Near the budget the model is measured as it is cut so far, and the rest goes by that.
 
     Attributes:
         density: fraction of the parameters of all competing units that is left in the end; without
@@ -179,6 +180,7 @@ class GradualStructure(GradualPass):
         if state.budgeted is not None:
             reached = state.budgeted.report(fitted.program, ledger)
             reached["dropped"] = [name for name in ledger.sublayers if name in ledger.dropped]
+            reached["factor"] = state.budgeted.account.factor
             summary = reached.pop("summary")
         return {
             **trained,
@@ -257,6 +259,8 @@ class _State:
         progress = (step + 1) / total
         if self.settled(step + 1, total):
             self._finish()
+        if self.budgeted is not None and self.budgeted.due(self.ledger):
+            self.ledger = self.budgeted.corrected(self.ledger)
         ledger, scores = self.ledger, self.scores()
         last = options.density if self.budgeted is None else 1 - ledger.limit / ledger.total
         density = scheduled(progress, options.begin, options.end, 1.0, last, options.schedule)

@@ -6,6 +6,8 @@
    without the one where it is gone). The line's slope is shared out over the parameters of its
    units: their price, whichever axis they go with. A tensor of several items has the mean.
 2. What a branch costs beside its parameters goes only with the whole branch: its base.
+3. Once half of what must go is gone, and the rest is within NEAR of the limit, the model is measured
+   as it is cut so far; what is left is counted with that factor from then on.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import final
 
 import numpy as np
@@ -21,22 +23,25 @@ import torch
 from torch import Tensor
 
 from graphprune.axes import AxisGroups
-from graphprune.axes.branches import Branch
+from graphprune.axes.branches import Branch, branches
 from graphprune.errors import RecipeError, UnsupportedError, VerificationError
 from graphprune.ir.program import JSON, Program
 from graphprune.passes.budget.budget import Budget
-from graphprune.passes.budget.choose import OFF, Work, amount_text, sized_for
+from graphprune.passes.budget.choose import CLOSE, OFF, Work, amount_text, sized_for
 from graphprune.passes.budget.items import Item
 from graphprune.passes.budget.table import Sized, Table
 from graphprune.passes.training.units import Ledger, Sublayer, Units
 from graphprune.passes.training.zeros import compare_zeroed
 from graphprune.pipeline.base import Context
 from graphprune.report.budget import BudgetReport, Choice
-from graphprune.rewrite.drop import closed, gated
+from graphprune.rewrite.drop import closed, drop, gated
+from graphprune.rewrite.shrink import shrink
 from graphprune.training.distributed import Workers
 from graphprune.training.loop import required
 
 log = logging.getLogger(__name__)
+
+NEAR = 1.5  # times the limit: near enough to look like the result, with units left to choose from
 
 
 @final
@@ -65,6 +70,7 @@ class Account:
         dense_ms: of the dense float model, which a speed-up is of.
         prices: by resource, of milliseconds and of what is counted.
         items: by item, milliseconds of what is dense.
+        factor: what a model takes for what its prices add up to, measured on the way; None before.
     """
 
     resource: str
@@ -73,6 +79,7 @@ class Account:
     dense_ms: float
     prices: Mapping[str, Prices]
     items: Mapping[str, float]
+    factor: float | None = None
 
     def to_tensor(self) -> Tensor:
         """As bytes of JSON, which keeps every bit of a number."""
@@ -163,7 +170,7 @@ class Budgeted:
         self._sized = sized_for(options, program, ctx.quantization)
         self._branches = self._droppable()
         self._work: Work | None = None
-        self.account = self._workers.run_on_main(self._measured)
+        self.account = self._begun = self._workers.run_on_main(self._measured)
         self._check_reachable()
 
     def _droppable(self) -> list[Branch]:
@@ -233,16 +240,57 @@ class Budgeted:
                 + ("" if self.options.drop else ", or let sublayers go with drop=True")
             )
 
+    def due(self, ledger: Ledger) -> bool:
+        """Whether it is time to measure what the model is cut to."""
+        account = self.account
+        if account.resource != "ms" or account.factor is not None:
+            return False
+        left = account.whole["ms"] - ledger.removed
+        return 2 * ledger.removed >= ledger.limit > 0 and left <= NEAR * account.limit
+
+    def corrected(self, ledger: Ledger) -> Ledger:
+        """Measure what the model is cut to; a ledger with the same units gone, and a new limit.
+
+        Where that would be out of reach, the limit is all that may go.
+        """
+        factor = self._workers.run_on_main(lambda: self._factor(ledger))
+        self.account = replace(self.account, factor=factor)
+        found = self.ledger()
+        found.load(ledger.gone, ledger.dropped)
+        return found
+
+    def _factor(self, ledger: Ledger) -> float:
+        """Measured over predicted, both of this run: a checkpoint's prices are another one's."""
+        assert self._work is not None
+        if not self._work.device.can_measure:
+            return 1.0
+        here = self._ledger_of(self._begun)
+        here.load(ledger.gone, ledger.dropped)
+        keep, program = ledger.keep(), self.program
+        if keep:
+            program = shrink(program, keep)
+        gone = [branch for branch in branches(program) if branch.id in ledger.dropped]
+        if gone:
+            program = drop(program, gone)
+        found = self._work.beside(program).ms / (self._begun.whole["ms"] - here.removed)
+        return 1.0 if abs(found - 1) <= CLOSE else found
+
     def ledger(self, resource: str | None = None) -> Ledger:
         """A new ledger that counts in the account's resource, or another one of it."""
-        account = self.account
+        return self._ledger_of(self.account, resource)
+
+    def _ledger_of(self, account: Account, resource: str | None = None) -> Ledger:
         prices = account.prices[resource or account.resource]
         found = [Sublayer(b.id, b.tensors, prices.base[b.id]) for b in self._branches]
         ledger, least = (
             Ledger(self.program, self.units, prices.parameter, found) for _ in range(2)
         )
-        ledger.limit = max(account.whole[account.resource] - account.limit, 0.0)
+        limit = account.limit / (account.factor or 1.0)
+        ledger.limit = max(account.whole[account.resource] - limit, 0.0)
         ledger.must = least.drain().required(ledger.limit)
+        if account.factor is not None:
+            least.load({}, list(least.sublayers))
+            ledger.limit = min(ledger.limit, least.removed)
         return ledger
 
     def report(self, result: Program, ledger: Ledger) -> dict[str, JSON]:
@@ -259,7 +307,7 @@ class Budgeted:
         work, account = self._work, self.account
         times = self.ledger("ms")
         times.load(ledger.gone, ledger.dropped)
-        predicted = account.whole["ms"] - times.removed
+        predicted = (account.whole["ms"] - times.removed) * (account.factor or 1.0)
         cost = work.beside(result) if work.device.can_measure else None
         # The account of a checkpoint is in milliseconds of another run.
         scale = account.whole["ms"] / work.table.whole["ms"]

@@ -157,6 +157,8 @@ def test_an_account_is_kept_to_the_last_bit() -> None:
         "ms", 1 / 3, {"ms": 0.1}, 0.7, {"ms": Prices({"a": 1e-9 / 3}, {"b": 2 / 7})}, {"b": 0.1}
     )
     assert Account.of(account.to_tensor()) == account
+    measured = replace(account, factor=8 / 9)
+    assert Account.of(measured.to_tensor()) == measured
 
 
 # --- what is asked is met ------------------------------------------------------------------------
@@ -205,18 +207,50 @@ def test_prices_are_corrected_before_training(captured: Captured) -> None:
     assert not report.warnings
 
 
-def test_what_is_off_is_said(captured: Captured) -> None:
-    class Slowing(Machine):
-        """Slower from the second look at a smaller model on."""
+@dataclass
+class Changing(Machine):
+    """Takes so many times what its parts say, from the second look at a smaller model on."""
 
-        def measure(self, models: Mapping[str, Program], **options: Any) -> dict[str, Cost]:
-            found = Machine.measure(self, models, **options)
-            if "chosen" in models:
-                self.slower = 1.2
-            return found
+    then: float = 1.2
+    looks: int = 0
 
+    def measure(self, models: Mapping[str, Program], **options: Any) -> dict[str, Cost]:
+        found = Machine.measure(self, models, **options)
+        if "chosen" in models:
+            self.looks += 1
+            self.slower = self.then
+        return found
+
+
+@pytest.mark.parametrize("then", [0.85, 1.15])
+def test_prices_are_corrected_on_the_way(then: float, captured: Captured) -> None:
     program = captured("tiny-bert")
-    ctx = context(program, Slowing())
+    machine = Changing({DEAR: 0.5 * flops(program) / 1e6}, then=then)
+    wanted = step(Budget(speedup=3), roles=("head", "neuron"))
+    _, report, details = run(program, wanted, context(program, machine))
+    assert machine.looks == 3  # before, on the way, at the end
+    assert details["factor"] == pytest.approx(then)
+    assert details["dropped"] == [DEAR]
+    assert report.measured_ms == pytest.approx(report.dense_ms / 3, rel=0.04)
+    assert report.predicted_ms == pytest.approx(report.measured_ms, rel=0.01)
+    assert not report.warnings
+
+
+def test_the_least_there_is_is_reached(captured: Captured) -> None:
+    """What is measured on the way may put the budget out of reach."""
+    program = captured("tiny-bert")
+    wanted = step(Budget(speedup=1.5, drop=False), roles=("head", "neuron"))
+    _, report, details = run(program, wanted, context(program, Changing(then=9)))
+    assert all(choice.level == 1 for choice in report.choices)
+    assert details["factor"] == pytest.approx(9, rel=0.05)
+    assert report.predicted_ms == pytest.approx(report.measured_ms, rel=0.05)
+    (warning,) = report.warnings
+    assert "train again with a budget" in warning
+
+
+def test_what_is_off_is_said(captured: Captured) -> None:
+    program = captured("tiny-bert")
+    ctx = context(program, Changing())
     _, report, _ = run(program, step(Budget(speedup=1.5), epochs=1, end=0), ctx)
     assert report.measured_ms == pytest.approx(1.2 * report.predicted_ms, rel=1e-3)
     (warning,) = report.warnings
