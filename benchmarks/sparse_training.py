@@ -21,7 +21,8 @@ the folder that holds sst2/.
   the dense float model in ONNX Runtime, for one sentence of 128 tokens, by a table of measured
   times; heads, neurons and whole sublayers go. Accuracy is that of ONNX Runtime; dense int8 beside.
   --faster names the speed-ups, with commas: 6.5 and 13 are for a CPU with AMX, where dense int8
-  alone is three times as fast as float.
+  alone is three times as fast as float. "with spans": five epochs, and with each sentence four
+  random spans of it, which the dense model labels.
 - heads: how many NeuroPrune merges at some theta, and what that costs.
 - epoch: the time of NeuroPrune against plain fine-tuning, interleaved, epochs of 64 batches.
 
@@ -39,7 +40,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from statistics import mean, median
@@ -56,7 +57,8 @@ from graphprune.exporters import export
 from graphprune.ir.cost import flops
 from graphprune.ir.program import Program
 from graphprune.models import load_model
-from graphprune.models.data.batches import Batches, table_batches
+from graphprune.models.data.batches import SIZE, Batches, table_batches
+from graphprune.models.data.spans import Spans
 from graphprune.models.data.tables import Schema
 from graphprune.models.tasks.labeled import evaluate_labeled
 from graphprune.models.zoo.heads import with_head
@@ -83,6 +85,7 @@ LR = 2e-4  # of all sparse training; the penalties need steps as long as the wei
 # Chosen on the development sentences, by accuracy at 90 % zeros, each alpha among 1e-4, 3e-4, 1e-3.
 ALPHA, BETA, L1_ALPHA = 3e-4, 3e-3, 3e-4
 SPARSITIES = (0.5, 0.7, 0.8, 0.9)
+SPANS = 4  # of each sentence, in batches twice as large: they are half as long
 PRECISION = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # as accelerate reads it
 
 
@@ -94,6 +97,7 @@ class Case:
     name: str
     amount: str
     stages: tuple[tuple[Pass, ...], ...]
+    spans: int = 0  # of each sentence, that are trained on too
 
 
 def cases(speedups: Sequence[float]) -> list[Case]:
@@ -128,9 +132,10 @@ def cases(speedups: Sequence[float]) -> list[Case]:
         budget = Budget(speedup=speedup, batch=(1, TOKENS))
         timed = GradualStructure(budget=budget, roles=("head", "neuron"), score="taylor",
                                  epochs=4, lr=1e-4)  # fmt: skip
-        found.append(
-            Case("budget", "taylor + distillation", f"{speedup:g}x int8", ((timed, INT8),))
-        )
+        amount = f"{speedup:g}x int8"
+        found.append(Case("budget", "taylor + distillation", amount, ((timed, INT8),)))
+        longer = replace(timed, epochs=5, lr=LR)
+        found.append(Case("budget", "with spans", amount, ((longer, INT8),), SPANS))
     for theta in (0.15, 0.2, 0.25):
         step = NeuroPrune(ALPHA, BETA, theta, zero_below=0, epochs=3, lr=LR, schedule="constant")
         found.append(
@@ -162,10 +167,16 @@ class Bench:
 
     @cached_property
     def training(self) -> graphprune.Training:
-        data: Any = self.batches("train", shuffle=True)
-        if self.quick:
-            data = list(data)[:8]
-        return graphprune.Training(data)
+        return self._training(self.batches("train", shuffle=True))
+
+    def with_spans(self, count: int) -> graphprune.Training:
+        """The sentences and so many spans of each."""
+        table = self.schema.read(self.data / "train.tsv")
+        names = list(self.inputs)
+        return self._training(Spans(table, self.schema, names, self.tokenizer, count, 2 * SIZE))
+
+    def _training(self, data: Any) -> graphprune.Training:
+        return graphprune.Training(list(data)[:8] if self.quick else data)
 
     @cached_property
     def short(self) -> graphprune.Training:
@@ -180,18 +191,26 @@ class Bench:
     def dense(self) -> Program:
         return self.after(self._captured(), "", [(Finetune(2),)])
 
-    def reach(self, stages: Sequence[Sequence[Pass]]) -> Program:
-        """The dense model after these stages."""
-        return self.after(self.dense, "dense", stages)
+    def reach(self, stages: Sequence[Sequence[Pass]], spans: int = 0) -> Program:
+        """The dense model after these stages, trained on so many spans of each sentence too."""
+        if not spans:
+            return self.after(self.dense, "dense", stages)
+        return self.after(self.dense, f"dense {spans}", stages, self.with_spans(spans))
 
-    def after(self, program: Program, key: str, stages: Sequence[Sequence[Pass]]) -> Program:
+    def after(
+        self,
+        program: Program,
+        key: str,
+        stages: Sequence[Sequence[Pass]],
+        training: graphprune.Training | None = None,
+    ) -> Program:
         for stage in stages:
             key += dump(list(stage))
             given = f"{self.seed} {self.quick} {PRECISION} {key}"
             name = hashlib.blake2b(given.encode(), digest_size=8)
             path = self.folder / name.hexdigest()
             if not path.exists():
-                self._compiled(program, stage).save(path)
+                self._compiled(program, stage, training).save(path)
             program = graphprune.load(path).program
         return program
 
@@ -236,7 +255,7 @@ def measure(
     chosen = [c for c in cases(speedups) if only in f"{c.kind} {c.name} {c.amount}"]
     for case in chosen:
         start = time.perf_counter()
-        programs = [bench.reach(case.stages) for bench in benches]
+        programs = [bench.reach(case.stages, case.spans) for bench in benches]
         found = [100 * b.accuracy(p) for b, p in zip(benches, programs, strict=True)]
         row: Row = {
             "what": case.kind,

@@ -72,6 +72,7 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     model, batch = tiny("tiny-encoder")
     llm, ids = tiny("tiny-llama")
     labels = torch.arange(len(batch["input_ids"])) % 2
+    Path("train.tsv").write_text("sentence\tlabel\na man eats a man\t1\na man\t0\n")
     Path("dev.tsv").write_text("sentence1\tsentence2\tscore\na man\ta man\t5\na\teats\t0\n")
     return {
         "gp": gp,

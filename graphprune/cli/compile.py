@@ -24,7 +24,6 @@ from graphprune.cli.app import (
     Model,
     Pickle,
     Quantization,
-    ReduceRange,
     Recipe,
     ReduceRange,
     Seed,
@@ -183,6 +182,15 @@ def compile_command(
             rich_help_panel=TRAINING,
         ),
     ] = None,
+    spans: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Distill on N random spans of each training text too, which the dense model "
+            "labels.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = 0,
     epochs: Annotated[
         int | None,
         typer.Option(
@@ -331,6 +339,7 @@ def compile_command(
         epochs=epochs,
         lr=lr,
         batch=batch_size,
+        spans=spans,
         checkpoints=checkpoints,
         resume=resume,
     )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
 from graphprune.cli.early import check_exists
 from graphprune.cli.names import BRINGS_DATA, TRAINABLE
@@ -43,6 +42,7 @@ class TrainingOptions:
         epochs: of the dense model, where its head is fresh.
         lr: learning rate of that, and of the passes for which a recipe gives none.
         batch: examples of a batch.
+        spans: random spans of each text, to distill on.
         checkpoints: a folder for checkpoints.
         resume: go on from those that are there.
     """
@@ -55,6 +55,7 @@ class TrainingOptions:
     epochs: int | None = None
     lr: float | None = None
     batch: int | None = None
+    spans: int = 0
     checkpoints: Path | None = None
     resume: bool = False
 
@@ -137,6 +138,8 @@ def labeled_data(options: TrainingOptions, steps: Sequence[Pass]) -> LabeledData
                 "regression) with --train FILE, a table with TABs and a header line"
             )
         return None
+    if options.spans and not any(map(_distills, steps)):
+        raise RecipeError("--spans is for passes that distill: give --distill EPOCHS, or omit it")
     if options.brings_data:
         return LabeledData(options, recovers=bool(training))
     if options.train is None and (training or options.eval is None):
@@ -164,6 +167,15 @@ def labeled_data(options: TrainingOptions, steps: Sequence[Pass]) -> LabeledData
     return LabeledData(options, schema, train, evaluated, bool(training))
 
 
+def _distills(step: Pass) -> bool:
+    """Whether a pass, or one that it runs, learns from the dense model."""
+    from graphprune.passes.training.training_pass import DistillingPass
+
+    if isinstance(step, DistillingPass) and step.distillation() is not None:
+        return True
+    return any(map(_distills, step.inner))
+
+
 def check_training(options: TrainingOptions) -> None:
     """Refuse, before torch is imported, options about training that are wrong or have no effect.
 
@@ -175,6 +187,7 @@ def check_training(options: TrainingOptions) -> None:
         "--epochs": options.epochs,
         "--lr": options.lr,
         "--batch-size": options.batch,
+        "--spans": options.spans or None,
         "--checkpoints": options.checkpoints,
         "--resume": options.resume or None,
     }
@@ -198,6 +211,12 @@ def check_training(options: TrainingOptions) -> None:
         raise RecipeError(
             f"--text-column is given once, or twice for pairs, not {len(options.text)} times"
         )
+    if options.spans and options.task != "classification":
+        raise RecipeError(
+            f"--spans is for --task classification, and the task is {options.task}: omit it"
+        )
+    if options.spans < 0:
+        raise RecipeError(f"--spans must be 0 or more, got {options.spans}")
     if options.size < 1:
         raise RecipeError(f"--batch-size must be at least 1, got {options.size}")
     if options.resume and options.checkpoints is None:
@@ -277,10 +296,12 @@ def training_of(
         length: the most tokens of a text.
     """
     from graphprune.models.data.batches import Batches, table_batches
+    from graphprune.models.data.spans import Spans
     from graphprune.training.spec import Training
 
     options = labeled.options
     evaluation: Batches | None = None
+    data: Batches | Spans
     if labeled.schema is None:
         assert options.record is not None
         assert options.record.examples is not None
@@ -291,17 +312,18 @@ def training_of(
         assert folder is not None
         assert labeled.train is not None
         loss = labeled.schema.task
-        batches = functools.partial(
-            table_batches,
-            schema=labeled.schema,
-            inputs=inputs,
-            tokenizer_dir=folder,
-            size=options.size,
-            length=length,
-        )
-        data = batches(labeled.train)
+        common: dict[str, Any] = {
+            "schema": labeled.schema,
+            "inputs": inputs,
+            "tokenizer_dir": folder,
+            "size": options.size,
+            "length": length,
+        }
+        data = table_batches(labeled.train, **common)
+        if options.spans:
+            data = Spans(labeled.train, count=options.spans, **common)
         if labeled.eval is not None:
-            evaluation = batches(labeled.eval, shuffle=False)
+            evaluation = table_batches(labeled.eval, shuffle=False, **common)
     return Training(
         data, loss=loss, eval=evaluation, checkpoints=options.checkpoints, resume=options.resume
     )
@@ -310,8 +332,9 @@ def training_of(
 def calibration_from(training: Training, count: int) -> list[dict[str, Tensor]]:
     """Calibration batches of at most so many training examples, drawn with a fixed seed."""
     from graphprune.models.data.batches import Batches
+    from graphprune.models.data.spans import Spans
 
-    assert isinstance(training.data, Batches)
+    assert isinstance(training.data, Batches | Spans)
     return training.data.unlabeled(count)
 
 
@@ -323,6 +346,7 @@ def trained_first(
     It is a dense model of its own then: baseline, teacher, and what pruned quality compares with.
     """
     from graphprune.api import compile
+    from graphprune.models.data.spans import Spans
     from graphprune.passes import Finetune
     from graphprune.pipeline.base import Context
     from graphprune.pipeline.pipeline import Pipeline
@@ -332,6 +356,8 @@ def trained_first(
             event = replace(event, name="train the dense model")
         observer(event)
 
+    if isinstance(training.data, Spans):
+        training = replace(training, data=training.data.whole)
     if training.checkpoints is not None:
         training = replace(training, checkpoints=Path(training.checkpoints) / _DENSE)
     context = Context(training=training, seed=seed)

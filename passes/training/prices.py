@@ -6,8 +6,8 @@
    without the one where it is gone). The line's slope is shared out over the parameters of its
    units: their price, whichever axis they go with. A tensor of several items has the mean.
 2. What a branch costs beside its parameters goes only with the whole branch: its base.
-3. Once half of what must go is gone, and the rest is within NEAR of the limit, the model is measured
-   as it is cut so far; what is left is counted with that factor from then on.
+3. Once half of what must go is gone, and what is left is within NEAR of the limit, the model is
+   measured as it is cut so far; what is left is counted with that factor from then on.
 """
 
 from __future__ import annotations

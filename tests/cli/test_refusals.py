@@ -56,7 +56,7 @@ COMPILE = ("compile", "tiny-mlp", "-o", "out")
         ((*COMPILE, "--neurons", "0.5", "--calibration", "file"), ".npz"),
         ((*COMPILE, "--neurons", "0.5", "--calibration", "foreign"), "train.tsv"),
         ((*COMPILE, "--quantize", "int9"), "int8"),
-        ((*COMPILE, "--neurons", "0.5", "--reduce-range"), "--quantize int8-dynamic or int8-static"),
+        ((*COMPILE, "--neurons", "0.5", "--reduce-range"), "--quantize int8-dynamic or"),
         ((*COMPILE, "--quantize", "int4-weights", "--reduce-range"), "--reduce-range goes with"),
         ((*COMPILE, "--neurons", "0.5", "--target", "tensorrt"), "'genai'"),
         ((*COMPILE, "--neurons", "0.5", "--target", "genai"), "compile(..., cache=True)"),

@@ -405,6 +405,19 @@ def test_the_digits_bring_their_own_data() -> None:
         assert sums == {(round(float(i.sum()), 3), int(n)) for i, n in wanted}
 
 
+def test_spans_are_distilled_and_the_dense_model_learns_from_whole_texts(run: Run) -> None:
+    steps = {}
+    for out, spans in (("without", ()), ("with", ("--spans", "3"))):
+        result = run("compile", "m", "--neurons", "0.5", *LEARN, "--distill", "1", "--epochs", "1",
+                     *spans, "--no-measure", "--no-baseline", "-o", out, "--json")  # fmt: skip
+        assert result.exit_code == 0, result.stderr
+        summary = json.loads(result.stdout)
+        first, distill = summary["trained"], summary["report"]["passes"][-1]["details"]
+        steps[out] = first["steps"], distill["steps"]
+        assert distill["labels"] == "used"
+    assert steps == {"without": (10, 10), "with": (10, 40)}
+
+
 RECOVER = ("compile", "m", "--neurons", "0.5", "-o", "no")
 
 
@@ -442,6 +455,10 @@ RECOVER = ("compile", "m", "--neurons", "0.5", "-o", "no")
         ((*RECOVER, *LEARN, "--epochs", "0"), "epochs must be"),
         ((*RECOVER, *LEARN, "--lr", "-1"), "lr must be"),
         ((*RECOVER, *LEARN, "--batch-size", "0"), "--batch-size"),
+        ((*RECOVER, "--spans", "2"), "--spans needs --task"),
+        ((*RECOVER, *LEARN, "--finetune", "1", "--spans", "2"), "for passes that distill"),
+        ((*RECOVER, *LEARN, "--distill", "1", "--spans", "-1"), "--spans must be 0 or more"),
+        ((*RECOVER, "--task", "digits", "--distill", "1", "--spans", "2"), "is for --task class"),
         ((*RECOVER, *LEARN, "--resume"), "--checkpoints FOLDER"),
         (("compile", "tiny-bert", *RECOVER[2:], *LEARN), "no tokenizer"),
         (("eval", "m", *TASK, "--data", "dev.tsv"), "has no head"),

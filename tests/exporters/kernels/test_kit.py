@@ -88,6 +88,7 @@ def test_a_float_model_is_refused(captured: Captured, tmp_path: Path) -> None:
         write_forms_kit(program, tmp_path / "kit", timed_feeds(program, ()))
 
 
+@pytest.mark.slow
 def test_a_budget_times_zero_blocks_elsewhere_and_export_takes_its_word(
     captured: Captured, tmp_path: Path
 ) -> None:
