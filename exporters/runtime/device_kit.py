@@ -243,23 +243,23 @@ class KitDevice:
 
     def _check_scheme(self, models: Mapping[str, Program]) -> None:
         marks = [p.quantization for p in models.values() if p.quantization]
-        asked = marks[0].scheme if marks else None
+        asked = _form(marks[0].scheme, marks[0].reduce_range) if marks else None
         blocks = marks[0].blocks if marks else ""
         if blocks and blocks != self.blocks:
             raise GraphPruneError(
                 f"{str(self._path)!r} was measured without zero blocks of {blocks}: make the kit "
                 "with `graphprune device-kit --target onnxruntime+kernels`, and measure again"
             )
-        there = None if self._mark is None else self._mark["scheme"]
+        there = None if self._mark is None else _form(**self._mark)
         if there != asked:
             raise GraphPruneError(
-                f"{str(self._path)!r} was measured {_quantized(there)}, and exports will be "
-                f"{_quantized(asked)}: {_AGAIN}"
+                f"{str(self._path)!r} was measured {there or 'in float'}, and exports will be "
+                f"{asked or 'in float'}: {_AGAIN}"
             )
 
 
-def _quantized(scheme: str | None) -> str:
-    return "in float" if scheme is None else f"as {scheme}"
+def _form(scheme: str, reduce_range: bool = False, **_: object) -> str:
+    return f"as {scheme}" + (" of seven bits (--reduce-range)" if reduce_range else "")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -359,7 +359,7 @@ def _family(
     from graphprune.report.budget import BudgetReport, Front
 
     after: list[Pass] = [] if last is None else [last]
-    # As the family is rounded: eight bits may be far off where seven were asked for.
+    # Of as many bits as the family: eight may be far off where seven were asked for.
     int8: list[Pass] = [Quantize("int8-dynamic", reduce_range=bool(last and last.reduce_range))]
     family, others = [], []
     where = ""

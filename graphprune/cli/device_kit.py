@@ -114,7 +114,8 @@ def write_kit_of(
         return len({id(model) for model in models.values()})
     if last is not None and (last.scheme, last.reduce_range) != (mark.scheme, mark.reduce_range):
         raise GraphPruneError(
-            f"the model is quantized by {mark.scheme} already: leave --quantize out"
+            f"the model is quantized by {mark.scheme} already: leave --quantize and --reduce-range "
+            "out"
         )
     feeds = timed_feeds(program, timed)
     script = write_forms_kit(program, out, feeds, threads=threads, progress=advanced)

@@ -319,9 +319,11 @@ def training_of(
             "size": options.size,
             "length": length,
         }
-        data = table_batches(labeled.train, **common)
-        if options.spans:
-            data = Spans(labeled.train, count=options.spans, **common)
+        data = (
+            Spans(labeled.train, count=options.spans, **common)
+            if options.spans
+            else table_batches(labeled.train, **common)
+        )
         if labeled.eval is not None:
             evaluation = table_batches(labeled.eval, shuffle=False, **common)
     return Training(

@@ -17,6 +17,7 @@ from graphprune.models.data.batches import SIZE, table_batches
 from graphprune.models.data.tables import Schema, Table
 from graphprune.models.data.tokenize import TOKENS
 from graphprune.training.losses import IGNORED
+from graphprune.validate import check_whole
 
 _WORDS = 3  # of a span, at least, where the text has as many
 
@@ -25,10 +26,11 @@ _WORDS = 3  # of a span, at least, where the text has as many
 class Spans:
     """Labeled texts in batches, and with each of them random spans of it, for `Training`.
 
-    A span is a run of words, from three of them to the whole text; of a pair each text is cut for
-    itself. Other spans are drawn at every reading, by torch's own generator, which training seeds.
-    Their label is -100, which no loss counts: a pass that distills learns what its teacher says of
-    them, another one nothing.
+    A span is a run of words, from three of them to the whole text; words are what spaces part. Of a
+    pair each text is cut independently. Other spans are drawn at every reading, which tokenizes
+    them, from a seed that torch's own generator gives. Their label is -100, which classification
+    ignores: a pass that distills learns what its teacher says of them, another one nothing. The
+    loss on labels is the mean over the whole texts of a batch, which may be few.
 
     Attributes:
         table: the texts and their labels.
@@ -50,8 +52,10 @@ class Spans:
         """Take what `table_batches` takes, and `count`.
 
         Raises:
+            RecipeError: count is below 1.
             GraphPruneError: the labels are scores, or as `table_batches` does.
         """
+        check_whole("count", count)
         if schema.task != "classification":
             raise GraphPruneError(
                 f"spans of texts are for classification, and the task is {schema.task}: train on "

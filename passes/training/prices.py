@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from graphprune.axes import AxisGroups
-from graphprune.axes.branches import Branch, branches
+from graphprune.axes.branches import Branch
 from graphprune.errors import RecipeError, UnsupportedError, VerificationError
 from graphprune.ir.program import JSON, Program
 from graphprune.passes.budget.budget import Budget
@@ -42,6 +42,12 @@ from graphprune.training.loop import required
 log = logging.getLogger(__name__)
 
 NEAR = 1.5  # times the limit: near enough to look like the result, with units left to choose from
+FURTHEST = 2.0  # a factor beyond it, or its inverse, is a busy machine
+
+OUT_OF_REACH = (
+    "measured on the way, the model takes longer than its parts said, and the budget is out of "
+    "reach: all that may go is gone; ask for less, or let sublayers go with drop=True"
+)
 
 
 @final
@@ -70,7 +76,7 @@ class Account:
         dense_ms: of the dense float model, which a speed-up is of.
         prices: by resource, of milliseconds and of what is counted.
         items: by item, milliseconds of what is dense.
-        factor: what a model takes for what its prices add up to, measured on the way; None before.
+        factor: measured over predicted time, of the model as it was pruned on the way; None before.
     """
 
     resource: str
@@ -241,7 +247,7 @@ class Budgeted:
             )
 
     def due(self, ledger: Ledger) -> bool:
-        """Whether it is time to measure what the model is cut to."""
+        """Whether it is time to measure the model as pruned so far."""
         account = self.account
         if account.resource != "ms" or account.factor is not None:
             return False
@@ -249,12 +255,14 @@ class Budgeted:
         return 2 * ledger.removed >= ledger.limit > 0 and left <= NEAR * account.limit
 
     def corrected(self, ledger: Ledger) -> Ledger:
-        """Measure what the model is cut to; a ledger with the same units gone, and a new limit.
+        """Measure the model as pruned so far; a ledger with the same units gone, and a new limit.
 
-        Where that would be out of reach, the limit is all that may go.
+        Where that is out of reach, the limit is all that may go.
         """
         factor = self._workers.run_on_main(lambda: self._factor(ledger))
         self.account = replace(self.account, factor=factor)
+        if self._beyond():
+            log.warning("%s", OUT_OF_REACH)
         found = self.ledger()
         found.load(ledger.gone, ledger.dropped)
         return found
@@ -269,11 +277,24 @@ class Budgeted:
         keep, program = ledger.keep(), self.program
         if keep:
             program = shrink(program, keep)
-        gone = [branch for branch in branches(program) if branch.id in ledger.dropped]
+        gone = [branch for branch in self._branches if branch.id in ledger.dropped]
         if gone:
             program = drop(program, gone)
-        found = self._work.beside(program).ms / (self._begun.whole["ms"] - here.removed)
+        measured = self._work.beside(program).ms
+        predicted = self._begun.whole["ms"] - here.removed
+        if predicted * FURTHEST <= measured:  # prices may even add up to more than the whole
+            return FURTHEST
+        found = max(measured / predicted, 1 / FURTHEST)
         return 1.0 if abs(found - 1) <= CLOSE else found
+
+    def _beyond(self) -> bool:
+        """Whether the limit is out of reach by what was measured on the way."""
+        account = self.account
+        if account.factor is None:
+            return False
+        least = self.ledger().drain()
+        least.load({}, list(least.sublayers))
+        return account.whole["ms"] - least.removed > account.limit / account.factor
 
     def ledger(self, resource: str | None = None) -> Ledger:
         """A new ledger that counts in the account's resource, or another one of it."""
@@ -316,8 +337,10 @@ class Budgeted:
         dense_bytes = account.whole["bytes"]
         shrunk = dense_bytes * result.nbytes() / self.program.nbytes()
         warnings = []
-        if not ledger.limit:
+        if account.limit >= account.whole[account.resource]:
             warnings.append("the model is within the budget as it is")
+        elif self._beyond():
+            warnings.append(OUT_OF_REACH)
         elif limit and measured and abs(measured / limit - 1) > OFF:
             warnings.append(
                 f"measured {measured:.3g} ms where {limit:.3g} were asked for and {predicted:.3g} "
@@ -336,11 +359,13 @@ class Budgeted:
             threads=self.options.threads,
             batch="x".join(map(str, self._sized.sizes())),
             scheme=None if self.ctx.quantization is None else self.ctx.quantization.scheme,
-            choices=tuple(self._choice(item, times) for item in self._sized.items),
+            choices=tuple(
+                self._choice(item, times, account.factor or 1.0) for item in self._sized.items
+            ),
             warnings=tuple(warnings),
         )
 
-    def _choice(self, item: Item, times: Ledger) -> Choice:
+    def _choice(self, item: Item, times: Ledger, factor: float) -> Choice:
         dense = self.account.items[item.id]
         dropped = item.id in times.dropped
         left = {unit.id: times.left(unit) for unit in times.units.values()}
@@ -351,7 +376,7 @@ class Budgeted:
             0 if dropped else sum(left.get(group.id, group.size) for group in item.groups),
             sum(group.size for group in item.groups),
             dropped,
-            0.0 if dropped else max(dense - times.lost(sorted(tensors)), 0.0),
+            0.0 if dropped else factor * max(dense - times.lost(sorted(tensors)), 0.0),
             dense,
         )
 

@@ -142,8 +142,12 @@ def test_a_kit_of_int8_is_for_int8(
     assert (data["threads"], data["mark"]["scheme"]) == (2, "int8-dynamic")
     assert list(data["models"]) == [signature(marked["mlp"])] != [signature(models["mlp"])]
     floats = KitDevice(written(tmp_path / "d.json", result))
-    with pytest.raises(GraphPruneError, match=r"measured in float, and .* as int8-dynamic"):
+    with pytest.raises(GraphPruneError, match=r"measured in float, and .* as int8-dynamic: "):
         floats.measure(marked)
+    seven = {"mlp": replace(models["mlp"], quantization=replace(mark, reduce_range=True))}
+    eights = KitDevice(written(tmp_path / "e.json", {**result, "mark": data["mark"]}))
+    with pytest.raises(GraphPruneError, match=r"as int8-dynamic, and .* seven bits \(--reduce-r"):
+        eights.measure(seven)
 
 
 def test_inputs_of_other_sizes_are_other_measurements(

@@ -73,17 +73,21 @@ def test_every_reading_has_other_spans_and_the_seed_gives_them(words: Path) -> N
     assert {3, 40} < lengths
 
 
-def test_of_a_pair_each_text_is_cut_for_itself(words: Path) -> None:
+def test_of_a_pair_each_text_is_cut_independently(words: Path) -> None:
     pair = (" ".join(f"w{i}" for i in range(20)), " ".join(f"w{i}" for i in range(20, 40)))
     spans = made([pair, pair], words, 10)
+    lengths = set()
     for batch in spans:
         for ids, mask, types in zip(
             batch["input_ids"], batch["attention_mask"], batch["token_type_ids"], strict=True
         ):
-            second = (ids - 2 >= 20)[mask.bool()]
+            second = (ids >= 22)[mask.bool()]
             assert torch.equal(second, types[mask.bool()].bool())
-            assert 3 <= int(second.sum()) <= 20
-            assert 3 <= int((~second).sum()) <= 20
+            lengths.add((int((~second).sum()), int(second.sum())))
+    assert all(3 <= length <= 20 for both in lengths for length in both)
+    assert len({a for a, _ in lengths}) > 3
+    assert len({b for _, b in lengths}) > 3
+    assert any(a != b for a, b in lengths)
 
 
 def test_calibration_is_whole_texts(words: Path) -> None:
@@ -96,3 +100,5 @@ def test_calibration_is_whole_texts(words: Path) -> None:
 def test_scores_are_refused(words: Path) -> None:
     with pytest.raises(GraphPruneError, match="for classification, and the task is regression"):
         made([("w0",), ("w1",)], words, 2, Schema("regression"))
+    with pytest.raises(GraphPruneError, match="count must be a whole number of at least 1, got 0"):
+        made([("w0",), ("w1",)], words, 0)
