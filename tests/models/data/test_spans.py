@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,9 @@ SCHEMA = Schema("classification", classes=("0", "1"))
 Row = tuple[tuple[int, ...], int]
 
 
-def made(texts: list[tuple[str, ...]], folder: Path, count: int, schema: Schema = SCHEMA) -> Spans:
+def made(
+    texts: Sequence[tuple[str, ...]], folder: Path, count: int, schema: Schema = SCHEMA
+) -> Spans:
     table = Table(Path("x.tsv"), ("a", "b")[: len(texts[0])], "label", tuple(texts),
                   tuple(str(i % 2) for i in range(len(texts))))  # fmt: skip
     inputs = ("input_ids", "attention_mask", "token_type_ids")
