@@ -259,6 +259,7 @@ class KitDevice:
 
 
 def _form(scheme: str, reduce_range: bool = False, **_: object) -> str:
+    """The words for a mark's fields."""
     return f"as {scheme}" + (" of seven bits (--reduce-range)" if reduce_range else "")
 
 

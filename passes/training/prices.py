@@ -45,8 +45,8 @@ NEAR = 1.5  # times the limit: near enough to look like the result, with units l
 FURTHEST = 2.0  # a factor beyond it, or its inverse, is a busy machine
 
 OUT_OF_REACH = (
-    "measured on the way, the model takes longer than its parts said, and the budget is out of "
-    "reach: all that may go is gone; ask for less, or let sublayers go with drop=True"
+    "the model takes longer than its parts said, and with all gone that may go the budget is out "
+    "of reach; ask for less, or let sublayers go with drop=True"
 )
 
 
@@ -339,13 +339,14 @@ class Budgeted:
         warnings = []
         if account.limit >= account.whole[account.resource]:
             warnings.append("the model is within the budget as it is")
-        elif self._beyond():
-            warnings.append(OUT_OF_REACH)
         elif limit and measured and abs(measured / limit - 1) > OFF:
+            advice = (
+                "train again with a budget that is corrected by that ratio, or measure again if "
+                "the machine was busy"
+            )
             warnings.append(
                 f"measured {measured:.3g} ms where {limit:.3g} were asked for and {predicted:.3g} "
-                "predicted: train again with a budget that is corrected by that ratio, or measure "
-                "again if the machine was busy"
+                f"predicted: {OUT_OF_REACH if self._beyond() else advice}"
             )
             log.warning("%s", warnings[-1])
         return BudgetReport(

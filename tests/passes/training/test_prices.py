@@ -245,7 +245,7 @@ def test_the_least_there_is_is_reached(captured: Captured) -> None:
     assert details["factor"] == pytest.approx(1.9, rel=0.01)
     assert report.predicted_ms == pytest.approx(report.measured_ms, rel=0.05)
     (warning,) = report.warnings
-    assert "out of reach: all that may go is gone" in warning
+    assert "with all gone that may go the budget is out of reach" in warning
 
 
 @pytest.mark.parametrize(("then", "factor"), [(9.0, 2.0), (0.1, 0.5)])
