@@ -128,8 +128,7 @@ def _measured(
     """The models that a budget measures, by name, and their inputs."""
     from graphprune.ir.quantization import PATTERNS
     from graphprune.passes import Budget
-    from graphprune.passes.budget.choose import sized_for
-    from graphprune.passes.budget.table import named_models
+    from graphprune.passes.budget.sized import named_models, sized_for
 
     mark = None if last is None else last.quantization(program)
     options = Budget(speedup=2, batch=sizes, threads=threads, blocks=PATTERNS[0] if blocks else "")

@@ -11,13 +11,10 @@ from typing import TYPE_CHECKING, Any, final
 import numpy as np
 import torch
 
-from graphprune.axes import axis_groups, frozen_parameters
-from graphprune.axes.branches import branches
 from graphprune.calibration.gram import Remarks
 from graphprune.calibration.stream import flat_batch
-from graphprune.errors import RecipeError, UnsupportedError
+from graphprune.errors import UnsupportedError
 from graphprune.ir.program import Program
-from graphprune.ir.quantization import Mark
 from graphprune.passes.budget.blocks import Blocks, block_sites
 from graphprune.passes.budget.candidates import (
     Candidates,
@@ -25,24 +22,16 @@ from graphprune.passes.budget.candidates import (
     errors_and_sensitivities,
     statistics,
 )
-from graphprune.passes.budget.items import Level, find_items
-from graphprune.passes.budget.table import Sized, measured_table, zeros_by_tensor
-from graphprune.passes.name_patterns import TensorNames
+from graphprune.passes.budget.cut import Cutter
+from graphprune.passes.budget.items import Level
+from graphprune.passes.budget.sized import sized_for
+from graphprune.passes.budget.table import measured_table
 from graphprune.passes.solvers.knapsack import solve_levels
 from graphprune.passes.solvers.spdy import Found, Levels, Sensitivities, search
-from graphprune.passes.sparsity.allocation import Share
-from graphprune.passes.sparsity.sparsegpt import SparseGPT
-from graphprune.passes.sparsity.sparsity_pattern import parse_pattern
-from graphprune.passes.sparsity.zeroing import with_zeroed
-from graphprune.passes.structural.allocation import others
-from graphprune.passes.structural.records import Cuts, group_cuts
-from graphprune.passes.structural.scores import score_named
-from graphprune.passes.structural.selection import Selector, select
-from graphprune.passes.structural.sequential import StreamTarget, cut_groups
+from graphprune.passes.structural.records import Cuts
 from graphprune.passes.structural.statistics import in_execution_order
 from graphprune.pipeline.base import Context, PassResult
 from graphprune.pipeline.device import Cost
-from graphprune.pipeline.events import JSON
 from graphprune.report.budget import BudgetReport, Candidate, Choice
 
 if TYPE_CHECKING:
@@ -50,7 +39,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ROLES = ("head", "kv_group", "neuron")
 CLOSE = 0.02  # a choice whose time is further from the table's is solved again
 CORRECTIONS = 3
 OFF = 0.05  # of the budget: a larger difference is a warning
@@ -139,7 +127,12 @@ class Work:
                 asked, errors, found.sensitivities, -(-self.options.evaluations // 4)
             )
         self._warn_if_off(asked)
-        program, cuts, dropped = self._cut(found.levels)
+        chosen = [item.levels[j] for item, j in zip(self.items, found.levels, strict=True)]
+        cutter = Cutter(
+            self.options, self.program, self.items, self._seen, self.sized.pattern, self.ctx
+        )
+        program, cuts, dropped, warnings = cutter.cut(chosen)
+        self.warnings += warnings
         report = self._report(asked, found.levels, found, self._fresh.difference(program))
         return Reached(program, cuts, dropped, report)
 
@@ -341,81 +334,6 @@ class Work:
         self.dense_ms = times.get("float", times["dense"]) * to_table
         return replace(found["chosen"], ms=times["chosen"] * to_table)
 
-    def _cut(self, levels: Levels) -> tuple[Program, Cuts, tuple[str, ...]]:
-        """Remove branches, then cut groups one after another on what the others give."""
-        chosen = [item.levels[j] for item, j in zip(self.items, levels, strict=True)]
-        gone = [i.branch for i, c in zip(self.items, chosen, strict=True) if c is None and i.branch]
-        program, verifications = self.program, []
-        if gone:
-            program, verification = self.ctx.drop(program, gone)
-            verifications.append(verification)
-        groups = self.ctx.get(axis_groups, program)
-        counts = self._counts(chosen)
-        target = None
-        if self.options.target == "stream":
-            target = StreamTarget(self.program, self.ctx.get(branches, program))
-        fitted = [groups[name] for name in counts if self._seen[name].weights]
-        done = cut_groups(
-            program,
-            groups,
-            in_execution_order(groups, fitted),
-            counts,
-            score_named("obs"),
-            self.ctx,
-            method="least-squares",
-            damping=self.options.damping,
-            target=target,
-        )
-        calibrated = done.calibrated()
-        keep = dict(done.keep)
-        for name in counts.keys() - keep.keys():
-            order = torch.tensor(self._seen[name].order, dtype=torch.int64)
-            keep[name] = others(groups[name].size, order[: groups[name].size - counts[name]])
-        smaller = program
-        if keep:
-            smaller, verification = self.ctx.shrink(program, keep, done.program)
-            verifications.append(verification)
-        smaller = self._zeroed(smaller, zeros_by_tensor(self.items, chosen))
-        cuts = Cuts(
-            group_cuts(groups, keep),
-            {name: units.tolist() for name, units in keep.items()},
-            (),
-            tuple(frozen_parameters(groups)),
-            self.program.num_parameters(),
-            smaller.num_parameters(),
-            calibrated,
-            _joined(verifications),
-        )
-        return smaller, cuts, tuple(branch.id for branch in gone)
-
-    def _zeroed(self, program: Program, zeros: Mapping[str, float]) -> Program:
-        """Zero blocks, each product on what the ones before it give, and fit what stays."""
-        pattern = self.sized.pattern
-        if not zeros or pattern is None:
-            return program
-        groups = self.ctx.get(axis_groups, program)
-        sites = block_sites(groups, zeros, pattern)
-        shares = {site.name: Share(zeros[site.tensor], pattern) for site in sites}
-        step = SparseGPT(0.5, pattern=pattern.text, damping=self.options.damping)
-        done = step.streamed(program, sites, shares, self.ctx)
-        sentence = (
-            "zero blocks are skipped where export(target='onnxruntime+kernels') writes the model, "
-            "on the command line --target onnxruntime+kernels; elsewhere they make it no faster"
-        )
-        log.warning("%s", sentence)
-        self.warnings += [sentence, *done.remarks.warn(log)]
-        return with_zeroed(done.program, sites)
-
-    def _counts(self, chosen: Sequence[Level]) -> dict[str, int]:
-        """Group id -> units that stay, of the groups that lose some."""
-        return {
-            group.id: kept
-            for item, level in zip(self.items, chosen, strict=True)
-            if level is not None
-            for group, kept in zip(item.groups, level.units, strict=True)
-            if kept < group.size
-        }
-
     def _report(
         self,
         asked: Mapping[str, float],
@@ -477,67 +395,9 @@ def amount_text(resource: str, amount: float, dense_ms: float) -> str:
     return f"{amount / 1e9:.3g} GFLOPs"
 
 
-def sized_for(options: Budget, program: Program, mark: Mark | None) -> Sized:
-    """The program at the sizes that count, with what there is to choose.
-
-    Args:
-        options: of the pass.
-        program: the dense one.
-        mark: how the result will be quantized.
-
-    Raises:
-        RecipeError: there are zero blocks to choose, and it will not be quantized for them.
-    """
-    groups, found = axis_groups(program), branches(program)
-    usable = select(program, groups, Selector(ROLES, (), options.targets, options.ignore)).groups
-    names = TensorNames(program)
-
-    def reached(tensors: frozenset[str], patterns: tuple[str, ...]) -> bool:
-        return any(names.match(tensor, patterns) for tensor in tensors)
-
-    mine = [
-        branch
-        for branch in found
-        if branch.tensors
-        and not reached(branch.tensors, options.ignore)
-        and (not options.targets or reached(branch.tensors, options.targets))
-    ]
-    droppable = {branch.id for branch in mine} if options.drop else set()
-    if program.entries[program.deployed].cache:
-        # A cache of no layers is none.
-        droppable -= {next((b.id for b in found if b.kind == "attention"), "")}
-    pattern, sparse = None, {}
-    if options.blocks:
-        if mark is None or mark.scheme != "int8-dynamic":
-            raise RecipeError(
-                "zero blocks are skipped in int8: put Quantize('int8-dynamic') after the budget, "
-                "on the command line --quantize int8-dynamic, or leave blocks out"
-            )
-        pattern = parse_pattern(options.blocks)
-        for branch in mine:
-            sites = block_sites(groups, branch.tensors, pattern)
-            sparse[branch.id] = [site.tensor for site in sites if mark.takes(site.tensor)]
-        mark = replace(mark, blocks=options.blocks)
-    items = find_items(
-        groups, usable, mine, droppable=droppable, round_to=options.round_to, sparse=sparse
-    )
-    return Sized(replace(program, quantization=mark), groups, items, options.batch, pattern)
-
-
 def _units(level: Level) -> int:
     return 0 if level is None else sum(level.units)
 
 
 def _zeros(level: Level) -> float:
     return 0.0 if level is None else level.zeros
-
-
-def _joined(verifications: Sequence[Mapping[str, JSON]]) -> dict[str, JSON] | None:
-    """One report of several verifications: the last, with the largest error of all.
-
-    None without any: zero blocks alone rewrite no graph.
-    """
-    if not verifications:
-        return None
-    errors = [v["max_error"] for v in verifications if "max_error" in v]
-    return {**verifications[-1], **({"max_error": max(errors)} if errors else {})}

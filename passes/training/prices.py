@@ -27,9 +27,10 @@ from graphprune.axes.branches import Branch
 from graphprune.errors import RecipeError, UnsupportedError, VerificationError
 from graphprune.ir.program import JSON, Program
 from graphprune.passes.budget.budget import Budget
-from graphprune.passes.budget.choose import CLOSE, OFF, Work, amount_text, sized_for
+from graphprune.passes.budget.choose import CLOSE, OFF, Work, amount_text
 from graphprune.passes.budget.items import Item
-from graphprune.passes.budget.table import Sized, Table
+from graphprune.passes.budget.sized import Sized, sized_for
+from graphprune.passes.budget.table import Table
 from graphprune.passes.training.units import Ledger, Sublayer, Units
 from graphprune.passes.training.zeros import compare_zeroed
 from graphprune.pipeline.base import Context

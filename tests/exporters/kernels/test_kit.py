@@ -20,8 +20,7 @@ from graphprune.exporters.runtime.device_kit import KitDevice, write_kit
 from graphprune.ir.program import Program
 from graphprune.ir.quantization import Mark
 from graphprune.passes import Budget, Magnitude, Quantize, SparseGPT
-from graphprune.passes.budget.choose import sized_for
-from graphprune.passes.budget.table import named_models
+from graphprune.passes.budget.sized import named_models, sized_for
 from tests.passes.budget.test_budget import batches
 
 Captured = Callable[[str], Program]

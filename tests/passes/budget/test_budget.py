@@ -22,7 +22,7 @@ from graphprune.ir.program import Program
 from graphprune.models.hub.folder import _dropped
 from graphprune.passes import Budget, Quantize
 from graphprune.passes.budget.blocks import block_sites
-from graphprune.passes.budget.choose import sized_for
+from graphprune.passes.budget.sized import sized_for
 from graphprune.passes.sparsity.sparsity_pattern import parse_pattern, removed_count
 from graphprune.pipeline.base import Context
 from graphprune.pipeline.device import Cost

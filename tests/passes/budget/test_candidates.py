@@ -20,8 +20,8 @@ from graphprune.passes.budget.candidates import (
     level_errors,
     statistics,
 )
-from graphprune.passes.budget.choose import ROLES
 from graphprune.passes.budget.items import ZEROS, find_items
+from graphprune.passes.budget.sized import ROLES
 from graphprune.passes.sparsity.sparsity_pattern import parse_pattern, removed_count
 from graphprune.passes.structural.allocation import others
 from graphprune.passes.structural.statistics import in_execution_order

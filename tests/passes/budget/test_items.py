@@ -9,8 +9,8 @@ import pytest
 from graphprune.axes import axis_groups
 from graphprune.axes.branches import branches
 from graphprune.ir.program import Program
-from graphprune.passes.budget.choose import ROLES
 from graphprune.passes.budget.items import EVERY, ZEROS, Item, Kept, find_items
+from graphprune.passes.budget.sized import ROLES
 
 Captured = Callable[[str], Program]
 
