@@ -194,6 +194,7 @@ def check_training(options: TrainingOptions) -> None:
     files = {"--train": options.train, "--eval": options.eval}
     columns = {"--text-column": options.text or None, "--label-column": options.label or None}
     if not options.task:
+        _refuse({"--spans": options.spans or None}, "needs --task classification")
         _refuse({**files, **columns, **learning}, f"needs --task: one of {', '.join(TRAINABLE)}")
         return
     if options.task not in TRAINABLE:

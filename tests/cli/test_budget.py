@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,15 @@ import numpy as np
 import pytest
 from typer.testing import Result
 
+from graphprune.api import load
 from graphprune.cli.budget import parse_speedups
 from graphprune.cli.names import KERNELS
 from graphprune.errors import GraphPruneError
 from graphprune.exporters.artifact.artifact import open_artifact
+from graphprune.exporters.runtime.latency import OnnxRuntimeDevice
+from graphprune.ir.cost import flops
+from graphprune.ir.program import Program
+from graphprune.pipeline.device import Cost
 
 Run = Callable[..., Result]
 Sentence = Callable[[Result], str]
@@ -114,6 +119,36 @@ def test_zero_blocks_are_chosen_for_another_machine(run: Run, tmp_path: Path) ->
     text = report.read_text(encoding="utf-8")
     assert "zero blocks" in text
     assert "not done" not in text  # verification
+
+
+@pytest.mark.slow
+def test_a_family_and_dense_int8_have_the_bits_that_were_asked_for(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def by_flops(
+        self: OnnxRuntimeDevice, models: Mapping[str, Program], **options: Any
+    ) -> dict[str, Cost]:
+        times = {name: flops(model, model.deployed) / 1e6 for name, model in models.items()}
+        return {name: Cost(ms, models[name].nbytes(), ms, ms) for name, ms in times.items()}
+
+    monkeypatch.setattr(OnnxRuntimeDevice, "measure", by_flops)
+    ids = np.random.default_rng(0).integers(0, 99, (64, 8))
+    np.savez(tmp_path / "ids.npz", input_ids=ids, attention_mask=np.ones_like(ids))
+    (tmp_path / "own.py").write_text("def one(model): return 1.0\n")
+    found = run(
+        "front", "tiny-bert", "-o", "family", "--faster", "1.3,1.2", "--quantize", "int8-dynamic",
+        "--reduce-range", "--calibration", "ids.npz", "--metric", "own.py:one", "--batch", "1x8",
+        "--json",
+    )  # fmt: skip
+    assert found.exit_code == 0, found.stderr
+    front = json.loads(found.stdout)
+    assert [point["name"] for point in front["family"]] == ["1.2x", "1.3x"]
+    for name in ("1.2x", "1.3x", "dense-int8"):
+        mark = load(tmp_path / "family" / name).program.quantization
+        assert mark is not None
+        assert mark.reduce_range
+    page = (tmp_path / "family" / "front.html").read_text(encoding="utf-8")
+    assert all(name in page for name in ("1.2x", "1.3x", "dense int8"))
 
 
 COMPILE = ("compile", "tiny-mlp", "-o", "out")

@@ -455,7 +455,7 @@ RECOVER = ("compile", "m", "--neurons", "0.5", "-o", "no")
         ((*RECOVER, *LEARN, "--epochs", "0"), "epochs must be"),
         ((*RECOVER, *LEARN, "--lr", "-1"), "lr must be"),
         ((*RECOVER, *LEARN, "--batch-size", "0"), "--batch-size"),
-        ((*RECOVER, "--spans", "2"), "--spans needs --task"),
+        ((*RECOVER, "--spans", "2"), "--spans needs --task classification"),
         ((*RECOVER, *LEARN, "--finetune", "1", "--spans", "2"), "for passes that distill"),
         ((*RECOVER, *LEARN, "--distill", "1", "--spans", "-1"), "--spans must be 0 or more"),
         ((*RECOVER, "--task", "digits", "--distill", "1", "--spans", "2"), "is for --task class"),
