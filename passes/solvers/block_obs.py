@@ -14,8 +14,9 @@ one ranking of all strips' sequences gives the greedy order of the whole. In the
 fitted to the whole matrix's outputs on the columns that stay: least squares, exact for the blocks
 chosen.
 
-Strips go in lockstep, S of them at a time: tensors begin with S. Of `inverse` and `weight` only the
-m units left are held; updates are collected in U and V and applied once in a while, as in `obs`.
+Strips go in lockstep, S of them at a time: tensors begin with S. Of `inverse` and `weight` m units
+are held, those left and at most a third as many that are gone; updates are collected in U and V and
+applied once in a while, as in `obs`.
 """
 
 from __future__ import annotations
@@ -114,24 +115,29 @@ class _State:
         hessians: H⁻¹_GG of every unit, up to date, [S, m, width, width].
         products: W_:Gᵀ W_:G of every unit, up to date, as `hessians`.
         gone: of the units held, [S, m].
-        u: [S, m width, collected].
-        v: [S, height, collected].
+        u: [S, m width, room], of which the first `collected` columns count.
+        v: [S, height, room], likewise.
     """
 
     def __init__(self, weight: Tensor, inverse: Tensor, width: int) -> None:
         self.width, self.all = width, torch.arange(len(weight))
+        self.weight, self.inverse = weight, inverse.expand(len(weight), -1, -1).clone()
         self.units = torch.arange(weight.shape[2] // width).expand(len(weight), -1)
-        self._hold(weight, inverse.expand(len(weight), -1, -1))
-
-    def _hold(self, weight: Tensor, inverse: Tensor) -> None:
-        self.weight, self.inverse = weight, inverse
-        strips, height, columns = weight.shape
-        parts = weight.unflatten(2, (-1, self.width))
-        self.products = torch.einsum("shua,shub->suab", parts, parts)
-        tiles = inverse.unflatten(2, (-1, self.width)).unflatten(1, (-1, self.width))
-        self.hessians = tiles.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).contiguous()
         self.gone = torch.zeros(self.units.shape, dtype=torch.bool)
-        self.u, self.v = weight.new_zeros(strips, columns, 0), weight.new_zeros(strips, height, 0)
+        self._hold()
+
+    def _hold(self) -> None:
+        """Begin to collect, with what follows from inverse and weight."""
+        strips, height, columns = self.weight.shape
+        parts = self.weight.unflatten(2, (-1, self.width))
+        self.products = torch.einsum("shua,shub->suab", parts, parts)
+        tiles = self.inverse.unflatten(2, (-1, self.width)).unflatten(1, (-1, self.width))
+        self.hessians = tiles.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).contiguous()
+        self._spare()
+        room = _COLLECTED + self.width - 1
+        self.u = self.weight.new_empty(strips, columns, room)
+        self.v = self.weight.new_empty(strips, height, room)
+        self.collected = 0
 
     def remove(self) -> tuple[Tensor, Tensor]:
         """Take the cheapest block out of each strip; which unit it was, and its cost, [S] each."""
@@ -139,7 +145,7 @@ class _State:
         cost, unit = costs.min(1)
         removed = self.units[self.all, unit]
         self._update(unit)
-        if self.u.shape[2] >= _COLLECTED or bool(self.gone.all()):
+        if self.collected >= _COLLECTED:
             self._apply()
         return removed, cost
 
@@ -147,13 +153,14 @@ class _State:
         each = self.all[:, None]
         at = unit[:, None] * self.width + torch.arange(self.width)
         # Columns G of H⁻¹ and W, with the collected removals.
-        back = self.u[each, at].mT
-        hessian = self.inverse[each, at].mT - self.u @ back  # it is symmetric
-        weight = self.weight.mT[each, at].mT - self.v @ back
+        all_u, all_v = self.u[:, :, : self.collected], self.v[:, :, : self.collected]
+        back = all_u[each, at].mT
+        hessian = self.inverse[each, at].mT - all_u @ back  # it is symmetric
+        weight = self.weight.mT[each, at].mT - all_v @ back
         root = torch.linalg.cholesky(hessian[each, at])
         u = torch.linalg.solve_triangular(root, hessian.mT, upper=False).mT
         v = torch.linalg.solve_triangular(root, weight.mT, upper=False).mT
-        projected = v.mT @ self.weight - (v.mT @ self.v) @ self.u.mT  # vᵀ W before it
+        projected = v.mT @ self.weight - (v.mT @ all_v) @ all_u.mT  # vᵀ W before it
         mine = u.unflatten(1, (-1, self.width))  # u_G of every unit, [S, m, width, width]
         theirs = projected.unflatten(2, (-1, self.width)).permute(0, 2, 3, 1)  # W_:Gᵀ v
         # (W_:G - v u_Gᵀ)ᵀ (W_:G - v u_Gᵀ) = W_:Gᵀ W_:G - cross - crossᵀ + u_G vᵀ v u_Gᵀ
@@ -161,21 +168,36 @@ class _State:
         self.products += mine @ (v.mT @ v)[:, None] @ mine.mT - cross - cross.mT
         self.hessians -= mine @ mine.mT
         self.gone[self.all, unit] = True
-        # Zero now; the identity keeps the costs of what is gone defined.
+        self._spare()
+        more = slice(self.collected, self.collected + self.width)
+        self.u[:, :, more], self.v[:, :, more] = u, v
+        self.collected += self.width
+
+    def _spare(self) -> None:
+        """What is gone has a Hessian of zero; the identity keeps its cost defined."""
         self.hessians[self.gone] = torch.eye(self.width, dtype=self.hessians.dtype)
-        self.u, self.v = torch.cat([self.u, u], 2), torch.cat([self.v, v], 2)
 
     def _apply(self) -> None:
-        """Apply the collected removals to what stays, and forget the rest."""
+        """Apply the collected removals; forget what is gone once that is a quarter."""
+        u, v = self.u[:, :, : self.collected], self.v[:, :, : self.collected]
+        self.weight = self.weight - v @ u.mT
+        self.inverse.baddbmm_(u, u.mT, alpha=-1)
+        if 4 * int((~self.gone[0]).sum()) <= 3 * self.gone.shape[1]:
+            self._forget()
+        self._hold()
+
+    def _forget(self) -> None:
         each = self.all[:, None]
         left = (~self.gone).nonzero()[:, 1].reshape(len(self.all), -1)
         at = (left[:, :, None] * self.width + torch.arange(self.width)).flatten(1)
-        u = self.u[each, at]
-        both = zip(self.inverse, at, strict=True)
-        inverse = torch.stack([h.index_select(0, i).index_select(1, i) for h, i in both])
-        weight = self.weight.mT[each, at].mT
+        inverse = self.inverse.new_empty(len(at), at.shape[1], at.shape[1])
+        for old, new, rows, units in zip(self.inverse, inverse, at, left, strict=True):
+            # Columns by unit: numbers that lie side by side are copied together.
+            some = old.index_select(0, rows).unflatten(1, (-1, self.width))
+            torch.index_select(some, 1, units, out=new.unflatten(1, (-1, self.width)))
+        self.inverse, self.weight = inverse, self.weight.mT[each, at].mT
         self.units = self.units[each, left]
-        self._hold(weight - self.v @ u.mT, inverse.baddbmm_(u, u.mT, alpha=-1))
+        self.gone = torch.zeros(self.units.shape, dtype=torch.bool)
 
 
 def _traces(matrices: Tensor, others: Tensor) -> Tensor:
