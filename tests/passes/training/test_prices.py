@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -364,8 +365,10 @@ def test_a_branch_without_competing_units_stays(captured: Captured) -> None:
 
 # --- resuming ------------------------------------------------------------------------------------
 
+slow = partial(pytest.param, marks=pytest.mark.slow)
 
-@pytest.mark.parametrize("at", [3, 6, 10], ids=lambda at: f"batch {at}")
+
+@pytest.mark.parametrize("at", [slow(3), 6, slow(10)], ids=lambda at: f"batch {at}")
 def test_what_was_measured_on_the_way_is_kept(
     at: int, captured: Captured, tmp_path: Path, breaks: Any
 ) -> None:
@@ -383,7 +386,7 @@ def test_what_was_measured_on_the_way_is_kept(
     assert all(t.equal(again[0].tensors[name]) for name, t in whole[0].tensors.items())
 
 
-@pytest.mark.parametrize("at", [3, 10], ids=lambda at: f"batch {at}")
+@pytest.mark.parametrize("at", [slow(3), 10], ids=lambda at: f"batch {at}")
 def test_resumed_is_as_if_never_stopped(
     at: int, captured: Captured, tmp_path: Path, breaks: Any
 ) -> None:
