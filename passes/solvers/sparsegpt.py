@@ -134,7 +134,7 @@ def sparsegpt(
         return weight
     if mask is None and pattern.is_block and pattern.height >= TALL:
         return _blocks(weight, inputs, sparsity, pattern, exact)
-    return _swept(weight, inputs, sparsity, pattern, mask, block)
+    return swept(weight, inputs, sparsity, pattern, mask, block)
 
 
 def _blocks(
@@ -145,18 +145,18 @@ def _blocks(
     if exact and pattern.shape(rows, columns)[0] * columns**3 <= _AFFORDABLE:
         gone = cheapest_blocks(weight, inputs.upper.T @ inputs.upper, sparsity, pattern)
     else:
-        gone = _swept(weight.clone(), inputs, sparsity, pattern, None, BLOCK) == 0
+        gone = swept(weight.clone(), inputs, sparsity, pattern) == 0
         gone = pattern.spread(pattern.units(~gone) == 0, rows, columns)
     return fitted_blocks(weight, inputs.gram, gone, pattern)
 
 
-def _swept(
+def swept(
     weight: Tensor,
     inputs: Inputs,
     sparsity: float,
     pattern: Pattern,
-    mask: Tensor | None,
-    block: int,
+    mask: Tensor | None = None,
+    block: int = BLOCK,
 ) -> Tensor:
     """Prune a weight in place, in one sweep from left to right; see `sparsegpt`."""
     rows, columns = weight.shape
