@@ -13,7 +13,13 @@ from graphprune.capture.capture import capture
 from graphprune.errors import ExportError
 from graphprune.exporters.onnx.convert import to_onnx
 from graphprune.exporters.onnx.files import save_onnx
-from graphprune.exporters.runtime.parity import TOLERANCE, _beyond_rounding, check_parity
+from graphprune.exporters.runtime.parity import (
+    TOLERANCE,
+    _beyond_rounding,
+    _in_float64,
+    _in_the_last_bit,
+    check_parity,
+)
 from graphprune.exporters.runtime.session import open_session
 from graphprune.ir.program import Program
 from graphprune.verify.error import relative_error
@@ -93,5 +99,39 @@ def test_rounding_may_hit_other_rows_in_onnx_runtime() -> None:
     ort[1] += 2e-4
     wrong[1] += 1e-3
     assert relative_error(torch32, ort) > TOLERANCE
-    assert _beyond_rounding(torch32, ort, exact, TOLERANCE, 0.0) <= TOLERANCE
-    assert _beyond_rounding(torch32, wrong, exact, TOLERANCE, 0.0) > TOLERANCE
+    assert _beyond_rounding([torch32], ort, exact, TOLERANCE, 0.0) <= TOLERANCE
+    assert _beyond_rounding([torch32], wrong, exact, TOLERANCE, 0.0) > TOLERANCE
+
+
+class Cancels(nn.Module):
+    """Adds nothing to x, by two equal products whose difference is magnified."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(64, 64, bias=False)
+        self.second = nn.Linear(64, 64, bias=False)
+        self.second.load_state_dict(self.first.state_dict())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1e4 * (self.first(x) - self.second(x))
+
+
+def test_torch_may_be_exact_by_luck() -> None:
+    """Both sums lose the same in torch, so nothing; in another order they do not."""
+    torch.manual_seed(0)
+    model, x = Cancels(), torch.randn(3, 64)
+    program = capture(model, (x,))
+    exact = _in_float64(program, [x])[0]
+    torch32 = program.run([x])[0]
+    weight = program.tensors["first.weight"]
+    assert relative_error(exact, torch32) < 1e-6
+
+    def other(first: Tensor) -> Tensor:
+        """As another library may compute it: the first product from right to left."""
+        return x + 1e4 * (x.flip(1) @ first.flip(1).T - x @ weight.T)
+
+    samples = [torch32, *(sample[0] for sample in _in_the_last_bit(program, [x]))]
+    assert _beyond_rounding([torch32], other(weight), exact, TOLERANCE, 0.0) > TOLERANCE
+    assert _beyond_rounding(samples, other(weight), exact, TOLERANCE, 0.0) <= TOLERANCE
+    wrong = other(weight * (1 + 1e-4))
+    assert _beyond_rounding(samples, wrong, exact, TOLERANCE, 0.0) > TOLERANCE
