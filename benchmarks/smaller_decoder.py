@@ -13,10 +13,12 @@ interleaved. Calibration is on segments of 512 tokens of the validation text, dr
 $GRAPHPRUNE_DATA names the folder that holds wikitext2/.
 
     python -m benchmarks.smaller_decoder [--quick] [--json FILE] [--only TEXT] [--segments N]
-                                         [--windows N] [--threads N] [--folder DIR]
+                                         [--windows N] [--evaluations N] [--threads N]
+                                         [--folder DIR]
 
---only keeps the rows whose name contains TEXT, --folder what was measured, by row, so that a run
-can be continued. --threads are torch's.
+--evaluations are the models that a budget tries. --only keeps the rows whose name contains TEXT,
+--folder the models and what was measured, by row, so that a run can be continued. --threads are
+torch's.
 """
 
 from __future__ import annotations
@@ -70,12 +72,13 @@ class Case:
     forms: tuple[Pass | None, ...] = (None,)
 
 
-def cases() -> list[Case]:
-    """Dense, then by how much is removed."""
-    return [Case("dense", 0, forms=(None, INT8, INT4)), *(c for p in PARTS for c in _cut(p))]
+def cases(evaluations: int) -> list[Case]:
+    """Dense, then by how much is removed; budgets try so many models."""
+    cut = (case for part in PARTS for case in _cut(part, evaluations))
+    return [Case("dense", 0, forms=(None, INT8, INT4)), *cut]
 
 
-def _cut(part: float) -> Iterator[Case]:
+def _cut(part: float, evaluations: int) -> Iterator[Case]:
     layer = ATTENTION + FEEDFORWARD
     megabytes = MEGABYTES - part * layer * LAYERS * 4 / 1e6
     yield Case("neurons", part, (PruneNeurons(part * layer / FEEDFORWARD, score="obs"),))
@@ -83,16 +86,17 @@ def _cut(part: float) -> Iterator[Case]:
         groups = PruneHeads(part * layer / ATTENTION, score="obs", allocation="global")
         yield Case("KV groups", part, (groups,))
     yield Case("blocks", part, (DropSublayers(count=round(part * LAYERS), kind="block"),))
-    budget = Budget(size_mb=megabytes, batch=(1, 128), samples=4, evaluations=100)
+    budget = Budget(size_mb=megabytes, batch=(1, 128), samples=4, evaluations=evaluations)
     yield Case("budget over all", part, (budget,))
 
 
 @dataclass(frozen=True, slots=True)
 class Amount:
-    """How much to calibrate and to evaluate on."""
+    """How much to calibrate, to search and to evaluate on."""
 
     segments: int = 32
     windows: int = 64
+    evaluations: int = 100
 
 
 class Bench:
@@ -133,6 +137,7 @@ class Bench:
         start = time.perf_counter()
         calibration = None if not case.passes else self.calibration
         compiled = graphprune.compile(self.dense, list(case.passes), calibration=calibration)
+        compiled.save(kept.with_suffix(""))  # a search is long
         row: Row = {
             "removed": case.name,
             "of the blocks": f"{case.part:.0%}".replace("%", " %"),
@@ -164,7 +169,7 @@ class Bench:
 
 def measure(settings: Settings, amount: Amount, only: str, folder: Path) -> Iterator[Row]:
     """Every row."""
-    chosen = [c for c in cases() if only in f"{c.name} {c.part:.0%}"]
+    chosen = [c for c in cases(amount.evaluations) if only in f"{c.name} {c.part:.0%}"]
     if settings.quick:
         chosen, amount = chosen[:2], Amount(4, 2)
     folder.mkdir(parents=True, exist_ok=True)
@@ -181,6 +186,7 @@ if __name__ == "__main__":
     parser.add_argument("--only", default="", metavar="TEXT")
     parser.add_argument("--segments", type=int, default=usual.segments)
     parser.add_argument("--windows", type=int, default=usual.windows)
+    parser.add_argument("--evaluations", type=int, default=usual.evaluations)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--folder", type=Path)
     options, sys.argv[1:] = parser.parse_known_args()
@@ -190,7 +196,7 @@ if __name__ == "__main__":
             "smaller_decoder",
             partial(
                 measure,
-                amount=Amount(options.segments, options.windows),
+                amount=Amount(options.segments, options.windows, options.evaluations),
                 only=options.only,
                 folder=options.folder or Path(temporary),
             ),

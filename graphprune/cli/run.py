@@ -13,10 +13,12 @@ from graphprune.cli.names import KERNELS
 from graphprune.cli.sizes import input_names, timed_inputs, timed_sizes
 from graphprune.cli.subject import Exported, Subject, opened
 from graphprune.cli.timing import opponents_of, timing_of
+from graphprune.errors import ExportError, GraphPruneError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from graphprune.api import Compiled
     from graphprune.cli.summary import Summary
     from graphprune.cli.training import LabeledData
     from graphprune.exporters import Artifact
@@ -141,15 +143,7 @@ def compiled_and_measured(
         observers=[observer],
     )
     with step("export"):
-        artifact = compiled.export(
-            path,
-            target=options.target,
-            **(_sparse(options, compiled.program) if options.target == KERNELS else {}),
-            baseline=options.baseline,
-            opset=options.opset,
-            layout=options.layout,
-            weights=options.weights,
-        )
+        artifact = _exported(compiled, path, options)
     timing: Mapping[str, JSON] | None = None
     operators: Mapping[str, JSON] | None = None
     if options.measure and artifact.has_baseline:
@@ -181,6 +175,34 @@ def compiled_and_measured(
         trained=first,
         manifest=artifact.manifest,
     )
+
+
+def _exported(compiled: Compiled, path: Path, options: Options) -> Artifact:
+    """Export; where that fails, keep what was compiled, which may have taken hours.
+
+    Raises:
+        ExportError: it failed; says where the model is kept.
+    """
+    try:
+        return compiled.export(
+            path,
+            target=options.target,
+            **(_sparse(options, compiled.program) if options.target == KERNELS else {}),
+            baseline=options.baseline,
+            opset=options.opset,
+            layout=options.layout,
+            weights=options.weights,
+        )
+    except GraphPruneError as e:
+        kept = path.with_name(f"{path.name}-program")
+        try:
+            compiled.save(kept)
+        except GraphPruneError:
+            raise e from None
+        raise ExportError(
+            f"{e}; what was compiled is kept, and graphprune.load({str(kept)!r}).export(...) goes "
+            "on from it"
+        ) from e
 
 
 def _sparse(options: Options, program: Program) -> dict[str, Any]:

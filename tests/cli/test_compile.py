@@ -16,7 +16,7 @@ from typer.testing import Result
 
 import graphprune as gp
 from graphprune.cli.sensitivity import parse_ratios
-from graphprune.errors import GraphPruneError
+from graphprune.errors import ExportError, GraphPruneError
 from graphprune.models.zoo.tiny import tiny
 
 Run = Callable[..., Result]
@@ -97,6 +97,23 @@ def test_compile_with_calibration_scores_by_it(run: Run, tmp_path: Path, arrays:
     assert re.search(r"\d\.\d\dx (faster|slower)", page)
     assert "default session options" in page
     assert run("bench", "out").exit_code == 0  # whose hashes were brought up to date
+
+
+def test_what_cannot_be_exported_is_kept(
+    run: Run, sentence: Sentence, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*args: Any, **options: Any) -> None:
+        raise ExportError("no room")
+
+    monkeypatch.setattr(gp.Compiled, "export", refuses)
+    result = run("compile", "tiny-mlp", "--neurons", "0.5", "-o", "out")
+    assert result.exit_code == 2, result.output
+    assert "no room; what was compiled is kept" in sentence(result)
+    assert "'out-program'" in sentence(result)
+    assert not (tmp_path / "out").exists()
+    model, _ = tiny("tiny-mlp")
+    kept = gp.load(tmp_path / "out-program").program
+    assert kept.num_parameters() < sum(p.numel() for p in model.parameters())
 
 
 def test_seven_bits_on_request(run: Run, tmp_path: Path) -> None:
