@@ -5,8 +5,8 @@ Benchmark's training part; Σ |ΔW x|² / Σ |W x|² over their tokens:
 
 - magnitude: the smallest blocks go, nothing compensates;
 - sweep: SparseGPT from left to right, columns to the right compensate;
-- its choice, exact: the same blocks, and all that stays compensates;
-- exact: blocks are chosen one after another too (structured OBS), which is what passes do.
+- its choice, exact: the sweep's blocks, and all that stays compensates;
+- exact: the blocks too by exact costs, one after another (structured OBS), as the passes do.
 
 Seconds are CPU time. $GRAPHPRUNE_DATA names the folder that holds stsb/.
 

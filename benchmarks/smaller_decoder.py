@@ -17,8 +17,8 @@ $GRAPHPRUNE_DATA names the folder that holds wikitext2/.
                                          [--folder DIR]
 
 --evaluations are the models that a budget tries. --only keeps the rows whose name contains TEXT,
---folder the models and what was measured, by row, so that a run can be continued. --threads are
-torch's.
+--folder the models and what was measured, by row, so that a run can be continued with the same
+options. --threads are torch's.
 """
 
 from __future__ import annotations
@@ -135,9 +135,7 @@ class Bench:
         if kept.exists():
             return dict(json.loads(kept.read_text(encoding="utf-8")))
         start = time.perf_counter()
-        calibration = None if not case.passes else self.calibration
-        compiled = graphprune.compile(self.dense, list(case.passes), calibration=calibration)
-        compiled.save(kept.with_suffix(""))  # a search is long
+        compiled = self.compiled(case, kept.with_suffix(""))
         row: Row = {
             "removed": case.name,
             "of the blocks": f"{case.part:.0%}".replace("%", " %"),
@@ -149,6 +147,15 @@ class Bench:
         row["s"] = time.perf_counter() - start
         kept.write_text(json.dumps(row, indent=1), encoding="utf-8")
         return row
+
+    def compiled(self, case: Case, path: Path) -> Compiled:
+        """The model of a case; kept, for a search is long, and what follows it may fail."""
+        if not case.passes:
+            return self.dense
+        if not path.exists():
+            given = list(case.passes)
+            graphprune.compile(self.dense, given, calibration=self.calibration).save(path)
+        return graphprune.load(path)
 
     def _form(self, compiled: Compiled, last: Pass | None) -> Row:
         if last is not None:

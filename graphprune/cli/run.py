@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -13,7 +15,7 @@ from graphprune.cli.names import KERNELS
 from graphprune.cli.sizes import input_names, timed_inputs, timed_sizes
 from graphprune.cli.subject import Exported, Subject, opened
 from graphprune.cli.timing import opponents_of, timing_of
-from graphprune.errors import ExportError, GraphPruneError
+from graphprune.errors import GraphPruneError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from graphprune.pipeline.events import JSON, Observer
     from graphprune.progress import Step
     from graphprune.training.spec import Training
+
+log = logging.getLogger(__name__)
 
 LINES = 1024  # calibration sentences or samples, at most
 
@@ -178,11 +182,7 @@ def compiled_and_measured(
 
 
 def _exported(compiled: Compiled, path: Path, options: Options) -> Artifact:
-    """Export; where that fails, keep what was compiled, which may have taken hours.
-
-    Raises:
-        ExportError: it failed; says where the model is kept.
-    """
+    """Export; where that fails, keep the program, which may have taken hours."""
     try:
         return compiled.export(
             path,
@@ -193,16 +193,25 @@ def _exported(compiled: Compiled, path: Path, options: Options) -> Artifact:
             layout=options.layout,
             weights=options.weights,
         )
+    except Exception:
+        _keep(compiled, path.expanduser().resolve())
+        raise
+
+
+def _keep(compiled: Compiled, path: Path) -> None:
+    """Write the program beside where the artifact would be, under a free name."""
+    names = (f"{path.name}-program{n or ''}" for n in count())
+    kept = next(p for name in names if not (p := path.with_name(name)).exists())
+    try:
+        compiled.save(kept)
     except GraphPruneError as e:
-        kept = path.with_name(f"{path.name}-program")
-        try:
-            compiled.save(kept)
-        except GraphPruneError:
-            raise e from None
-        raise ExportError(
-            f"{e}; what was compiled is kept, and graphprune.load({str(kept)!r}).export(...) goes "
-            "on from it"
-        ) from e
+        log.warning("the compiled program could not be kept: %s", e)
+        return
+    log.warning(
+        "the export failed; graphprune.load(%r) reads the compiled program, which has no tokenizer "
+        "and no calibration",
+        str(kept),
+    )
 
 
 def _sparse(options: Options, program: Program) -> dict[str, Any]:

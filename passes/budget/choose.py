@@ -1,4 +1,4 @@
-"""One run of Budget: table, statistics, search, correction, and the cut itself."""
+"""One run of Budget: table, statistics, search and correction."""
 
 from __future__ import annotations
 

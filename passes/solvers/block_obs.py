@@ -14,9 +14,9 @@ one ranking of all strips' sequences gives the greedy order of the whole. In the
 fitted to the whole matrix's outputs on the columns that stay: least squares, exact for the blocks
 chosen.
 
-Strips go in lockstep, S of them at a time: tensors begin with S. Of `inverse` and `weight` m units
-are held, those left and at most a third as many that are gone; updates are collected in U and V and
-applied once in a while, as in `obs`.
+Strips go in lockstep, S of them at a time: tensors begin with S. Updates are collected in U and V
+and applied once in a while, as in `obs`. Of `inverse` and `weight` m units are held: those left,
+and some that are gone, which are forgotten once they are a quarter when updates are applied.
 """
 
 from __future__ import annotations
@@ -132,7 +132,8 @@ class _State:
         parts = self.weight.unflatten(2, (-1, self.width))
         self.products = torch.einsum("shua,shub->suab", parts, parts)
         tiles = self.inverse.unflatten(2, (-1, self.width)).unflatten(1, (-1, self.width))
-        self.hessians = tiles.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).contiguous()
+        diagonal = tiles.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+        self.hessians = diagonal.clone(memory_format=torch.contiguous_format)
         self._spare()
         room = _COLLECTED + self.width - 1
         self.u = self.weight.new_empty(strips, columns, room)

@@ -17,7 +17,7 @@ from graphprune.exporters.runtime.parity import (
     TOLERANCE,
     _beyond_rounding,
     _in_float64,
-    _in_the_last_bit,
+    _in_the_last_bits,
     check_parity,
 )
 from graphprune.exporters.runtime.session import open_session
@@ -130,8 +130,17 @@ def test_torch_may_be_exact_by_luck() -> None:
         """As another library may compute it: the first product from right to left."""
         return x + 1e4 * (x.flip(1) @ first.flip(1).T - x @ weight.T)
 
-    samples = [torch32, *(sample[0] for sample in _in_the_last_bit(program, [x]))]
+    samples = [torch32, *(sample[0] for sample in _in_the_last_bits(program, [x]))]
     assert _beyond_rounding([torch32], other(weight), exact, TOLERANCE, 0.0) > TOLERANCE
     assert _beyond_rounding(samples, other(weight), exact, TOLERANCE, 0.0) <= TOLERANCE
     wrong = other(weight * (1 + 1e-4))
     assert _beyond_rounding(samples, wrong, exact, TOLERANCE, 0.0) > TOLERANCE
+
+
+def test_a_row_that_a_last_bit_decides_excuses_no_other() -> None:
+    exact = torch.ones(3, 8, dtype=torch.float64)
+    torch32, flipped, ort = (exact.float() + 1e-7 for _ in range(3))
+    flipped[0] += 1
+    ort[1] += 1e-3
+    assert _beyond_rounding([torch32, flipped], ort, exact, TOLERANCE, 0.0) > TOLERANCE
+    assert _beyond_rounding([torch32, flipped], flipped, exact, TOLERANCE, 0.0) <= TOLERANCE
