@@ -293,7 +293,7 @@ class Display:
 
 def shown(wanted: bool) -> AbstractContextManager[Display | None]:
     """A display on stderr or in the notebook, or none."""
-    return Display(Console(stderr=True)) if wanted else nullcontext()
+    return Display(Console(stderr=True, emoji=False)) if wanted else nullcontext()
 
 
 def _outcome(event: PassFinished, stage: Stage) -> str:
@@ -313,7 +313,9 @@ def _draws(console: Console) -> bool:
 
 def _line_writer(console: Console) -> Callable[[str], None]:
     # A notebook's console makes a block of HTML of each line.
-    plain = Console(stderr=True, force_jupyter=False) if console.is_jupyter else console
+    plain = (
+        Console(stderr=True, force_jupyter=False, emoji=False) if console.is_jupyter else console
+    )
 
     def write(line: str) -> None:
         plain.print(line, soft_wrap=True, markup=False, highlight=False)

@@ -206,7 +206,7 @@ def _debug() -> None:
 
 
 def _fail(sentence: str, code: int) -> NoReturn:
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
     console.print("error:", style="bold red", end=" ")
     # Some messages quote another library's, which may have lines of its own.
     console.print(" ".join(sentence.split()), style="red", markup=False)
@@ -265,7 +265,7 @@ def stdout_console() -> Console:
 
     A pipe has no width; tables are easier to read and to grep unfolded.
     """
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    return Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 120)
 
 
 def print_json(data: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,8 +37,10 @@ from graphprune.cli.early import (
 )
 from graphprune.cli.names import COMPARING, KERNELS, TARGETS
 from graphprune.cli.sizes import parse_batch
-from graphprune.errors import GraphPruneError, RecipeError
+from graphprune.errors import GraphPruneError, RecipeError, UnsupportedError
 from graphprune.validate import check_number
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from graphprune.cli.run import Options
@@ -227,12 +230,21 @@ def as_timed(
     from graphprune.cli.sizes import timed_sizes
     from graphprune.passes import Budget
 
-    return [
-        replace(step, batch=timed_sizes(program, sizes), threads=threads)
-        if isinstance(step, Budget) and not step.batch
-        else step
-        for step in steps
-    ]
+    def timed(budget: Budget) -> Budget:
+        if budget.batch:
+            return budget
+        return replace(budget, batch=timed_sizes(program, sizes), threads=threads)
+
+    found: list[Pass] = []
+    for step in steps:
+        trained: Any = step  # a pass that trains to a budget has it as an option
+        if isinstance(step, Budget):
+            found.append(timed(step))
+        elif isinstance(getattr(step, "budget", None), Budget):
+            found.append(replace(trained, budget=timed(trained.budget)))
+        else:
+            found.append(step)
+    return found
 
 
 def parse_speedups(text: str) -> list[float]:
@@ -281,7 +293,8 @@ def front_command(
 ) -> None:
     """Compile a family of models, one for each speed-up, and draw speed against quality.
 
-    Writes an artifact for each, and front.html with the dense model and its int8 form beside.
+    Writes an artifact for each, and front.html with the dense model and its int8 form beside. A
+    speed-up that cannot be reached is left out.
     """
     speedups = parse_speedups(faster)
     sizes = parse_batch(batch)
@@ -375,8 +388,17 @@ def _family(
         )
 
     out.mkdir(parents=True, exist_ok=True)
+    dense = run("dense-int8", Asked(), int8)
+    others.append(_point("dense int8", dense, None))
+    others.append(_dense_point(dense))
+    refused: UnsupportedError | None = None
     for speedup in speedups:
-        summary = run(f"{speedup:g}x", Asked(faster=speedup, target=options.target), after)
+        try:
+            summary = run(f"{speedup:g}x", Asked(faster=speedup, target=options.target), after)
+        except UnsupportedError as e:
+            refused = e
+            log.warning("%gx is left out: %s", speedup, e)
+            continue
         found = next(
             (r for p in summary.report.passes if (r := BudgetReport.of(p.details)) is not None),
             None,
@@ -384,9 +406,8 @@ def _family(
         where = where or ("" if found is None else found.where)
         predicted = None if found is None else found.predicted
         family.append(_point(f"{speedup:g}x", summary, predicted))
-    dense = run("dense-int8", Asked(), int8)
-    others.append(_point("dense int8", dense, None))
-    others.append(_dense_point(dense))
+    if refused is not None and not family:
+        raise refused
     quality = dense.quality["pruned"]
     return Front(
         model=subject.name,

@@ -49,7 +49,7 @@ def generate_command(
         print_json({"model": model, **found.to_json()})
         return
     typer.echo()
-    Console(stderr=True, highlight=False).print(found.speed(), style="dim")
+    Console(stderr=True, highlight=False, emoji=False).print(found.speed(), style="dim")
 
 
 @final

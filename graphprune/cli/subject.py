@@ -229,7 +229,7 @@ def opened(name: str, allow_pickle: bool) -> Iterator[tuple[Subject, Display]]:
     from graphprune.cli.quiet import quiet_libraries
     from graphprune.progress import Display
 
-    with Display(Console(stderr=True)) as display:
+    with Display(Console(stderr=True, emoji=False)) as display:
         with display.step(f"load {name}") as advance:
             quiet_libraries()
             subject = open_subject(name, allow_pickle, advance)

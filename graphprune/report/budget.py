@@ -97,9 +97,12 @@ class BudgetReport:
         choices: one a sublayer, in order of execution.
         runners_up: the next best candidates, the best first.
         evaluations: how many candidates were evaluated on the whole model.
-        losses: the lowest loss so far, after each evaluation.
+        samples: how many calibration samples each of them was evaluated on.
+        losses: the lowest loss so far, after each evaluation of the last search.
         fresh_loss: of the result on samples that the search did not use; None without any.
         corrections: how often the table was corrected by a measurement and solved again.
+        checks: of every choice that was measured, how many times faster it was predicted to be
+            and was; the last is the result's.
         drop: what the result loses on a task; None where none was given.
         warnings: what a user should know.
     """
@@ -117,9 +120,11 @@ class BudgetReport:
     choices: tuple[Choice, ...]
     runners_up: tuple[Candidate, ...] = ()
     evaluations: int = 0
+    samples: int = 0
     losses: tuple[float, ...] = ()
     fresh_loss: float | None = None
     corrections: int = 0
+    checks: tuple[tuple[float, float], ...] = ()
     drop: Drop | None = None
     warnings: tuple[str, ...] = ()
 
@@ -221,7 +226,8 @@ class BudgetReport:
         """How the result was found and checked, in sentences."""
         lines = []
         if self.evaluations:
-            lines.append(f"{self.evaluations:,} candidates were evaluated on the whole model.")
+            on = f" on {self.samples:,} samples" if self.samples else ""
+            lines.append(f"{self.evaluations:,} candidates were evaluated on the whole model{on}.")
         if self.fresh_loss is not None and self.losses:
             lines.append(
                 f"Loss on samples that the search did not use: {self.fresh_loss:.4g}; on its own "
@@ -230,9 +236,24 @@ class BudgetReport:
         if self.corrections:
             times = "once" if self.corrections == 1 else f"{self.corrections} times"
             lines.append(f"The table of times was corrected {times} by a measurement.")
+        if len(self.checks) > 1:
+            found = ", then ".join(f"{p:.2f}x and {m:.2f}x" for p, m in self.checks)
+            lines.append(f"Choices were predicted and measured to be faster by {found}.")
+        lines += self._ahead()
         if self.drop is not None:
             lines.append(f"Task: {self.drop.summary}.")
         return lines
+
+    def _ahead(self) -> list[str]:
+        """A sentence where time is all that was asked, and less was measured."""
+        asked = dict(self.asked)
+        limit = self.dense_ms / asked.pop("speedup") if "speedup" in asked else asked.pop("ms", 0.0)
+        if asked or not self.evaluations or (self.measured_ms or limit) >= 0.95 * limit:
+            return []
+        return [
+            "It is more than 5% faster than asked: its levels are far apart, or savings of layers "
+            "in a row do not add up. Ask for less to keep more."
+        ]
 
     def _levels_text(self, levels: Sequence[int], zeros: Sequence[float]) -> str:
         """Levels by kind, in order of execution, a removed sublayer as "-"; zero blocks beside."""
@@ -266,6 +287,7 @@ class BudgetReport:
                 "choices": tuple(Choice(**c) for c in data["choices"]),
                 "runners_up": tuple(runners_up),
                 "losses": tuple(data["losses"]),
+                "checks": tuple((p, m) for p, m in data.get("checks", ())),
                 "warnings": tuple(data["warnings"]),
                 "drop": None if drop is None else Drop(**drop),
             }

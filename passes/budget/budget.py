@@ -12,6 +12,7 @@ from graphprune.ir.quantization import PATTERNS, refuse_quantized
 from graphprune.passes.budget.choose import Work
 from graphprune.passes.budget.quality import largest_within
 from graphprune.passes.name_patterns import check_names, check_patterns
+from graphprune.passes.solvers.knapsack import check_scipy
 from graphprune.pipeline.base import Context, Invariant, Pass, PassResult
 from graphprune.pipeline.registry import register
 from graphprune.training.outcome import Outcome
@@ -59,8 +60,10 @@ class Budget(Pass):
             export(target="onnxruntime+kernels").
         target: what kept weights are fitted to: the "stream" after their branch in the dense
             model, or their own former "output".
-        evaluations: number of models that the search may evaluate.
-        samples: calibration samples that each of them is evaluated on.
+        evaluations: number of models that the search may evaluate; a quarter as many again after
+            each correction of the times.
+        samples: calibration samples that each of them is evaluated on, half of all at most; fewer
+            where the model answers with more than 256 MB, as language models do.
         round_to: large groups keep multiples of this many units.
         damping: fraction of the mean squared input added to the Gram matrix's diagonal.
         targets: name patterns; only groups and branches that reach such a tensor.
@@ -154,6 +157,8 @@ class Budget(Pass):
         return True
 
     def check(self, program: Program) -> None:
+        if len(self.asked) > 1:
+            check_scipy()
         check_names(self, program)
 
     def run(self, program: Program, ctx: Context) -> PassResult:

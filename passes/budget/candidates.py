@@ -37,6 +37,8 @@ from graphprune.pipeline.base import Context
 from graphprune.rewrite.drop import closed, gated
 from graphprune.rewrite.shrink import shrink, take
 
+ANSWERS = 2**28  # bytes of the dense model's answers, after which no batch more is held
+
 
 @final
 @dataclass(frozen=True, slots=True)
@@ -195,7 +197,8 @@ class Candidates:
         groups: its axis groups.
         items: what there is to choose.
         seen: statistics by group id.
-        batches: to evaluate on.
+        batches: to evaluate on; no more of them than have `ANSWERS` bytes of the dense model's
+            answers, which a language model's vocabulary makes large.
         blocks: what levels with zero blocks are made of; None where there are none.
     """
 
@@ -230,11 +233,21 @@ class Candidates:
         entry = self.program.forward
         self._inputs = [flat_batch(entry, batch, i) for i, batch in enumerate(self.batches)]
         self.program, self._gates = gated(self.program, branches)
+        self._answers, size = [], 0
+        every = Stream(self.program, self.batches).results(self.program)
+        for outputs, flat in zip(every, self._inputs, strict=True):
+            if size >= ANSWERS:
+                break
+            self._answers.append(self._loss.answer(outputs, flat))
+            size += self._answers[-1].nbytes
+        self.batches = self.batches[: len(self._answers)]
+        self._inputs = self._inputs[: len(self._answers)]
         self._stream = Stream(self.program, self.batches)
-        self._answers = [
-            self._loss.answer(outputs, flat)
-            for outputs, flat in zip(self._stream.results(self.program), self._inputs, strict=True)
-        ]
+
+    @property
+    def samples(self) -> int:
+        """How many samples each candidate is evaluated on."""
+        return sum(len(flat[0]) for flat in self._inputs)
 
     def loss(self, levels: Sequence[int]) -> float:
         """How far the model at these levels is from the dense one."""

@@ -25,7 +25,7 @@ from graphprune.passes.budget.candidates import (
 from graphprune.passes.budget.cut import Cutter
 from graphprune.passes.budget.items import Level
 from graphprune.passes.budget.sized import sized_for
-from graphprune.passes.budget.table import measured_table
+from graphprune.passes.budget.table import RESOURCES, Table, flops_of, measured_table
 from graphprune.passes.solvers.knapsack import solve_levels
 from graphprune.passes.solvers.spdy import Found, Levels, Sensitivities, search
 from graphprune.passes.structural.records import Cuts
@@ -76,8 +76,14 @@ class Work:
         self.table = measured_table(self.sized, self.device)
         self.dense_ms = self.table.dense_ms
         self.warnings: list[str] = []
+        self._begin()
+
+    def _begin(self) -> None:
+        """Nothing has been tried for a budget."""
+        self.taken: dict[str, float] = {}  # by resource, of the last choice, as measured
+        self.checks: list[tuple[float, float]] = []  # times faster, predicted and measured
+        self.tried: set[Levels] = set()
         self.corrections = 0
-        self.measured: float | None = None
 
     def reach(self, asked: Mapping[str, float]) -> PassResult:
         """The result of a budget."""
@@ -98,6 +104,7 @@ class Work:
 
     def unchanged(self, asked: Mapping[str, float], notes: Sequence[str]) -> PassResult:
         """Make the pass's result where the model stays as it is."""
+        self._begin()
         self.warnings += notes
         report = self._report(asked, self._dense, None, None)
         return PassResult(self.program, False, report.to_json())
@@ -116,11 +123,12 @@ class Work:
         Raises:
             UnsupportedError: the budget cannot be reached.
         """
-        self.corrections, self.measured = 0, None
+        self._begin()
         self.check_reachable(asked)
         errors, prior = self._prior
         found = self._search(asked, errors, prior, self.options.evaluations)
-        while not self._close(asked, found.levels) and self.corrections < CORRECTIONS:
+        while (table := self._checked(asked, found.levels)) and self.corrections < CORRECTIONS:
+            self.table = table
             self.corrections += 1
             self.check_reachable(asked)
             found = self._search(
@@ -133,7 +141,7 @@ class Work:
         )
         program, cuts, dropped, warnings = cutter.cut(chosen)
         self.warnings += warnings
-        report = self._report(asked, found.levels, found, self._fresh.difference(program))
+        report = self._report(asked, found.levels, found, self._fresh_loss(program))
         return Reached(program, cuts, dropped, report)
 
     def limits(self, asked: Mapping[str, float]) -> dict[str, float]:
@@ -167,6 +175,8 @@ class Work:
                     "(tables, norms between branches, heads of the model); ask for less"
                     + ("" if self.options.drop else ", or let branches go with drop=True")
                 )
+        nothing = [[0.0] * len(item.levels) for item in self.items]
+        self._solved(asked, nothing)
 
     def _text(self, resource: str, amount: float) -> str:
         return amount_text(resource, amount, self.dense_ms)
@@ -197,25 +207,27 @@ class Work:
 
     @cached_property
     def _samples(self) -> tuple[list[Any], list[Any]]:
-        """Batches to search on, and others to look at what was found."""
+        """Batches to search on, and others to look at what was found: half of all at most."""
         batches = list(self.ctx.batches())
+        sizes = [len(flat_batch(self.program.forward, batch, 0)[0]) for batch in batches]
+        wanted = min(self.options.samples, -(-sum(sizes) // 2))
         order = torch.randperm(len(batches), generator=self.ctx.generator).tolist()
         halves: list[list[Any]] = []
         for _ in range(2):
             taken, samples = [], 0
-            while order and samples < self.options.samples:
+            while order and samples < wanted:
+                samples += sizes[order[-1]]
                 taken.append(batches[order.pop()])
-                samples += len(flat_batch(self.program.forward, taken[-1], 0)[0])
             halves.append(taken)
         some, fresh = halves
         if not fresh:
             sentence = (
-                "calibration has no samples that the search did not see, so its loss is not "
-                "checked on fresh ones; give more batches"
+                "calibration is one batch, so the loss of the search is not checked on samples "
+                "that it did not see; give several batches"
             )
             log.warning("%s", sentence)
             self.warnings.append(sentence)
-        return some, fresh or some
+        return some, fresh
 
     @cached_property
     def _blocks(self) -> Blocks | None:
@@ -234,6 +246,10 @@ class Work:
     def _candidates(self) -> Candidates:
         return self._on(self._samples[0])
 
+    def _fresh_loss(self, program: Program) -> float | None:
+        """The loss of a model on samples that the search did not see."""
+        return self._fresh.difference(program) if self._samples[1] else None
+
     @cached_property
     def _fresh(self) -> Candidates:
         return self._on(self._samples[1])
@@ -249,37 +265,42 @@ class Work:
         prior: Sequence[float] | Sensitivities,
         at_most: int,
     ) -> Found:
-        limits = self.limits(asked)
-        amounts = [self.table.amounts[resource] for resource in limits]
-        room = [limit - self.table.fixed(resource) for resource, limit in limits.items()]
-
-        def solve(sensitivities: Sensitivities) -> Levels:
-            weighted = [
-                [float(s) * e for e in row] for s, row in zip(sensitivities, errors, strict=True)
-            ]
-            levels = solve_levels(weighted, amounts, room)
-            if levels is None:
-                raise UnsupportedError(
-                    "these budgets cannot be kept together, though each of them alone can: ask "
-                    "for less"
-                )
-            return tuple(levels)
-
         seed = int(torch.randint(2**31, (1,), generator=self.ctx.generator))
-        return search(
-            solve,
+        found = search(
+            lambda sensitivities: self._solved(
+                asked,
+                [[float(s) * e for e in row] for s, row in zip(sensitivities, errors, strict=True)],
+            ),
             self._candidates.loss,
             prior,
             np.random.default_rng(seed),
             at_most,
             lambda done, total: self.ctx.progress(done, total, "models"),
         )
+        self.tried |= set(found.losses)
+        return found
+
+    def _solved(self, asked: Mapping[str, float], errors: Sequence[Sequence[float]]) -> Levels:
+        """The levels of the least error that keep the limits.
+
+        Raises:
+            UnsupportedError: there are none.
+        """
+        limits = self.limits(asked)
+        amounts = [self.table.amounts[resource] for resource in limits]
+        room = [limit - self.table.fixed(resource) for resource, limit in limits.items()]
+        levels = solve_levels(errors, amounts, room)
+        if levels is None:
+            raise UnsupportedError(
+                "these budgets cannot be kept together, though each of them alone can: ask for less"
+            )
+        return tuple(levels)
 
     def correct(self, asked: Mapping[str, float]) -> None:
         """Correct the table at levels that keep this budget, with one fraction for all items."""
         limits = self.limits(asked)
         if "ms" in limits and not self._within(self._dense, limits):
-            self._close(asked, self._alike(limits))
+            self.table = self._checked(asked, self._alike(limits)) or self.table
 
     def _alike(self, limits: Mapping[str, float]) -> Levels:
         """The most of every item, by the same fraction, that is within the limits; or the least."""
@@ -296,29 +317,35 @@ class Work:
                 return levels
         return levels
 
-    def _close(self, asked: Mapping[str, float], levels: Levels) -> bool:
-        """Measure a choice beside the dense model; correct the table where it is off."""
-        if not self.device.can_measure:
-            return True
-        limits = self.limits(asked)
-        self.measured = self.beside(self.sized.at(levels)).ms
-        predicted = self.table.total("ms", levels)
-        if abs(self.measured / predicted - 1) > CLOSE:
-            self.table = self.table.corrected(levels, self.measured)
-        elif "ms" not in limits or abs(self.limits(asked)["ms"] / limits["ms"] - 1) <= CLOSE:
-            return True
-        # FLOPs and bytes alone are no matter of time.
-        return "ms" not in limits
+    def _checked(self, asked: Mapping[str, float], levels: Levels) -> Table | None:
+        """Measure a choice beside the dense model; a corrected table where it is off, else None."""
+        limits, dense_ms, program = self.limits(asked), self.dense_ms, self.sized.at(levels)
+        predicted = {resource: self.table.total(resource, levels) for resource in RESOURCES}
+        self.taken = found = {"flops": flops_of(program, self.sized.inputs(program))}
+        if self.device.can_measure:
+            cost = self.beside(program)
+            found |= {"ms": cost.ms, "bytes": float(cost.bytes)}
+            self.checks.append((dense_ms / predicted["ms"], self.dense_ms / cost.ms))
+        off = {
+            r: found[r]
+            for r in found.keys() & limits.keys()
+            if abs(found[r] / predicted[r] - 1) > CLOSE or (r != "ms" and found[r] > limits[r])
+        }
+        # The limit itself moves where the dense float model took another time than in the table.
+        moved = "ms" in limits and abs(self.limits(asked)["ms"] / limits["ms"] - 1) > CLOSE
+        return self.table.corrected(levels, off) if off or moved else None
 
     def _warn_if_off(self, asked: Mapping[str, float]) -> None:
-        limit = self.limits(asked).get("ms")
-        if limit and self.measured and self.measured > limit * (1 + OFF):
-            sentence = (
-                f"measured {self.measured:.3g} ms where {limit:.3g} were asked for, after "
-                f"{self.corrections} corrections of the table: the machine may be busy"
-            )
-            log.warning("%s", sentence)
-            self.warnings.append(sentence)
+        for resource, limit in self.limits(asked).items():
+            found = self.taken.get(resource, 0.0)
+            if found > limit * (1 + (OFF if resource == "ms" else 0)):
+                sentence = (
+                    f"{self._text(resource, found)} where {self._text(resource, limit)} were asked "
+                    f"for, after {self.corrections} corrections of the table: "
+                    + ("the machine may be busy" if resource == "ms" else "ask for a little less")
+                )
+                log.warning("%s", sentence)
+                self.warnings.append(sentence)
 
     def beside(self, program: Program) -> Cost:
         """Measure a smaller model beside the dense one, in milliseconds of the table's run."""
@@ -347,9 +374,9 @@ class Work:
             asked=dict(asked),
             dense_ms=self.dense_ms,
             predicted_ms=self.table.total("ms", levels),
-            measured_ms=self.measured,
+            measured_ms=self.taken.get("ms"),
             dense_mb=self.table.whole["bytes"] / 1e6,
-            mb=self.table.total("bytes", levels) / 1e6,
+            mb=self.taken.get("bytes", self.table.total("bytes", levels)) / 1e6,
             device=self.device.name,
             threads=self.options.threads,
             batch="x".join(map(str, self.sized.sizes())),
@@ -365,10 +392,12 @@ class Work:
                 for other in runners_up
                 if found is not None
             ),
-            evaluations=0 if found is None else len(found.losses),
+            evaluations=len(self.tried),
+            samples=self._candidates.samples if self.tried else 0,
             losses=() if found is None else found.curve,
             fresh_loss=fresh_loss,
             corrections=self.corrections,
+            checks=tuple(self.checks),
             warnings=tuple(self.warnings),
         )
 

@@ -53,7 +53,7 @@ class Table:
         items = self.whole["ms"] - self.fixed("ms")
         if items <= self.whole["ms"]:
             return self
-        return self._scaled(self.whole["ms"] / items)
+        return self._scaled("ms", self.whole["ms"] / items)
 
     def total(self, resource: str, levels: Sequence[int]) -> float:
         """The cost of the model at these levels."""
@@ -66,18 +66,21 @@ class Table:
         """The cost of the model with every item at its cheapest level."""
         return self.fixed(resource) + sum(min(row) for row in self.amounts[resource])
 
-    def corrected(self, levels: Sequence[int], ms: float) -> Table:
-        """The table whose time of these levels is the one that was measured.
+    def corrected(self, levels: Sequence[int], measured: Mapping[str, float]) -> Table:
+        """The table by which these levels cost what was measured, by resource.
 
-        One factor corrects all items; the time of the whole model stays.
+        One factor corrects all items; the cost of the whole model stays.
         """
-        whole, predicted = self.whole["ms"], self.total("ms", levels)
-        factor = (whole - ms) / (whole - predicted) if predicted < whole else 1.0
-        return self._scaled(factor)
+        table = self
+        for resource, cost in measured.items():
+            whole, predicted = self.whole[resource], self.total(resource, levels)
+            if predicted < whole:
+                table = table._scaled(resource, (whole - cost) / (whole - predicted))
+        return table
 
-    def _scaled(self, factor: float) -> Table:
-        rows = tuple(tuple(factor * amount for amount in row) for row in self.amounts["ms"])
-        return replace(self, amounts={**self.amounts, "ms": rows})
+    def _scaled(self, resource: str, factor: float) -> Table:
+        rows = tuple(tuple(factor * x for x in row) for row in self.amounts[resource])
+        return replace(self, amounts={**self.amounts, resource: rows})
 
 
 def measured_table(sized: Sized, device: Device) -> Table:
@@ -90,7 +93,7 @@ def measured_table(sized: Sized, device: Device) -> Table:
     models, inputs = named_models(sized)
     found = device.measure(models, inputs=inputs)
     alike = {id(model): (model, inputs.get(name)) for name, model in models.items()}
-    counted = {key: _flops(model, given) for key, (model, given) in alike.items()}
+    counted = {key: flops_of(model, given) for key, (model, given) in alike.items()}
     costs = {
         name: {
             "ms": found[name].ms,
@@ -110,7 +113,8 @@ def measured_table(sized: Sized, device: Device) -> Table:
     return table.bounded()
 
 
-def _flops(program: Program, inputs: tuple[Tensor, ...] | None) -> float:
+def flops_of(program: Program, inputs: tuple[Tensor, ...] | None) -> float:
+    """FLOPs of the deployed entry on flat inputs; the example's without any."""
     name = program.deployed
     if inputs is not None:
         entries = {**program.entries, name: replace(program.entries[name], example=inputs)}

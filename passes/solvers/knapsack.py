@@ -54,6 +54,21 @@ def solve_levels(
     return _by_milp(errors, amounts, room)
 
 
+def check_scipy() -> None:
+    """Refuse several resources where scipy is not installed.
+
+    Raises:
+        RecipeError: it is not.
+    """
+    try:
+        import scipy  # noqa: F401
+    except ImportError as e:
+        raise RecipeError(
+            "several budgets at once are solved with scipy, which is not installed: "
+            'pip install "graphprune[budget]", or give one of them'
+        ) from e
+
+
 def _by_buckets(errors: _Rows, amounts: _Rows, limit: float) -> list[int] | None:
     # The least of every item is no choice: it is subtracted, and not rounded.
     least = [min(row) for row in amounts]
@@ -88,13 +103,9 @@ def _buckets(amount: float, bucket: float) -> int:
 
 def _by_milp(errors: _Rows, amounts: Sequence[_Rows], limits: Sequence[float]) -> list[int] | None:
     """Solve with a binary variable for every level, exactly one of each item, by HiGHS."""
-    try:
-        from scipy.optimize import Bounds, LinearConstraint, milp
-    except ImportError as e:
-        raise RecipeError(
-            "several budgets at once are solved with scipy, which is not installed: "
-            'pip install "graphprune[budget]", or give one of them'
-        ) from e
+    check_scipy()
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
     sizes = [len(row) for row in errors]
     starts = np.concatenate([[0], np.cumsum(sizes)])
     one_of = np.zeros((len(sizes), starts[-1]))

@@ -26,7 +26,7 @@ def test_totals_are_fixed_and_chosen() -> None:
 
 
 def test_a_correction_says_what_was_measured_and_leaves_dense_and_bytes() -> None:
-    found = table().corrected((1, 0), 5.0)
+    found = table().corrected((1, 0), {"ms": 5.0})
     assert found.total("ms", (1, 0)) == pytest.approx(5)
     assert found.total("ms", (2, 1)) == pytest.approx(7)
     # Half was saved of what was promised, at every level.
@@ -34,8 +34,15 @@ def test_a_correction_says_what_was_measured_and_leaves_dense_and_bytes() -> Non
     assert found.amounts["bytes"] == table().amounts["bytes"]
 
 
+def test_bytes_are_corrected_too() -> None:
+    found = table().corrected((1, 0), {"bytes": 18.0})
+    assert found.total("bytes", (1, 0)) == pytest.approx(18)
+    assert found.total("bytes", (2, 1)) == 20
+    assert found.amounts["ms"] == table().amounts["ms"]
+
+
 def test_levels_that_save_nothing_correct_nothing() -> None:
-    assert table().corrected((2, 1), 6.0).amounts == table().amounts
+    assert table().corrected((2, 1), {"ms": 6.0}).amounts == table().amounts
 
 
 def test_items_take_no_more_time_than_the_whole_model() -> None:
