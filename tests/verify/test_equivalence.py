@@ -114,6 +114,21 @@ def test_small_rows_beside_large_ones_are_compared_by_their_own_scale() -> None:
     assert relative_error(a, b) > 1e-4
 
 
+def test_a_row_that_magnifies_rounding_may_lose_little_of_it_in_float32() -> None:
+    """As in squares of SmolLM2's large activations: 150 times more in float64 than that says."""
+    exact = torch.rand(5, 8, dtype=torch.float64)
+    exact[:, 0] = 7e5
+    rounded = exact.clone()
+    rounded[:, 0] += 0.4
+    lost = 0.4 * 2.0**-29
+    near, wrong = exact.clone(), exact.clone()
+    near[0, 0] += 150 * lost
+    wrong[0, 0] += 1e4 * lost
+    assert _error(exact, near, None) > TOLERANCE_FLOAT64
+    assert _error(exact, near, rounded) <= TOLERANCE_FLOAT64
+    assert _error(exact, wrong, rounded) > TOLERANCE_FLOAT64
+
+
 def test_a_row_that_float32_has_exactly_rounds_like_the_others() -> None:
     """Short rows after a relu: their scale is 0, and one of them is exact in float32 by luck."""
     exact = torch.tensor([0.0, 1.0], dtype=torch.float64).repeat(5, 1)
