@@ -16,11 +16,18 @@ class Gram:
 
     Everything that least squares, OBS, FLAP and Wanda need of a layer's inputs is in it. Two are
     merged by adding, so calibration can be spread over processes.
+
+    Attributes:
+        matrix: Σ x xᵀ, float64 [in, in].
+        total: Σ x, float64 [in].
+        count: number of rows.
+        held: the same of those of the rows that a fit is to be evaluated on; None for none.
     """
 
     matrix: Tensor
     total: Tensor
     count: int = 0
+    held: Gram | None = None
 
     @staticmethod
     def empty(features: int) -> Gram:
@@ -39,7 +46,11 @@ class Gram:
         self.count += len(rows)
 
     def __add__(self, other: Gram) -> Gram:
-        return Gram(self.matrix + other.matrix, self.total + other.total, self.count + other.count)
+        parts = [part.held for part in (self, other) if part.held is not None]
+        held = parts[0] + parts[1] if len(parts) == 2 else next(iter(parts), None)
+        return Gram(
+            self.matrix + other.matrix, self.total + other.total, self.count + other.count, held
+        )
 
     @property
     def mean(self) -> Tensor:

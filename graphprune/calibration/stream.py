@@ -30,6 +30,7 @@ Observe = Callable[[LinearSite, Tensor], None]
 # A cut between two sites: at most this times the fewest bytes alive among so many pairs around.
 _HARDLY_MORE = 1.25
 _NEAR = 8
+HELD_OUT = 4
 
 
 class Stream:
@@ -114,6 +115,8 @@ class Stream:
         sites: Sequence[LinearSite],
         progress: Callable[[int, int], None] = lambda done, total: None,
         observe: Observe | None = None,
+        *,
+        held: bool = False,
     ) -> list[Gram]:
         """Collect the second moments of each site's input rows; one for all that read the same.
 
@@ -122,8 +125,11 @@ class Stream:
             sites: as `collect` takes them.
             progress: called with the number of batches that are done, and of all.
             observe: called with a site and its rows, but for convolutions.
+            held: whether those of the batches that are held out (`is_held`) are collected apart
+                as well.
         """
         found: dict[tuple[object, ...], Gram | LaggedGram] = {}
+        apart: dict[tuple[object, ...], Gram | LaggedGram] = {}
         owner: dict[tuple[object, ...], LinearSite] = {}
         wanted: dict[fx.Node, list[LinearSite]] = {}
         for site in sites:
@@ -140,19 +146,30 @@ class Stream:
                         features = site.matrix(program).shape[1]
                         found[site.reads] = self.accumulator(site, features)
                     self._add(found[site.reads], site, values, i)
+                    if held and self.is_held(i):
+                        if site.reads not in apart:
+                            features = site.matrix(program).shape[1]
+                            apart[site.reads] = self.accumulator(site, features)
+                        self._add(apart[site.reads], site, values, i)
                 if observe is not None and site.window is None:
                     for rows in self.inputs(site, values, i):
                         observe(site, rows)
         progress(len(self.states), len(self.states))
-        grams = {r: g.gram() if isinstance(g, LaggedGram) else g for r, g in found.items()}
+        grams = {reads: _finished(gram) for reads, gram in found.items()}
+        for reads, gram in apart.items():
+            grams[reads].held = _finished(gram)
         return [grams[site.reads] for site in sites]
+
+    def is_held(self, batch: int) -> bool:
+        """Whether a batch is one of those that a fit is evaluated on: every fourth."""
+        return batch % HELD_OUT == HELD_OUT - 1
 
     def accumulator(self, site: LinearSite, features: int) -> Gram | LaggedGram:
         """Nothing seen yet of so many of a site's features; of a patch, those of whole channels."""
         masked = any(rows.kept_positions(site.node) is not None for rows in self.rows)
         if site.window is not None and not masked:
             sizes = site.node.meta["val"].shape[-len(site.window.kernel) :]
-            side = best_side(site.window, tuple(map(_hint, sizes)))
+            side = best_side(site.window, tuple(map(size_hint, sizes)))
             if side is not None:
                 return LaggedGram(site.window, features // site.window.taps, side)
         return Gram.empty(features)
@@ -317,6 +334,10 @@ class Stream:
         return result
 
 
+def _finished(gram: Gram | LaggedGram) -> Gram:
+    return gram.gram() if isinstance(gram, LaggedGram) else gram
+
+
 def made_of_weights(graph: fx.Graph) -> set[fx.Node]:
     """Values that depend on a weight matrix: no masks, no tables of positions."""
     found: set[fx.Node] = set()
@@ -415,7 +436,7 @@ def _check_ids(entry: Entry, name: str, tensor: Tensor, number: int) -> None:
                 )
 
 
-def _hint(size: int | torch.SymInt) -> int:
+def size_hint(size: int | torch.SymInt) -> int:
     """A size at the example's sizes."""
     return int(size.node.hint if isinstance(size, torch.SymInt) else size)
 
@@ -423,7 +444,7 @@ def _hint(size: int | torch.SymInt) -> int:
 def _bytes(node: fx.Node) -> int:
     def size(value: Any) -> int:
         if isinstance(value, Tensor):
-            return math.prod(map(_hint, value.shape)) * value.element_size()
+            return math.prod(map(size_hint, value.shape)) * value.element_size()
         return sum(map(size, value)) if isinstance(value, (tuple, list)) else 0
 
     return size(node.meta.get("val"))

@@ -99,7 +99,8 @@ class BudgetReport:
         evaluations: how many candidates were evaluated on the whole model.
         samples: how many calibration samples each of them was evaluated on.
         losses: the lowest loss so far, after each evaluation of the last search.
-        fresh_loss: of the result on samples that the search did not use; None without any.
+        fresh_loss: of the result on samples that neither calibration nor the search used; None
+            without any.
         corrections: how often the table was corrected by a measurement and solved again.
         checks: of every choice that was measured, how many times faster it was predicted to be
             and was; the last is the result's.
@@ -135,8 +136,8 @@ class BudgetReport:
 
     @property
     def predicted(self) -> float:
-        """How many times faster than dense the table says that the result is."""
-        return self.dense_ms / self.predicted_ms
+        """How many times faster than dense the table said that the result is."""
+        return self.checks[-1][0] if self.checks else self.dense_ms / self.predicted_ms
 
     @property
     def measured(self) -> float | None:
@@ -230,12 +231,12 @@ class BudgetReport:
             lines.append(f"{self.evaluations:,} candidates were evaluated on the whole model{on}.")
         if self.fresh_loss is not None and self.losses:
             lines.append(
-                f"Loss on samples that the search did not use: {self.fresh_loss:.4g}; on its own "
-                f"{self.losses[-1]:.4g}."
+                f"Loss on samples that neither calibration nor the search used: "
+                f"{self.fresh_loss:.4g}; on those of the search {self.losses[-1]:.4g}."
             )
         if self.corrections:
             times = "once" if self.corrections == 1 else f"{self.corrections} times"
-            lines.append(f"The table of times was corrected {times} by a measurement.")
+            lines.append(f"The table of costs was corrected {times} by a measurement.")
         if len(self.checks) > 1:
             found = ", then ".join(f"{p:.2f}x and {m:.2f}x" for p, m in self.checks)
             lines.append(f"Choices were predicted and measured to be faster by {found}.")

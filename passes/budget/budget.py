@@ -59,13 +59,16 @@ class Budget(Pass):
             graphprune-kernels, so it is for Quantize("int8-dynamic") after it and
             export(target="onnxruntime+kernels").
         target: what kept weights are fitted to: the "stream" after their branch in the dense
-            model, or their own former "output".
+            model, with four calibration batches or more, or their own former "output".
         evaluations: number of models that the search may evaluate; a quarter as many again after
-            each correction of the times.
-        samples: calibration samples that each of them is evaluated on, half of all at most; fewer
-            where the model answers with more than 256 MB, as language models do.
+            each correction of the table.
+        samples: calibration samples that each of them is evaluated on; fewer where the model
+            answers with more than 256 MB, as language models do. Of eight batches or more they are
+            in an eighth at most, which weights are not fitted to, and as many others are left to
+            look at the result.
         round_to: large groups keep multiples of this many units.
-        damping: fraction of the mean squared input added to the Gram matrix's diagonal.
+        damping: fraction of the mean squared input added to the Gram matrix's diagonal; more where
+            that fits batches held out better, of four or more.
         targets: name patterns; only groups and branches that reach such a tensor.
         ignore: name patterns to leave alone.
     """
@@ -157,7 +160,8 @@ class Budget(Pass):
         return True
 
     def check(self, program: Program) -> None:
-        if len(self.asked) > 1:
+        # A speed-up and milliseconds are both a limit of time.
+        if len({"ms" if name == "speedup" else name for name in self.asked}) > 1:
             check_scipy()
         check_names(self, program)
 

@@ -37,7 +37,7 @@ from graphprune.pipeline.base import Context
 from graphprune.rewrite.drop import closed, gated
 from graphprune.rewrite.shrink import shrink, take
 
-ANSWERS = 2**28  # bytes of the dense model's answers, after which no batch more is held
+KIND = 2  # of statistics: another number where the same calibration gives others
 
 
 @final
@@ -85,7 +85,7 @@ def statistics(
 
 def _digest(program: Program, batches: Sequence[Any], damping: float) -> str:
     """A hash of everything that statistics depend on."""
-    digest = hashlib.sha256(f"{version('graphprune')} {damping}".encode())
+    digest = hashlib.sha256(f"{version('graphprune')} {KIND} {damping}".encode())
     for i, batch in enumerate(batches):
         for tensor in flat_batch(program.forward, batch, i):
             digest.update(_bytes(tensor))
@@ -112,7 +112,7 @@ def _of_group(
 ) -> dict[str, Tensor]:
     """Statistics of a group as tensors: "order", "errors", and those of snapshots by weight."""
     try:
-        parts = gather(stream, program, groups, group, ctx)
+        parts = gather(stream, program, groups, group, ctx, held=True)
     except UnsupportedError:  # what reads the units is no product with a weight
         few.add(group.id, "its units go by the size of their weights and are not compensated")
         return _by_size(program, group, ctx)
@@ -126,7 +126,11 @@ def _of_group(
         "order": torch.tensor(gone, dtype=torch.int64),
         "errors": torch.tensor([0.0, *costs]).double().cumsum(0) / max(energy, 1e-300),
     }
-    for part, problem in zip(parts, problems, strict=True):
+    for part in parts:
+        # All levels have one damping: what fits best where half of the units stay.
+        half = torch.tensor([*gone[len(gone) // 2 :], last])
+        level = part.damping(program, half, damping)
+        problem = part.problem(program, group.size, level)
         for key, tensor in Snapshots.of(problem, [*gone, last]).tensors().items():
             tensors[f"{part.site.name}/{key}"] = tensor
     return tensors
@@ -197,8 +201,8 @@ class Candidates:
         groups: its axis groups.
         items: what there is to choose.
         seen: statistics by group id.
-        batches: to evaluate on; no more of them than have `ANSWERS` bytes of the dense model's
-            answers, which a language model's vocabulary makes large.
+        batches: to evaluate on; the dense model's answers are held, which a language model's
+            vocabulary makes large.
         blocks: what levels with zero blocks are made of; None where there are none.
     """
 
@@ -233,16 +237,11 @@ class Candidates:
         entry = self.program.forward
         self._inputs = [flat_batch(entry, batch, i) for i, batch in enumerate(self.batches)]
         self.program, self._gates = gated(self.program, branches)
-        self._answers, size = [], 0
-        every = Stream(self.program, self.batches).results(self.program)
-        for outputs, flat in zip(every, self._inputs, strict=True):
-            if size >= ANSWERS:
-                break
-            self._answers.append(self._loss.answer(outputs, flat))
-            size += self._answers[-1].nbytes
-        self.batches = self.batches[: len(self._answers)]
-        self._inputs = self._inputs[: len(self._answers)]
         self._stream = Stream(self.program, self.batches)
+        self._answers = [
+            self._loss.answer(outputs, flat)
+            for outputs, flat in zip(self._stream.results(self.program), self._inputs, strict=True)
+        ]
 
     @property
     def samples(self) -> int:

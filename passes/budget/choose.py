@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 
 from graphprune.calibration.gram import Remarks
-from graphprune.calibration.stream import flat_batch
+from graphprune.calibration.stream import HELD_OUT, flat_batch
 from graphprune.errors import UnsupportedError
 from graphprune.ir.program import Program
 from graphprune.passes.budget.blocks import Blocks, block_sites
@@ -27,6 +28,7 @@ from graphprune.passes.budget.items import Level
 from graphprune.passes.budget.sized import sized_for
 from graphprune.passes.budget.table import RESOURCES, Table, flops_of, measured_table
 from graphprune.passes.solvers.knapsack import solve_levels
+from graphprune.passes.solvers.output_loss import output_loss
 from graphprune.passes.solvers.spdy import Found, Levels, Sensitivities, search
 from graphprune.passes.structural.records import Cuts
 from graphprune.passes.structural.statistics import in_execution_order
@@ -39,11 +41,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CLOSE = 0.02  # a choice whose time is further from the table's is solved again
+CLOSE = 0.02  # a choice whose cost is further from the table's is solved again
+ROUNDING = 1e-6  # of a limit: a solver may be over it by so much
 CORRECTIONS = 3
-OFF = 0.05  # of the budget: a larger difference is a warning
+OFF = 0.05  # of the milliseconds: a larger difference is a warning
 MOST = 64.0  # times faster, that is tried for max_drop
 SHOWN = 5  # runners-up in the report
+ANSWERS = 2**28  # bytes of the dense model's answers, after which no batch more is searched on
+APART = 8  # of so many batches or more, an eighth is searched on, another for the result
 
 
 @final
@@ -58,6 +63,16 @@ class Reached:
 
 
 @final
+@dataclass(frozen=True, slots=True)
+class _Samples:
+    """Batches, in a context, to calibrate on, others to search on, others to see the result on."""
+
+    used: Context
+    searched: list[Any]
+    fresh: list[Any]
+
+
+@final
 class Work:
     """State that all budgets of a model share: its table, its statistics, what was tried.
 
@@ -65,7 +80,7 @@ class Work:
         program: the dense one.
         ctx: of the pass.
         dense_ms: of the dense float model, which a speed-up is of.
-        warnings: for the report.
+        warnings: for the report, whatever is asked.
     """
 
     def __init__(self, options: Budget, program: Program, ctx: Context) -> None:
@@ -84,6 +99,7 @@ class Work:
         self.checks: list[tuple[float, float]] = []  # times faster, predicted and measured
         self.tried: set[Levels] = set()
         self.corrections = 0
+        self.remarks: list[str] = []  # warnings of this budget alone
 
     def reach(self, asked: Mapping[str, float]) -> PassResult:
         """The result of a budget."""
@@ -136,11 +152,12 @@ class Work:
             )
         self._warn_if_off(asked)
         chosen = [item.levels[j] for item, j in zip(self.items, found.levels, strict=True)]
+        used = self._samples.used
         cutter = Cutter(
-            self.options, self.program, self.items, self._seen, self.sized.pattern, self.ctx
+            self.options, self.program, self.items, self._seen, self.sized.pattern, used
         )
         program, cuts, dropped, warnings = cutter.cut(chosen)
-        self.warnings += warnings
+        self.remarks += warnings
         report = self._report(asked, found.levels, found, self._fresh_loss(program))
         return Reached(program, cuts, dropped, report)
 
@@ -198,7 +215,7 @@ class Work:
             self.program,
             groups,
             in_execution_order(groups, every),
-            self.ctx,
+            self._samples.used,
             self.options.damping,
             few,
         )
@@ -206,28 +223,42 @@ class Work:
         return found
 
     @cached_property
-    def _samples(self) -> tuple[list[Any], list[Any]]:
-        """Batches to search on, and others to look at what was found: half of all at most."""
+    def _samples(self) -> _Samples:
+        """What to calibrate and to search on, and what to look at the result on."""
         batches = list(self.ctx.batches())
-        sizes = [len(flat_batch(self.program.forward, batch, 0)[0]) for batch in batches]
-        wanted = min(self.options.samples, -(-sum(sizes) // 2))
         order = torch.randperm(len(batches), generator=self.ctx.generator).tolist()
-        halves: list[list[Any]] = []
-        for _ in range(2):
-            taken, samples = [], 0
-            while order and samples < wanted:
-                samples += sizes[order[-1]]
-                taken.append(batches[order.pop()])
-            halves.append(taken)
-        some, fresh = halves
-        if not fresh:
+
+        at_most = max(1, len(batches) // APART)
+        answers = output_loss(self.program)
+
+        def take() -> list[Any]:
+            taken: list[Any] = []
+            samples = size = 0
+            while order and samples < self.options.samples and size < ANSWERS:
+                if len(taken) == at_most and len(batches) >= APART:
+                    break
+                batch = batches[order.pop()]
+                flat = flat_batch(self.program.forward, batch, 0)
+                taken.append(batch)
+                samples, size = samples + len(flat[0]), size + answers.nbytes(flat)
+            return taken
+
+        fresh: list[Any] = []
+        if len(batches) >= APART:
+            fresh = take()
+        else:
             sentence = (
-                "calibration is one batch, so the loss of the search is not checked on samples "
-                "that it did not see; give several batches"
+                f"calibration has {len(batches)} batches: with {APART} or more, some are left out "
+                "to search on, and some to look at the result"
             )
-            log.warning("%s", sentence)
+            if self.options.target == "stream" and len(batches) < HELD_OUT:
+                sentence += f"; with {HELD_OUT} or more, the dense model's stream is followed"
             self.warnings.append(sentence)
-        return some, fresh
+            log.warning("%s", sentence)
+        searched = take()
+        used = copy.copy(self.ctx)
+        used.calibration = [batches[i] for i in sorted(order)] if fresh else batches
+        return _Samples(used, searched, fresh)
 
     @cached_property
     def _blocks(self) -> Blocks | None:
@@ -235,7 +266,7 @@ class Work:
         if pattern is None:
             return None
         sites = {i.id: block_sites(groups, i.sparse, pattern) for i in self.items if i.sparse}
-        batches = list(self.ctx.batches())
+        batches = list(self._samples.used.batches())
         return Blocks.collect(self.program, batches, sites, pattern, self.options.damping)
 
     def _on(self, batches: Sequence[Any]) -> Candidates:
@@ -244,15 +275,15 @@ class Work:
 
     @cached_property
     def _candidates(self) -> Candidates:
-        return self._on(self._samples[0])
+        return self._on(self._samples.searched)
 
     def _fresh_loss(self, program: Program) -> float | None:
-        """The loss of a model on samples that the search did not see."""
-        return self._fresh.difference(program) if self._samples[1] else None
+        """The loss of a model on samples that neither calibrated it nor chose it."""
+        return self._fresh.difference(program) if self._samples.fresh else None
 
     @cached_property
     def _fresh(self) -> Candidates:
-        return self._on(self._samples[1])
+        return self._on(self._samples.fresh)
 
     @cached_property
     def _prior(self) -> tuple[list[list[float]], list[float]]:
@@ -329,7 +360,8 @@ class Work:
         off = {
             r: found[r]
             for r in found.keys() & limits.keys()
-            if abs(found[r] / predicted[r] - 1) > CLOSE or (r != "ms" and found[r] > limits[r])
+            if abs(found[r] / predicted[r] - 1) > CLOSE
+            or (r != "ms" and found[r] > limits[r] * (1 + ROUNDING))
         }
         # The limit itself moves where the dense float model took another time than in the table.
         moved = "ms" in limits and abs(self.limits(asked)["ms"] / limits["ms"] - 1) > CLOSE
@@ -338,14 +370,15 @@ class Work:
     def _warn_if_off(self, asked: Mapping[str, float]) -> None:
         for resource, limit in self.limits(asked).items():
             found = self.taken.get(resource, 0.0)
-            if found > limit * (1 + (OFF if resource == "ms" else 0)):
+            if found > limit * (1 + (OFF if resource == "ms" else ROUNDING)):
                 sentence = (
                     f"{self._text(resource, found)} where {self._text(resource, limit)} were asked "
-                    f"for, after {self.corrections} corrections of the table: "
+                    f"for, {found / limit - 1:.2%} more, after {self.corrections} corrections of "
+                    "the table: "
                     + ("the machine may be busy" if resource == "ms" else "ask for a little less")
                 )
                 log.warning("%s", sentence)
-                self.warnings.append(sentence)
+                self.remarks.append(sentence)
 
     def beside(self, program: Program) -> Cost:
         """Measure a smaller model beside the dense one, in milliseconds of the table's run."""
@@ -398,7 +431,7 @@ class Work:
             fresh_loss=fresh_loss,
             corrections=self.corrections,
             checks=tuple(self.checks),
-            warnings=tuple(self.warnings),
+            warnings=(*self.warnings, *self.remarks),
         )
 
     def _choice(self, i: int, j: int) -> Choice:

@@ -45,7 +45,7 @@ class Cutter:
         items: what there is to choose.
         seen: statistics of every group.
         pattern: of zero blocks; None where there are none to choose.
-        ctx: of the pass.
+        ctx: of the pass, with the batches to calibrate on.
     """
 
     options: Budget

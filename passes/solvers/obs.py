@@ -65,7 +65,7 @@ def idle_features(weight: Tensor, gram: Tensor) -> Tensor:
     return added <= torch.finfo(torch.float32).eps ** 2 * added.sum()
 
 
-def damped(gram: Tensor, damping: float) -> Tensor:
+def damped(gram: Tensor, damping: float, *, ones: bool = False) -> Tensor:
     """Make a Gram matrix positive definite: add a fraction of the mean diagonal to the diagonal.
 
     The mean is over the live features. Dead ones, zero on every row, get the mean itself too: they
@@ -75,12 +75,13 @@ def damped(gram: Tensor, damping: float) -> Tensor:
     Args:
         gram: [in, in], of any float type.
         damping: the fraction, 0 or more.
+        ones: whether the last feature is a constant one, that a bias reads; it is not damped.
 
     Returns:
         A new matrix, float64 [in, in].
     """
     gram = gram.to(torch.float64).clone()
-    diagonal = gram.diagonal()
+    diagonal = gram.diagonal()[: len(gram) - ones]
     dead = diagonal <= 0
     level = float(diagonal[~dead].mean()) if bool((~dead).any()) else 1.0
     diagonal[dead] = level
@@ -136,17 +137,16 @@ def few_rows_explained() -> Iterator[None]:
         ) from e
 
 
-def refit(weight: Tensor, gram: Tensor, keep: Tensor, slope: Tensor | None = None) -> Tensor:
+def refit(weight: Tensor, gram: Tensor, keep: Tensor) -> Tensor:
     """Fit a weight with the features K = `keep` alone to the outputs of the whole: least squares.
 
-    Σ |V x - (W x + r)|² = tr((V - W) H (V - W)ᵀ) - 2 tr((V - W) Sᵀ) + a constant, with S = Σ r xᵀ.
-    With V zero outside of K its minimum solves V_K H_KK = W H_:K + S_:K.
+    Σ |V x - W x|² = tr((V - W) H (V - W)ᵀ); with V zero outside of K its minimum solves
+    V_K H_KK = W H_:K.
 
     Args:
         weight: W, [out, in].
         gram: H, damped, float64 [in, in].
         keep: K, indices, int64.
-        slope: S, [out, in], where the outputs are to gain a residual r; None for r = 0.
 
     Returns:
         V, float64 [out, in].
@@ -156,8 +156,6 @@ def refit(weight: Tensor, gram: Tensor, keep: Tensor, slope: Tensor | None = Non
     """
     weight = weight.to(torch.float64)
     target = weight @ gram[:, keep]
-    if slope is not None:
-        target = target + slope[:, keep]
     with few_rows_explained():
         factor = torch.linalg.cholesky(gram[keep][:, keep])
     result = torch.zeros_like(weight)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from graphprune.axes import axis_groups
 from graphprune.axes.sites import linear_sites, outputs_of
 from graphprune.calibration.padding import rows_without_padding
+from graphprune.calibration.stream import size_hint
 from graphprune.errors import UnsupportedError
 from graphprune.ir.graph import flat_outputs
 from graphprune.ir.outputs import answer_of, leaf_names
@@ -45,6 +47,12 @@ class OutputLoss:
         if value.dim() < 2:
             return value.reshape(-1, 1)
         return rows_without_padding(self._entry, inputs)(node, value)
+
+    def nbytes(self, inputs: Sequence[Tensor]) -> int:
+        """About how many bytes an answer on these inputs has."""
+        value = flat_outputs(self._entry.graph)[self.number].meta["val"]
+        size = math.prod(map(size_hint, value.shape)) * value.element_size()
+        return size * inputs[0].numel() // max(self._entry.example[0].numel(), 1)
 
     def distance(self, dense: Tensor, candidate: Tensor) -> Tensor:
         """The loss of each row of two answers; NaN where the candidate's is no number."""

@@ -47,7 +47,8 @@ class StructuralPass(Pass):
         round_to: the kept count rounds up to a multiple of this; 8 or 16 suits vector units.
         compensate: how kept weights compensate for removed ones: "none", "bias", "least-squares";
             "auto" is least squares where calibration decides, else none.
-        damping: fraction of the mean squared input added to the Gram matrix's diagonal.
+        damping: fraction of the mean squared input added to the Gram matrix's diagonal; least
+            squares takes more where that fits batches held out better, of four or more.
         floor: under "global", the fraction of each group's units that stays in any case.
         targets: name patterns; only groups that reach such a tensor. Globs for a name or a module,
             or "re:" and a regular expression.

@@ -22,7 +22,12 @@ from graphprune.ir.program import Program
 from graphprune.passes.structural.allocation import kept_count, others, units_to_remove
 from graphprune.passes.structural.axis import PruneAxis
 from graphprune.passes.structural.scores import Evidence, score_named
-from graphprune.passes.structural.statistics import compensate, gather, in_execution_order
+from graphprune.passes.structural.statistics import (
+    Consumer,
+    compensate,
+    gather,
+    in_execution_order,
+)
 from graphprune.pipeline.base import Context
 from graphprune.report.sensitivity import Cost, Sensitivity, Time
 from graphprune.rewrite.mask import mask
@@ -154,7 +159,9 @@ class _Bench:
     ) -> Iterator[tuple[PruneAxis, Tensor, list[list[Tensor]]]]:
         last = steps[-1]
         with_data = last.needs_calibration
-        parts = gather(self.stream, self.program, self.groups, group, self.ctx) if with_data else ()
+        parts: Sequence[Consumer] = ()
+        if with_data:
+            parts = gather(self.stream, self.program, self.groups, group, self.ctx, held=True)
         seen = Evidence(self.program, group, self.ctx, parts, last.damping)
         # Smaller cuts are beginnings of the largest.
         order, _ = self.score.order(seen, group.size - _kept(group, last))

@@ -17,6 +17,7 @@ from graphprune.calibration.gram import Remarks
 from graphprune.calibration.stream import Stream
 from graphprune.ir.graph import is_op
 from graphprune.ir.program import Program
+from graphprune.passes.solvers.held_out import Residual
 from graphprune.passes.structural.allocation import others
 from graphprune.passes.structural.records import Calibrated
 from graphprune.passes.structural.scores import Evidence, Needs, Score
@@ -40,7 +41,9 @@ class StreamTarget:
     """Fit the last product of a residual branch to the dense model's stream after the branch.
 
     What earlier cuts have changed in the stream is repaired too, as far as the kept units can
-    (K-prune, arXiv 2308.03449, section 4.3). Elsewhere weights are fitted to their own output.
+    (K-prune, arXiv 2308.03449, section 4.3), and as far as batches that are held out agree
+    (`solvers.held_out`); without any, nothing of it is. Elsewhere weights are fitted to their own
+    output.
 
     Attributes:
         dense: the program to follow.
@@ -127,7 +130,8 @@ def cut_groups(
     for group in order:
         # Gradients alone know of a recurrence, whose inputs are inside its operator.
         blind = method == "none" and score.needs is Needs.GRADIENTS and _recurs(groups, group)
-        parts = [] if blind else gather(stream, done.program, groups, group, ctx)
+        fits = method == "least-squares"
+        parts = [] if blind else gather(stream, done.program, groups, group, ctx, held=fits)
         for part in parts:
             done._few.add_shortage(part.site.name, part.gram)
         if method == "least-squares":
@@ -163,7 +167,7 @@ def _towards_stream(
     after, after_there = (s.nodes[s.number[n] + 1] for s, n in ((pruned, total), (dense, there)))
     features = len(part.units) + (part.site.bias is not None)
     rows = part.site.matrix(program).shape[0]
-    slope = torch.zeros(rows, features, dtype=torch.float64)
+    found = Residual.empty(rows, features)
     theirs = dense.before(target.dense, {after_there})
     read: dict[fx.Node, Any] = {}
     for i, node, values in pruned.before(program, {part.site.node, after}):
@@ -177,11 +181,11 @@ def _towards_stream(
         for inputs in pruned.inputs(part.site, read, i):
             if part.site.bias is not None:
                 inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
-            slope += residual[done : done + len(inputs)].double().T @ inputs.double()
+            found.add(residual[done : done + len(inputs)], inputs, held=pruned.is_held(i))
             done += len(inputs)
     # Read to the end, so that the dense stream records its position.
     assert next(theirs, None) is None
-    return replace(part, slope=slope)
+    return replace(part, residual=found)
 
 
 def _without_zeros(program: Program, refitted: set[str], warnings: list[str]) -> Program:

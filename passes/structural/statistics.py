@@ -26,7 +26,8 @@ from graphprune.calibration.gram import Gram
 from graphprune.calibration.stream import Stream
 from graphprune.errors import RecipeError, UnsupportedError
 from graphprune.ir.program import Program
-from graphprune.passes.solvers.obs import Problem, damped, idle_features, loss, refit
+from graphprune.passes.solvers.held_out import Moments, Residual
+from graphprune.passes.solvers.obs import Problem, damped, idle_features, loss
 from graphprune.passes.structural.patches import KeptPatches
 from graphprune.pipeline.base import Context
 from graphprune.suggest import suggest
@@ -44,15 +45,14 @@ class Consumer:
         site: the product.
         units: the unit of each input feature, -1 for none; int64 [in].
         gram: second moments of its inputs.
-        slope: Σ r xᵀ for what its output is to gain, r, with the bias's column last; [out, in]
-            or [out, in + 1], float64. None where it is to stay.
+        residual: what its output is to gain, with the bias's column last; None where it is to stay.
         patches: what least squares fits to instead, where taps count apart.
     """
 
     site: LinearSite
     units: Tensor
     gram: Gram
-    slope: Tensor | None = None
+    residual: Residual | None = None
     patches: KeptPatches | None = None
 
     def columns(self, size: int) -> Tensor:
@@ -60,8 +60,8 @@ class Consumer:
         order = self.units.argsort(stable=True)
         return order[int((self.units < 0).sum()) :].reshape(size, -1)
 
-    def problem(self, program: Program, size: int, damping: float) -> Problem:
-        """Weight and damped Gram matrix, with the bias as a column of ones that never goes.
+    def weight(self, program: Program) -> Tensor:
+        """The weight, float64 [out, in], with the bias as last column where there is one.
 
         Raises:
             UnsupportedError: nothing was seen, or something of it is not finite.
@@ -77,21 +77,63 @@ class Consumer:
                 f"the weight {self.site.name!r}, or the squares of its inputs, hold NaN or "
                 "infinity; repair the weights or scale the inputs first"
             )
-        gram = damped(self.gram.matrix, damping)
-        idle = idle_features(weight, self.gram.matrix)
         bias = self.site.bias_column(program)
-        if bias is not None:
-            weight = torch.cat([weight, bias[:, None]], 1)
-            whole = self.gram.with_ones()
-            whole[:-1, :-1] = gram
-            gram, idle = whole, torch.cat([idle, idle.new_zeros(1)])
-        return Problem(weight, gram, self.columns(size), idle)
+        return weight if bias is None else torch.cat([weight, bias[:, None]], 1)
+
+    def problem(self, program: Program, size: int, damping: float) -> Problem:
+        """Weight and damped Gram matrix, with the bias as a column of ones that never goes.
+
+        Raises:
+            UnsupportedError: nothing was seen, or something of it is not finite.
+        """
+        weight, ones = self.weight(program), self.site.bias is not None
+        idle = idle_features(weight[:, : len(self.units)], self.gram.matrix)
+        if ones:
+            idle = torch.cat([idle, idle.new_zeros(1)])
+        return Problem(weight, damped(self.seen, damping, ones=ones), self.columns(size), idle)
+
+    def kept(self, units: Tensor) -> Tensor:
+        """Columns of `weight` that stay when these units do; int64."""
+        stays = torch.isin(self.units, units) | (self.units < 0)
+        extra = [len(self.units)] if self.site.bias is not None else []
+        return torch.cat([stays.nonzero().flatten(), torch.tensor(extra, dtype=torch.int64)])
+
+    @property
+    def seen(self) -> Tensor:
+        """The Gram matrix, with a constant one as last feature where there is a bias."""
+        return self.gram.matrix if self.site.bias is None else self.gram.with_ones()
+
+    @property
+    def moments(self) -> Moments:
+        """What fits are made by and evaluated by."""
+        ones, held = self.site.bias is not None, self.gram.held
+        if held is None or held.count in (0, self.gram.count):  # as of an expert's rows
+            return Moments(self.seen, None, ones)
+        return Moments(self.seen, held.with_ones() if ones else held.matrix, ones)
+
+    def damping(self, program: Program, units: Tensor, least: float) -> float:
+        """The damping with which these units alone are closest to the output, on rows held out."""
+        return self.moments.damping(self.weight(program), self.kept(units), least)
 
 
 def gather(
-    stream: Stream, program: Program, groups: AxisGroups, group: AxisGroup, ctx: Context
+    stream: Stream,
+    program: Program,
+    groups: AxisGroups,
+    group: AxisGroup,
+    ctx: Context,
+    *,
+    held: bool = False,
 ) -> list[Consumer]:
     """Stream up to a group's consumers and take their statistics.
+
+    Args:
+        stream: of the calibration batches.
+        program: the tensors to run with.
+        groups: of the program.
+        group: whose units are read.
+        ctx: for the progress.
+        held: whether weights will be fitted, so that those of batches held out are wanted too.
 
     Raises:
         UnsupportedError: something that is no linear site sums over the group.
@@ -112,6 +154,7 @@ def gather(
         program,
         [site for site, _ in found],
         lambda done, total: ctx.progress(done, total, "batches"),
+        held=held,
     )
     grams: dict[str, Gram] = {}
     for (site, _), gram in zip(found, moments, strict=True):
@@ -154,7 +197,9 @@ def compensate(
 
     none            the columns go, nothing else changes
     bias            b += W_removed · mean of the removed inputs: the mean output stays (FLAP)
-    least-squares   the kept columns (and the bias) are fitted to the old output
+    least-squares   the kept columns (and the bias) are fitted to the old output; with more damping
+                    than asked where that is closer on batches held out (`Moments`), but for whole
+                    patches
 
     Returns:
         The program with the new weights, and the output error: Σ|ΔW x|² / Σ|W x|² over the rows.
@@ -165,20 +210,16 @@ def compensate(
             program, lost = part.patches.fit(program, damping)
             error, energy = error + lost, energy + part.patches.energy
             continue
-        problem = part.problem(program, group.size, damping)
-        old = problem.weight
-        features = len(part.units)
-        stays = torch.isin(part.units, keep) | (part.units < 0)
+        old, seen = part.weight(program), part.seen
+        features, index = len(part.units), part.kept(keep)
         if method == "least-squares":
-            extra = [features] if part.site.bias is not None else []
-            index = torch.cat([stays.nonzero().flatten(), torch.tensor(extra, dtype=torch.int64)])
-            new = refit(old, problem.gram, index, part.slope)
+            new = part.moments.refit(old, index, damping, part.residual)
         else:
-            new = old.clone()
-            new[:, :features][:, ~stays] = 0
+            new = torch.zeros_like(old)
+            new[:, index] = old[:, index]
+            stays = torch.isin(torch.arange(features), index)
             if method == "bias" and part.site.bias is not None:
                 new[:, -1] += old[:, :features][:, ~stays] @ part.gram.mean[~stays]
-        seen = part.gram.matrix if part.site.bias is None else part.gram.with_ones()
         error += loss(old, new, seen)  # as it is on the rows, without damping
         energy += loss(old, torch.zeros_like(old), seen)
         bias = new[:, -1] if part.site.bias is not None else None

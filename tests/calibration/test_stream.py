@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from graphprune.axes import axis_groups
 from graphprune.axes.sites import LinearSite, consumers, is_output_head, linear_sites
 from graphprune.calibration.gram import Gram
-from graphprune.calibration.stream import Stream, made_of_weights
+from graphprune.calibration.stream import HELD_OUT, Stream, made_of_weights
 from graphprune.capture.capture import capture
 from graphprune.errors import GraphPruneError
 from graphprune.ir.module import graph_module
@@ -304,3 +304,40 @@ def test_a_product_that_is_scaled_is_no_linear_site() -> None:
     for alpha, beta, count in ((1, 1, 1), (0.5, 1, 0), (1, 2, 0)):
         program = capture(Scaled(alpha, beta), (torch.randn(3, 6),))
         assert len(linear_sites(axis_groups(program))) == count
+
+
+class Convolved(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3, padding=1)
+        self.linear = nn.Linear(4 * 36, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.linear(torch.relu(self.conv(x)).flatten(1))
+        return result
+
+
+@pytest.mark.parametrize("count", [3, 5])
+def test_every_fourth_batch_is_held_out(count: int) -> None:
+    """Of a product, and of a convolution whose patches overlap."""
+    program = capture(Convolved().eval(), (torch.randn(4, 2, 6, 6),))
+    given = [(torch.randn(4, 2, 6, 6),) for _ in range(count)]
+    sites = linear_sites(axis_groups(program))
+    assert [site.window is None for site in sites] == [False, True]
+    found = Stream(program, given).moments(program, sites, held=True)
+    plain = Stream(program, given).moments(program, sites)
+    for both, whole in zip(found, plain, strict=True):
+        assert whole.held is None
+        torch.testing.assert_close(both.matrix, whole.matrix)
+    if count < HELD_OUT:
+        assert all(gram.held is None for gram in found)
+        return
+    alone = Stream(program, given[3:4]).moments(program, sites)
+    for gram, expected in zip(found, alone, strict=True):
+        assert gram.held is not None
+        assert gram.held.count == expected.count
+        torch.testing.assert_close(gram.held.matrix, expected.matrix)
+        torch.testing.assert_close(gram.held.total, expected.total)
+    both = found[1] + plain[1]
+    assert both.held is not None
+    torch.testing.assert_close(both.held.matrix, alone[1].matrix)

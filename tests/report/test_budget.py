@@ -151,8 +151,9 @@ def test_text_and_markdown_list_levels_candidates_and_notes() -> None:
         "| chosen | 7.12 | 0.0625 | attention 8 -; feed-forward 1024 512 |",
         "| 2 | 7.11 | 0.0871 | attention 12 -; feed-forward 1536 - |",
         "- 5 candidates were evaluated on the whole model.",
-        "- Loss on samples that the search did not use: 0.0703; on its own 0.0625.",
-        "- The table of times was corrected once by a measurement.",
+        "- Loss on samples that neither calibration nor the search used: 0.0703; on those of the "
+        "search 0.0625.",
+        "- The table of costs was corrected once by a measurement.",
         "- Task: drop 0.0041,",
         "- Warning: few <samples>",
     ):

@@ -16,13 +16,14 @@ import graphprune as gp
 from graphprune.axes import axis_groups
 from graphprune.axes.branches import branches
 from graphprune.axes.sites import linear_sites
+from graphprune.calibration.stream import HELD_OUT
 from graphprune.capture.capture import capture
 from graphprune.errors import RecipeError, UnsupportedError
 from graphprune.ir.cost import flops
 from graphprune.ir.program import Program
 from graphprune.models.hub.folder import _dropped
 from graphprune.passes import Budget, Quantize
-from graphprune.passes.budget import candidates
+from graphprune.passes.budget import choose
 from graphprune.passes.budget.blocks import block_sites
 from graphprune.passes.budget.choose import Work
 from graphprune.passes.budget.sized import sized_for
@@ -83,12 +84,27 @@ def batches(program: Program, count: int = 4) -> list[dict[str, Tensor]]:
     return [{name: drawn(t) for name, t in named.items()} for _ in range(count)]
 
 
+def context(program: Program, count: int = 4, **options: Any) -> Context:
+    return Context(
+        calibration=batches(program, count),
+        devices=lambda file, threads, progress: Clock(),
+        **options,
+    )
+
+
 def run(
-    program: Program, step: Budget, clock: Clock | None = None, *after: Any, kept: Any = None
+    program: Program,
+    step: Budget,
+    clock: Clock | None = None,
+    *after: Any,
+    kept: Any = None,
+    count: int = 4,
 ) -> tuple[Program, BudgetReport, dict[str, Any]]:
     device = clock or Clock()
     ctx = Context(
-        calibration=batches(program), devices=lambda file, threads, progress: device, kept=kept
+        calibration=batches(program, count),
+        devices=lambda file, threads, progress: device,
+        kept=kept,
     )
     result = Pipeline([step, *after]).run(program, ctx)
     details = dict(result.results[0].report)
@@ -184,8 +200,7 @@ def test_budgets_that_exclude_each_other_are_refused_before_statistics(
 ) -> None:
     pytest.importorskip("scipy", reason="several budgets at once need scipy")
     program = captured("tiny-mlp")
-    ctx = Context(calibration=batches(program), devices=lambda file, threads, progress: Clock())
-    work = Work(small(speedup=2, flops=0.5), program, ctx)
+    work = Work(small(speedup=2, flops=0.5), program, context(program))
     monkeypatch.setattr(Work, "_prior", property(lambda self: pytest.fail("it searched")))
     # What is fast has many FLOPs here.
     turned = tuple(tuple(1 + row[-1] - x for x in row) for row in work.table.amounts["ms"])
@@ -204,26 +219,107 @@ def test_several_budgets_say_early_that_scipy_is_missing(
     monkeypatch.setitem(sys.modules, "scipy", None)
     with pytest.raises(RecipeError, match="scipy, which is not installed"):
         small(speedup=2, flops=0.5).check(captured("tiny-mlp"))
-    small(flops=0.5).check(captured("tiny-mlp"))
+    for step in (small(flops=0.5), small(speedup=2, ms=5)):
+        step.check(captured("tiny-mlp"))
 
 
-def test_the_search_leaves_samples_to_look_at_what_it_found(captured: Captured) -> None:
+def test_samples_to_search_on_and_to_look_at_the_result_are_left_out(captured: Captured) -> None:
     program = captured("tiny-bert")
-    _, report, _ = run(program, small(flops=0.5, samples=1000))
-    assert report.samples == 4  # of 8, in 4 batches
+    _, report, _ = run(program, small(flops=0.5, samples=1000), count=16)
+    assert report.samples == 4  # of 32
     assert report.fresh_loss is not None
-    ctx = Context(calibration=batches(program, 1), devices=lambda file, threads, p: Clock())
-    details = Pipeline([small(flops=0.5)]).run(program, ctx).results[0].report
-    assert any("calibration is one batch" in warning for warning in details["warnings"])
-    alone = BudgetReport.of(details)
-    assert alone is not None
-    assert alone.fresh_loss is None
+    _, report, details = run(program, small(flops=0.5, samples=1000), count=7)
+    assert report.samples == 14
+    assert report.fresh_loss is None
+    assert any("calibration has 7 batches: with 8" in warning for warning in details["warnings"])
+
+
+@pytest.mark.parametrize("count", [8, 17, 32])
+def test_no_batch_is_taken_twice_and_most_of_them_calibrate(captured: Captured, count: int) -> None:
+    program = captured("tiny-mlp")
+    given = batches(program, count)
+    (name,) = given[0]
+    given[-1] = {name: given[-1][name].repeat(50, 1)}  # one is as large as all others
+    for seed in range(5):
+        ctx = context(program, seed=seed)
+        ctx.calibration = given
+        samples = Work(small(flops=0.5), program, ctx)._samples
+        used = list(samples.used.batches())
+        found = [id(batch[name]) for batch in (*used, *samples.searched, *samples.fresh)]
+        assert sorted(found) == sorted(id(batch[name]) for batch in given)
+        assert len(samples.searched) > 0
+        assert len(samples.fresh) > 0
+        assert len(used) >= 3 / 4 * count
+
+
+def test_few_batches_all_calibrate_and_the_warning_names_the_stream(captured: Captured) -> None:
+    program = captured("tiny-mlp")
+    for count, followed in ((3, False), (7, True)):
+        work = Work(small(flops=0.5), program, context(program, count))
+        assert len(list(work._samples.used.batches())) == count
+        assert work._samples.fresh == []
+        assert (f"with {HELD_OUT} or more, the dense" in work.warnings[-1]) != followed
+
+
+def test_warnings_are_of_one_budget(captured: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As max_drop tries one after another."""
+
+    class Slow(Clock):
+        late = 1.2
+
+        def _cost(self, program: Program, whole: bool) -> Cost:
+            cost = Clock._cost(self, program, whole)
+            cut = whole and program.num_parameters() < size
+            return replace(cost, ms=cost.ms * (self.late if cut else 1))
+
+    program, clock = captured("tiny-bert"), Slow()
+    size = program.num_parameters()
+    ctx = Context(calibration=batches(program), devices=lambda file, threads, progress: clock)
+    work = Work(small(speedup=1.6), program, ctx)
+    monkeypatch.setattr(choose, "CORRECTIONS", 0)
+    missed = work.choose({"speedup": 1.6}).report.warnings
+    clock.late = 1.0
+    met = work.choose({"speedup": 1.3}).report.warnings
+    assert any("more, after 0 corrections" in warning for warning in missed)
+    assert not any("more, after" in warning for warning in met)
+
+
+def test_a_prediction_of_int8_is_one_from_before_the_measurement(captured: Captured) -> None:
+    class Uneven(Clock):
+        def _cost(self, program: Program, whole: bool) -> Cost:
+            cost = Clock._cost(self, program, whole)
+            late = len(self.asked) > 1 and program.quantization is None
+            return replace(cost, ms=cost.ms * (1.015 if late else 1.0))
+
+    _, report, _ = run(captured("tiny-bert"), small(speedup=3), Uneven(), Quantize("int8-dynamic"))
+    assert report.corrections == 0
+    assert report.measured is not None
+    assert report.measured / report.predicted == pytest.approx(1.015)
+
+
+def test_samples_to_look_at_the_result_change_nothing_of_it(captured: Captured) -> None:
+    program = captured("tiny-mlp")
+    step, every = small(flops=0.5), batches(program, 8)
+    (name,) = every[0]
+    (apart,) = Work(step, program, context(program, 8))._samples.fresh
+    found = []
+    for scale in (1.0, 3.0):
+        ctx = context(program)
+        ctx.calibration = [
+            {name: batch[name] * (scale if torch.equal(batch[name], apart[name]) else 1.0)}
+            for batch in every
+        ]
+        found.append(Pipeline([step]).run(program, ctx))
+    first, second = (result.program.tensors for result in found)
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    losses = [dict(result.results[0].report)["budget"]["fresh_loss"] for result in found]
+    assert losses[0] != losses[1]
 
 
 def test_the_search_holds_no_more_answers_than_fit(
     captured: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(candidates, "ANSWERS", 1)
+    monkeypatch.setattr(choose, "ANSWERS", 1)
     _, report, _ = run(captured("tiny-bert"), small(flops=0.5, samples=1000))
     assert report.samples == 2
     assert "on 2 samples" in " ".join(report.notes())
@@ -343,7 +439,7 @@ def test_the_stream_is_followed_where_the_branch_ends(captured: Captured) -> Non
     """Fitted to the dense stream, the cut model is nearer to it than fitted to its own outputs."""
     program = captured("tiny-bert")
     losses = {
-        target: run(program, small(flops=0.4, target=target, drop=False))[1].fresh_loss
+        target: run(program, small(flops=0.4, target=target, drop=False), count=32)[1].fresh_loss
         for target in ("stream", "output")
     }
     assert losses["stream"] is not None
