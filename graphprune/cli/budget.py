@@ -293,8 +293,8 @@ def front_command(
 ) -> None:
     """Compile a family of models, one for each speed-up, and draw speed against quality.
 
-    Writes an artifact for each, and front.html with the dense model and its int8 form beside. A
-    speed-up that cannot be reached is left out.
+    Writes an artifact for each, and front.html with the dense model and its int8 form beside. Where
+    a speed-up cannot be reached, it and those above it are left out.
     """
     speedups = parse_speedups(faster)
     sizes = parse_batch(batch)
@@ -374,7 +374,8 @@ def _family(
     after: list[Pass] = [] if last is None else [last]
     # Of as many bits as the family: eight may be far off where seven were asked for.
     int8: list[Pass] = [Quantize("int8-dynamic", reduce_range=bool(last and last.reduce_range))]
-    family, others = [], []
+    family: list[FrontPoint] = []
+    others: list[FrontPoint] = []
     where = ""
 
     def run(name: str, asked: Asked, passes: list[Pass]) -> Summary:
@@ -391,14 +392,15 @@ def _family(
     dense = run("dense-int8", Asked(), int8)
     others.append(_point("dense int8", dense, None))
     others.append(_dense_point(dense))
-    refused: UnsupportedError | None = None
-    for speedup in speedups:
+    for i, speedup in enumerate(speedups):
         try:
             summary = run(f"{speedup:g}x", Asked(faster=speedup, target=options.target), after)
         except UnsupportedError as e:
-            refused = e
-            log.warning("%gx is left out: %s", speedup, e)
-            continue
+            if not family:
+                raise
+            more = f", like the {len(speedups) - i - 1} above it" if speedups[i + 1 :] else ""
+            log.warning("%gx is left out%s: %s", speedup, more, e)
+            break
         found = next(
             (r for p in summary.report.passes if (r := BudgetReport.of(p.details)) is not None),
             None,
@@ -406,8 +408,6 @@ def _family(
         where = where or ("" if found is None else found.where)
         predicted = None if found is None else found.predicted
         family.append(_point(f"{speedup:g}x", summary, predicted))
-    if refused is not None and not family:
-        raise refused
     quality = dense.quality["pruned"]
     return Front(
         model=subject.name,

@@ -138,14 +138,14 @@ def test_a_family_and_dense_int8_have_the_bits_that_were_asked_for(
     np.savez(tmp_path / "ids.npz", input_ids=ids, attention_mask=np.ones_like(ids))
     (tmp_path / "own.py").write_text("def one(model): return 1.0\n")
     found = run(
-        "front", "tiny-bert", "-o", "family", "--faster", "1.3,1e6,1.2", "--quantize",
+        "front", "tiny-bert", "-o", "family", "--faster", "1.3,1e6,2e6,1.2", "--quantize",
         "int8-dynamic", "--reduce-range", "--calibration", "ids.npz", "--metric", "own.py:one",
         "--batch", "1x8", "--json",
     )  # fmt: skip
     assert found.exit_code == 0, found.stderr
     front = json.loads(found.stdout)
     assert [point["name"] for point in front["family"]] == ["1.2x", "1.3x"]
-    assert "1e+06x is left out" in caplog.text
+    assert "1e+06x is left out, like the 1 above it" in caplog.text
     assert "cannot be reached" in caplog.text
     assert "task own.py:one" in found.stderr
     assert not (tmp_path / "family" / "1e+06x").exists()
