@@ -7,9 +7,10 @@ help topics, calibrated on others of them. Times are CPU time of one thread for 
 tokens, the dense float model and the result interleaved. The last row is distilled: eight epochs on
 the training part's sentences, without their scores.
 
-    python -m benchmarks.budgets [--quick] [--json FILE] [--only TEXT]
+    python -m benchmarks.budgets [--quick] [--json FILE] [--only TEXT] [--target output]
 
---only keeps the rows whose "precision asked" contains TEXT: "int8 3", "distilled".
+--only keeps the rows whose "precision asked" contains TEXT: "int8 3", "distilled". --target is what
+weights are fitted to: the dense model's "stream" (the default), or their own former "output".
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from benchmarks.common import Row, Settings, main
 from benchmarks.front import INT8, Bench
 from graphprune.models.data.calibration import calibration_batches
 from graphprune.passes import Budget, Distill
+from graphprune.passes.budget.budget import TARGETS
 from graphprune.pipeline.base import Pass
 from graphprune.report.budget import BudgetReport
 
@@ -37,7 +39,7 @@ TRAINED = 2.71
 BATCH = (1, 128)
 
 
-def measure(settings: Settings, only: str) -> Iterator[Row]:
+def measure(settings: Settings, only: str, target: str) -> Iterator[Row]:
     """The dense forms, each speed-up in float and int8, and one that is distilled."""
     evaluations = 30 if settings.quick else 100
     with tempfile.TemporaryDirectory() as folder:
@@ -48,10 +50,10 @@ def measure(settings: Settings, only: str) -> Iterator[Row]:
                 yield bench.row("nothing", bench.compiled(after), asked=1.0, precision=precision)
             for asked in ASKED[1:3] if settings.quick else ASKED:
                 if only in f"{precision} {asked:g}":
-                    yield _row(bench, asked, precision, after, evaluations)
+                    yield _row(bench, asked, precision, after, evaluations, target)
         if only in f"distilled {TRAINED:g}":
             step = Distill(epochs=1 if settings.quick else 8, lr=2e-4)
-            yield _row(bench, TRAINED, "distilled", [step], evaluations)
+            yield _row(bench, TRAINED, "distilled", [step], evaluations, target)
 
 
 def _sentences(bench: Bench) -> list[Any]:
@@ -65,8 +67,10 @@ def _sentences(bench: Bench) -> list[Any]:
     return [found[i] for i in order]
 
 
-def _row(bench: Bench, asked: float, precision: str, after: list[Pass], evaluations: int) -> Row:
-    step = Budget(speedup=asked, batch=BATCH, evaluations=evaluations)
+def _row(
+    bench: Bench, asked: float, precision: str, after: list[Pass], evaluations: int, target: str
+) -> Row:
+    step = Budget(speedup=asked, batch=BATCH, evaluations=evaluations, target=target)
     training = graphprune.Training(_sentences(bench)) if precision == "distilled" else None
     compiled = graphprune.compile(
         bench.dense, [step, *after], calibration=bench.batches, training=training
@@ -88,5 +92,6 @@ def _row(bench: Bench, asked: float, precision: str, after: list[Pass], evaluati
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--only", default="", metavar="TEXT")
+    parser.add_argument("--target", default="stream", choices=TARGETS)
     options, sys.argv[1:] = parser.parse_known_args()
-    main("budgets", partial(measure, only=options.only))
+    main("budgets", partial(measure, only=options.only, target=options.target))
