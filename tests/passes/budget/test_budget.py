@@ -195,6 +195,26 @@ def test_a_file_that_is_larger_than_its_parts_is_made_smaller(captured: Captured
     assert not any("asked for" in warning for warning in details["warnings"])
 
 
+def test_a_file_over_its_limit_by_little_is_not_taken(captured: Captured) -> None:
+    """By less than the difference from the table that is let pass elsewhere."""
+
+    class Padded(Clock):
+        more = 0
+
+        def _cost(self, program: Program, whole: bool) -> Cost:
+            cost = Clock._cost(self, program, whole)
+            return replace(cost, bytes=cost.bytes + (self.more if len(self.asked) > 1 else 0))
+
+    program, clock = captured("tiny-bert"), Padded()
+    ctx = Context(calibration=batches(program), devices=lambda file, threads, progress: clock)
+    work = Work(small(size_mb=1), program, ctx)
+    levels = work._alike({"bytes": 0.8 * program.nbytes()})
+    asked = {"size_mb": work.table.total("bytes", levels) / 1e6}
+    assert work._checked(asked, levels) is None
+    clock.more = program.nbytes() // 200
+    assert work._checked(asked, levels) is not None
+
+
 def test_budgets_that_exclude_each_other_are_refused_before_statistics(
     captured: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
