@@ -274,8 +274,6 @@ class Display:
     def observe(self, event: Event) -> None:
         """Follow a pipeline (an observer)."""
         if isinstance(event, PassStarted):
-            if self._pass is not None:  # it failed, and what runs now goes on without it
-                self._shown.end(self._pass, "failed")
             self._pass = self._begun(event.name)
         elif self._pass is not None and isinstance(event, PassProgress):
             own = event.name == self._pass.title

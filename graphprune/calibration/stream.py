@@ -30,6 +30,7 @@ Observe = Callable[[LinearSite, Tensor], None]
 # A cut between two sites: at most this times the fewest bytes alive among so many pairs around.
 _HARDLY_MORE = 1.25
 _NEAR = 8
+# Every so many batches one is held out, to evaluate fits on: what they learn by chance shows.
 HELD_OUT = 4
 
 
